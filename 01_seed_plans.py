@@ -1,0 +1,211 @@
+"""Stage 1 (paper 3.1, appendix C): expert trajectories of the train tasks, and a seed meta plan for each.
+
+    python 01_seed_plans.py --env sciworld --out runs/sciworld --teacher gpt-4o
+
+Writes to --out
+    trajectories.jsonl          the expert's trajectory e of each task
+    seed_plans.jsonl            (u, p) as conversations: what 02_sft.py trains the planner on (equation 3)
+    seed_plans.rejected.jsonl   plans that failed quality control, with the reason; edit a row's "plan" and
+                                run this stage again: it is checked like any other and taken in
+    agent_sft.jsonl             the trajectories as conversations in the agent's own prompt format: what
+                                02_sft.py trains an agent on
+"""
+
+import asyncio
+import contextlib
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import List, Optional
+
+from tqdm import tqdm
+
+import common
+from common import InputError, arg
+
+
+@dataclass
+class Args:
+    env: str = arg("sciworld", "environment: " + ", ".join(common.ENVIRONMENTS))
+    out: str = arg("runs/sciworld", "run folder")
+    teacher: str = arg("gpt-4o", "who abstracts trajectories into plans (paper: gpt-4o): a model of an OpenAI-compatible "
+                       "API, a local model to serve, or `rules`, which needs no model")
+    teacher_url: Optional[str] = arg(None, "OpenAI-compatible server that already serves the teacher")
+    prompts: Optional[str] = arg(None, "folder of prompt texts in data/ (default: the environment's name)")
+    tasks: Optional[str] = arg(None, "JSON file of tasks, [[type, variation], ...] (default: the train split by rule)")
+    types: Optional[List[str]] = arg(None, "only tasks of these types")
+    limit: Optional[int] = arg(None, "only the first N tasks")
+    temperatures: List[float] = arg([0.0, 0.7, 1.0], "a plan that fails quality control is asked for again at the next one")
+    max_tokens: int = arg(512, "tokens of a teacher's reply")
+    max_plan_steps: int = arg(20, "plans with more steps are too long")
+    plan_share: float = arg(0.0, "share of agent_sft.jsonl rows with the seed plan in the prompt (paper: agents are "
+                            "trained without)")
+    observation_chars: int = arg(0, "cut observations in agent_sft.jsonl at this length, 0: never")
+    workers: int = arg(2, "environment worker processes")
+    concurrency: int = arg(32, "teacher requests at once")
+    seed: int = arg(0, "random seed")
+
+
+async def expert_trajectories(a: Args) -> list[dict]:
+    """e for every task: made by the environment's expert, in the order of the tasks."""
+    path = Path(a.out) / "trajectories.jsonl"
+    done = common.finished(common.read_rows(path, ("task", "instruction", "steps"), missing_ok=True), "task")
+    with common.Appender(path) as append:
+        async with common.EnvPool(a.env, a.workers) as pool:
+            tasks = await common.list_tasks(pool, a.env, "train", a.tasks, a.types, a.limit)
+            todo = iter([t for t in tasks if (t,) not in done])
+            with tqdm(total=len(tasks), initial=sum((t,) in done for t in tasks), desc="expert trajectories") as bar:
+
+                async def work():
+                    for task in todo:
+                        async with pool.session() as env:
+                            e = await env("expert", task, deadline=600)
+                        row = {"task": task, "solved": e is not None, **(e or {"instruction": "", "steps": [], "reward": 0.0})}
+                        append(row)
+                        done[(task,)] = row
+                        bar.update()
+
+                await asyncio.gather(*[work() for _ in range(a.workers)])
+    rows = [done[(t,)] for t in tasks]
+    unsolved = [r["task"] for r in rows if not r["solved"]]
+    if unsolved:
+        print(f"the expert does not solve {len(unsolved)} tasks, left out: {', '.join(unsolved[:5])}")
+    return [r for r in rows if r["solved"]]
+
+
+def conversation(steps: list) -> str:
+    return "\n".join(f"Action: {action}\nObservation: {observation}" for action, observation in steps)
+
+
+async def ask_teacher(teacher, prompts, verbs, e: dict, a: Args) -> tuple[str | None, str | None]:
+    """(plan, None) or (last plan or reply, reason). Appendix C: a plan with too much detail or with
+    verbs the environment lacks is asked for again at another temperature; a reply in the wrong format
+    is first given back with the request to extract the plan from it."""
+    messages = prompts.teacher(e["instruction"], conversation(e["steps"]))
+    reason = text = None
+    for i, temperature in enumerate(a.temperatures):
+        reply = await teacher.ask(messages, temperature, a.max_tokens, common.seed_of(a.seed, e["task"], i))
+        text = reply.text
+        plan = common.parse_plan(text)
+        if plan is None and text.strip():
+            extract = [*messages, {"role": "assistant", "content": text}, {"role": "user", "content":
+                       "Take the meta plan out of your reply and write it again as numbered steps, \"Step 1: ...\", one a "
+                       "line, between <meta_plan> and </meta_plan>. Write nothing else."}]
+            text = (await teacher.ask(extract, 0.0, a.max_tokens, a.seed)).text
+            plan = common.parse_plan(text)
+        reason = common.check_plan(plan, verbs, a.max_plan_steps)
+        if reason is None:
+            return plan, None
+        text = plan or text
+    return text, reason
+
+
+async def seed_plans(a: Args, trajectories: list[dict], prompts) -> dict[str, str]:
+    """{task: p} for the trajectories whose plan passes quality control; writes both plan files."""
+    out, cls = Path(a.out), common.environment(a.env)
+    kept_path, rejected_path = out / "seed_plans.jsonl", out / "seed_plans.rejected.jsonl"
+
+    def row(e, plan, by):
+        return {"task": e["task"], "plan": plan, "teacher": by, "messages":
+                [*prompts.planner(e["instruction"]), {"role": "assistant", "content": common.plan_reply(plan)}]}
+
+    maker = common.digest(a.teacher, prompts.teacher_text, a.max_plan_steps)
+    by_task = {e["task"]: e for e in trajectories}
+    kept, rejected = {}, {}
+    for r in common.read_rows(kept_path, ("task", "plan", "teacher"), missing_ok=True):
+        if r["task"] in by_task and (r["teacher"].endswith(maker) or r["teacher"] == "edited"):
+            kept[r["task"]] = row(by_task[r["task"]], r["plan"], r["teacher"])
+    for r in common.read_rows(rejected_path, ("task", "plan", "reason"), missing_ok=True):
+        if r["task"] in by_task and r["task"] not in kept:
+            plan = common.parse_plan(f"<meta_plan>\n{r['plan']}\n</meta_plan>")
+            if common.check_plan(plan, cls.VERBS, a.max_plan_steps) is None:
+                kept[r["task"]] = row(by_task[r["task"]], plan, "edited")
+            elif r.get("teacher", "").endswith(maker):
+                rejected[r["task"]] = r
+
+    if a.teacher == "rules":
+        for e in trajectories:
+            plan = common.number_steps(cls.abstract(e["steps"]))
+            reason = common.check_plan(plan, cls.VERBS, a.max_plan_steps)
+            if kept.get(e["task"], {}).get("teacher") == "edited":
+                continue
+            kept.pop(e["task"], None), rejected.pop(e["task"], None)
+            if reason is None:
+                kept[e["task"]] = row(e, plan, f"rules {maker}")
+            else:
+                rejected[e["task"]] = {"task": e["task"], "reason": reason, "plan": plan, "teacher": f"rules {maker}"}
+    elif todo := [e for e in trajectories if e["task"] not in kept and e["task"] not in rejected]:
+        if not prompts.teacher_text:
+            raise InputError(f"--prompts {a.prompts} has no teacher.txt, which --teacher {a.teacher} needs")
+        tokens = sum(len(prompts.teacher(e["instruction"], conversation(e["steps"]))[0]["content"]) for e in todo) // 4
+        print(f"teacher {a.teacher}: {len(todo)} calls (up to {2 * len(a.temperatures)} each where a plan fails quality control), "
+              f"about {tokens:,} prompt tokens and {150 * len(todo):,} generated tokens for one call each")
+        common.write_rows(kept_path, kept.values())
+        common.write_rows(rejected_path, rejected.values())
+        with contextlib.ExitStack() as stack:
+            url = a.teacher_url
+            if not url and common.is_local(a.teacher):
+                [url] = stack.enter_context(common.serve([a.teacher], out / "logs"))
+            append_kept = stack.enter_context(common.Appender(kept_path))
+            append_rejected = stack.enter_context(common.Appender(rejected_path))
+            teacher = common.Model(None if url else a.teacher, url, a.concurrency)
+            bar = stack.enter_context(tqdm(total=len(todo), desc="seed plans"))
+
+            async def work(e):
+                try:
+                    plan, reason = await ask_teacher(teacher, prompts, cls.VERBS, e, a)
+                except common.ContextOverflow:
+                    plan, reason = None, "the trajectory is longer than the teacher's context"
+                by = f"{a.teacher} {maker}"
+                if reason is None:
+                    kept[e["task"]] = row(e, plan, by)
+                    append_kept(kept[e["task"]])
+                else:
+                    rejected[e["task"]] = {"task": e["task"], "reason": reason, "plan": plan or "", "teacher": by}
+                    append_rejected(rejected[e["task"]])
+                bar.update()
+
+            await asyncio.gather(*[work(e) for e in todo])
+
+    ordered = [kept[e["task"]] for e in trajectories if e["task"] in kept]
+    common.write_rows(rejected_path, [rejected[e["task"]] for e in trajectories if e["task"] in rejected])
+    common.write_rows(kept_path, ordered)
+    print(f"seed plans: {len(ordered)} kept, {len(rejected)} rejected"
+          + (f" (see {rejected_path}; edit a row's plan and run this stage again)" if rejected else ""))
+    return {r["task"]: r["plan"] for r in ordered}
+
+
+def agent_conversations(a: Args, trajectories: list[dict], plans: dict[str, str], prompts) -> None:
+    """The expert as the agent would have talked; a seeded `plan_share` of the rows has p in the prompt."""
+    rows = []
+    for e in trajectories:
+        with_plan = e["task"] in plans and random.Random(f"{a.seed} {e['task']}").random() < a.plan_share
+        messages = prompts.agent(e["instruction"], plans[e["task"]] if with_plan else None, e["task"])
+        for action, observation in e["steps"]:
+            messages += [{"role": "assistant", "content": f"Action: {action}"},
+                         common.observation_message(observation, a.observation_chars)]
+        rows.append({"task": e["task"], "with_plan": with_plan, "messages": messages[:-1]})
+    common.write_rows(Path(a.out) / "agent_sft.jsonl", rows)
+
+
+def main(a: Args) -> None:
+    common.environment(a.env)
+    prompts = common.Prompts(a.prompts or a.env)
+    if a.teacher != "rules" and not a.teacher_url:
+        if common.is_local(a.teacher):
+            common.check_model_dir(a.teacher)
+        else:
+            common.Model(a.teacher)  # no key: say so before the trajectories are made
+
+    async def stage():
+        trajectories = await expert_trajectories(a)
+        plans = await seed_plans(a, trajectories, prompts)
+        agent_conversations(a, trajectories, plans, prompts)
+        if not plans:
+            raise InputError("no seed plan passed quality control: see seed_plans.rejected.jsonl for the reasons")
+
+    asyncio.run(stage())
+
+
+if __name__ == "__main__":
+    common.run_stage(main, Args)

