@@ -28,6 +28,7 @@ class Args:
     lr: float = arg(1e-5, "peak learning rate (paper: 1e-5)")
     epochs: int = arg(3, "passes over the rows (paper: 3)")
     warmup_ratio: float = arg(0.0, "share of the steps with linear warm-up, before the cosine (paper: none named)")
+    lr_scheduler: str = arg("cosine", "shape of the learning rate after the warm-up: cosine (paper), linear or constant")
     weight_decay: float = arg(0.0, "AdamW weight decay")
     max_grad_norm: float = arg(1.0, "gradients are clipped to this norm")
     max_length: int = arg(4096, "longer rows are left out, and counted")
@@ -74,13 +75,13 @@ def main(a: Args) -> None:
     plan = [step for epoch in range(a.epochs)
             for step in common.plan_epoch([len(ids) for ids, _ in rows], a.batch_size, a.micro_tokens, world, a.seed, epoch)]
     wrapped = common.target_log_probs(model)
-    optimizer = torch.optim.AdamW(wrapped.parameters(), lr=a.lr, weight_decay=a.weight_decay)
+    optimizer = torch.optim.AdamW(wrapped.parameters(), lr=a.lr, weight_decay=a.weight_decay, fused=True)
     wrapped, optimizer = accelerator.prepare(wrapped, optimizer)
     run = common.Training(a.out, accelerator, {**asdict(a), "out": "", "rows": common.digest(rows)}, len(plan), a.save_steps)
 
     bar = tqdm(range(run.start, len(plan)), initial=run.start, total=len(plan), desc="sft", disable=not accelerator.is_main_process)
     for step in bar:
-        began, lr = time.time(), common.learning_rate(step, len(plan), a.lr, a.warmup_ratio)
+        began, lr = time.time(), common.learning_rate(step, len(plan), a.lr, a.warmup_ratio, a.lr_scheduler)
         batch = [i for micro in plan[step] for i in micro]
         target_tokens, tokens = sum(sum(rows[i][1]) for i in batch), sum(len(rows[i][0]) for i in batch)
         total, mine = torch.zeros((), device=accelerator.device), plan[step][rank::world]

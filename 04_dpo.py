@@ -30,6 +30,7 @@ class Args:
     lr: float = arg(1e-5, "peak learning rate (paper: 1e-5)")
     epochs: int = arg(3, "passes over the pairs (paper: 3)")
     warmup_ratio: float = arg(0.03, "share of the steps with linear warm-up, before the cosine (paper: 3%)")
+    lr_scheduler: str = arg("cosine", "shape of the learning rate after the warm-up: cosine (paper), linear or constant")
     weight_decay: float = arg(0.0, "AdamW weight decay")
     max_grad_norm: float = arg(1.0, "gradients are clipped to this norm")
     max_length: int = arg(4096, "pairs with a longer side are left out, and counted")
@@ -114,7 +115,7 @@ def main(a: Args) -> None:
     plan = [step for epoch in range(a.epochs)
             for step in common.plan_epoch(lengths, a.batch_size, a.micro_tokens, world, a.seed, epoch)]
     wrapped = common.target_log_probs(model)
-    optimizer = torch.optim.AdamW(wrapped.parameters(), lr=a.lr, weight_decay=a.weight_decay)
+    optimizer = torch.optim.AdamW(wrapped.parameters(), lr=a.lr, weight_decay=a.weight_decay, fused=True)
     wrapped, optimizer = accelerator.prepare(wrapped, optimizer)
     run = common.Training(a.out, accelerator, {**asdict(a), "out": "", "pairs": common.digest(pairs)}, len(plan), a.save_steps)
 
@@ -129,7 +130,7 @@ def main(a: Args) -> None:
 
     bar = tqdm(range(run.start, len(plan)), initial=run.start, total=len(plan), desc="dpo", disable=not accelerator.is_main_process)
     for step in bar:
-        began, lr = time.time(), common.learning_rate(step, len(plan), a.lr, a.warmup_ratio)
+        began, lr = time.time(), common.learning_rate(step, len(plan), a.lr, a.warmup_ratio, a.lr_scheduler)
         count, mine = sum(len(micro) for micro in plan[step]), plan[step][rank::world]
         tokens = sum(len(ids) for micro in plan[step] for i in micro for ids, _ in pairs[i])
         sums = torch.zeros(6, device=device)  # loss, accuracy, chosen and rejected reward, chosen and rejected log-prob

