@@ -675,8 +675,8 @@ class Model:
             raise InputError(f"asking {name} needs an API key: set OPENAI_API_KEY (and OPENAI_BASE_URL for a server "
                              "other than OpenAI's)")
         self.name, self.url, self.slots = name, url, asyncio.Semaphore(concurrency)
-        self.client = AsyncOpenAI(base_url=url, api_key=key if url is None else (key or "none"), timeout=timeout,
-                                  max_retries=8)
+        self.retries = int(os.environ.get("MPO_MAX_RETRIES", 8))  # 8: about a minute of growing pauses
+        self.client = AsyncOpenAI(base_url=url, api_key=key if url is None else "none", timeout=timeout, max_retries=self.retries)
         self.calls = self.prompt_tokens = self.completion_tokens = 0
 
     async def ask(self, messages: list[dict], temperature: float = 0.0, max_tokens: int = 256,
@@ -701,10 +701,10 @@ class Model:
                 raise ContextOverflow(str(e)) from None
             raise InputError(f"{self.where()} refused a request: {str(e)[:300]}") from None
         except openai.APIConnectionError:
-            raise InputError(f"{self.where()} cannot be reached (gave up after 9 tries); finished rows are kept, "
+            raise InputError(f"{self.where()} cannot be reached (gave up after {self.retries + 1} tries); finished rows are kept, "
                              "run the same command when it is back") from None
         except openai.APIStatusError as e:
-            raise InputError(f"{self.where()} answers {e.status_code} (gave up after 9 tries): {str(e)[:200]}") from None
+            raise InputError(f"{self.where()} answers {e.status_code} (gave up after {self.retries + 1} tries): {str(e)[:200]}") from None
         except (IndexError, TypeError, ValueError, AttributeError) as e:
             raise InputError(f"{self.where()} sent an answer without a completion ({type(e).__name__}: {str(e)[:100]})") from None
         self.calls += 1
@@ -786,7 +786,7 @@ def _start_server(model, share, data_parallel, tensor_parallel, max_model_len, l
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     env = dict(os.environ, TOKENIZERS_PARALLELISM="false")
-    if find_spec("vllm"):
+    if find_spec("vllm") and os.environ.get("MPO_SERVER", "vllm") == "vllm":  # MPO_SERVER=transformers: the other one
         import torch
 
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--served-model-name",
