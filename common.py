@@ -347,7 +347,7 @@ class ScienceWorld:
         # left alone: py4j drops it, and a JVM whose output pipe is full would hang.
         port, process = launch_gateway(
             classpath=jar, java_path=str(java), cwd=os.path.dirname(jar), die_on_exit=True, return_proc=True,
-            javaopts=[f"-Xmx{256 + 16 * sessions}m", "-XX:+UseSerialGC", "-XX:+UnlockExperimentalVMOptions", "-XX:hashCode=2"])
+            javaopts=[f"-Xmx{384 + 16 * sessions}m", "-XX:+UseSerialGC", "-XX:+UnlockExperimentalVMOptions", "-XX:hashCode=2"])
         gateway = JavaGateway(gateway_parameters=GatewayParameters(auto_field=True, port=port), java_process=process)
         jvm = gateway.jvm
         field = jvm.java.lang.Class.forName("scala.util.Random").getDeclaredField("self")
@@ -560,6 +560,7 @@ class EnvPool:
     async def __aexit__(self, *_):
         for worker in self.workers:
             worker.kill()
+        await asyncio.gather(*[w.reader for w in self.workers if w.process], return_exceptions=True)
 
     @contextlib.asynccontextmanager
     async def session(self):
@@ -587,18 +588,23 @@ def worker_main(env: str, sessions: str) -> None:
     when its input ends, that is when the parent does."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a simulator prints must not mix with the answers
-    environments = {}
+    live, free = {}, []  # sessions are used again: one that has ended costs nothing to start over
     for line in sys.stdin:
         number, session, method, args = json.loads(line)
         if method == "close":
-            environments.pop(session, None)
+            free += [live.pop(session)] if session in live else []
             continue
         try:
-            if session not in environments:
-                environments[session] = environment(env)(int(sessions))
-            answer = [number, getattr(environments[session], method)(*args), None]
+            if session not in live:
+                live[session] = free.pop() if free else environment(env)(int(sessions))
+            answer = [number, getattr(live[session], method)(*args), None]
+        except InputError as e:
+            answer = [number, None, ["InputError", str(e)]]
         except Exception as e:
-            answer = [number, None, [type(e).__name__, f"{type(e).__name__}: {e}"[:2000] if not isinstance(e, InputError) else str(e)]]
+            live.pop(session, None)  # in an unknown state: not used again
+            answer = [number, None, [type(e).__name__, f"{type(e).__name__}: {e}"[:2000]]]
+            if "OutOfMemory" in answer[2][1] or "Py4JNetwork" in answer[2][1]:
+                sys.exit(f"environment worker: {answer[2][1]}")  # the simulator is gone; a new worker takes over
         out.write(json.dumps(answer) + "\n")
         out.flush()
 
@@ -798,7 +804,9 @@ def _start_server(model, share, data_parallel, tensor_parallel, max_model_len, l
                         str(data_parallel or max(1, gpus // tensor_parallel)), "--gpu-memory-utilization",
                         f"{0.9 / share:.2f}"]
         else:
-            command += ["--enforce-eager"]
+            # without chunks: a seeded request whose prompt is split ends vLLM's CPU engine
+            # ("CPU Generator does not use offset", seen with 0.32.0)
+            command += ["--enforce-eager", "--no-enable-chunked-prefill", "--max-num-batched-tokens", str(max(8192, max_model_len))]
             env.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
     else:
         command = [str(Path(sys.executable).with_name("transformers")), "serve", model, "--host", "127.0.0.1", "--port",

@@ -1,0 +1,168 @@
+"""What the tests share: a tiny model, a scripted chat server, and ways to reach the stage scripts."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+          "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+
+
+def stage(name: str):
+    """A stage script as a module; its name starts with a digit."""
+    return importlib.import_module(name)
+
+
+def script_env(**env) -> dict:
+    """The environment of a script under test: no key, no GPU, no network, few threads, short retries."""
+    base = {k: v for k, v in os.environ.items() if not k.startswith("OPENAI_")}
+    base |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "MPO_MAX_RETRIES": "1"}
+    return base | env
+
+
+def run_script(name: str, *args, env: dict | None = None, timeout: float = 240) -> subprocess.CompletedProcess:
+    """Run a stage to its end with this interpreter, in the repository root."""
+    return subprocess.run([sys.executable, name, *map(str, args)], cwd=ROOT, env=script_env(**(env or {})), capture_output=True,
+                          text=True, timeout=timeout)
+
+
+def check_run(name: str, *args, **options) -> str:
+    """Run a stage that must succeed; what it printed."""
+    result = run_script(name, *args, **options)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def start_script(name: str, *args, **env) -> subprocess.Popen:
+    """Start a stage that the test is going to kill."""
+    return subprocess.Popen([sys.executable, name, *map(str, args)], cwd=ROOT, env=script_env(**env), stdout=subprocess.DEVNULL,
+                            stderr=subprocess.DEVNULL)
+
+
+def write_jsonl(path: Path, rows) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def make_tokenizer(template: str = CHATML, bos: str | None = None, trim_offsets: bool = False):
+    """A byte-level BPE tokenizer trained on the repository's prompt texts; with `bos` it adds that token itself."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *([bos] if bos else [])]
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+                                  show_progress=False)
+    tokenizer.train([str(p) for p in sorted((ROOT / "data").glob("*/*.txt"))], trainer)
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
+    if bos:
+        add_bos = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))])
+        tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=trim_offsets), add_bos])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", bos_token=bos,
+                                   clean_up_tokenization_spaces=False, model_max_length=4096)
+    fast.chat_template = template
+    return fast
+
+
+def make_model(tokenizer, dtype="float32", seed: int = 0, **config):
+    """A random two-layer Llama for the tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+             "max_position_embeddings": 4096, "initializer_range": 0.1}
+    settings = {"vocab_size": len(tokenizer), "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id,
+                "pad_token_id": tokenizer.pad_token_id, "tie_word_embeddings": True}
+    return LlamaForCausalLM(LlamaConfig(**sizes, **{**settings, **config})).to(getattr(torch, dtype)).eval()
+
+
+def save_model(folder: Path, tokenizer=None, **options) -> Path:
+    tokenizer = tokenizer or make_tokenizer()
+    make_model(tokenizer, **options).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory, tokenizer) -> str:
+    """The directory of a random two-layer Llama with tokenizer and chat template."""
+    return str(save_model(tmp_path_factory.mktemp("models") / "tiny", tokenizer))
+
+
+class ChatServer(ThreadingHTTPServer):
+    """An OpenAI-compatible server on loopback that answers chats with `reply(messages, body)`: a text, or
+    (status, text) where an error's text is its message and a 200's is the whole body as it stands."""
+
+    daemon_threads, request_queue_size = True, 256
+
+    def __init__(self, reply):
+        super().__init__(("127.0.0.1", 0), ChatHandler)
+        self.reply, self.requests, self.keys, self.lock = reply, [], set(), threading.Lock()
+        self.url = f"http://127.0.0.1:{self.server_port}/v1"
+        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+
+    def handle_error(self, request, client_address):
+        """A client that was killed is no news."""
+
+
+class ChatHandler(BaseHTTPRequestHandler):
+    protocol_version, wbufsize = "HTTP/1.1", -1
+
+    def answer(self, status: int, body) -> None:
+        content = (body if isinstance(body, str) else json.dumps(body)).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def do_GET(self):
+        self.answer(200, {"object": "list", "data": [{"id": "scripted", "object": "model", "created": 0, "owned_by": "test"}]})
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with self.server.lock:
+            self.server.requests.append(body)
+            self.server.keys.add(self.headers.get("Authorization"))
+        text = self.server.reply(body["messages"], body)
+        if isinstance(text, tuple):
+            status, text = text
+            return self.answer(status, text if status == 200 else {"error": {"message": text, "type": "scripted", "code": status}})
+        usage = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
+        message = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
+        self.answer(200, {"id": "0", "object": "chat.completion", "created": 0, "model": "scripted", "choices": [message], "usage": usage})
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def chat_server():
+    """chat_server(reply) starts a `ChatServer`; all end with the test."""
+    servers = []
+
+    def start(reply) -> ChatServer:
+        servers.append(ChatServer(reply))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()

@@ -1,0 +1,178 @@
+"""Prompts: what planner and agent are asked, what their replies mean, and which tokens are learnt."""
+
+import pytest
+from conftest import CHATML, make_tokenizer
+
+from common import (
+    DATA,
+    InputError,
+    Prompts,
+    ScienceWorld,
+    check_plan,
+    number_steps,
+    parse_action,
+    parse_plan,
+    plan_reply,
+    plan_steps,
+    tokenize,
+)
+
+
+@pytest.mark.parametrize("reply, action", [
+    ("Thought: the kitchen has water.\nAction: teleport to kitchen", "teleport to kitchen"),
+    ("Action: look around", "look around"),
+    ("action:look around", "look around"),
+    ("**Action:** look around", "look around"),
+    ("**Action: look around**", "look around"),
+    ("Action: `open door to kitchen`", "open door to kitchen"),
+    ('Action: "wait1"  ', "wait1"),
+    ("  Action: 'focus on red box'\n", "focus on red box"),
+    ("Action: look around\nAction: wait", "look around"),
+    ("Action: pick up apple\nObservation: You pick up the apple.\nAction: wait", "pick up apple"),
+    ("Thought: no action: yet\nAction: use thermometer in inventory on water", "use thermometer in inventory on water"),
+    ("Action: connect red wire terminal 1 to blue light bulb cathode", "connect red wire terminal 1 to blue light bulb cathode"),
+    ("I would look around.", None),
+    ("Thought: my last action was bad.", None),
+    ("Action:", None),
+    ("Action: ``", None),
+    ("", None),
+])
+def test_parse_action(reply, action):
+    assert parse_action(reply) == action
+
+
+@pytest.mark.parametrize("reply, plan", [
+    ("<meta_plan>\nStep 1: go to kitchen\nStep 2: wait\n</meta_plan>", "Step 1: go to kitchen\nStep 2: wait"),
+    ("Sure, here it is:\n<meta_plan>\nStep 1: go to kitchen\n</meta_plan>\nGood luck!", "Step 1: go to kitchen"),
+    ("<meta_plan>\nStep 1: go to kitchen\nStep 2: wait", "Step 1: go to kitchen\nStep 2: wait"),
+    ("<meta_plan>\nStep 3: look around\nStep 7: wait\n</meta_plan>", "Step 1: look around\nStep 2: wait"),
+    ("<meta_plan>\n1. look around\n2) wait\n</meta_plan>", "Step 1: look around\nStep 2: wait"),
+    ("<Meta Plan>\n step 1 :  look around  \n</Meta Plan>", "Step 1: look around"),
+    ("Step 1: look around", None),
+    ("<meta_plan>\nlook around, then wait\n</meta_plan>", None),
+    ("<meta_plan></meta_plan>", None),
+    ("", None),
+])
+def test_parse_plan(reply, plan):
+    assert parse_plan(reply) == plan
+
+
+def test_plan_round_trip():
+    steps = ["go to kitchen", "pick up water: the cold one", "wait"]
+    plan = number_steps(steps)
+    assert parse_plan(plan_reply(plan)) == plan and plan_steps(plan) == steps
+
+
+@pytest.mark.parametrize("step", [
+    "go to where the animal may be",
+    "focus on the animal",
+    "wait 10 steps until the water is above 100 degrees",
+    "move the substance to the red box if it is below 50.5 degrees celsius",
+    "repeat steps 2 and 3 until it boils",
+    "use the thermometer on the substance 3 times",
+])
+def test_good_plan_passes(step):
+    assert check_plan(number_steps(["look around", step]), ScienceWorld.VERBS) is None
+
+
+@pytest.mark.parametrize("plan, reason", [
+    ("Step 1: go to cabinet 4", "instance detail.*cabinet 4"),
+    ("Step 1: look around\nStep 2: put the apple in fridge (1)", "instance detail.*fridge"),
+    ("Step 1: heat the water with the microwave", "verb.*heat"),
+    ("Step 1: Click on the search button", "verb.*Click"),
+    (number_steps(["look around"] * 21), "too long.*21 steps"),
+    ("Step 1: look " + "around and " * 40, "too long.*words"),
+    (None, "format"),
+    ("", "format"),
+])
+def test_plan_faults(plan, reason):
+    with pytest.raises(InputError, match=reason):
+        raise InputError(check_plan(plan, ScienceWorld.VERBS))
+
+
+def test_number_of_steps_allowed():
+    plan = number_steps(["look around"] * 21)
+    assert check_plan(plan, ScienceWorld.VERBS, max_steps=21) is None
+
+
+FOLDERS = sorted(p.parent.name for p in DATA.glob("*/agent.txt"))
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_the_plan_is_in_the_agents_message_only_when_given(folder):
+    prompts, u, plan = Prompts(folder), "Your task is to boil tin.", "Step 1: go to foundry\nStep 2: activate the furnace"
+    [without], [given] = prompts.agent(u, None, "boil/0"), prompts.agent(u, plan, "boil/0")
+    assert without["role"] == given["role"] == "user"
+    assert plan in given["content"] and plan not in without["content"] and "meta plan" not in without["content"].lower()
+    for message in (without, given):
+        assert u in message["content"] and not any(f"{{{slot}}}" in message["content"] for slot in ("task", "plan_line", "example"))
+    assert given["content"].replace(plan, "").startswith(without["content"]), "the plan only adds to the message"
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_planner_sees_the_task_and_no_trajectory(folder):
+    [message] = Prompts(folder).planner("Your task is to boil tin.")
+    assert message["role"] == "user" and "Your task is to boil tin." in message["content"]
+    assert "{task}" not in message["content"] and "{conversation}" not in message["content"] and "Observation:" not in message["content"]
+
+
+def test_teacher_sees_the_trajectory():
+    [message] = Prompts("sciworld").teacher("Your task is to boil tin.", "Action: wait\nObservation: {task}")
+    assert "Your task is to boil tin." in message["content"] and "Action: wait\nObservation:" in message["content"]
+    assert "{conversation}" not in message["content"]
+
+
+def test_text_in_a_slot_is_not_read_as_a_slot():
+    """Text from models and environments is data: braces in it are left as they are."""
+    prompts = Prompts("sciworld")
+    content = prompts.agent("Find {plan_line} and {example}.", "Step 1: find {task}", "boil/0")[0]["content"]
+    assert "Find {plan_line} and {example}." in content and "Step 1: find {task}" in content
+    content = prompts.teacher("Find {conversation}.", "Observation: {task}")[0]["content"]
+    assert "Find {conversation}." in content and "Observation: {task}" in content
+
+
+def test_unknown_prompt_folder():
+    with pytest.raises(InputError, match="nowhere"):
+        Prompts("nowhere")
+
+
+TALK = [
+    {"role": "user", "content": "Your task is to boil water.\n\nStep 1: go to kitchen"},
+    {"role": "assistant", "content": "Thought: I need the  stove.\nAction: teleport to kitchen"},
+    {"role": "user", "content": "Observation: You teleport to the kitchen. <|im_end|"},
+    {"role": "assistant", "content": "Action: activate stove — 100°"},
+    {"role": "user", "content": "Observation: The stove is now activated."},
+    {"role": "assistant", "content": "Action: wait1"},
+]
+
+
+@pytest.mark.parametrize("trim_offsets", [False, True])
+def test_targets_are_what_the_assistant_writes(trim_offsets):
+    """Whether or not the tokenizer trims spaces off its offsets."""
+    tokenizer = make_tokenizer(trim_offsets=trim_offsets)
+    ids, targets = tokenize(TALK, tokenizer, "test")
+    learnt = [i for i, t in zip(ids, targets, strict=True) if t]
+    assert tokenizer.decode(ids) == tokenizer.apply_chat_template(TALK, tokenize=False)
+    assert tokenizer.decode(learnt) == "".join(m["content"] + "<|im_end|>" for m in TALK if m["role"] == "assistant")
+    runs = sum(t and not before for before, t in zip([False, *targets], targets, strict=False))
+    assert runs == 3, "one run of targets a turn"
+
+
+def test_a_conversation_that_ends_with_an_observation(tokenizer):
+    ids, targets = tokenize(TALK[:3], tokenizer, "test")
+    assert tokenizer.decode([i for i, t in zip(ids, targets, strict=True) if t]) == TALK[1]["content"] + "<|im_end|>"
+    assert not any(tokenize(TALK[:1], tokenizer, "test")[1])
+
+
+def test_one_bos():
+    tokenizer = make_tokenizer(template="{{ bos_token }}" + CHATML, bos="<s>")
+    ids, targets = tokenize(TALK, tokenizer, "test")
+    assert ids.count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id and not targets[0]
+    assert sum(targets) == sum(tokenize(TALK, make_tokenizer(), "test")[1])
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused():
+    forgetful = CHATML.replace("m['content'] +", "(m['content'] if loop.last or m['role'] == 'user' else '...') +")
+    with pytest.raises(InputError, match=r"rows\.jsonl:3: .*template"):
+        tokenize(TALK, make_tokenizer(template=forgetful), "rows.jsonl:3")
+    assert any(tokenize(TALK[:2], make_tokenizer(template=forgetful), "rows.jsonl:3")[1])

@@ -1,0 +1,141 @@
+"""Rows: every file between stages is JSONL, one whole row a line."""
+
+import json
+import random
+import shutil
+
+import pytest
+from conftest import write_jsonl
+from safetensors.torch import load_file, save_file
+
+from common import Appender, InputError, digest, finished, model_id, read_rows, seed_of, write_rows
+
+
+@pytest.mark.parametrize("line", ["{\"a\": 1", "not json", "[1, 2]", "3", "{\"b\": 2}", "\"a\""])
+def test_bad_line_names_file_and_line(tmp_path, line):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f'{{"a": 1}}\n{line}\n{{"a": 2}}\n')
+    with pytest.raises(InputError, match=r"rows\.jsonl:2\b"):
+        read_rows(path, ("a",))
+
+
+def test_bad_bytes_name_file_and_line(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"a": "\xff"}\n')
+    with pytest.raises(InputError, match=r"rows\.jsonl:1\b"):
+        read_rows(path, ("a",))
+
+
+def test_missing_field_is_named(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"task": "t", "plan": "p"}, {"task": "t"}])
+    with pytest.raises(InputError, match=r"rows\.jsonl:2: .*plan"):
+        read_rows(path, ("task", "plan"))
+    assert len(read_rows(path, ("task",))) == 2
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(InputError, match=r"none\.jsonl"):
+        read_rows(tmp_path / "none.jsonl")
+    assert read_rows(tmp_path / "none.jsonl", missing_ok=True) == []
+
+
+def test_empty_lines_are_no_rows(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"a": 1}\n\n  \n{"a": 2}\n')
+    assert read_rows(path, ("a",)) == [{"a": 1}, {"a": 2}]
+
+
+HALVES = [b'{"a": 2', b"{", b'{"a": "\xc3', b'{"a": 2, "b": [1']
+
+
+@pytest.mark.parametrize("half", HALVES)
+def test_half_written_last_line_is_dropped_and_cut_off(tmp_path, half):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"a": 1}\n' + half)
+    assert read_rows(path, ("a",)) == [{"a": 1}]
+    with Appender(path) as append:
+        append({"a": 3})
+    assert path.read_bytes() == b'{"a": 1}\n{"a": 3}\n'
+
+
+def test_whole_last_row_without_newline_is_kept(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"a": 1}\n{"a": 2}')
+    assert read_rows(path) == [{"a": 1}, {"a": 2}]
+    with Appender(path) as append:
+        append({"a": 3})
+    assert read_rows(path) == [{"a": 1}, {"a": 2}, {"a": 3}]
+
+
+def test_every_cut_of_a_file_resumes(tmp_path):
+    """Wherever a kill cuts the file, what is read is what an Appender goes on from."""
+    path, rows = tmp_path / "rows.jsonl", [{"a": i, "text": "ünï\n" * i} for i in range(3)]
+    write_rows(path, rows)
+    content = path.read_bytes()
+    for cut in range(len(content) + 1):
+        path.write_bytes(content[:cut])
+        kept = read_rows(path)
+        assert kept == rows[: len(kept)]
+        with Appender(path) as append:
+            for row in rows[len(kept) :]:
+                append(row)
+        assert read_rows(path) == rows
+
+
+def test_rows_are_whole_on_disk_at_once(tmp_path):
+    path = tmp_path / "new" / "rows.jsonl"
+    with Appender(path) as append:
+        append({"text": "één\nzwei"})
+        assert read_rows(path) == [{"text": "één\nzwei"}]
+        append({"text": ""})
+        assert len(path.read_bytes().splitlines()) == 2
+
+
+def test_second_appender_is_refused(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"a": 1}])
+    with Appender(path):
+        with pytest.raises(InputError, match=r"rows\.jsonl.*another run"):
+            Appender(path)
+    with Appender(path) as append:
+        append({"a": 2})
+    assert len(read_rows(path)) == 2
+
+
+def test_write_rows_is_atomic(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"a": 1}])
+    with path.open() as reader:
+        with pytest.raises(TypeError):
+            write_rows(path, [{"a": 2}, {"a": object()}])
+        assert read_rows(path) == [{"a": 1}]
+        write_rows(path, [{"a": 3}, {"a": 4}])
+        assert json.loads(reader.read()) == {"a": 1}, "a reader of the old file sees the old file"
+    assert read_rows(path) == [{"a": 3}, {"a": 4}]
+    assert [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def test_finished_keys():
+    rows = [{"task": "t", "m": 0, "x": 1}, {"task": "t", "m": 1}, {"task": "t", "m": 0, "x": 2}]
+    assert finished(rows, "task", "m") == {("t", 0): rows[2], ("t", 1): rows[1]}
+
+
+def test_model_id_follows_weights(tmp_path, tiny_model):
+    copy = tmp_path / "tiny"
+    shutil.copytree(tiny_model, copy)
+    before = model_id(str(copy))
+    assert before == model_id(tiny_model) and before.startswith("tiny-")
+    weights = load_file(copy / "model.safetensors")
+    weights["model.norm.weight"] += 0.5
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    assert model_id(str(copy)) != before
+    assert model_id("gpt-4o") == "gpt-4o"
+    assert model_id("gpt-4o", "http://one") != model_id("gpt-4o", "http://two")
+
+
+def test_seeds_depend_on_their_parts_alone():
+    keys = [(s, f"find-plant/{v}", m, a) for s in range(2) for v in range(20) for m in range(5) for a in range(3)]
+    seeds = {k: seed_of(*k) for k in keys}
+    random.Random(0).shuffle(keys)
+    assert all(seed_of(*k) == seeds[k] for k in keys)
+    assert len(set(seeds.values())) == len(seeds) and all(0 <= s < 2**31 for s in seeds.values())
+    assert seed_of("ab", "c") != seed_of("a", "bc") and seed_of(1, None) != seed_of(1)
+    assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})

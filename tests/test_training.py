@@ -1,0 +1,368 @@
+"""Training: the losses against a float64 reference, the schedule, the batches, and both scripts for real."""
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from conftest import ROOT, check_run, make_model, save_model, script_env, stage, start_script, write_jsonl
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from common import InputError, learning_rate, pad, plan_epoch, read_rows, target_log_probs, tokenize
+
+sft, dpo = stage("02_sft"), stage("04_dpo")
+CPU, BETA = torch.device("cpu"), 0.1
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+TALKS = [
+    [user("Boil water."), assistant("Action: activate stove"), user("Observation: It is on."), assistant("Action: wait1")],
+    [user("Find a plant."), assistant("Action: teleport to greenhouse")],
+    [user("Find an animal. It may be outside, or in the kitchen, or anywhere else."), assistant("Action: look around")],
+    [user("Mix."), assistant("Thought: salt, water.\nAction: mix cup"), user("Observation: brine"), assistant("Action: focus on it")],
+    [user("Wait."), assistant("Action: wait")],
+]
+PAIRS = [{"prompt": [user(f"Plan {good[-9:]}.")], "chosen": [assistant(good)], "rejected": [assistant(bad)]} for good, bad in [
+    ("Step 1: go to kitchen\nStep 2: look around", "Step 1: wait"),
+    ("Step 1: focus on the animal", "Step 1: open the door and read the note on the table\nStep 2: wait"),
+    ("Step 1: pour water into cup", "Step 1: pour cup into water"),
+    ("Step 1: mix the paint\nStep 2: focus on it", "Step 1: eat the paint"),
+]]
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """Accelerate keeps one state a process, and the tests train in different precisions."""
+    yield
+    AcceleratorState._reset_state(True)
+
+
+@pytest.fixture(scope="module")
+def double(tokenizer):
+    return make_model(tokenizer, "float64", tie_word_embeddings=False)
+
+
+def reference_log_prob(model, messages, tokenizer):
+    """log pi of all that the assistant says, the plain way: full logits of one row, one target after the other."""
+    ids, targets = tokenize(messages, tokenizer, "test")
+    logits = model(torch.tensor([ids])).logits[0]
+    assert logits.dtype == torch.float64
+    total = torch.zeros((), dtype=torch.float64)
+    for i in range(1, len(ids)):
+        if targets[i]:
+            total = total + torch.log_softmax(logits[i - 1], -1)[ids[i]]
+    return total, sum(targets)
+
+
+def gradients(model, loss=None) -> dict:
+    if loss is not None:
+        model.zero_grad()
+        loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def assert_same(loss, grads, expected_loss, expected_grads):
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
+    assert grads.keys() == expected_grads.keys()
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, expected_grads[name], rtol=1e-6, atol=1e-9, msg=name)
+
+
+def micro_batches(lengths, micros):
+    """The first plan_epoch of these lengths that has that many micro-batches."""
+    for micro_tokens in range(1, 10_000):
+        [plan] = plan_epoch(lengths, len(lengths), micro_tokens, 1, 0, 0)
+        if len(plan) == micros:
+            return plan
+    raise AssertionError(f"no plan of {micros} micro-batches")
+
+
+@pytest.mark.parametrize("micros", [1, 4])
+def test_sft_loss_equals_reference(double, tokenizer, micros):
+    results = [reference_log_prob(double, talk, tokenizer) for talk in TALKS]
+    expected = -sum(lp for lp, _ in results) / sum(n for _, n in results)
+    expected_grads = gradients(double, expected)
+
+    rows = [tokenize(talk, tokenizer, "test") for talk in TALKS]
+    plan, wrapped, total = micro_batches([len(ids) for ids, _ in rows], micros), target_log_probs(double), 0.0
+    double.zero_grad()
+    target_tokens = sum(sum(targets) for _, targets in rows)
+    for micro in plan:
+        loss = sft.sft_loss(wrapped(*pad([rows[i] for i in micro], CPU)), target_tokens)
+        loss.backward()
+        total += loss.item()
+    assert_same(total, gradients(double), expected.item(), expected_grads)
+
+
+@pytest.mark.parametrize("micros", [1, 4])
+def test_dpo_loss_equals_reference(double, tokenizer, micros):
+    frozen = make_model(tokenizer, "float64", seed=1, tie_word_embeddings=False)
+    expected, margins = torch.zeros((), dtype=torch.float64), []
+    for pair in PAIRS:
+        margin = torch.zeros((), dtype=torch.float64)
+        for side, sign in (("chosen", 1), ("rejected", -1)):
+            messages = pair["prompt"] + pair[side]
+            with torch.no_grad():
+                ref, _ = reference_log_prob(frozen, messages, tokenizer)
+            margin = margin + sign * BETA * (reference_log_prob(double, messages, tokenizer)[0] - ref)
+        margins.append(margin.item())
+        expected = expected - torch.log(1 / (1 + torch.exp(-margin))) / len(PAIRS)
+    expected_grads = gradients(double, expected)
+
+    pairs = [tuple(tokenize(p["prompt"] + p[side], tokenizer, "test") for side in ("chosen", "rejected")) for p in PAIRS]
+    plan = micro_batches([2 * max(len(ids) for ids, _ in pair) for pair in pairs], micros)
+    wrapped, reference, total, seen = target_log_probs(double), target_log_probs(frozen), 0.0, {}
+    double.zero_grad()
+    for micro in plan:
+        sides = [side for i in micro for side in pairs[i]]
+        with torch.no_grad():
+            ref = dpo.sequence_log_probs(reference, sides, CPU).view(-1, 2)
+        policy = dpo.sequence_log_probs(wrapped, sides, CPU).view(-1, 2)
+        losses, chosen, rejected = dpo.dpo_loss(*policy.unbind(1), *ref.unbind(1), BETA)
+        (losses.sum() / len(pairs)).backward()
+        total += losses.sum().item() / len(pairs)
+        seen |= dict(zip(micro, (chosen - rejected).tolist(), strict=True))
+    assert_same(total, gradients(double), expected.item(), expected_grads)
+    assert [seen[i] for i in range(len(pairs))] == pytest.approx(margins, rel=1e-6)
+
+
+def test_reference_log_probs_are_those_of_the_model(double, tokenizer):
+    pairs = [tuple(tokenize(p["prompt"] + p[side], tokenizer, "test") for side in ("chosen", "rejected")) for p in PAIRS]
+    for micro_tokens in (64, 100_000):
+        out = dpo.reference_log_probs(target_log_probs(double), pairs, dpo.Args(micro_tokens=micro_tokens), Accelerator(cpu=True))
+        for row, pair in zip(out.tolist(), PAIRS, strict=True):
+            expected = [reference_log_prob(double, pair["prompt"] + pair[side], tokenizer)[0].item() for side in ("chosen", "rejected")]
+            assert row == pytest.approx(expected, rel=1e-6)
+
+
+def test_dpo_loss_by_hand():
+    four = [torch.tensor([v], dtype=torch.float64) for v in (-10.0, -12.0, -11.0, -9.0)]
+    loss, chosen, rejected = dpo.dpo_loss(*four, beta=0.5)
+    assert chosen.item() == 0.5 and rejected.item() == -1.5  # 0.5 (-10 + 11), 0.5 (-12 + 9)
+    assert loss.item() == pytest.approx(-math.log(1 / (1 + math.exp(-2.0))), rel=1e-12)
+    same = torch.tensor([-3.0])
+    assert dpo.dpo_loss(same, same, same, same, 0.1)[0].item() == pytest.approx(math.log(2))
+
+
+def test_a_process_without_rows_takes_part(double):
+    """Zero loss and a zero gradient for every parameter, as the processes' collective needs."""
+    double.zero_grad()
+    log_probs = target_log_probs(double)(*pad([], CPU))
+    assert sft.sft_loss(log_probs, 5).item() == 0
+    sft.sft_loss(log_probs, 5).backward()
+    assert all(p.grad is not None and not p.grad.any() for p in double.parameters())
+
+
+def test_padding_changes_nothing(double, tokenizer):
+    rows = [tokenize(talk, tokenizer, "test") for talk in TALKS]
+    wrapped = target_log_probs(double)
+    together = wrapped(*pad(rows, CPU))
+    torch.testing.assert_close(together, torch.cat([wrapped(*pad([row], CPU)) for row in rows]), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("total, warmup_ratio", [(100, 0.03), (17, 0.1), (10, 0.0), (1, 0.03), (3, 1.0)])
+def test_learning_rate(total, warmup_ratio):
+    peak, warmup = 1e-5, math.ceil(total * warmup_ratio)
+    for step in range(total):
+        lrs = {shape: learning_rate(step, total, peak, warmup_ratio, shape) for shape in ("cosine", "linear", "constant")}
+        if step < warmup:
+            assert set(lrs.values()) == {peak * (step + 1) / warmup}
+        else:
+            done = (step - warmup) / (total - warmup)
+            assert lrs["cosine"] == pytest.approx(peak * math.cos(math.pi * done / 2) ** 2, rel=1e-9)
+            assert lrs["linear"] == pytest.approx(peak * (1 - done)) and lrs["constant"] == peak
+        assert lrs["cosine"] > 0
+
+
+def test_learning_rate_shape_is_checked():
+    with pytest.raises(InputError, match="triangle.*cosine"):
+        learning_rate(0, 10, 1.0, 0.0, "triangle")
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_plan_epoch(processes):
+    lengths, budget = [(37 * i) % 90 + 10 for i in range(50)], 200
+    steps = plan_epoch(lengths, 16, budget, processes, 7, 1)
+    assert [sum(map(len, step)) for step in steps] == [16, 16, 16, 2]
+    assert sorted(i for step in steps for micro in step for i in micro) == list(range(50)), "each row exactly once"
+    for step in steps:
+        assert len(step) % processes == 0, "as many micro-batches for every process"
+        for micro in step:
+            assert not micro or len(micro) * max(lengths[i] for i in micro) <= budget
+    assert steps == plan_epoch(lengths, 16, budget, processes, 7, 1)
+    orders = {str(plan_epoch(lengths, 16, budget, processes, seed, epoch)) for seed in (7, 8) for epoch in (1, 2)}
+    assert len(orders) == 4, "another order for another seed or epoch"
+
+
+def test_plan_epoch_batches_do_not_depend_on_the_machine():
+    lengths = [(37 * i) % 90 + 10 for i in range(50)]
+    plans = [plan_epoch(lengths, 8, budget, processes, 0, 0) for budget in (10, 200, 10_000) for processes in (1, 2, 8)]
+    batches = [[sorted(i for micro in step for i in micro) for step in plan] for plan in plans]
+    assert all(b == batches[0] for b in batches)
+
+
+def test_a_row_above_the_budget_is_alone():
+    assert plan_epoch([500, 3, 3], 3, 10, 1, 0, 0) in ([[[0], [1, 2]]], [[[0], [2, 1]]])
+
+
+# ---- the scripts ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def talks(tmp_path_factory):
+    return write_jsonl(tmp_path_factory.mktemp("data") / "talks.jsonl", [{"messages": talk} for talk in TALKS])
+
+
+@pytest.fixture(scope="module")
+def preferences(tmp_path_factory):
+    return write_jsonl(tmp_path_factory.mktemp("data") / "pairs.jsonl", PAIRS)
+
+
+def losses(folder) -> list[float]:
+    return [row["loss"] for row in read_rows(folder / "metrics.jsonl", ("step", "loss"))]
+
+
+def assert_loads(folder, base):
+    """The final directory holds all that the next stage and a server need, in the base model's dtype."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder, dtype="auto"), AutoTokenizer.from_pretrained(folder)
+    before = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+    assert model.dtype == before.dtype and model.config.use_cache
+    assert any(not torch.equal(p, q) for p, q in zip(model.parameters(), before.parameters(), strict=True)), "it has learnt"
+    assert tokenizer.chat_template == AutoTokenizer.from_pretrained(base).chat_template
+    assert not (folder.parent / f"{folder.name}.partial").exists() and (folder / "README.md").exists()
+    ids = tokenizer.apply_chat_template(TALKS[0][:1], add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    with torch.no_grad():
+        assert model.generate(**ids, max_new_tokens=3, do_sample=False).shape[1] > ids["input_ids"].shape[1]
+
+
+def test_sft_overfits_four_rows(tmp_path, tiny_model, talks):
+    out = tmp_path / "sft"
+    sft.main(sft.Args(model=tiny_model, data=str(talks), out=str(out), batch_size=4, micro_tokens=64, lr=1e-2, epochs=25, limit=4,
+                      gradient_checkpointing=True))
+    assert len(losses(out)) == 25 and losses(out)[-1] < 0.3 * losses(out)[0]
+    assert_loads(out, tiny_model)
+
+
+def test_dpo_learns_which_is_better(tmp_path, tokenizer, preferences):
+    base, out = save_model(tmp_path / "base", tokenizer, dtype="bfloat16", tie_word_embeddings=False), tmp_path / "mpo"
+    dpo.main(dpo.Args(model=str(base), data=str(preferences), out=str(out), batch_size=2, micro_tokens=256, lr=3e-3, epochs=10,
+                      warmup_ratio=0.1))
+    rows = read_rows(out / "metrics.jsonl", ("loss", "reward_accuracy", "reward_margin"))
+    assert rows[0]["loss"] == pytest.approx(math.log(2), rel=2e-2) and abs(rows[0]["reward_margin"]) < 0.1, "it starts as its reference"
+    assert len(rows) == 20 and rows[-1]["reward_accuracy"] == rows[-2]["reward_accuracy"] == 1.0
+    assert rows[-1]["loss"] < rows[0]["loss"] and rows[-1]["reward_margin"] > 0
+    assert_loads(out, base)
+
+
+def test_long_rows_are_counted_and_left_out(tmp_path, tiny_model, tokenizer, capsys):
+    talks = [*TALKS, [user("long " * 200), assistant("Action: wait")]]
+    data, limit = write_jsonl(tmp_path / "rows.jsonl", [{"messages": t} for t in talks]), 150
+    short = [tokenize(t, tokenizer, "")[0] for t in talks if len(tokenize(t, tokenizer, "")[0]) <= limit]
+    assert 0 < len(short) < len(talks)
+    rows = sft.load_rows(sft.Args(data=str(data), max_length=limit), tokenizer)
+    assert [ids for ids, _ in rows] == short
+    assert f"{len(talks) - len(short)} rows" in capsys.readouterr().out
+    with pytest.raises(InputError, match="max_length"):
+        sft.load_rows(sft.Args(data=str(data), max_length=3), tokenizer)
+
+    pairs = [*PAIRS, {**PAIRS[0], "rejected": [assistant("Step 1: wait\n" * 200)]}]
+    data = write_jsonl(tmp_path / "pairs.jsonl", pairs)
+    assert len(dpo.load_pairs(dpo.Args(data=str(data), max_length=400), tokenizer)) == len(PAIRS)
+    assert "1 pairs" in capsys.readouterr().out
+    assert len(dpo.load_pairs(dpo.Args(data=str(data), limit=2), tokenizer)) == 2
+
+
+def wait_for(condition, seconds=120.0):
+    end = time.time() + seconds
+    while not (found := condition()):
+        assert time.time() < end, "nothing happened in time"
+        time.sleep(0.005)
+    return found
+
+
+@pytest.mark.parametrize("script", ["02_sft.py", "04_dpo.py"])
+def test_killed_training_goes_on_bit_for_bit(tmp_path, tiny_model, talks, preferences, script):
+    data, rows = (talks, TALKS) if script == "02_sft.py" else (preferences, PAIRS)
+    args = [script, "--model", tiny_model, "--data", data, "--batch_size", 1, "--lr", 1e-3, "--epochs", 12, "--save_steps", 1,
+            "--warmup_ratio", 0.1]
+    check_run(*args, "--out", tmp_path / "whole")
+
+    out, partial = tmp_path / "killed", tmp_path / "killed.partial"
+    process = start_script(*args, "--out", out)
+    try:
+        wait_for(lambda: (partial / "state.json").exists() or process.poll() is not None)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    step, total = json.loads((partial / "state.json").read_text())["step"], 12 * len(rows)
+    assert 0 < step < total and not out.exists(), "killed in the middle"
+
+    assert f"going on from step {step} of {total}" in check_run(*args, "--out", out)
+    whole, resumed = load_file(tmp_path / "whole" / "model.safetensors"), load_file(out / "model.safetensors")
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[k], resumed[k]) for k in whole)
+    assert losses(out) == losses(tmp_path / "whole") and not partial.exists()
+
+
+@pytest.mark.parametrize("change", ["settings", "data", "model"])
+def test_training_starts_over_when_something_changed(tmp_path, tokenizer, talks, monkeypatch, change):
+    """A checkpoint of other settings, other rows or another base model is not gone on from."""
+    base, data, steps = save_model(tmp_path / "base", tokenizer), tmp_path / "rows.jsonl", []
+    data.write_text(talks.read_text())
+    args = sft.Args(model=str(base), data=str(data), out=str(tmp_path / "sft"), batch_size=2, epochs=2, save_steps=1)
+    step = sft.common.Training.step
+
+    def until_three(run, done, metrics):
+        steps.append(done)
+        step(run, done, metrics)
+        if done == 3 and len(steps) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(sft.common.Training, "step", until_three)
+    with pytest.raises(KeyboardInterrupt):
+        sft.main(args)
+    if change == "settings":
+        args.lr *= 2
+    elif change == "data":
+        write_jsonl(data, [{"messages": talk} for talk in TALKS[:4]])
+    else:
+        weights = load_file(base / "model.safetensors")
+        save_file({k: v * 1.1 for k, v in weights.items()}, base / "model.safetensors", metadata={"format": "pt"})
+    sft.main(args)
+    assert steps == [1, 2, 3, *range(1, 5 if change == "data" else 7)]
+    assert len(losses(tmp_path / "sft")) == len(steps) - 3
+
+
+def test_a_loss_that_is_not_finite_stops_training(tmp_path, tiny_model, talks):
+    with pytest.raises(InputError, match="loss is nan.*--lr"):
+        sft.main(sft.Args(model=tiny_model, data=str(talks), out=str(tmp_path / "sft"), batch_size=1, lr=1e30, epochs=5))
+    assert not (tmp_path / "sft").exists()
+
+
+@pytest.mark.parametrize("script", ["02_sft.py", "04_dpo.py"])
+def test_two_processes_train_as_one_does(tmp_path, tiny_model, talks, preferences, script):
+    """Small micro-batches, an odd number of rows: one process has less to do than the other, at times nothing.
+    torchrun, because `accelerate launch --cpu --num_processes 2` starts one process only."""
+    module, data = (sft, talks) if script == "02_sft.py" else (dpo, preferences)
+    settings = {"model": tiny_model, "data": str(data), "batch_size": 3, "micro_tokens": 64, "lr": 1e-3, "epochs": 2}
+    module.main(module.Args(**settings, out=str(tmp_path / "one")))
+    args = [str(x) for k, v in {**settings, "out": tmp_path / "two"}.items() for x in (f"--{k}", v)]
+    result = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script, *args],
+                            cwd=ROOT, env=script_env(ACCELERATE_USE_CPU="true"), capture_output=True, text=True, timeout=200)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-2)
+    one, two = (load_file(tmp_path / out / "model.safetensors") for out in ("one", "two"))
+    assert one.keys() == two.keys()
