@@ -125,7 +125,7 @@ async def seed_plans(a: Args, trajectories: list[dict], prompts) -> dict[str, st
 
     if a.teacher == "rules":
         for e in trajectories:
-            plan = common.number_steps(cls.abstract(e["steps"]))
+            plan = common.number_steps(cls.abstract(e["instruction"], e["steps"]))
             reason = common.check_plan(plan, cls.VERBS, a.max_plan_steps)
             if kept.get(e["task"], {}).get("teacher") == "edited":
                 continue
@@ -143,12 +143,9 @@ async def seed_plans(a: Args, trajectories: list[dict], prompts) -> dict[str, st
         common.write_rows(kept_path, kept.values())
         common.write_rows(rejected_path, rejected.values())
         with contextlib.ExitStack() as stack:
-            url = a.teacher_url
-            if not url and common.is_local(a.teacher):
-                [url] = stack.enter_context(common.serve([a.teacher], out / "logs"))
+            teacher = stack.enter_context(common.open_model(a.teacher, a.teacher_url, a.concurrency, out / "logs"))
             append_kept = stack.enter_context(common.Appender(kept_path))
             append_rejected = stack.enter_context(common.Appender(rejected_path))
-            teacher = common.Model(None if url else a.teacher, url, a.concurrency)
             bar = stack.enter_context(tqdm(total=len(todo), desc="seed plans"))
 
             async def work(e):
@@ -191,11 +188,8 @@ def agent_conversations(a: Args, trajectories: list[dict], plans: dict[str, str]
 def main(a: Args) -> None:
     common.environment(a.env)
     prompts = common.Prompts(a.prompts or a.env)
-    if a.teacher != "rules" and not a.teacher_url:
-        if common.is_local(a.teacher):
-            common.check_model_dir(a.teacher)
-        else:
-            common.Model(a.teacher)  # no key: say so before the trajectories are made
+    if a.teacher != "rules":
+        common.check_model(a.teacher, a.teacher_url)
 
     async def stage():
         trajectories = await expert_trajectories(a)

@@ -77,7 +77,8 @@ def main(a: Args) -> None:
     wrapped = common.target_log_probs(model)
     optimizer = torch.optim.AdamW(wrapped.parameters(), lr=a.lr, weight_decay=a.weight_decay, fused=True)
     wrapped, optimizer = accelerator.prepare(wrapped, optimizer)
-    run = common.Training(a.out, accelerator, {**asdict(a), "out": "", "rows": common.digest(rows)}, len(plan), a.save_steps)
+    made_from = {**asdict(a), "out": "", "model": common.model_id(a.model), "rows": common.digest(rows)}
+    run = common.Training(a.out, accelerator, made_from, len(plan), a.save_steps)
 
     bar = tqdm(range(run.start, len(plan)), initial=run.start, total=len(plan), desc="sft", disable=not accelerator.is_main_process)
     for step in bar:

@@ -28,7 +28,8 @@ class Args:
     env: str = arg("sciworld", "environment: " + ", ".join(common.ENVIRONMENTS))
     out: str = arg("runs/sciworld", "run folder")
     planner: str = arg("runs/sciworld/sft", "the SFT meta planner")
-    agent: str = arg("meta-llama/Llama-3.1-8B-Instruct", "the agent that tries the plans (paper 3.2)")
+    agent: str = arg("meta-llama/Llama-3.1-8B-Instruct",
+                     "the agent that tries the plans (paper 3.2), a local model or one of an OpenAI-compatible API")
     planner_url: Optional[str] = arg(None, "OpenAI-compatible server that already serves the planner")
     agent_url: Optional[str] = arg(None, "OpenAI-compatible server that already serves the agent")
     m: int = arg(5, "M, plans per task (paper: 5)")
@@ -58,29 +59,26 @@ async def sample_plans(a: Args, tasks: list[str], prompts, pool) -> list[dict]:
     done = common.finished(rows, "task", "m")
     todo = [(task, m) for task in tasks for m in range(a.m) if (task, m) not in done]
     if todo:
-        with common.serve_or(a.planner_url, a.planner, Path(a.out) / "logs", a.tensor_parallel, a.max_model_len) as url:
-            planner = common.Model(None, url, a.concurrency)
-            instructions = await common.instructions(pool, sorted({t for t, _ in todo}))
-            with common.Appender(path) as append, tqdm(total=len(todo), desc="sample plans") as bar:
+        u = await common.instructions(pool, list(dict.fromkeys(t for t, _ in todo)))
+        with common.Appender(path) as append, \
+                common.open_model(a.planner, a.planner_url, a.concurrency, Path(a.out) / "logs", a.tensor_parallel,
+                                  a.max_model_len) as planner, tqdm(total=len(todo), desc="sample plans") as bar:
 
-                async def sample(task, m):
-                    messages = prompts.planner(instructions[task])
-                    for attempt in range(3):
-                        seed = common.seed_of(a.seed, task, m, attempt)
-                        try:
-                            reply = await planner.ask(messages, a.plan_temperature, a.plan_tokens, seed)
-                        except common.ContextOverflow:
-                            raise InputError(f"the planner's prompt for {task} is longer than its context "
-                                             f"(--max_model_len {a.max_model_len})") from None
-                        if plan := common.parse_plan(reply.text):
-                            break
-                    row = {"task": task, "m": m, "plan": plan, "instruction": instructions[task], "planner": planner_id,
-                           "setting": setting}
-                    append(row)
-                    done[task, m] = row
-                    bar.update()
+            async def sample(task, m):
+                for attempt in range(3):
+                    seed = common.seed_of(a.seed, task, m, attempt)
+                    try:
+                        reply = await planner.ask(prompts.planner(u[task]), a.plan_temperature, a.plan_tokens, seed)
+                    except common.ContextOverflow:
+                        raise InputError(f"the planner's prompt for {task} is longer than its context "
+                                         f"(--max_model_len {a.max_model_len})") from None
+                    if plan := common.parse_plan(reply.text):
+                        break
+                done[task, m] = {"task": task, "m": m, "plan": plan, "instruction": u[task], "planner": planner_id, "setting": setting}
+                append(done[task, m])
+                bar.update()
 
-                await asyncio.gather(*[sample(*key) for key in todo])
+            await asyncio.gather(*[sample(*key) for key in todo])
     plans = [done[task, m] for task in tasks for m in range(a.m)]
     if missing := sum(p["plan"] is None for p in plans):
         print(f"{missing} of {len(plans)} replies held no plan, three times over: left out")
@@ -99,9 +97,8 @@ async def score_plans(a: Args, plans: list[dict], prompts, pool) -> dict[tuple, 
     jobs = [{"task": task, "plan": plan, "rollout": n, "agent": agent_id, "setting": setting}
             for task, plan in unique for n in range(a.n) if (task, plan, n) not in done]
     if jobs:
-        with common.serve_or(a.agent_url, a.agent, Path(a.out) / "logs", a.tensor_parallel, a.max_model_len) as url, \
-                common.Appender(path) as append:
-            agent = common.Model(None, url, a.concurrency)
+        with common.Appender(path) as append, common.open_model(
+                a.agent, a.agent_url, a.concurrency, Path(a.out) / "logs", a.tensor_parallel, a.max_model_len) as agent:
             c = common.RolloutConfig(prompts, a.agent_temperature, a.agent_tokens, a.observation_chars, a.seed)
 
             def keep(row):
@@ -147,9 +144,8 @@ def main(a: Args) -> None:
     if a.m < 2 or a.n < 1:
         raise InputError("--m must be at least 2 (a best and a worst plan) and --n at least 1")
     prompts = common.Prompts(a.prompts or a.env)
-    for model, url in ((a.planner, a.planner_url), (a.agent, a.agent_url)):
-        if not url:
-            common.check_model_dir(model)
+    common.check_model(a.planner, a.planner_url)
+    common.check_model(a.agent, a.agent_url)
 
     async def stage():
         async with common.EnvPool(a.env, a.workers, a.concurrency) as pool:

@@ -117,7 +117,8 @@ def main(a: Args) -> None:
     wrapped = common.target_log_probs(model)
     optimizer = torch.optim.AdamW(wrapped.parameters(), lr=a.lr, weight_decay=a.weight_decay, fused=True)
     wrapped, optimizer = accelerator.prepare(wrapped, optimizer)
-    run = common.Training(a.out, accelerator, {**asdict(a), "out": "", "pairs": common.digest(pairs)}, len(plan), a.save_steps)
+    made_from = {**asdict(a), "out": "", "model": common.model_id(a.model), "pairs": common.digest(pairs)}
+    run = common.Training(a.out, accelerator, made_from, len(plan), a.save_steps)
 
     reference_file = run.partial / "reference.pt"
     if reference_file.exists():

@@ -59,8 +59,9 @@ async def greedy_plans(a: Args, tasks: list[str], prompts, pool) -> dict[tuple, 
     if todo:
         needed = list(dict.fromkeys(s for s, _ in todo))
         u = await common.instructions(pool, list(dict.fromkeys(t for _, t in todo)))
-        with common.serve([planners[s] for s in needed], Path(a.out) / "logs", a.tensor_parallel, a.max_model_len) as urls, \
-                common.Appender(path) as append, tqdm(total=len(todo), desc="greedy plans") as bar:
+        with common.Appender(path) as append, \
+                common.serve([planners[s] for s in needed], Path(a.out) / "logs", a.tensor_parallel, a.max_model_len) as urls, \
+                tqdm(total=len(todo), desc="greedy plans") as bar:
             models = {s: common.Model(None, url, a.concurrency) for s, url in zip(needed, urls, strict=True)}
 
             async def ask(setting, task):
@@ -93,10 +94,8 @@ async def play(a: Args, tasks: list[str], plans: dict[tuple, str | None], prompt
     wanted = dict.fromkeys((t, plans.get((s, t))) for t in tasks for s in a.plans)
     jobs = [{"task": t, "plan": p, "rollout": 0, "agent": agent_id, "setting_id": setting_id} for t, p in wanted if (t, p) not in done]
     if jobs:
-        served = None if a.agent_url or common.is_local(a.agent) else "api"
-        with common.serve_or(a.agent_url or served, a.agent, Path(a.out) / "logs", a.tensor_parallel, a.max_model_len) as url, \
-                common.Appender(path) as append:
-            agent = common.Model(a.agent, None, a.concurrency) if served else common.Model(None, url, a.concurrency)
+        with common.Appender(path) as append, common.open_model(
+                a.agent, a.agent_url, a.concurrency, Path(a.out) / "logs", a.tensor_parallel, a.max_model_len) as agent:
             c = common.RolloutConfig(prompts, a.agent_temperature, a.agent_tokens, a.observation_chars, a.seed)
 
             def keep(row):
@@ -155,7 +154,8 @@ def show(cell: dict, scale: float = 100.0, sign: str = "") -> str:
 
 
 def markdown(a: Args, results: list[dict]) -> str:
-    head = ["split", "plans", "tasks", *(f"{label} (x100)" for label, _ in METRICS.values()), "gain in reward", "steps", "format errors", "ends"]
+    head = ["split", "plans", "tasks", *(f"{label} (x100)" for label, _ in METRICS.values()),
+            "gain in reward", "steps", "format errors", "ends"]
     table = [head]
     for r in results:
         gain = f"{show(r['gain'], sign='+')} over {r['gain']['over']}" if "gain" in r else ""
@@ -206,8 +206,7 @@ def main(a: Args) -> None:
             common.check_model_dir(str(out / setting))
             if not (out / setting).is_dir():
                 raise InputError(f"--plans {setting}: there is no planner {out / setting}; run the stage that makes it, or leave it out")
-    if not a.agent_url and common.is_local(a.agent):
-        common.check_model_dir(a.agent)
+    common.check_model(a.agent, a.agent_url)
 
     async def stage():
         async with common.EnvPool(a.env, a.workers, a.concurrency) as pool:
@@ -222,7 +221,8 @@ def main(a: Args) -> None:
     text = markdown(a, results)
     common.write_text(out / "results.md", text)
     picture(a, results, out / "results.png")
-    common.write_text(out / "results.json", json.dumps({"env": a.env, "agent": common.model_id(a.agent, a.agent_url), "results": results}, indent=1))
+    report = {"env": a.env, "agent": common.model_id(a.agent, a.agent_url), "results": results}
+    common.write_text(out / "results.json", json.dumps(report, indent=1) + "\n")
     print(f"\n{text}\nwritten to {out}/results.md, results.json, results.png")
 
 

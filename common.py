@@ -265,8 +265,8 @@ def task_type(task: str) -> str:
 
 
 # a name with an instance number, `cabinet 4`; not a quantity, `wait 10 steps`, `above 50 degrees`
-INSTANCE = re.compile(r"\b(?!(?:for|wait|above|below|least|most|than|about|of|to|at|and|or|the)\b)[a-z]+ \(?\d+\b(?!\.?\d*\s*(?:degrees|steps|times|°))",
-                      re.I)
+INSTANCE = re.compile(r"\b(?!(?:for|wait|above|below|least|most|than|about|of|to|at|and|or|the)\b)[a-z]+ \(?\d+\b"
+                      r"(?!\.?\d*\s*(?:degrees|steps|times|°))", re.I)
 
 
 def check_plan(plan: str | None, verbs: set, max_steps: int = 20) -> str | None:
@@ -450,16 +450,24 @@ class ScienceWorld:
         return out[:-1]
 
     @staticmethod
-    def abstract(steps: list) -> list[str]:
-        """The `rules` teacher: expert actions -> plan steps. Keeps the order of sub-goals, merges moves
-        between rooms into `go to ROOM`, drops looking around, answers to "which one?" and instance
-        numbers, and says a run of steps that repeats (waiting, heating and measuring again) once."""
+    def abstract(u: str, steps: list) -> list[str]:
+        """The `rules` teacher: task instruction and expert actions -> plan steps. Keeps the order of
+        sub-goals, merges moves between rooms into `go to ROOM`, drops looking around, answers to "which
+        one?" and instance numbers, calls what the expert happened to find by the task's own name for it
+        ("find a(n) animal": the animal), and says a run of steps that repeats (waiting, heating and
+        measuring again) once."""
+        wanted = re.search(r"\bfind (?:a\(n\)|the) ([a-z -]+)", u)
+        focus = next((a for a, _ in steps if a.startswith("focus on ")), "")
+        found = set(focus.split()[2:]) - {"egg", "baby", "adult", "juvenile", "in", "the", "inventory", "containing", "nothing", "table"}
         plan = []
         for action, _ in steps:
             if action == "look around" or action.isdigit():
                 continue
             action = re.sub(r"^teleport to ", "go to ", re.sub(r"^wait1?$", "wait", action))
             action = re.sub(r"(?<=[a-z]) \d+\b(?! degrees)", "", action)
+            match = re.match(r"(focus on|pick up|move) (.+?)( to .*)?$", action)
+            if wanted and match and (found & set(match[2].split()) or match[2].startswith("living thing")):
+                action = f"{match[1]} the {wanted[1]}{match[3] or ''}"
             if plan and action.startswith("go to ") and plan[-1].startswith("go to "):
                 plan.pop()  # only passed through that room: exploration
             plan.append(action)
@@ -734,11 +742,6 @@ def check_model_dir(model: str) -> None:
         raise InputError(f"model directory {model} does not exist: run the stage that makes it first")
 
 
-def is_local(model: str) -> bool:
-    """Whether a model is one to serve: a directory, or a Hugging Face name `owner/model`."""
-    return os.sep in model or Path(model).is_dir()
-
-
 @contextlib.contextmanager
 def serve(models: list[str], log_dir="logs", tensor_parallel: int = 1, max_model_len: int = 8192,
           data_parallel: int = 0, wait: float = 900.0):
@@ -772,13 +775,22 @@ def serve(models: list[str], log_dir="logs", tensor_parallel: int = 1, max_model
 
 
 @contextlib.contextmanager
-def serve_or(url: str | None, model: str, *args):
-    """The given server's `url`, or a server of `model` for the time of the `with`."""
-    if url:
-        yield url
-    else:
-        with serve([model], *args) as [served]:
-            yield served
+def open_model(name: str, url: str | None, concurrency: int, log_dir, tensor_parallel: int = 1, max_model_len: int = 8192):
+    """A `Model` to ask: behind `url` where one is given, served for the time of the `with` where `name`
+    is local (a directory or a Hugging Face name `owner/model`), else one of OpenAI or OPENAI_BASE_URL."""
+    with contextlib.ExitStack() as stack:
+        if not url and (os.sep in name or Path(name).is_dir()):
+            [url] = stack.enter_context(serve([name], log_dir, tensor_parallel, max_model_len))
+        yield Model(None if url else name, url, concurrency)
+
+
+def check_model(name: str, url: str | None) -> None:
+    """Say what is wrong with a model before work is spent on it: a directory that is not complete, or
+    no key for an API."""
+    if not url:
+        check_model_dir(name)
+        if os.sep not in name and not Path(name).is_dir():
+            Model(name)
 
 
 # ends the server's process group when the pipe to this process closes, however it closes

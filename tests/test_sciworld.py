@@ -176,12 +176,13 @@ def test_a_wrong_focus_loses_the_task(chat_server):
 
 def test_reward_is_the_best_score_so_far(experts):
     """What a lost task had earned before is kept, and never is a reward below 0 or above 1."""
-    actions = [a for a, _ in experts["find-plant/0"]["steps"]]
+    task = "chemistry-mix-paint-secondary-color/0"
+    actions = [a for a, _ in experts[task]["steps"]]
 
     async def main():
         async with EnvPool("sciworld", 1) as pool, pool.session() as env:
-            return (await transcript(env, "find-plant/0", actions))[1:], await transcript(
-                env, "find-plant/0", [*actions[:-1], "focus on agent"])
+            won = await transcript(env, task, actions)
+            return won[1:], await transcript(env, task, [*actions[:-1], "focus on agent"])
 
     won, [_, *lost] = asyncio.run(main())
     rewards = [reward for _, reward, _, _ in won]
