@@ -49,9 +49,9 @@ def load_rows(a: Args, tokenizer) -> list[tuple[list[int], list[bool]]]:
     rows, too_long = [], 0
     for i, row in enumerate(common.read_rows(a.data, ("messages",))[: a.limit], 1):
         where = f"{a.data}:{i}"
-        if not any(m.get("role") == "assistant" for m in row["messages"]):
-            raise InputError(f"{where}: no assistant message, nothing to learn from")
         ids, targets = common.tokenize(row["messages"], tokenizer, where)
+        if not any(targets):
+            raise InputError(f"{where}: no assistant message, nothing to learn from")
         if len(ids) > a.max_length:
             too_long += 1
         else:

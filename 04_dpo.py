@@ -59,6 +59,8 @@ def load_pairs(a: Args, tokenizer) -> list[tuple]:
     for i, row in enumerate(common.read_rows(a.data, ("prompt", "chosen", "rejected"))[: a.limit], 1):
         sides = []
         for side in ("chosen", "rejected"):
+            if not isinstance(row["prompt"], list) or not isinstance(row[side], list):
+                raise InputError(f"{a.data}:{i}: `prompt` and `{side}` must be lists of messages")
             ids, targets = common.tokenize(row["prompt"] + row[side], tokenizer, f"{a.data}:{i}")
             if not any(targets):
                 raise InputError(f"{a.data}:{i}: `{side}` has no assistant message")

@@ -62,7 +62,7 @@ async def greedy_plans(a: Args, tasks: list[str], prompts, pool) -> dict[tuple, 
         with common.Appender(path) as append, \
                 common.serve([planners[s] for s in needed], Path(a.out) / "logs", a.tensor_parallel, a.max_model_len) as urls, \
                 tqdm(total=len(todo), desc="greedy plans") as bar:
-            models = {s: common.Model(None, url, a.concurrency) for s, url in zip(needed, urls, strict=True)}
+            models = {s: common.Model(planners[s], url, a.concurrency) for s, url in zip(needed, urls, strict=True)}
 
             async def ask(setting, task):
                 try:

@@ -57,14 +57,16 @@ def run_stage(main, args_class):
     from transformers import HfArgumentParser
 
     parser = HfArgumentParser(args_class, description=sys.modules[args_class.__module__].__doc__, allow_abbrev=False)
-    args = parser.parse_args_into_dataclasses()[0]
+    args, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
+    if unknown:
+        parser.error(f"unknown argument {unknown[0]}; see --help")
     try:
         main(args)
     except InputError as e:
         print(f"error: {e}", file=sys.stderr)
         raise SystemExit(2) from None
     except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT):
+        if e.errno not in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.ENOTDIR):
             raise
         print(f"error: cannot write {e.filename or 'the run folder'}: {e.strerror}. "
               "Make room or choose another --out; finished rows are kept.", file=sys.stderr)
@@ -193,6 +195,11 @@ PLAN_FORMAT = "<meta_plan>\n{plan}\n</meta_plan>"
 NO_ACTION = 'Your reply holds no action. Write a line that starts with "Action:".'
 
 
+def fill(text: str, **values: str) -> str:
+    """Put values in place of {names}, all at once: braces inside a value stay as they are."""
+    return re.sub(r"\{(\w+)\}", lambda m: values.get(m[1], m[0]), text)
+
+
 class Prompts:
     """The prompt texts of one environment: the files of `data/NAME/`, or of any folder of that shape.
 
@@ -215,19 +222,17 @@ class Prompts:
 
     def planner(self, u: str) -> list[dict]:
         """Messages that ask the meta planner for p ~ pi_g(.|u)."""
-        return [{"role": "user", "content": self.planner_text.replace("{task}", u)}]
+        return [{"role": "user", "content": fill(self.planner_text, task=u)}]
 
     def teacher(self, u: str, conversation: str) -> list[dict]:
         """Messages that ask the teacher to abstract the trajectory e of task u into a meta plan."""
-        text = self.teacher_text.replace("{task}", u).replace("{conversation}", conversation)
-        return [{"role": "user", "content": text}]
+        return [{"role": "user", "content": fill(self.teacher_text, task=u, conversation=conversation)}]
 
     def agent(self, u: str, plan: str | None, task: str) -> list[dict]:
         """First message of an episode, a ~ pi_theta(.|u, p): the plan goes into the task instruction."""
         plan_line = f"\n\nThis meta plan may help you with the task:\n{plan}" if plan else ""
         example = self.examples.get(task_type(task), next(iter(self.examples.values()), ""))
-        text = self.agent_text.replace("{example}", example)
-        return [{"role": "user", "content": text.replace("{task}", u).replace("{plan_line}", plan_line)}]
+        return [{"role": "user", "content": fill(self.agent_text, example=example, task=u, plan_line=plan_line)}]
 
 
 def plan_reply(plan: str) -> str:
@@ -265,7 +270,7 @@ def task_type(task: str) -> str:
 
 
 # a name with an instance number, `cabinet 4`; not a quantity, `wait 10 steps`, `above 50 degrees`
-INSTANCE = re.compile(r"\b(?!(?:for|wait|above|below|least|most|than|about|of|to|at|and|or|the)\b)[a-z]+ \(?\d+\b"
+INSTANCE = re.compile(r"\b(?!(?:steps?|for|wait|above|below|least|most|than|about|of|to|at|and|or|the)\b)[a-z]+ \(?\d+\b"
                       r"(?!\.?\d*\s*(?:degrees|steps|times|°))", re.I)
 
 
@@ -529,7 +534,7 @@ class Worker:
             self.waiting.pop(number, None)
 
     async def _read(self, process):
-        while line := await process.stdout.readline():
+        while (line := await process.stdout.readline()).endswith(b"\n"):  # half a line: it was killed while it wrote
             number, result, error = json.loads(line)
             future = self.waiting.get(number)
             if future and not future.done():
@@ -622,6 +627,8 @@ async def list_tasks(pool: EnvPool, env: str, split: str, tasks_file: str | None
     """The tasks a stage works on: a split by rule, or those of `tasks_file` (JSON: [[type, variation],
     ...]); of the given types only; the first `limit` of them."""
     cls = environment(env)
+    if unknown := sorted(set(types or []) - set(cls.MAX_STEPS)):
+        raise InputError(f"unknown task type {unknown[0]!r}: --types takes {', '.join(sorted(cls.MAX_STEPS))}")
     if tasks_file:
         try:
             listed = json.loads(Path(tasks_file).read_text())
@@ -636,9 +643,6 @@ async def list_tasks(pool: EnvPool, env: str, split: str, tasks_file: str | None
         async with pool.session() as session:
             tasks = await session("tasks", split)
     if types:
-        known = set(cls.MAX_STEPS)
-        if unknown := sorted(set(types) - known):
-            raise InputError(f"unknown task type {unknown[0]!r}: --types takes {', '.join(sorted(known))}")
         tasks = [t for t in tasks if task_type(t) in types]
     if not tasks:
         raise InputError(f"no tasks left of the {split} split with these --tasks / --types")
@@ -778,9 +782,10 @@ def serve(models: list[str], log_dir="logs", tensor_parallel: int = 1, max_model
 def open_model(name: str, url: str | None, concurrency: int, log_dir, tensor_parallel: int = 1, max_model_len: int = 8192):
     """A `Model` to ask: behind `url` where one is given, served for the time of the `with` where `name`
     is local (a directory or a Hugging Face name `owner/model`), else one of OpenAI or OPENAI_BASE_URL."""
-    with contextlib.ExitStack() as stack:
-        if not url and (os.sep in name or Path(name).is_dir()):
-            [url] = stack.enter_context(serve([name], log_dir, tensor_parallel, max_model_len))
+    if not url and (os.sep in name or Path(name).is_dir()):
+        with serve([name], log_dir, tensor_parallel, max_model_len) as [served]:
+            yield Model(name, served, concurrency)
+    else:
         yield Model(None if url else name, url, concurrency)
 
 
@@ -822,7 +827,7 @@ def _start_server(model, share, data_parallel, tensor_parallel, max_model_len, l
             env.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
     else:
         command = [str(Path(sys.executable).with_name("transformers")), "serve", model, "--host", "127.0.0.1", "--port",
-                   str(port), "--dtype", "bfloat16", "--continuous-batching"]
+                   str(port), "--dtype", "bfloat16"]
     log_dir.mkdir(parents=True, exist_ok=True)
     log = log_dir / f"server-{Path(model).name}-{port}.log"
     with log.open("w") as f:
@@ -971,13 +976,14 @@ def mean(values) -> float:
 def load_model(name: str):
     """(model, tokenizer): weights in float32 (compute is bf16 by autocast), dropout off, safetensors only."""
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     check_model_dir(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, SafetensorError) as e:
         raise InputError(f"cannot load {name}: {str(e).splitlines()[0]}") from None
     if not tokenizer.chat_template:
         raise InputError(f"the tokenizer of {name} has no chat template: training rows are conversations")
@@ -998,6 +1004,9 @@ def tokenize(messages: list[dict], tokenizer, where: str) -> tuple[list[int], li
     """A conversation as (token ids, target mask). Targets are what the model itself writes: the text of
     every assistant message and the end token after it. The chat template writes the BOS, if there is
     one, so the tokenizer adds none."""
+    if not isinstance(messages, list) or not messages or not all(
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages):
+        raise InputError(f"{where}: a conversation must be a list of objects with `role` and `content`, both text")
     text = tokenizer.apply_chat_template(messages, tokenize=False)
     spans = []
     for i, message in enumerate(messages):
@@ -1010,10 +1019,10 @@ def tokenize(messages: list[dict], tokenizer, where: str) -> tuple[list[int], li
             spans.append((len(before), len(upto.rstrip())))
     out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, mask, s = out["input_ids"], [], 0
-    for begin, end in out["offset_mapping"]:
+    for begin, _ in out["offset_mapping"]:
         while s < len(spans) and begin >= spans[s][1]:
             s += 1
-        mask.append(s < len(spans) and begin >= spans[s][0] and end > begin)
+        mask.append(s < len(spans) and begin >= spans[s][0])
     return ids, mask
 
 
@@ -1110,8 +1119,8 @@ def make_accelerator(model, gradient_checkpointing: bool):
     from accelerate.utils import FullyShardedDataParallelPlugin
 
     double = next(model.parameters()).dtype == torch.float64
-    plugin = None
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and torch.cuda.is_available() and "ACCELERATE_USE_FSDP" not in os.environ:
+    plugin, chosen = None, {"ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_CPU"} & set(os.environ)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and torch.cuda.is_available() and not chosen:
         plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2, auto_wrap_policy="transformer_based_wrap", state_dict_type="FULL_STATE_DICT",
             transformer_cls_names_to_wrap=list(model._no_split_modules), cpu_ram_efficient_loading=False)
@@ -1172,8 +1181,10 @@ class Training:
             weights = {k.removeprefix("model.").removeprefix("_orig_mod."): v.to(dtype) for k, v in weights.items()}
             if model.config.tie_word_embeddings:
                 weights.pop("lm_head.weight", None)
-            model.config.dtype, model.config.use_cache = dtype, True
-            model.save_pretrained(final, state_dict=weights, safe_serialization=True)
+            model.config.use_cache = True
+            model.save_pretrained(final, state_dict=weights)
+            config = json.loads((final / "config.json").read_text())  # save_pretrained names the dtype trained in
+            write_text(final / "config.json", json.dumps({**config, "dtype": str(dtype).removeprefix("torch.")}, indent=2) + "\n")
             tokenizer.save_pretrained(final)
             write_rows(final / "metrics.jsonl", self.log)
             write_text(final / "README.md", card)

@@ -39,7 +39,7 @@ def run_script(name: str, *args, env: dict | None = None, timeout: float = 240) 
 def check_run(name: str, *args, **options) -> str:
     """Run a stage that must succeed; what it printed."""
     result = run_script(name, *args, **options)
-    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.returncode == 0 and "Traceback" not in result.stderr, result.stdout + result.stderr
     return result.stdout
 
 

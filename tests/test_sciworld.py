@@ -356,5 +356,12 @@ def test_no_java_at_all(monkeypatch, tmp_path):
 def test_rules_teacher_abstracts():
     actions = ["teleport to kitchen", "look around", "teleport to outside", "focus on dove egg", "pick up cup 4", "wait1", "wait1", "wait1",
                "0", "use thermometer in inventory on water", "wait", "use thermometer in inventory on water", "wait"]
-    assert ScienceWorld.abstract([[a, ""] for a in actions]) == [
+    assert ScienceWorld.abstract("Your task is to boil water.", [[a, ""] for a in actions]) == [
         "go to outside", "focus on dove egg", "pick up cup", "wait", "use thermometer in inventory on water", "wait"]
+
+
+def test_rules_teacher_names_what_the_task_asks_for():
+    """Not the one animal that the expert happened to find, so that the plan holds for the task's other variations."""
+    actions = ["teleport to outside", "look around", "focus on baby dove", "pick up dove", "teleport to kitchen", "move dove to red box"]
+    assert ScienceWorld.abstract("Your task is to find a(n) animal. First, focus on the thing.", [[a, ""] for a in actions]) == [
+        "go to outside", "focus on the animal", "pick up the animal", "go to kitchen", "move the animal to red box"]

@@ -56,7 +56,7 @@ def test_serve_answers_and_is_gone_afterwards(tiny_model, tmp_path, monkeypatch)
     servers = capture_servers(monkeypatch)
 
     async def ask(url):
-        model = common.Model(None, url)
+        model = common.Model(tiny_model, url)
         messages = [{"role": "user", "content": "Boil water."}]
         return await asyncio.gather(*[model.ask(messages, t, 8, seed=1) for t in (0.0, 0.0, 0.7)])
 
