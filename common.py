@@ -1119,7 +1119,8 @@ def make_accelerator(model, gradient_checkpointing: bool):
     from accelerate.utils import FullyShardedDataParallelPlugin
 
     double = next(model.parameters()).dtype == torch.float64
-    plugin, chosen = None, {"ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_CPU"} & set(os.environ)
+    plugin = None
+    chosen = any(os.environ.get(f"ACCELERATE_USE_{k}", "").lower() in ("true", "1") for k in ("FSDP", "DEEPSPEED", "CPU"))
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and torch.cuda.is_available() and not chosen:
         plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2, auto_wrap_policy="transformer_based_wrap", state_dict_type="FULL_STATE_DICT",
