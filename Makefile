@@ -129,11 +129,11 @@ demo:
 	  ENV_ARGS="--types $(DEMO_TYPES) --prompts $(ENV)-brief --observation_chars 400 --workers 2" \
 	  TRAIN_ARGS="--batch_size 8 --micro_tokens 2048 --save_steps 20" \
 	  SEED_PLANS_ARGS="--limit 120 --plan_share 0.85" \
-	  AGENT_SFT_ARGS="--lr 3e-4 --epochs 2 --warmup_ratio 0.05" \
-	  SFT_ARGS="--lr 2e-4 --epochs 2 --warmup_ratio 0.05 --limit 24" \
-	  SCORE_ARGS="--limit 48 --plan_tokens 128 --agent_tokens 32 --concurrency 32 --max_model_len 2048" \
+	  AGENT_SFT_ARGS="--lr 3e-4 --epochs 3 --warmup_ratio 0.05" \
+	  SFT_ARGS="--lr 2e-4 --epochs 2 --warmup_ratio 0.05 --limit 40" \
+	  SCORE_ARGS="--limit 64 --plan_tokens 128 --agent_tokens 32 --concurrency 32 --max_model_len 2048" \
 	  DPO_ARGS="--beta 0.1 --lr 2e-5 --warmup_ratio 0.1 --epochs 4" \
-	  EVAL_ARGS="--limit 24 --plan_tokens 128 --agent_tokens 32 --concurrency 32 --max_model_len 2048"
+	  EVAL_ARGS="--limit 32 --plan_tokens 128 --agent_tokens 32 --concurrency 32 --max_model_len 2048"
 	@echo "demo done: runs/demo-$(ENV)/results.md, results.png"
 
 # ---- the project itself ------------------------------------------------------------------------
