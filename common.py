@@ -695,7 +695,7 @@ class Model:
         self.name, self.url, self.slots = name, url, asyncio.Semaphore(concurrency)
         self.retries = int(os.environ.get("MPO_MAX_RETRIES", 8))  # 8: about a minute of growing pauses
         self.client = AsyncOpenAI(base_url=url, api_key=key if url is None else "none", timeout=timeout, max_retries=self.retries)
-        self.calls = self.prompt_tokens = self.completion_tokens = 0
+        self.completion_tokens = 0  # generated so far
 
     async def ask(self, messages: list[dict], temperature: float = 0.0, max_tokens: int = 256,
                   seed: int | None = None) -> Reply:
@@ -725,10 +725,7 @@ class Model:
             raise InputError(f"{self.where()} answers {e.status_code} (gave up after {self.retries + 1} tries): {str(e)[:200]}") from None
         except (IndexError, TypeError, ValueError, AttributeError) as e:
             raise InputError(f"{self.where()} sent an answer without a completion ({type(e).__name__}: {str(e)[:100]})") from None
-        self.calls += 1
-        if usage:
-            self.prompt_tokens += usage.prompt_tokens
-            self.completion_tokens += usage.completion_tokens
+        self.completion_tokens += usage.completion_tokens if usage else 0
         return Reply(text, usage.prompt_tokens if usage else 0, usage.completion_tokens if usage else 0)
 
     def where(self) -> str:
@@ -747,20 +744,19 @@ def check_model_dir(model: str) -> None:
 
 
 @contextlib.contextmanager
-def serve(models: list[str], log_dir="logs", tensor_parallel: int = 1, max_model_len: int = 8192,
-          data_parallel: int = 0, wait: float = 900.0):
+def serve(models: list[str], log_dir="logs", tensor_parallel: int = 1, max_model_len: int = 8192, wait: float = 900.0):
     """Serve local models on loopback with OpenAI's protocol; yields one base URL a model.
 
-    vLLM where it is installed (prefix caching on; on GPUs `data_parallel` replicas of
-    `tensor_parallel` GPUs each, 0: as many as there are GPUs), else `transformers serve`. The servers
-    start together. Their process groups are ended in any case: at exit, on an error, on Ctrl-C, and
-    by a watchdog when this process is killed. Raises `InputError` with the end of the server's log
+    vLLM where it is installed (prefix caching on; on GPUs as many replicas of `tensor_parallel` GPUs
+    each as there is room for), else `transformers serve`. The servers start together. Their process
+    groups are ended in any case: at exit, on an error, on Ctrl-C, and by a watchdog when this process
+    is killed. Raises `InputError` with the end of the server's log
     when one ends early or is not healthy within `wait` seconds."""
     servers = []
     try:
         for model in models:
             check_model_dir(model)
-            servers.append(_start_server(model, len(models), data_parallel, tensor_parallel, max_model_len, Path(log_dir)))
+            servers.append(_start_server(model, len(models), tensor_parallel, max_model_len, Path(log_dir)))
         for server in servers:
             _wait_healthy(server, wait)
         yield [server.url for server in servers]
@@ -802,7 +798,7 @@ def check_model(name: str, url: str | None) -> None:
 WATCHDOG = "import os,sys; sys.stdin.read(); os.killpg(int(sys.argv[1]), 9)"
 
 
-def _start_server(model, share, data_parallel, tensor_parallel, max_model_len, log_dir):
+def _start_server(model, share, tensor_parallel, max_model_len, log_dir):
     from importlib.util import find_spec
 
     with socket.socket() as s:
@@ -818,7 +814,7 @@ def _start_server(model, share, data_parallel, tensor_parallel, max_model_len, l
         gpus = torch.cuda.device_count()
         if gpus:
             command += ["--tensor-parallel-size", str(tensor_parallel), "--data-parallel-size",
-                        str(data_parallel or max(1, gpus // tensor_parallel)), "--gpu-memory-utilization",
+                        str(max(1, gpus // tensor_parallel)), "--gpu-memory-utilization",
                         f"{0.9 / share:.2f}"]
         else:
             # without chunks: a seeded request whose prompt is split ends vLLM's CPU engine
@@ -988,8 +984,12 @@ def load_model(name: str):
     if not tokenizer.chat_template:
         raise InputError(f"the tokenizer of {name} has no chat template: training rows are conversations")
     model.config.use_cache = False
-    model.eval()  # dropout off; nothing else in these models depends on the mode
-    return model, tokenizer
+    for module in model.modules():  # dropout off in any mode
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        elif hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
+    return model.eval(), tokenizer
 
 
 def saved_dtype(name: str):
@@ -1127,7 +1127,7 @@ def make_accelerator(model, gradient_checkpointing: bool):
             transformer_cls_names_to_wrap=list(model._no_split_modules), cpu_ram_efficient_loading=False)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.train()  # checkpointing is skipped in eval mode; dropout is zero in these models' configs
+        model.train()  # checkpointing is skipped in eval mode
     return Accelerator(mixed_precision="no" if double else "bf16", fsdp_plugin=plugin)
 
 

@@ -100,7 +100,7 @@ def test_server_that_ends_early_shows_its_log(tiny_model, tmp_path, monkeypatch)
 
 def test_killed_parent_leaves_no_server(tiny_model, tmp_path):
     code = ("import sys, time, common\n"
-            "s = common._start_server(sys.argv[1], 1, 0, 1, 1024, common.Path(sys.argv[2]))\n"
+            "s = common._start_server(sys.argv[1], 1, 1, 1024, common.Path(sys.argv[2]))\n"
             "print(s.process.pid, s.watchdog.pid, flush=True)\ntime.sleep(60)")
     parent = subprocess.Popen([sys.executable, "-c", code, tiny_model, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
