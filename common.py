@@ -852,6 +852,9 @@ def _wait_healthy(server, wait: float) -> None:
                 tail = "\n".join(server.log.read_text(errors="replace").splitlines()[-15:])
                 raise InputError(f"the server of {server.model} "
                                  f"{'ended' if ended else f'was not healthy after {wait:.0f} s'}; the end of {server.log}:\n{tail}")
+            with contextlib.suppress(RuntimeError):  # no event loop: Ctrl-C arrives by itself
+                if asyncio.current_task().cancelling():
+                    raise KeyboardInterrupt
             time.sleep(0.3)
             bar.update()
 
