@@ -61,7 +61,7 @@ def test_the_scripts_own_defaults_are_the_papers(script, values):
 
 
 def test_make_demo_trains_the_agent_first():
-    commands = make("-n", "demo")
+    commands = make("-n", "-B", "demo")
     assert commands.index("/agent ") < commands.index(" 03_sample_score.py ")
     assert settings(commands, "01_seed_plans.py")["teacher"] == "rules"
     assert settings(commands, "03_sample_score.py")["agent"].endswith("/agent")
