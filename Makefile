@@ -128,11 +128,11 @@ demo:
 	@$(MAKE) stages RUN=demo-$(ENV) MODEL_FILES=$(DEMO_MODEL)/config.json PLANNER=$(DEMO_MODEL) AGENT=$(DEMO_MODEL) TEACHER=rules M=4 N=1 \
 	  ENV_ARGS="--types $(DEMO_TYPES) --prompts $(ENV)-brief --observation_chars 400 --workers 2" \
 	  TRAIN_ARGS="--batch_size 8 --micro_tokens 2048 --save_steps 20" \
-	  SEED_PLANS_ARGS="--limit 120 --plan_share 0.9" \
+	  SEED_PLANS_ARGS="--limit 120 --plan_share 0.95" \
 	  AGENT_SFT_ARGS="--lr 3e-4 --epochs 2 --warmup_ratio 0.05" \
-	  SFT_ARGS="--lr 2e-4 --epochs 2 --warmup_ratio 0.05 --limit 24" \
-	  SCORE_ARGS="--limit 60 --plan_tokens 128 --agent_tokens 32 --concurrency 32 --max_model_len 2048" \
-	  DPO_ARGS="--beta 0.1 --lr 2e-5 --warmup_ratio 0.1 --epochs 4" \
+	  SFT_ARGS="--lr 2e-4 --epochs 1 --warmup_ratio 0.05 --limit 40" \
+	  SCORE_ARGS="--limit 48 --plan_tokens 128 --agent_tokens 32 --concurrency 32 --max_model_len 2048" \
+	  DPO_ARGS="--beta 0.1 --lr 1e-5 --warmup_ratio 0.1 --epochs 4" \
 	  EVAL_ARGS="--limit 30 --plan_tokens 128 --agent_tokens 32 --concurrency 32 --max_model_len 2048"
 	@echo "demo done: runs/demo-$(ENV)/results.md, results.png"
 
