@@ -132,7 +132,7 @@ demo:
 	  AGENT_SFT_ARGS="--lr 3e-4 --epochs 2 --warmup_ratio 0.05" \
 	  SFT_ARGS="--lr 2e-4 --epochs 1 --warmup_ratio 0.05 --limit 40" \
 	  SCORE_ARGS="--limit 42 --plan_tokens 128 --agent_tokens 32 --concurrency 32 --max_model_len 2048" \
-	  DPO_ARGS="--beta 0.1 --lr 1e-5 --warmup_ratio 0.1 --epochs 4" \
+	  DPO_ARGS="--beta 0.1 --lr 2e-5 --warmup_ratio 0.1 --epochs 5" \
 	  EVAL_ARGS="--limit 24 --plan_tokens 128 --agent_tokens 32 --concurrency 32 --max_model_len 2048"
 	@echo "demo done: runs/demo-$(ENV)/results.md, results.png"
 
