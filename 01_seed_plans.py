@@ -14,6 +14,7 @@ Writes to --out
 import asyncio
 import contextlib
 import random
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import List, Optional
@@ -68,8 +69,14 @@ async def expert_trajectories(a: Args) -> list[dict]:
                 await asyncio.gather(*[work() for _ in range(a.workers)])
     rows = [done[(t,)] for t in tasks]
     unsolved = [r["task"] for r in rows if not r["solved"]]
+    print(f"expert: {len(rows) - len(unsolved)} of {len(rows)} tasks solved" + (", by type:" if len(rows) > 1 else ""))
+    for kind in dict.fromkeys(common.task_type(t) for t in tasks):
+        ours = [r for r in rows if common.task_type(r["task"]) == kind]
+        by = Counter(r.get("by") for r in ours if r["solved"])
+        how = f" ({', '.join(f'{k} {n}' for k, n in by.most_common())})" if any(by) else ""
+        print(f"  {kind} {by.total()} of {len(ours)}{how}")
     if unsolved:
-        print(f"the expert does not solve {len(unsolved)} tasks, left out: {', '.join(unsolved[:5])}")
+        print(f"left out, not solved: {', '.join(unsolved[:5])}{' ...' if len(unsolved) > 5 else ''}")
     return [r for r in rows if r["solved"]]
 
 

@@ -40,6 +40,7 @@ class Args:
     agent_tokens: int = arg(256, "tokens of an agent's reply at most")
     prompts: Optional[str] = arg(None, "folder of prompt texts in data/ (default: the environment's name)")
     observation_chars: int = arg(0, "cut observations at this length, 0: never")
+    max_steps: Optional[int] = arg(None, "steps of an episode at most (default: the environment's; ALFWorld 30, ScienceWorld by task type)")
     tasks: Optional[str] = arg(None, "JSON file of tasks, [[type, variation], ...] (default: the train split by rule)")
     types: Optional[List[str]] = arg(None, "only tasks of these types")
     limit: Optional[int] = arg(None, "only the first N tasks")
@@ -89,7 +90,7 @@ async def score_plans(a: Args, plans: list[dict], prompts, pool) -> dict[tuple, 
     """{(task, plan): its N rollouts}, equation 5. Equal plans of one task are scored once."""
     path, agent_id = Path(a.out) / "rollouts.jsonl", common.model_id(a.agent, a.agent_url)
     setting = common.digest(agent_id, prompts.agent_text, prompts.examples, a.agent_temperature, a.agent_tokens,
-                            a.observation_chars, a.seed)
+                            a.observation_chars, a.max_steps, a.seed)
     rows = [r for r in common.read_rows(path, ("task", "plan", "rollout", "reward", "setting"), missing_ok=True)
             if r["setting"] == setting]
     done = common.finished(rows, "task", "plan", "rollout")
@@ -99,7 +100,7 @@ async def score_plans(a: Args, plans: list[dict], prompts, pool) -> dict[tuple, 
     if jobs:
         with common.Appender(path) as append, common.open_model(
                 a.agent, a.agent_url, a.concurrency, Path(a.out) / "logs", a.tensor_parallel, a.max_model_len) as agent:
-            c = common.RolloutConfig(prompts, a.agent_temperature, a.agent_tokens, a.observation_chars, a.seed)
+            c = common.RolloutConfig(prompts, a.agent_temperature, a.agent_tokens, a.observation_chars, a.seed, max_steps=a.max_steps)
 
             def keep(row):
                 append(row)

@@ -39,6 +39,7 @@ class Args:
     agent_tokens: int = arg(256, "tokens of an agent's reply at most")
     prompts: Optional[str] = arg(None, "folder of prompt texts in data/ (default: the environment's name)")
     observation_chars: int = arg(0, "cut observations at this length, 0: never")
+    max_steps: Optional[int] = arg(None, "steps of an episode at most (default: the environment's; ALFWorld 30, ScienceWorld by task type)")
     tasks: Optional[str] = arg(None, "JSON file of tasks, [[type, variation], ...], instead of the splits by rule")
     types: Optional[List[str]] = arg(None, "only tasks of these types")
     limit: Optional[int] = arg(None, "only the first N tasks of each split")
@@ -87,7 +88,8 @@ async def play(a: Args, tasks: list[str], plans: dict[tuple, str | None], prompt
     """{(setting, task): episode row}; only episodes that are not there yet are played. A task whose two
     settings have the same plan is played once: at temperature 0 it would be the same episode."""
     path, agent_id = Path(a.out) / "eval" / "rollouts.jsonl", common.model_id(a.agent, a.agent_url)
-    setting_id = common.digest(agent_id, prompts.agent_text, prompts.examples, a.agent_temperature, a.agent_tokens, a.observation_chars)
+    setting_id = common.digest(agent_id, prompts.agent_text, prompts.examples, a.agent_temperature, a.agent_tokens, a.observation_chars,
+                               a.max_steps)
     rows = [r for r in common.read_rows(path, ("task", "plan", "reward", "setting_id"), missing_ok=True)
             if r["setting_id"] == setting_id and r["end"] != "crash"]
     done = common.finished(rows, "task", "plan")
@@ -96,7 +98,7 @@ async def play(a: Args, tasks: list[str], plans: dict[tuple, str | None], prompt
     if jobs:
         with common.Appender(path) as append, common.open_model(
                 a.agent, a.agent_url, a.concurrency, Path(a.out) / "logs", a.tensor_parallel, a.max_model_len) as agent:
-            c = common.RolloutConfig(prompts, a.agent_temperature, a.agent_tokens, a.observation_chars, a.seed)
+            c = common.RolloutConfig(prompts, a.agent_temperature, a.agent_tokens, a.observation_chars, a.seed, max_steps=a.max_steps)
 
             def keep(row):
                 append(row)

@@ -1,0 +1,90 @@
+"""The environments as their own packages play them, in a process of its own: what ours are compared with.
+
+Reads JSON lines and writes one for each, the transcript and how long the load, the reset and each step took:
+    {"game": path, "actions": [...]}           an ALFWorld game
+    {"game": path, "steps": n, "seed": s}      the same with random actions, every fifth one not admissible
+    {"task": "TYPE/VARIATION", "actions": [...]}   ScienceWorld
+"""
+
+import json
+import random
+import sys
+import time
+
+
+class ALFWorld:
+    """What alfworld's AlfredTWEnv makes of a game, for one episode at a time."""
+
+    def __init__(self, path):
+        import textworld
+        from alfworld.agents.environment.alfred_tw_env import AlfredDemangler, AlfredInfos
+
+        self.env = textworld.start(path, textworld.EnvInfos(won=True, admissible_commands=True, extras=["gamefile"]),
+                                   wrappers=[AlfredDemangler(), AlfredInfos])
+
+    def reset(self):
+        self.state = self.env.reset()
+        return self.state.feedback
+
+    def step(self, action):
+        self.state, score, done = self.env.step(action)
+        return self.state.feedback, float(score), bool(done), list(self.state.admissible_commands)
+
+
+class ScienceWorld:
+    """scienceworld's ScienceWorldEnv as its examples use it."""
+
+    def __init__(self, task):
+        from scienceworld import ScienceWorldEnv
+
+        kind, variation = task.rsplit("/", 1)
+        self.env = ScienceWorldEnv("", envStepLimit=1000)
+        self.env.load(kind, int(variation), "easy", False)
+
+    def reset(self):
+        self.best = 0.0
+        self.env.reset()
+        return self.env.get_task_description()
+
+    def step(self, action):
+        observation, _, done, info = self.env.step(action)
+        self.best = min(1.0, max(self.best, info["score"] / 100))
+        return observation.strip(), self.best, bool(done), []
+
+
+def transcript(env, actions=None, steps=0, seed=0) -> dict:
+    start = time.perf_counter()
+    intro = env.reset()
+    seconds, rows, draw = [time.perf_counter() - start], [], random.Random(seed)
+    for i in range(len(actions) if actions is not None else steps):
+        if actions is not None:
+            action = actions[i]
+        else:
+            action = "go to nowhere 1" if i % 5 == 4 else draw.choice(env.state.admissible_commands)
+        start = time.perf_counter()
+        row = env.step(action)
+        seconds.append(time.perf_counter() - start)
+        rows.append([action, *row])
+        if row[2]:
+            break
+    return {"intro": intro, "rows": rows, "seconds": seconds}
+
+
+def main() -> None:
+    out, sys.stdout = sys.stdout, sys.stderr  # the packages print
+    env = name = None
+    for line in sys.stdin:
+        job = json.loads(line)
+        start = time.perf_counter()
+        if (job.get("game") or job["task"]) != name:
+            name = job.get("game") or job["task"]
+            env = (ALFWorld if "game" in job else ScienceWorld)(name)
+        load = time.perf_counter() - start
+        row = transcript(env, **{k: job[k] for k in ("actions", "steps", "seed") if k in job})
+        with open("/proc/self/status") as f:
+            peak = next(int(s.split()[1]) / 1024 for s in f if s.startswith("VmHWM"))
+        print(json.dumps({"name": name, "load": load, "peak_mb": peak, **row}), file=out, flush=True)
+
+
+if __name__ == "__main__":
+    main()
