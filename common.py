@@ -513,7 +513,7 @@ class AlfredGame:
         engine = self._engine()
         try:
             self.initial = tw.PddlState(engine.lib, data["pddl_problem"], self.logic)
-        except Exception as e:
+        except (Exception, SystemExit) as e:
             raise InputError(f"{path} cannot be translated ({type(e).__name__}: {e}); fetch the games again (make data)") from None
         self.sas, self.facts = self.initial.sas.encode(), frozenset(self.initial.facts)
         self.names = {v.name: tw.EntityInfo(v.name, v.type) for fact in self.facts for v in fact.arguments}
@@ -611,9 +611,10 @@ class AlfredGame:
 
     def _apply(self, engine, number: int) -> None:
         operator = self.operators[number]
+        engine.game = engine.here = None  # where it is, is not known until all of this is done
         engine.facts._operators = {number: operator}
         engine.facts.apply(operator)
-        engine.path += (number,)
+        engine.game, engine.path = self, (*engine.path, number)
 
     def _say(self, rule: str, facts, mapping: dict | None = None) -> str:
         mapping = mapping or {}
@@ -993,8 +994,11 @@ def worker_main(env: str, sessions: str) -> None:
             answer = [number, None, [type(e).__name__, f"{type(e).__name__}: {e}"[:2000]]]
             if "OutOfMemory" in answer[2][1] or "Py4JNetwork" in answer[2][1]:
                 sys.exit(f"environment worker: {answer[2][1]}")  # the simulator is gone; a new worker takes over
-        out.write(json.dumps(answer) + "\n")
-        out.flush()
+        try:
+            out.write(json.dumps(answer) + "\n")
+            out.flush()
+        except BrokenPipeError:
+            os._exit(0)  # the parent was killed
 
 
 async def list_tasks(pool: EnvPool, env: str, split: str, tasks_file: str | None, types: list[str] | None,

@@ -7,9 +7,11 @@ Reads JSON lines and writes one for each, the transcript and how long the load, 
 """
 
 import json
+import os
 import random
 import sys
 import time
+from pathlib import Path
 
 
 class ALFWorld:
@@ -52,6 +54,13 @@ class ScienceWorld:
         return observation.strip(), self.best, bool(done), []
 
 
+def peak_mb(pid: int) -> float:
+    """The most memory that a process and its children (a JVM) ever had, MB."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    line = next(s for s in Path(f"/proc/{pid}/status").read_text().splitlines() if s.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024 + sum(peak_mb(int(c)) for c in children)
+
+
 def transcript(env, actions=None, steps=0, seed=0) -> dict:
     start = time.perf_counter()
     intro = env.reset()
@@ -81,9 +90,7 @@ def main() -> None:
             env = (ALFWorld if "game" in job else ScienceWorld)(name)
         load = time.perf_counter() - start
         row = transcript(env, **{k: job[k] for k in ("actions", "steps", "seed") if k in job})
-        with open("/proc/self/status") as f:
-            peak = next(int(s.split()[1]) / 1024 for s in f if s.startswith("VmHWM"))
-        print(json.dumps({"name": name, "load": load, "peak_mb": peak, **row}), file=out, flush=True)
+        print(json.dumps({"name": name, "load": load, "peak_mb": peak_mb(os.getpid()), **row}), file=out, flush=True)
 
 
 if __name__ == "__main__":
