@@ -8,10 +8,13 @@ Writes to --out
     rollouts.jsonl   N rollouts per plan, each with its whole conversation (equation 5)
     pairs.jsonl      the best and the worst plan of each task by Q(p) (equations 6 and 7): what 04_dpo.py reads
 
-Every finished plan and rollout is kept: run it again to go on after a kill, or with a larger --m or --n.
+Every finished plan and rollout is kept: run it again to go on after a kill, or with a larger --m or --n. With --shard i/n
+it works on every n-th task and writes plans.IofN.jsonl, rollouts.IofN.jsonl and pairs.IofN.jsonl, which the next stage
+reads together.
 """
 
 import asyncio
+import contextlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +34,7 @@ class Args:
     agent: str = arg("meta-llama/Llama-3.1-8B-Instruct",
                      "the agent that tries the plans (paper 3.2), a local model or one of an OpenAI-compatible API")
     planner_url: Optional[str] = arg(None, "OpenAI-compatible server that already serves the planner")
-    agent_url: Optional[str] = arg(None, "OpenAI-compatible server that already serves the agent")
+    agent_url: Optional[str] = arg(None, "OpenAI-compatible server that already serves the agent; several with commas between")
     m: int = arg(5, "M, plans per task (paper: 5)")
     n: int = arg(5, "N, rollouts per plan (paper: 5)")
     plan_temperature: float = arg(0.7, "temperature of the planner (paper: 0.7)")
@@ -48,6 +51,11 @@ class Args:
     concurrency: int = arg(256, "episodes in flight")
     tensor_parallel: int = arg(1, "GPUs of one replica of a served model")
     max_model_len: int = arg(8192, "context of a served model, tokens")
+    window: int = arg(0, "when a conversation passes the agent's context: turns to keep, with the task; 0: the episode ends")
+    adaptive: bool = arg(False, "spend rollouts only where they can still change which plan is best or worst (about half of them)")
+    allow_partial: bool = arg(False, "compare plans that have fewer than N good rollouts, too")
+    shard: Optional[str] = arg(None, "i/n: this job's part of the tasks, i from 0 to n - 1")
+    ray: bool = arg(False, "environment workers as actors of a Ray cluster (RAY_ADDRESS), not as processes of this machine")
     seed: int = arg(0, "random seed of plans and rollouts")
 
 
@@ -55,13 +63,14 @@ async def sample_plans(a: Args, tasks: list[str], prompts, pool) -> list[dict]:
     """{p_i | i = 1..M} ~ pi_g(p|u) for every task. A reply without a plan is asked for again with another
     seed; after three tries the row's plan is None and it takes no further part."""
     path, planner_id = Path(a.out) / "plans.jsonl", common.model_id(a.planner, a.planner_url)
+    own = common.shard_path(path, a.shard)
     setting = common.digest(planner_id, prompts.planner_text, a.plan_temperature, a.plan_tokens, a.seed)
-    rows = [r for r in common.read_rows(path, ("task", "m", "plan", "setting"), missing_ok=True) if r["setting"] == setting]
+    rows = [r for r in common.read_shards(path, ("task", "m", "plan", "setting"), missing_ok=True) if r["setting"] == setting]
     done = common.finished(rows, "task", "m")
     todo = [(task, m) for task in tasks for m in range(a.m) if (task, m) not in done]
     if todo:
         u = await common.instructions(pool, list(dict.fromkeys(t for t, _ in todo)))
-        with common.Appender(path) as append, \
+        with common.Appender(own) as append, \
                 common.open_model(a.planner, a.planner_url, a.concurrency, Path(a.out) / "logs", a.tensor_parallel,
                                   a.max_model_len) as planner, tqdm(total=len(todo), desc="sample plans") as bar:
 
@@ -87,39 +96,87 @@ async def sample_plans(a: Args, tasks: list[str], prompts, pool) -> list[dict]:
 
 
 async def score_plans(a: Args, plans: list[dict], prompts, pool) -> dict[tuple, list[dict]]:
-    """{(task, plan): its N rollouts}, equation 5. Equal plans of one task are scored once."""
+    """{(task, plan): its rollouts}, N of them (equation 5) or, with --adaptive, as many as it took. Equal
+    plans of one task are scored once. Jobs of one task and plan stand together: their prompts share a
+    prefix, which the server's cache and the environment's tables know."""
     path, agent_id = Path(a.out) / "rollouts.jsonl", common.model_id(a.agent, a.agent_url)
     setting = common.digest(agent_id, prompts.agent_text, prompts.examples, a.agent_temperature, a.agent_tokens,
-                            a.observation_chars, a.max_steps, a.seed)
-    rows = [r for r in common.read_rows(path, ("task", "plan", "rollout", "reward", "setting"), missing_ok=True)
+                            a.observation_chars, a.max_steps, a.seed, *([a.window] if a.window else []))
+    rows = [r for r in common.read_shards(path, ("task", "plan", "rollout", "reward", "setting"), missing_ok=True)
             if r["setting"] == setting]
     done = common.finished(rows, "task", "plan", "rollout")
     unique = list(dict.fromkeys((p["task"], p["plan"]) for p in plans if p["plan"]))
-    jobs = [{"task": task, "plan": plan, "rollout": n, "agent": agent_id, "setting": setting}
-            for task, plan in unique for n in range(a.n) if (task, plan, n) not in done]
-    if jobs:
-        with common.Appender(path) as append, common.open_model(
+
+    def scored() -> dict[tuple, list[dict]]:
+        return {key: [done[*key, n] for n in range(a.n) if (*key, n) in done] for key in unique}
+
+    def wanted() -> list[tuple]:
+        """(task, plan, rollout) to play next: all that are missing, or a round of the adaptive choice."""
+        if not a.adaptive:
+            return [(*key, n) for key in unique for n in range(a.n) if (*key, n) not in done]
+        out, found = [], scored()
+        for task in dict.fromkeys(t for t, _ in unique):
+            rewards = {plan: [r["reward"] for r in found[t, plan]] for t, plan in unique if t == task}
+            out += [(task, plan, next(n for n in range(a.n) if (task, plan, n) not in done)) for plan in undecided(rewards, a.n)]
+        return out
+
+    retries = 0
+    if todo := wanted():
+        with common.Appender(common.shard_path(path, a.shard)) as append, common.open_model(
                 a.agent, a.agent_url, a.concurrency, Path(a.out) / "logs", a.tensor_parallel, a.max_model_len) as agent:
-            c = common.RolloutConfig(prompts, a.agent_temperature, a.agent_tokens, a.observation_chars, a.seed, max_steps=a.max_steps)
+            c = common.RolloutConfig(prompts, a.agent_temperature, a.agent_tokens, a.observation_chars, a.seed,
+                                     max_steps=a.max_steps, window=a.window)
 
             def keep(row):
                 append(row)
                 done[row["task"], row["plan"], row["rollout"]] = row
 
-            retries = await common.rollouts(jobs, agent, pool, a.env, c, a.concurrency, keep)
-            if retries:
-                print(f"{retries} episodes were started again because their environment worker ended")
-    scored = {key: [done[*key, n] for n in range(a.n)] for key in unique}
-    ends = Counter(r["end"] for rs in scored.values() for r in rs)
-    print(f"rollouts: {sum(ends.values())} of {len(unique)} plans, mean reward "
-          f"{common.mean(r['reward'] for rs in scored.values() for r in rs):.3f}; ends: "
+            while todo:
+                jobs = [{"task": t, "plan": p, "rollout": n, "agent": agent_id, "setting": setting} for t, p, n in todo]
+                retries += await common.rollouts(jobs, agent, pool, a.env, c, a.concurrency, keep)
+                todo = wanted()
+    if retries:
+        print(f"{retries} episodes were started again because their environment worker ended")
+    found = scored()
+    ends = Counter(r["end"] for rs in found.values() for r in rs)
+    print(f"rollouts: {sum(ends.values())} of {len(unique)} plans"
+          + (f" ({sum(ends.values()) / max(1, a.n * len(unique)):.0%} of {a.n} each)" if a.adaptive else "")
+          + f", mean reward {common.mean(r['reward'] for rs in found.values() for r in rs):.3f}; ends: "
           + ", ".join(f"{k} {v}" for k, v in ends.most_common()))
-    return scored
+    return found
 
 
-def quality(rows: list[dict]) -> float | None:
-    """Q(p) = 1/N sum r(u, e_i) (equation 6); None when a rollout crashed, so that it is not compared."""
-    return None if any(r["end"] == "crash" for r in rows) else common.mean(r["reward"] for r in rows)
+def undecided(rewards: dict[str, list[float]], n: int) -> list[str]:
+    """Which plans of a task to try once more, given the rewards of each so far, at most `n` a plan: those
+    that can still be the best or the worst while that is open (successive halving on an interval of Q).
+
+    The interval of Q is what the mean of n rollouts can become: the rollouts to come are taken to be like
+    those that were, of the plan and, as a prior worth two rollouts, of the task's plans together, within
+    one standard deviation. Everybody gets two rollouts; a task whose plans have all had the same reward
+    each time by then is given up, it is a tie."""
+    if any(len(r) < min(2, n) for r in rewards.values()):
+        return [plan for plan, r in rewards.items() if len(r) < min(2, n)]
+    every = [x for r in rewards.values() for x in r]
+    if len(rewards) < 2 or min(every) == max(every):
+        return []
+    pooled, low, high = common.mean(every), {}, {}
+    for plan, r in rewards.items():
+        left = n - len(r)
+        p = (sum(r) + 2 * pooled) / (len(r) + 2)
+        spread = (left * p * (1 - p) * (len(r) + 2 + left) / (len(r) + 3)) ** 0.5  # of a sum of `left` draws, p unknown (beta-binomial)
+        low[plan] = (sum(r) + max(0.0, left * p - spread)) / n
+        high[plan] = (sum(r) + min(left, left * p + spread)) / n
+    best = [p for p in rewards if high[p] >= max(low.values())]
+    worst = [p for p in rewards if low[p] <= min(high.values())]
+    open_plans = set(best if len(best) > 1 else []) | set(worst if len(worst) > 1 else [])
+    return [p for p in rewards if p in open_plans and len(rewards[p]) < n]
+
+
+def quality(rows: list[dict], n: int, allow_partial: bool = False) -> float | None:
+    """Q(p) = 1/N sum r(u, e_i) (equation 6) over the rollouts that did not crash; None when there are fewer
+    than `n` of them and that is not allowed, so that the plan is not compared."""
+    good = [r["reward"] for r in rows if r["end"] != "crash"]
+    return common.mean(good) if good and (allow_partial or len(good) >= n) else None
 
 
 def contrastive_pairs(plans: list[dict], scores: dict[tuple, float | None], prompts) -> list[dict]:
@@ -144,22 +201,29 @@ def contrastive_pairs(plans: list[dict], scores: dict[tuple, float | None], prom
 def main(a: Args) -> None:
     if a.m < 2 or a.n < 1:
         raise InputError("--m must be at least 2 (a best and a worst plan) and --n at least 1")
+    part, parts = common.shard_of(a.shard)
     prompts = common.Prompts(a.prompts or a.env)
     common.check_model(a.planner, a.planner_url)
     common.check_model(a.agent, a.agent_url)
 
     async def stage():
-        async with common.EnvPool(a.env, a.workers, a.concurrency) as pool:
-            tasks = await common.list_tasks(pool, a.env, "train", a.tasks, a.types, a.limit)
+        async with common.EnvPool(a.env, a.workers, a.concurrency, a.ray) as pool:
+            tasks = (await common.list_tasks(pool, a.env, "train", a.tasks, a.types, a.limit))[part::parts]
+            if not tasks:
+                raise InputError(f"--shard {a.shard}: there are fewer tasks than shards")
             plans = await sample_plans(a, tasks, prompts, pool)
             return plans, await score_plans(a, plans, prompts, pool)
 
     plans, scored = asyncio.run(stage())
-    pairs = contrastive_pairs(plans, {key: quality(rows) for key, rows in scored.items()}, prompts)
-    if not pairs:
+    q = {key: quality(rows, len(rows) if a.adaptive else a.n, a.allow_partial) for key, rows in scored.items()}
+    if partial := sum(any(r["end"] == "crash" for r in rows) for rows in scored.values()):
+        print(f'{partial} plans have rollouts that failed three times (see "error" in their rows): '
+              + ("they are compared by the others" if a.allow_partial else "they are left out; --allow_partial takes them in"))
+    pairs = contrastive_pairs(plans, q, prompts)
+    if not pairs and not a.shard:
         raise InputError("no task has a better and a worse plan, so there is nothing for DPO to learn from: use more tasks, "
                          "a larger --m or --n, or a higher --plan_temperature")
-    common.write_rows(Path(a.out) / "pairs.jsonl", pairs)
+    common.write_rows(common.shard_path(Path(a.out) / "pairs.jsonl", a.shard), pairs)
     gap = common.mean(p["q_chosen"] - p["q_rejected"] for p in pairs)
     print(f"pairs: {len(pairs)} of {len({p['task'] for p in plans})} tasks, mean Q gap {gap:.3f}")
 

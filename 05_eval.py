@@ -31,7 +31,7 @@ class Args:
     env: str = arg("sciworld", "environment: " + ", ".join(common.ENVIRONMENTS))
     out: str = arg("runs/sciworld", "run folder")
     agent: str = arg("meta-llama/Llama-3.1-8B-Instruct", "the agent: a local model, or a model of an OpenAI-compatible API")
-    agent_url: Optional[str] = arg(None, "OpenAI-compatible server that already serves the agent")
+    agent_url: Optional[str] = arg(None, "OpenAI-compatible server that already serves the agent; several with commas between")
     plans: List[str] = arg(["none", "sft", "mpo"], "plan settings: none, or the planner checkpoint of that name in --out")
     splits: List[str] = arg(["seen", "unseen"], "splits of the environment")
     agent_temperature: float = arg(0.0, "temperature of the agent (paper: 0; plans are greedy as well)")
@@ -45,6 +45,8 @@ class Args:
     limit: Optional[int] = arg(None, "only the first N tasks of each split")
     workers: int = arg(16, "environment worker processes")
     concurrency: int = arg(256, "episodes in flight")
+    window: int = arg(0, "when a conversation passes the agent's context: turns to keep, with the task; 0: the episode ends")
+    ray: bool = arg(False, "environment workers as actors of a Ray cluster (RAY_ADDRESS), not as processes of this machine")
     tensor_parallel: int = arg(1, "GPUs of one replica of a served model")
     max_model_len: int = arg(8192, "context of a served model, tokens")
     seed: int = arg(0, "random seed of the bootstrap")
@@ -89,7 +91,7 @@ async def play(a: Args, tasks: list[str], plans: dict[tuple, str | None], prompt
     settings have the same plan is played once: at temperature 0 it would be the same episode."""
     path, agent_id = Path(a.out) / "eval" / "rollouts.jsonl", common.model_id(a.agent, a.agent_url)
     setting_id = common.digest(agent_id, prompts.agent_text, prompts.examples, a.agent_temperature, a.agent_tokens, a.observation_chars,
-                               a.max_steps)
+                               a.max_steps, *([a.window] if a.window else []))
     rows = [r for r in common.read_rows(path, ("task", "plan", "reward", "setting_id"), missing_ok=True)
             if r["setting_id"] == setting_id and r["end"] != "crash"]
     done = common.finished(rows, "task", "plan")
@@ -98,7 +100,8 @@ async def play(a: Args, tasks: list[str], plans: dict[tuple, str | None], prompt
     if jobs:
         with common.Appender(path) as append, common.open_model(
                 a.agent, a.agent_url, a.concurrency, Path(a.out) / "logs", a.tensor_parallel, a.max_model_len) as agent:
-            c = common.RolloutConfig(prompts, a.agent_temperature, a.agent_tokens, a.observation_chars, a.seed, max_steps=a.max_steps)
+            c = common.RolloutConfig(prompts, a.agent_temperature, a.agent_tokens, a.observation_chars, a.seed, max_steps=a.max_steps,
+                                     window=a.window)
 
             def keep(row):
                 append(row)
@@ -211,7 +214,7 @@ def main(a: Args) -> None:
     common.check_model(a.agent, a.agent_url)
 
     async def stage():
-        async with common.EnvPool(a.env, a.workers, a.concurrency) as pool:
+        async with common.EnvPool(a.env, a.workers, a.concurrency, a.ray) as pool:
             splits = {s: await common.list_tasks(pool, a.env, s, a.tasks, a.types, a.limit)
                       for s in (["tasks"] if a.tasks else a.splits)}
             tasks = list(dict.fromkeys(t for ts in splits.values() for t in ts))

@@ -159,6 +159,30 @@ class Appender:
         self.file.close()
 
 
+def shard_of(shard: str | None) -> tuple[int, int]:
+    """'1/4' -> (1, 4): the second of four parts of a run."""
+    match = re.fullmatch(r"(\d+)/(\d+)", shard or "0/1")
+    if not match or int(match[1]) >= int(match[2]):
+        raise InputError(f"--shard {shard}: must be i/n with i from 0 to n - 1, for example 0/4")
+    return int(match[1]), int(match[2])
+
+
+def shard_path(path, shard: str | None) -> Path:
+    """The file that one shard of a run writes instead of `path`: rollouts.jsonl -> rollouts.1of4.jsonl."""
+    path, (i, n) = Path(path), shard_of(shard)
+    return path.with_name(f"{path.stem}.{i}of{n}{path.suffix}") if shard else path
+
+
+def read_shards(path, required: tuple = (), missing_ok: bool = False) -> list[dict]:
+    """Rows of `path` and of all shards of it that are there, whatever their number."""
+    path = Path(path)
+    shards = sorted(p for p in path.parent.glob(f"{path.stem}.*{path.suffix}") if re.fullmatch(r"\d+of\d+", p.name.split(".")[-2]))
+    rows = read_rows(path, required, missing_ok or bool(shards))
+    for shard in shards:
+        rows += read_rows(shard, required)
+    return rows
+
+
 def finished(rows, *fields) -> dict[tuple, dict]:
     """{(row[field], ...): row}: what a resumed stage need not do again."""
     return {tuple(row[f] for f in fields): row for row in rows}
@@ -176,10 +200,21 @@ def seed_of(*parts) -> int:
 
 def model_id(model: str, url: str | None = None) -> str:
     """Names a model in result rows, so that rows of a retrained checkpoint are not taken for the old
-    one's: a local directory by name and by a digest of samples of its weights, else the name itself."""
+    one's: a local directory by name and by a digest of samples of its weights, what a server at `url`
+    serves by the name it gives, else the name itself."""
+    if url:
+        import urllib.request
+
+        try:
+            with urllib.request.urlopen(f"{url.split(',')[0].rstrip('/')}/models", timeout=30) as answer:
+                return json.loads(answer.read())["data"][0]["id"]
+        except (KeyError, IndexError, TypeError):
+            return model  # a server that does not say
+        except (OSError, ValueError) as e:
+            raise InputError(f"the model server {url.split(',')[0]} cannot be reached ({e}): start it, or mend the URL") from None
     path = Path(model)
-    if url or not path.is_dir():
-        return f"{model}@{url}" if url else model
+    if not path.is_dir():
+        return model
     h = hashlib.sha256()
     for file in sorted([*path.glob("*.safetensors"), path / "config.json"]):
         size = file.stat().st_size
@@ -867,9 +902,41 @@ class WorkerDied(Exception):
     """The worker process of a session ended; the episode can be started again on another."""
 
 
+class Sessions:
+    """What a worker holds: an environment and any number of its sessions."""
+
+    def __init__(self, env: str, sessions: int):
+        self.env, self.sessions, self.live, self.free = env, sessions, {}, []
+
+    def call(self, session: int, method: str, args: list) -> tuple:
+        """(result, None) or (None, [kind, text]). Sessions that end are used again: to start over costs
+        nothing. Ends the process when the simulator in it is gone; a new worker takes over."""
+        if method == "close":
+            self.free += [self.live.pop(session)] if session in self.live else []
+            return None, None
+        try:
+            if session not in self.live:
+                self.live[session] = self.free.pop() if self.free else environment(self.env)(self.sessions)
+            return getattr(self.live[session], method)(*args), None
+        except InputError as e:
+            return None, ["InputError", str(e)]
+        except Exception as e:
+            self.live.pop(session, None)  # in an unknown state: not used again
+            text = f"{type(e).__name__}: {e}"[:2000]
+            if "OutOfMemory" in text or "Py4JNetwork" in text:
+                print(f"environment worker: {text}", file=sys.stderr, flush=True)
+                os._exit(1)
+            return None, [type(e).__name__, text]
+
+
+def result_of(result, error):
+    if error:
+        raise InputError(error[1]) if error[0] == "InputError" else RuntimeError(error[1])
+    return result
+
+
 class Worker:
-    """One child process that holds an environment and any number of its sessions. Requests and
-    answers are JSON lines, so a worker is told apart from a remote one by its pipe alone."""
+    """One child process with `Sessions`. Requests and answers are JSON lines."""
 
     def __init__(self, env: str, sessions: int):
         self.env, self.sessions = env, sessions
@@ -908,23 +975,83 @@ class Worker:
             number, result, error = json.loads(line)
             future = self.waiting.get(number)
             if future and not future.done():
-                if error:
-                    future.set_exception(InputError(error[1]) if error[0] == "InputError" else RuntimeError(error[1]))
-                else:
-                    future.set_result(result)
+                try:
+                    future.set_result(result_of(result, error))
+                except Exception as e:
+                    future.set_exception(e)
         await process.wait()
         for future in self.waiting.values():
             if not future.done():
                 future.set_exception(WorkerDied("an environment worker ended"))
 
-    def kill(self):
+    def close(self, process, session: int) -> None:
+        """The session's environment may be used for another."""
+        if process is self.process and process.returncode is None:
+            process.stdin.write(json.dumps([0, session, "close", []]).encode() + b"\n")
+
+    def kill(self) -> None:
         if self.process and self.process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)  # the worker and its JVM
 
+    async def end(self) -> None:
+        self.kill()
+        if self.process:
+            await asyncio.gather(self.reader, return_exceptions=True)
+
+
+class RayWorker:
+    """The same as an actor on a Ray cluster, that of RAY_ADDRESS or one started on this machine. The
+    repository and its packages must be at the same path on every machine."""
+
+    def __init__(self, env: str, sessions: int):
+        self.env, self.sessions, self.live, self.actor = env, sessions, 0, None
+
+    async def start(self):
+        try:
+            import ray
+        except ImportError:
+            raise InputError("--ray needs the package ray: pip install ray") from None
+        if not ray.is_initialized():
+            env = {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "0"}
+            await asyncio.to_thread(ray.init, log_to_driver=False, logging_level="ERROR", runtime_env={"env_vars": env})
+        if self.actor is None:
+            from common import Sessions  # by its module's name, for the actors to import
+
+            self.actor = ray.remote(num_cpus=1)(Sessions).remote(self.env, self.sessions)
+        return self.actor
+
+    async def call(self, actor, session: int, method: str, *args, deadline: float = 120.0):
+        import ray
+
+        if actor is not self.actor:
+            raise WorkerDied("an environment worker ended")
+        try:
+            return result_of(*await asyncio.wait_for(asyncio.wrap_future(actor.call.remote(session, method, args).future()), deadline))
+        except (TimeoutError, ray.exceptions.RayActorError) as e:
+            if actor is self.actor:
+                self.kill()
+            raise WorkerDied(f"an environment worker ended, or did not answer {method} within {deadline:.0f} s "
+                             f"({type(e).__name__})") from None
+
+    def close(self, actor, session: int) -> None:
+        if actor is self.actor:
+            actor.call.remote(session, "close", [])
+
+    def kill(self) -> None:
+        import ray
+
+        if self.actor is not None:
+            ray.kill(self.actor)
+            self.actor = None
+
+    async def end(self) -> None:
+        if self.actor is not None:
+            self.kill()
+
 
 class EnvPool:
-    """Environment worker processes; a session lives on the least busy one.
+    """Environment workers, processes of this machine or (`ray`) of a cluster; a session lives on one of them.
 
     async with EnvPool("sciworld", workers=2) as pool:
         async with pool.session() as env:
@@ -932,23 +1059,21 @@ class EnvPool:
             observation, reward, done, success = await env("step", action)
     """
 
-    def __init__(self, env: str, workers: int, sessions: int = 64):
+    def __init__(self, env: str, workers: int, sessions: int = 64, ray: bool = False):
         self.shares_tasks, self.homes = getattr(environment(env), "shares_tasks", False), {}
-        self.workers = [Worker(env, max(1, sessions // workers)) for _ in range(workers)]
+        self.workers = [(RayWorker if ray else Worker)(env, max(1, sessions // workers)) for _ in range(workers)]
         self.count = 0
 
     async def __aenter__(self):
         return self
 
     async def __aexit__(self, *_):
-        for worker in self.workers:
-            worker.kill()
-        await asyncio.gather(*[w.reader for w in self.workers if w.process], return_exceptions=True)
+        await asyncio.gather(*[w.end() for w in self.workers])
 
     @contextlib.asynccontextmanager
     async def session(self, task: str | None = None):
-        """A session to play `task` in. Where sessions of a process share what they know of a task, those of
-        one task go to one worker, unless it is much busier than another."""
+        """A session to play `task` in, on the least busy worker. Where sessions of a process share what they
+        know of a task, those of one task go to one worker, unless it is much busier than another."""
         worker = min(self.workers, key=lambda w: w.live)
         if task and self.shares_tasks:
             home = self.homes.get(task, worker)
@@ -956,9 +1081,7 @@ class EnvPool:
             self.homes[task] = worker
         worker.live += 1
         self.count += 1
-        number = self.count
-
-        process = None
+        number, process = self.count, None
         try:
             process = await worker.start()
 
@@ -968,8 +1091,8 @@ class EnvPool:
             yield call
         finally:
             worker.live -= 1
-            if process and process is worker.process and process.returncode is None:
-                process.stdin.write(json.dumps([0, number, "close", []]).encode() + b"\n")
+            if process:
+                worker.close(process, number)
 
 
 def worker_main(env: str, sessions: str) -> None:
@@ -977,25 +1100,14 @@ def worker_main(env: str, sessions: str) -> None:
     when its input ends, that is when the parent does."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a simulator prints must not mix with the answers
-    live, free = {}, []  # sessions are used again: one that has ended costs nothing to start over
+    held = Sessions(env, int(sessions))
     for line in sys.stdin:
         number, session, method, args = json.loads(line)
+        answer = held.call(session, method, args)
         if method == "close":
-            free += [live.pop(session)] if session in live else []
             continue
         try:
-            if session not in live:
-                live[session] = free.pop() if free else environment(env)(int(sessions))
-            answer = [number, getattr(live[session], method)(*args), None]
-        except InputError as e:
-            answer = [number, None, ["InputError", str(e)]]
-        except Exception as e:
-            live.pop(session, None)  # in an unknown state: not used again
-            answer = [number, None, [type(e).__name__, f"{type(e).__name__}: {e}"[:2000]]]
-            if "OutOfMemory" in answer[2][1] or "Py4JNetwork" in answer[2][1]:
-                sys.exit(f"environment worker: {answer[2][1]}")  # the simulator is gone; a new worker takes over
-        try:
-            out.write(json.dumps(answer) + "\n")
+            out.write(json.dumps([number, *answer]) + "\n")
             out.flush()
         except BrokenPipeError:
             os._exit(0)  # the parent was killed
@@ -1058,54 +1170,88 @@ class Reply:
 
 
 class Model:
-    """One chat model behind an OpenAI-compatible server.
+    """One chat model behind one or more OpenAI-compatible servers (`url`: addresses with commas between).
 
     `url` None is OpenAI itself, or `OPENAI_BASE_URL`; the key comes from `OPENAI_API_KEY`. A server
-    of ours on loopback needs none. Retries (429, 5xx, lost connections) with growing pauses are the
-    client's own; a server that stays away raises `InputError`."""
+    of ours on loopback needs none. Retries (429, 5xx, lost connections, silence) with growing pauses
+    are the client's own: a server may be gone for a minute; one that stays away raises `InputError`."""
 
-    def __init__(self, name: str | None = None, url: str | None = None, concurrency: int = 64, timeout: float = 600.0):
-        from openai import AsyncOpenAI
+    def __init__(self, name: str | None = None, url: str | None = None, concurrency: int = 64, timeout: float = 300.0):
+        import httpx
+        import openai
 
         key = os.environ.get("OPENAI_API_KEY")
         if url is None and not key:
             raise InputError(f"asking {name} needs an API key: set OPENAI_API_KEY (and OPENAI_BASE_URL for a server "
                              "other than OpenAI's)")
         self.name, self.url, self.slots = name, url, asyncio.Semaphore(concurrency)
-        self.retries = int(os.environ.get("MPO_MAX_RETRIES", 8))  # 8: about a minute of growing pauses
-        self.client = AsyncOpenAI(base_url=url, api_key=key if url is None else "none", timeout=timeout, max_retries=self.retries)
+        self.retries = int(os.environ.get("MPO_MAX_RETRIES", 16))  # 16: pauses of 80 to 100 s in all
+        self.deadline = 3 * timeout  # seconds for one completion, retries and all
+        self.clients = [openai.AsyncOpenAI(
+            base_url=u, api_key=key if url is None else "none", timeout=openai.Timeout(timeout, connect=10.0), max_retries=self.retries,
+            http_client=openai.DefaultAsyncHttpxClient(limits=httpx.Limits(max_connections=None, max_keepalive_connections=concurrency)))
+            for u in (url.split(",") if url else [None])]
+        self.in_flight = [0] * len(self.clients)
         self.completion_tokens = 0  # generated so far
 
+    def _client(self, home: dict | None) -> int:
+        """The server with the fewest requests in flight; a conversation (`home` is its memory) stays with
+        the server that has its prefix in the cache, unless that one is much busier."""
+        least = min(range(len(self.clients)), key=self.in_flight.__getitem__)
+        if home is None:
+            return least
+        if self.in_flight[home.setdefault("server", least)] > 2 * self.in_flight[least] + 4:
+            home["server"] = least
+        return home["server"]
+
     async def ask(self, messages: list[dict], temperature: float = 0.0, max_tokens: int = 256,
-                  seed: int | None = None) -> Reply:
+                  seed: int | None = None, home: dict | None = None) -> Reply:
         """One completion. Raises `ContextOverflow` when the prompt does not fit, `InputError` when the
-        server refuses the key or the model, or cannot be reached."""
+        server refuses the key or the model, cannot be reached, or keeps sending what is no completion."""
         import openai
 
-        try:
-            async with self.slots:
-                if self.name is None:
-                    self.name = (await self.client.models.list()).data[0].id
-                answer = await self.client.chat.completions.create(
-                    model=self.name, messages=messages, temperature=temperature, max_tokens=max_tokens, seed=seed)
-            text, usage = answer.choices[0].message.content or "", answer.usage
-        except (openai.AuthenticationError, openai.PermissionDeniedError) as e:
-            raise InputError(f"{self.where()} refused the API key ({e.status_code}): check OPENAI_API_KEY") from None
-        except openai.NotFoundError:
-            raise InputError(f"{self.where()} has no model {self.name!r}") from None
-        except openai.BadRequestError as e:
-            if re.search(r"context.{0,20}length|maximum.{0,40}tokens|too long|too many tokens", str(e), re.I):
-                raise ContextOverflow(str(e)) from None
-            raise InputError(f"{self.where()} refused a request: {str(e)[:300]}") from None
-        except openai.APIConnectionError:
-            raise InputError(f"{self.where()} cannot be reached (gave up after {self.retries + 1} tries); finished rows are kept, "
-                             "run the same command when it is back") from None
-        except openai.APIStatusError as e:
-            raise InputError(f"{self.where()} answers {e.status_code} (gave up after {self.retries + 1} tries): {str(e)[:200]}") from None
-        except (IndexError, TypeError, ValueError, AttributeError) as e:
-            raise InputError(f"{self.where()} sent an answer without a completion ({type(e).__name__}: {str(e)[:100]})") from None
+        async with self.slots:
+            server = self._client(home)
+            self.in_flight[server] += 1
+            try:
+                async with asyncio.timeout(self.deadline):
+                    text, usage = await self._complete(self.clients[server], messages, temperature, max_tokens, seed)
+            except TimeoutError:
+                raise InputError(f"{self.where()} did not answer within {self.deadline:.0f} s; finished rows are kept, run the same "
+                                 "command when it works again") from None
+            except (openai.AuthenticationError, openai.PermissionDeniedError) as e:
+                raise InputError(f"{self.where()} refused the API key ({e.status_code}): check OPENAI_API_KEY") from None
+            except openai.NotFoundError:
+                raise InputError(f"{self.where()} has no model {self.name!r}") from None
+            except openai.BadRequestError as e:
+                if re.search(r"context.{0,20}length|maximum.{0,40}tokens|too long|too many tokens", str(e), re.I):
+                    raise ContextOverflow(str(e)) from None
+                raise InputError(f"{self.where()} refused a request: {str(e)[:300]}") from None
+            except openai.APIConnectionError:
+                raise InputError(f"{self.where()} cannot be reached (gave up after {self.retries + 1} tries); finished rows are kept, "
+                                 "run the same command when it is back") from None
+            except openai.APIStatusError as e:
+                raise InputError(f"{self.where()} answers {e.status_code} (gave up after {self.retries + 1} tries): "
+                                 f"{str(e)[:200]}") from None
+            finally:
+                self.in_flight[server] -= 1
         self.completion_tokens += usage.completion_tokens if usage else 0
         return Reply(text, usage.prompt_tokens if usage else 0, usage.completion_tokens if usage else 0)
+
+    async def _complete(self, client, messages, temperature, max_tokens, seed):
+        import openai
+
+        if self.name is None:
+            self.name = (await client.models.list()).data[0].id
+        for left in reversed(range(self.retries + 1)):
+            try:
+                answer = await client.chat.completions.create(
+                    model=self.name, messages=messages, temperature=temperature, max_tokens=max_tokens, seed=seed)
+                return answer.choices[0].message.content or "", answer.usage
+            except (IndexError, TypeError, ValueError, AttributeError, openai.APIResponseValidationError) as e:
+                if not left:  # half an answer, or one without choices, which the client does not retry
+                    raise InputError(f"{self.where()} sent an answer without a completion {self.retries + 1} times "
+                                     f"({type(e).__name__}: {str(e)[:100]})") from None
 
     def where(self) -> str:
         return f"the model server {self.url or os.environ.get('OPENAI_BASE_URL', 'OpenAI')}"
@@ -1254,6 +1400,7 @@ class RolloutConfig:
     seed: int
     max_failures: int = 10  # failing actions in a row that end an episode
     max_steps: int | None = None  # of an episode; None: the environment's own limit
+    window: int = 0  # turns to keep, with the task, of a conversation that passes the model's context; 0: the episode ends
 
 
 def observation_message(observation: str, limit: int) -> dict:
@@ -1268,13 +1415,19 @@ async def episode(env, model: Model, cls, task: str, plan: str | None, rollout: 
     "prompt_tokens", "completion_tokens"}; `end` is success, failure (the task is over, lost), steps,
     errors or context. A reply without an action is told so and counts as a step."""
     u = await env("reset", task)
-    messages = c.prompts.agent(u, plan, task)
+    messages, home = c.prompts.agent(u, plan, task), {}
     steps, reward, success, failures, format_errors, tokens_in, tokens_out = [], 0.0, False, 0, 0, 0, 0
     end = "steps"
     for i in range(c.max_steps or cls.max_steps(task)):
         seed = seed_of(c.seed, task, plan, rollout, i)
         try:
-            reply = await model.ask(messages, c.temperature, c.max_tokens, seed)
+            try:
+                reply = await model.ask(messages, c.temperature, c.max_tokens, seed, home)
+            except ContextOverflow:
+                if not c.window or len(messages) <= 1 + 2 * c.window:
+                    raise
+                messages = messages[:1] + messages[-2 * c.window :]
+                reply = await model.ask(messages, c.temperature, c.max_tokens, seed, home)
         except ContextOverflow:
             end = "context"
             break
@@ -1307,7 +1460,9 @@ async def rollouts(jobs: list[dict], model: Model, pool: EnvPool, env: str, c: R
     "crash" and its error. Returns the number of retries."""
     from tqdm import tqdm
 
-    cls, queue, retries, rewards, start = environment(env), iter(jobs), 0, [], time.time()
+    cls, queue, start = environment(env), iter(jobs), time.time()
+    retries = failed = 0
+    total = 0.0  # reward of all that did not fail
 
     async def play(job):
         nonlocal retries
@@ -1323,14 +1478,16 @@ async def rollouts(jobs: list[dict], model: Model, pool: EnvPool, env: str, c: R
     with tqdm(total=len(jobs), desc=desc, unit="ep", smoothing=0.05) as bar:
 
         async def work():
+            nonlocal failed, total
             for job in queue:
                 began = time.time()
                 row = await play(job)
                 append({**job, **row, "seconds": round(time.time() - began, 2)})
-                if row["end"] != "crash":
-                    rewards.append(row["reward"])
-                bar.set_postfix_str(f"reward {mean(rewards):.3f}, {model.completion_tokens / (time.time() - start):.0f} tok/s"
-                                    + (f", {retries} retries" if retries else ""))
+                failed, total = failed + (row["end"] == "crash"), total + row["reward"]
+                done, seconds = bar.n + 1, time.time() - start
+                bar.set_postfix_str(
+                    f"{60 * done / seconds:.0f} ep/min, {model.completion_tokens / seconds:.0f} tok/s, reward "
+                    f"{total / max(1, done - failed):.3f}, {failed} failed" + (f", {retries} retries" if retries else ""), refresh=False)
                 bar.update()
 
         tasks = [asyncio.create_task(work()) for _ in range(min(concurrency, len(jobs)))]
