@@ -14,7 +14,6 @@ reads together.
 """
 
 import asyncio
-import contextlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path

@@ -24,7 +24,7 @@ from common import InputError, arg
 class Args:
     model: str = arg("runs/sciworld/sft", "the SFT meta planner: where training starts, and the reference")
     data: str = arg("runs/sciworld/pairs.jsonl", "preference rows, JSONL with `prompt`, `chosen`, `rejected`; "
-                    "shards beside it (pairs.0of4.jsonl, ...) are read as well")
+                    "or its shards (pairs.0of4.jsonl, ...)")
     out: str = arg("runs/sciworld/mpo", "where the trained model goes, in Hugging Face format")
     beta: float = arg(0.1, "beta of the DPO loss (paper: 0.1)")
     batch_size: int = arg(32, "pairs of an optimizer step, over all processes (paper: 32)")
@@ -57,7 +57,7 @@ def dpo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejecte
 def load_pairs(a: Args, tokenizer) -> list[tuple]:
     """[(chosen, rejected)], each (token ids, target mask) of prompt and reply."""
     pairs, too_long = [], 0
-    for i, row in enumerate(common.read_shards(a.data, ("prompt", "chosen", "rejected"))[: a.limit], 1):
+    for i, row in enumerate(common.read_merged(a.data, ("prompt", "chosen", "rejected"))[: a.limit], 1):
         sides = []
         for side in ("chosen", "rejected"):
             if not isinstance(row["prompt"], list) or not isinstance(row[side], list):

@@ -175,12 +175,31 @@ def shard_path(path, shard: str | None) -> Path:
 
 def read_shards(path, required: tuple = (), missing_ok: bool = False) -> list[dict]:
     """Rows of `path` and of all shards of it that are there, whatever their number."""
-    path = Path(path)
-    shards = sorted(p for p in path.parent.glob(f"{path.stem}.*{path.suffix}") if re.fullmatch(r"\d+of\d+", p.name.split(".")[-2]))
+    shards = [p for ps in shards_of(path).values() for p in ps.values()]
     rows = read_rows(path, required, missing_ok or bool(shards))
     for shard in shards:
         rows += read_rows(shard, required)
     return rows
+
+
+def read_merged(path, required: tuple = ()) -> list[dict]:
+    """Rows of `path` or, where only shards of it are there, of all of them; one must not be missing."""
+    shards = shards_of(path)
+    if Path(path).exists() or not shards:
+        return read_rows(path, required)
+    n, found = max(shards.items())
+    if missing := [i for i in range(n) if i not in found]:
+        raise InputError(f"{shard_path(path, f'{missing[0]}/{n}')} is missing: run that shard ({len(found)} of {n} are there)")
+    return [row for i in range(n) for row in read_rows(found[i], required)]
+
+
+def shards_of(path) -> dict[int, dict[int, Path]]:
+    """{n: {i: the file of shard i/n}} of the shards of `path` that are there."""
+    path, out = Path(path), {}
+    for p in sorted(path.parent.glob(f"{path.stem}.*of*{path.suffix}")):
+        if match := re.fullmatch(r"(\d+)of(\d+)", p.name.removeprefix(path.stem + ".").removesuffix(path.suffix)):
+            out.setdefault(int(match[2]), {})[int(match[1])] = p
+    return out
 
 
 def finished(rows, *fields) -> dict[tuple, dict]:
