@@ -112,8 +112,8 @@ class ChatServer(ThreadingHTTPServer):
 
     daemon_threads, request_queue_size = True, 256
 
-    def __init__(self, reply):
-        super().__init__(("127.0.0.1", 0), ChatHandler)
+    def __init__(self, reply, port: int = 0):
+        super().__init__(("127.0.0.1", port), ChatHandler)
         self.reply, self.requests, self.keys, self.lock = reply, [], set(), threading.Lock()
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
