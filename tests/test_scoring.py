@@ -140,8 +140,12 @@ def test_server_that_comes_back(chat_server):
     arrived, rows, back = threading.Event(), [], []
     server = chat_server(lambda messages, body: (arrived.set(), player(messages, body))[1])
 
+    def gone(messages, body):
+        raise ConnectionAbortedError
+
     def outage():
         arrived.wait(60)
+        server.reply = gone  # connections that are open end as well
         server.shutdown()
         server.server_close()
         time.sleep(8)
