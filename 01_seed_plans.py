@@ -180,12 +180,13 @@ async def seed_plans(a: Args, trajectories: list[dict], prompts) -> dict[str, st
 
 
 def agent_conversations(a: Args, trajectories: list[dict], plans: dict[str, str], prompts) -> None:
-    """The expert as the agent would have talked; a seeded `plan_share` of the rows has p in the prompt."""
+    """The expert as the agent would have talked; a seeded `plan_share` of the rows has p in the prompt. There
+    the expert acts as one who knows p, where the environment tells how ("guided")."""
     rows = []
     for e in trajectories:
         with_plan = e["task"] in plans and random.Random(f"{a.seed} {e['task']}").random() < a.plan_share
         messages = prompts.agent(e["instruction"], plans[e["task"]] if with_plan else None, e["task"])
-        for action, observation in e["steps"]:
+        for action, observation in e.get("guided", e["steps"]) if with_plan else e["steps"]:
             messages += [{"role": "assistant", "content": f"Action: {action}"},
                          common.observation_message(observation, a.observation_chars)]
         rows.append({"task": e["task"], "with_plan": with_plan, "messages": messages[:-1]})

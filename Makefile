@@ -139,13 +139,13 @@ demo_sciworld := M=4 N=1 \
   EVAL_ARGS="--limit 24 --max_model_len 2048 $(DEMO_SERVE)"
 
 demo_alfworld := M=4 N=1 \
-  ENV_ARGS="--types pick_and_place_simple look_at_obj_in_light pick_clean_then_place_in_recep --prompts alfworld-brief --observation_chars 400 --workers 2" \
-  SEED_PLANS_ARGS="--limit 180 --plan_share 0.9" \
+  ENV_ARGS="--types pick_and_place_simple look_at_obj_in_light --prompts alfworld-brief --observation_chars 400 --workers 2" \
+  SEED_PLANS_ARGS="--limit 160 --plan_share 0.9" \
   AGENT_SFT_ARGS="--lr 3e-4 --epochs 2 --warmup_ratio 0.05" \
   SFT_ARGS="--lr 2e-4 --epochs 1 --warmup_ratio 0.05 --limit 60" \
-  SCORE_ARGS="--limit 42 --max_model_len 3072 $(DEMO_SERVE)" \
+  SCORE_ARGS="--limit 42 --max_steps 20 --max_model_len 3072 $(DEMO_SERVE)" \
   DPO_ARGS="--beta 0.1 --lr 2e-5 --warmup_ratio 0.1 --epochs 5" \
-  EVAL_ARGS="--limit 24 --max_model_len 3072 $(DEMO_SERVE)"
+  EVAL_ARGS="--limit 24 --max_steps 20 --max_model_len 3072 $(DEMO_SERVE)"
 
 demo:
 	$(if $(demo_$(ENV)),,$(error there are no demo settings for ENV=$(ENV)))

@@ -804,7 +804,7 @@ class ALFWorld:
     def reset(self, task: str) -> str:
         """Start `task`; the instruction u: the room and the task, without the game's banner."""
         self.check(task)
-        self.folder = next(tasks[task] for tasks in self.games().values() if task in tasks)
+        self.task, self.folder = task, next(tasks[task] for tasks in self.games().values() if task in tasks)
         self.game = self._load(self.folder)
         self.here = self.game.start
         return self.game.intro.split("\n\n", 1)[1]
@@ -837,18 +837,42 @@ class ALFWorld:
         return observation.startswith("Nothing happens")
 
     def expert(self, task: str) -> dict | None:
-        """{"instruction", "steps": [[action, observation], ...], "reward", "by"}: the trajectory of alfworld's
-        hand-coded expert, which searches as a person would; where it does not succeed within the step
-        limit, of the game's own walkthrough; None if that fails too. Actions are in the words of the prompt."""
+        """{"instruction", "steps": [[action, observation], ...], "reward", "by", "guided"}: the trajectory of
+        alfworld's hand-coded expert, which searches as a person would; where it does not succeed within
+        the step limit, of the game's own walkthrough; None if that fails too. Actions are in the words of
+        the prompt. `guided`: the steps of an expert who has the plan."""
         for by, actions in (("search", self._search), ("walkthrough", lambda: iter(self.game.walkthrough))):
-            u, steps = self.reset(task), []
-            for action in itertools.islice(actions(), self.max_steps(task)):
-                observation, reward, _, success = self.step(action)
-                if action.split()[0] not in ("look", "examine", "inventory", "help"):  # idle, and not in the prompt's action list
-                    steps.append([self.spoken(action), observation])
-                if success:
-                    return {"instruction": u, "steps": steps, "reward": reward, "by": by}
+            u = self.reset(task)
+            if e := self._replay(actions()):
+                self.reset(task)
+                return {"instruction": u, "steps": e, "reward": 1.0, "by": by, "guided": self._replay(self._guided(e)) or e}
         return None
+
+    def _replay(self, actions) -> list | None:
+        """[[action, observation], ...] until the task is done; None when it is not within the step limit.
+        Looking around is left out: it changes nothing, and the prompt's action list does not have it."""
+        steps = []
+        for action in itertools.islice(actions, self.max_steps(self.task)):
+            observation, _, _, success = self.step(action)
+            if action.split()[0] not in ("look", "examine", "inventory", "help"):
+                steps.append([self.spoken(action), observation])
+            if success:
+                return steps
+        return None
+
+    @staticmethod
+    def _guided(steps: list):
+        """The actions without the search of places of a kind that a plan would not name: before each
+        manipulation only those of the kind where it takes place."""
+        search = []
+        for action, _ in steps:
+            if action.startswith(("go to ", "open ", "close ")):
+                search.append(action)
+                continue
+            kind = next((a.split()[-2] for a in reversed(search) if a.startswith("go to ")), None)
+            yield from (a for a in search if a.split()[-2] == kind)
+            yield action
+            search = []
 
     @staticmethod
     def spoken(command: str) -> str:

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run_script
+from conftest import ROOT, check_run, run_script
 
 import common
 from common import NO_ACTION, AlfredGame, ALFWorld, EnvPool, InputError, Model, Prompts, RolloutConfig, check_plan, rollouts, task_type
@@ -222,6 +222,38 @@ def test_rollouts(tasks, chat_server):
         else:
             assert row["end"] == "steps" and row["reward"] == 0.0 and len(row["steps"]) == 30
             assert row["steps"][1][1] == "Nothing happens."
+
+
+def test_stages(tasks, tmp_path, chat_server):
+    """Stages 1, 3 and 5 on ALFWorld from the command line, with a scripted planner and agent."""
+    out, listed = tmp_path / "run", tmp_path / "tasks.json"
+    listed.write_text(json.dumps([t.split("/") for t in tasks["seen"][:4]]))
+    said = check_run("01_seed_plans.py", "--env", "alfworld", "--out", out, "--teacher", "rules", "--tasks", listed, "--plan_share", 1.0)
+    assert "expert: 4 of 4 tasks solved" in said and "  look_at_obj_in_light 1 of 1 (" in said
+    trajectories = common.read_rows(out / "trajectories.jsonl")
+    plans = {r["task"]: r["plan"] for r in common.read_rows(out / "seed_plans.jsonl")}
+    gold = {r["instruction"]: r for r in trajectories}
+    for row, e in zip(common.read_rows(out / "agent_sft.jsonl"), trajectories, strict=True):
+        assert plans[e["task"]] in row["messages"][0]["content"]
+        spoken = [m["content"] for m in row["messages"][1::2]]
+        assert spoken == [f"Action: {a}" for a, _ in e["guided"]], "it acts as one who knows the plan"
+        assert len(e["guided"]) <= len(e["steps"])
+
+    def reply(messages, body):
+        first = messages[0]["content"]
+        e = gold[max(gold, key=first.rfind)]
+        if "<meta_plan>" in first:
+            return common.plan_reply(plans[e["task"]] if body["seed"] is None or body["seed"] % 2 else "Step 1: go to the fridge")
+        return f"Action: {e['guided'][len(messages) // 2][0].upper()}." if plans[e["task"]] in first else "I do not know."
+
+    server = chat_server(reply)
+    common_flags = ["--env", "alfworld", "--out", out, "--tasks", listed, "--agent_url", server.url, "--workers", 2]
+    check_run("03_sample_score.py", *common_flags, "--planner_url", server.url, "--m", 6, "--n", 1, "--limit", 3)
+    pairs = common.read_rows(out / "pairs.jsonl")
+    assert pairs and all(p["q_chosen"] == 1.0 and p["q_rejected"] == 0.0 for p in pairs)
+    check_run("05_eval.py", *common_flags, "--plans", "none", "--max_steps", 4)
+    [result] = json.loads((out / "results.json").read_text())["results"]
+    assert result["tasks"] == 4 and result["reward"]["mean"] == 0.0 and result["format_errors"] == 16 and result["ends"] == {"steps": 4}
 
 
 # ---- bad games -----------------------------------------------------------------------------------

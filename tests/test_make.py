@@ -30,7 +30,7 @@ def defaults(script: str) -> dict:
     return {k: str(v) for k, v in vars(stage(script.removesuffix(".py")).Args()).items()}
 
 
-@pytest.mark.parametrize("env", ["sciworld"])
+@pytest.mark.parametrize("env", ["sciworld", "alfworld"])
 def test_make_all_uses_the_papers_settings(env):
     commands = make("-n", "all", f"ENV={env}", "RUN=not-there")
     llama = "meta-llama/Llama-3.1-8B-Instruct"
@@ -60,8 +60,10 @@ def test_the_scripts_own_defaults_are_the_papers(script, values):
     assert values.items() <= defaults(script).items()
 
 
-def test_make_demo_trains_the_agent_first():
-    commands = make("-n", "-B", "demo")
+@pytest.mark.parametrize("env", ["sciworld", "alfworld"])
+def test_make_demo_trains_the_agent_first(env):
+    commands = make("-n", "-B", "demo", f"ENV={env}")
+    assert settings(commands, "05_eval.py")["env"] == env
     assert commands.index("/agent ") < commands.index(" 03_sample_score.py ")
     assert settings(commands, "01_seed_plans.py")["teacher"] == "rules"
     assert settings(commands, "03_sample_score.py")["agent"].endswith("/agent")
