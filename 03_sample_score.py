@@ -151,7 +151,7 @@ def undecided(rewards: dict[str, list[float]], n: int) -> list[str]:
 
     The interval of Q is what the mean of n rollouts can become: the rollouts to come are taken to be like
     those that were, of the plan and, as a prior worth two rollouts, of the task's plans together, within
-    one standard deviation. Everybody gets two rollouts; a task whose plans have all had the same reward
+    half a standard deviation. Everybody gets two rollouts; a task whose plans have all had the same reward
     each time by then is given up, it is a tie."""
     if any(len(r) < min(2, n) for r in rewards.values()):
         return [plan for plan, r in rewards.items() if len(r) < min(2, n)]
@@ -162,7 +162,7 @@ def undecided(rewards: dict[str, list[float]], n: int) -> list[str]:
     for plan, r in rewards.items():
         left = n - len(r)
         p = (sum(r) + 2 * pooled) / (len(r) + 2)
-        spread = (left * p * (1 - p) * (len(r) + 2 + left) / (len(r) + 3)) ** 0.5  # of a sum of `left` draws, p unknown (beta-binomial)
+        spread = 0.5 * (left * p * (1 - p) * (len(r) + 2 + left) / (len(r) + 3)) ** 0.5  # beta-binomial: p is not known
         low[plan] = (sum(r) + max(0.0, left * p - spread)) / n
         high[plan] = (sum(r) + min(left, left * p + spread)) / n
     best = [p for p in rewards if high[p] >= max(low.values())]

@@ -53,13 +53,15 @@ def main() -> None:
             seen = replay({p: draw.sample(r, len(r)) for p, r in plans.items()})
             mine = pair(seen)
             spent, total = spent + sum(map(len, seen.values())), total + sum(map(len, plans.values()))
-            right = (mine is None) if truth is None else mine is not None and q[mine[0]] == max(q.values()) and q[mine[1]] == min(q.values())
+            ends = mine and (q[mine[0]], q[mine[1]])
+            right = ends == (max(q.values()), min(q.values())) if truth else mine is None
             agree += right
             of, found = of + (truth is not None), found + (right and truth is not None)
     runs = len(tasks) * a.shuffles
     print(f"{len(tasks)} tasks with {common.mean(len(p) for p in tasks.values()):.1f} plans of {a.n} rollouts, {a.shuffles} orders each: "
           f"{spent / total:.0%} of the rollouts spent,")
-    print(f"the same answer for {agree / runs:.0%} of the tasks; of the tasks that have a pair ({of / runs:.0%}), the same pair for {found / max(1, of):.0%}")
+    print(f"the same answer for {agree / runs:.0%} of the tasks; of the tasks that have a pair ({of / runs:.0%}), "
+          f"the same pair for {found / max(1, of):.0%}")
 
 
 if __name__ == "__main__":
