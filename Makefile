@@ -142,8 +142,8 @@ demo_alfworld := M=4 N=1 \
   ENV_ARGS="--types pick_and_place_simple look_at_obj_in_light --prompts alfworld-brief --observation_chars 400 --workers 2" \
   SEED_PLANS_ARGS="--limit 160 --plan_share 0.9" \
   AGENT_SFT_ARGS="--lr 3e-4 --epochs 2 --warmup_ratio 0.05" \
-  SFT_ARGS="--lr 2e-4 --epochs 1 --warmup_ratio 0.05 --limit 60" \
-  SCORE_ARGS="--limit 42 --max_steps 20 --max_model_len 3072 $(DEMO_SERVE)" \
+  SFT_ARGS="--lr 2e-4 --epochs 2 --warmup_ratio 0.05 --limit 100" \
+  SCORE_ARGS="--limit 48 --max_steps 20 --max_model_len 3072 $(DEMO_SERVE)" \
   DPO_ARGS="--beta 0.1 --lr 2e-5 --warmup_ratio 0.1 --epochs 5" \
   EVAL_ARGS="--limit 24 --max_steps 20 --max_model_len 3072 $(DEMO_SERVE)"
 
@@ -156,7 +156,7 @@ demo:
 # ---- the project itself ------------------------------------------------------------------------
 
 test: .venv/ready
-	$(BIN) python -m pytest -q
+	$(BIN) python -m pytest -q -n 2 --dist loadfile
 
 bench-env: .venv/ready
 	$(BIN) python tests/bench_env.py
