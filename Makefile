@@ -12,7 +12,8 @@ ENV ?= sciworld
 RUN ?= $(ENV)
 R := runs/$(RUN)
 PYTHON ?= python3
-GPUS := $(shell (nvidia-smi -L 2>/dev/null || true) | wc -l)
+NVIDIA := $(shell (nvidia-smi -L 2>/dev/null || true) | wc -l)
+GPUS ?= $(NVIDIA)
 
 # ---- settings of `make all`; the defaults are the paper's (section 4.1) -------------------------
 PLANNER ?= meta-llama/Llama-3.1-8B-Instruct
@@ -37,7 +38,7 @@ BIN := . .venv/bin/activate &&
 COMMON := --env $(ENV) --out $(R) $(ENV_ARGS)
 AGENT_FILE := $(if $(AGENT_SFT_ARGS),$(R)/agent/config.json)
 
-.PHONY: help setup demo all test lint stages data bench-env
+.PHONY: help setup demo all test lint stages data bench-env bench-rollout estimate
 .PRECIOUS: $(R)/%.jsonl $(R)/%/config.json $(R)/results.md
 
 help:
@@ -46,7 +47,9 @@ help:
 	@echo "make all ENV=sciworld   the paper's settings, for a machine with 8 GPUs (ENV: sciworld, alfworld); RUN=name for another run folder"
 	@echo "make seed | sft | score | dpo | eval ENV=...   one stage and what it needs"
 	@echo "make data            fetch ALFWorld's games (ENV=alfworld needs them)"
+	@echo "make estimate ENV=alfworld GPUS=8   what make all would do and take"
 	@echo "make bench-env       how fast the environments are, beside their own packages"
+	@echo "make bench-rollout   how fast stage 3 is, beside the paper's loop"
 	@echo "make setup           .venv with all packages (the other targets do this by themselves)"
 	@echo "make lint            ruff"
 	@echo
@@ -57,7 +60,7 @@ help:
 
 setup: .venv/ready
 
-ifeq ($(GPUS),0)
+ifeq ($(NVIDIA),0)
 .venv/ready: requirements-cpu.txt
 	$(VENV)
 	$(BIN) pip install -q "$$(grep ^torch== $<)"
@@ -157,6 +160,12 @@ demo:
 
 test: .venv/ready
 	$(BIN) python -m pytest -q -n 2 --dist loadfile
+
+bench-rollout: models/SmolLM2-135M-Instruct/config.json | .venv/ready
+	$(BIN) python tests/bench_rollout.py
+
+estimate: | .venv/ready
+	$(BIN) python data/estimate.py --env $(ENV) --gpus $(if $(filter-out 0,$(GPUS)),$(GPUS),8) --m $(M) --n $(N) $(ESTIMATE_ARGS)
 
 bench-env: .venv/ready
 	$(BIN) python tests/bench_env.py
