@@ -51,7 +51,7 @@ class Args:
     tensor_parallel: int = arg(1, "GPUs of one replica of a served model")
     max_model_len: int = arg(8192, "context of a served model, tokens")
     window: int = arg(0, "when a conversation passes the agent's context: turns to keep, with the task; 0: the episode ends")
-    adaptive: bool = arg(False, "spend rollouts only where they can still change which plan is best or worst (about half of them)")
+    adaptive: bool = arg(False, "spend rollouts only where they can still change which plan is best or worst")
     allow_partial: bool = arg(False, "compare plans that have fewer than N good rollouts, too")
     shard: Optional[str] = arg(None, "i/n: this job's part of the tasks, i from 0 to n - 1")
     ray: bool = arg(False, "environment workers as actors of a Ray cluster (RAY_ADDRESS), not as processes of this machine")

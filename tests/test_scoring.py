@@ -345,7 +345,7 @@ def test_adaptive_choice():
 
 
 def test_adaptive_saves_and_agrees():
-    """On simulated tasks whose plans differ, about half the rollouts find a pair that is right by all of them."""
+    """On simulated tasks whose plans differ, three quarters of the rollouts find a pair that is right by all of them."""
     draw, spent, total, right, tasks = random.Random(0), 0, 0, 0, 0
     for _ in range(200):
         chances = [draw.betavariate(0.5, 0.5) for _ in range(5)]
@@ -358,7 +358,7 @@ def test_adaptive_saves_and_agrees():
         best, worst = max(mean, key=mean.get), min(mean, key=mean.get)
         right += q[best] == max(q.values()) and q[worst] == min(q.values())
         spent, total, tasks = spent + used, total + 25, tasks + 1
-    assert spent < 0.65 * total and right > 0.8 * tasks, (spent / total, right / tasks)
+    assert spent < 0.75 * total and right > 0.9 * tasks, (spent / total, right / tasks)
 
 
 def test_adaptive_run(tmp_path, chat_server):
