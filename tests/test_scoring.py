@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, ChatServer, check_run, run_script, script_env, stage, start_script, write_jsonl
@@ -369,3 +370,27 @@ def test_adaptive_run(tmp_path, chat_server):
     check_run("03_sample_score.py", *arguments(tmp_path / "run", server.url, tasks, m=3, n=4))
     every = results(tmp_path / "run")[1]
     assert {k: every[k] for k in some} == some and len(some) < len(every) and "of 4 each" in out
+
+
+# ---- make estimate -------------------------------------------------------------------------------
+
+
+def test_estimate_counts():
+    """Calls, optimizer steps and prompt tokens follow from the settings."""
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("estimate", ROOT / "data" / "estimate.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    shape = {"tasks": {"train": 100, "seen": 10, "unseen": 20}, "solved": 0.9, "trajectory": 300.0, "steps": 4.0, "reply": 10.0,
+             "plan": 50.0, "observation": 30.0, "planner_prompt": 200.0, "teacher_prompt": 400.0, "agent_prompt": 500.0, "pairs": 0.5}
+    rate = {k: v for k, (v, _, _) in tool.RATES.items()} | {"load": 0.0, "generate": 1000.0, "prefill": 1e9, "train": 100.0}
+    a = SimpleNamespace(env="sciworld", m=5, n=2, gpus=2, epochs=3, batch=32, limit=None, eval_limit=None)
+    seed, sft, score_, dpo, evaluation = tool.estimate(shape, rate, a)
+    assert seed["calls"] == 90 and seed["prompt"] == 90 * 700
+    assert sft["steps"] == 3 * 3 and sft["gpu"] == pytest.approx(90 * 250 * 3 / 100 / 3600)
+    assert score_["calls"] == 500 + 1000 * 4 and score_["generated"] == 500 * 50 + 4000 * 10
+    assert score_["prompt"] == 500 * 200 + 1000 * (4 * 500 + 40 * 6) and score_["gpu"] == pytest.approx(65_000 / 1000 / 3600, rel=0.01)
+    assert dpo["steps"] == 2 * 3 and evaluation["calls"] == 60 + 90 * 4
+    a.limit, a.n = 10, 4
+    assert tool.estimate(shape, rate, a)[2]["calls"] == 50 + 200 * 4
