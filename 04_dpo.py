@@ -36,6 +36,8 @@ class Args:
     max_grad_norm: float = arg(1.0, "gradients are clipped to this norm")
     max_length: int = arg(4096, "pairs with a longer side are left out, and counted")
     micro_tokens: int = arg(8192, "padded tokens of a micro-batch on one process; lower it when memory is short")
+    share_prefix: bool = arg(True, "run a pair as one sequence with its prompt once; exact, and off by itself for models with "
+                             "sliding windows")
     gradient_checkpointing: bool = arg(False, "compute activations again in the backward pass: less memory, a third slower")
     save_steps: int = arg(50, "optimizer steps between checkpoints, 0: none")
     limit: Optional[int] = arg(None, "only the first N pairs")
@@ -77,31 +79,51 @@ def load_pairs(a: Args, tokenizer) -> list[tuple]:
     return pairs
 
 
-def sequence_log_probs(wrapped, rows: list, device):
-    """log pi(p|u) of each row: (R,), summed over its target tokens in float32."""
+def pair_log_probs(wrapped, pairs: list, share_prefix: bool, device):
+    """log pi(p|u) of chosen and rejected: (P, 2), each summed over its target tokens in float32. With
+    `share_prefix` a pair runs as one sequence, the prompt once (common.pad_pairs): the same numbers for
+    less work, as prompts are longer than plans."""
     import torch
 
-    ids, targets = common.pad(rows, device)
-    log_probs = wrapped(ids, targets)
-    row_of = targets[:, 1:].nonzero()[:, 0] if rows else torch.zeros(1, dtype=torch.long, device=device)
-    return torch.zeros(len(rows) or 1, dtype=log_probs.dtype, device=device).index_add(0, row_of, log_probs)
+    if share_prefix:
+        batch = common.pad_pairs(pairs, device)
+        log_probs, rows, sides = wrapped(**batch), batch["targets"].nonzero()[:, 0], batch["sides"][batch["targets"]]
+    else:
+        ids, targets = common.pad([side for pair in pairs for side in pair], device)
+        log_probs, rows = wrapped(ids, targets), targets[:, 1:].nonzero()[:, 0]
+        rows, sides = rows // 2, rows % 2 + 1
+    out = torch.zeros(max(1, len(pairs)), 2, dtype=log_probs.dtype, device=device)
+    if not pairs:
+        return out + log_probs.sum()
+    for column, side in ((0, 1), (1, 2)):
+        own = (sides == side) | (sides == 0)  # targets in what both sides begin with count for both
+        out[:, column] = out[:, column].index_add(0, rows[own], log_probs[own])
+    return out
 
 
-def reference_log_probs(wrapped, pairs: list, a: Args, accelerator):
+def pair_length(pair: tuple, share_prefix: bool) -> int:
+    """Tokens that a pair takes in a micro-batch."""
+    (chosen, _), (rejected, _) = pair
+    if share_prefix:
+        return len(chosen) + len(rejected) - common.shared_prefix(*pair)
+    return 2 * max(len(chosen), len(rejected))
+
+
+def reference_log_probs(wrapped, pairs: list, share_prefix: bool, a: Args, accelerator):
     """(len(pairs), 2): log pi_ref of chosen and rejected, computed once before training; every process
     computes its share."""
     import torch
 
     out = torch.zeros(len(pairs), 2, dtype=torch.float64 if next(wrapped.parameters()).dtype == torch.float64 else torch.float32,
                       device=accelerator.device)
-    [micros] = common.plan_epoch([2 * max(len(s[0]) for s in p) for p in pairs], len(pairs), a.micro_tokens,
+    [micros] = common.plan_epoch([pair_length(p, share_prefix) for p in pairs], len(pairs), a.micro_tokens,
                                  accelerator.num_processes, a.seed, 0)
     mine = micros[accelerator.process_index :: accelerator.num_processes]
     with torch.no_grad():
         for micro in tqdm(mine, desc="reference log-probabilities", disable=not accelerator.is_main_process):
-            log_probs = sequence_log_probs(wrapped, [side for i in micro for side in pairs[i]], accelerator.device)
+            log_probs = pair_log_probs(wrapped, [pairs[i] for i in micro], share_prefix, accelerator.device)
             if micro:
-                out[micro] = log_probs.view(-1, 2)
+                out[micro] = log_probs
     return accelerator.reduce(out, "sum")
 
 
@@ -114,7 +136,8 @@ def main(a: Args) -> None:
     accelerator = common.make_accelerator(model, a.gradient_checkpointing)
     world, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
 
-    lengths = [2 * max(len(ids) for ids, _ in pair) for pair in pairs]
+    share_prefix = a.share_prefix and common.can_share_prefix(model)
+    lengths = [pair_length(pair, share_prefix) for pair in pairs]
     plan = [step for epoch in range(a.epochs)
             for step in common.plan_epoch(lengths, a.batch_size, a.micro_tokens, world, a.seed, epoch)]
     wrapped = common.target_log_probs(model)
@@ -127,7 +150,7 @@ def main(a: Args) -> None:
     if reference_file.exists():
         reference = torch.load(reference_file, weights_only=True).to(device)
     else:
-        reference = reference_log_probs(wrapped, pairs, a, accelerator)
+        reference = reference_log_probs(wrapped, pairs, share_prefix, a, accelerator)
         if accelerator.is_main_process:
             torch.save(reference.cpu(), reference_file.with_suffix(".tmp"))
             reference_file.with_suffix(".tmp").replace(reference_file)
@@ -141,9 +164,9 @@ def main(a: Args) -> None:
         for k, micro in enumerate(mine):
             last = k + 1 == len(mine)
             with contextlib.nullcontext() if last else accelerator.no_sync(wrapped):
-                policy = sequence_log_probs(wrapped, [side for i in micro for side in pairs[i]], device)
+                policy = pair_log_probs(wrapped, [pairs[i] for i in micro], share_prefix, device)
                 if micro:
-                    chosen, rejected = policy.view(-1, 2).unbind(1)
+                    chosen, rejected = policy.unbind(1)
                     losses, chosen_rewards, rejected_rewards = dpo_loss(chosen, rejected, *reference[micro].unbind(1), a.beta)
                     loss = losses.sum() / count
                     sums += torch.stack([v.detach().float().sum() for v in (

@@ -1644,10 +1644,55 @@ def pad(rows: list[tuple[list[int], list[bool]]], device):
     return ids.to(device), targets.to(device)
 
 
+def pad_pairs(pairs: list[tuple], device) -> dict:
+    """Pairs ((ids, mask), (ids, mask)) as one row each, what both sides begin with once: prefix, rest of the
+    first side, rest of the second. The second one has the positions that it would have behind the prefix,
+    and does not see the first (`sides`): the result is that of two rows, for the work of a shorter one.
+
+    {"ids", "targets", "positions", "sources", "sides"}, each (B, L); `sources` is the index of the token
+    whose output predicts a token, `sides` 0 for the prefix, 1 and 2 for the two rests, 3 for the padding."""
+    import torch
+
+    rows = []
+    for first, second in pairs:
+        n = shared_prefix(first, second)
+        ids, mask = first[0] + second[0][n:], first[1] + second[1][n:]
+        ends = len(first[0]), len(ids)
+        positions = [*range(ends[0]), *range(n, n + ends[1] - ends[0])]
+        sources = [0, *range(ends[0] - 1), max(0, n - 1), *range(ends[0], ends[1] - 1)]
+        mask[0] = False  # nothing predicts the first token
+        mask[ends[0]] &= n > 0
+        rows.append((ids, mask, positions, sources, [0] * n + [1] * (ends[0] - n) + [2] * (ends[1] - ends[0])))
+    shape = max(1, len(rows)), max((len(row[0]) for row in rows), default=2)
+    out = {"ids": torch.zeros(shape, dtype=torch.long), "targets": torch.zeros(shape, dtype=torch.bool),
+           "positions": torch.zeros(shape, dtype=torch.long), "sources": torch.zeros(shape, dtype=torch.long),
+           "sides": torch.full(shape, 3)}
+    for i, row in enumerate(rows):
+        for tensor, values in zip(out.values(), row, strict=True):
+            tensor[i, : len(values)] = torch.tensor(values)
+    return {k: v.to(device) for k, v in out.items()}
+
+
+def shared_prefix(first: tuple, second: tuple) -> int:
+    """How many tokens two rows (ids, mask) begin with alike; at least one token is left to each."""
+    n, most = 0, min(len(first[0]), len(second[0])) - 1
+    while n < most and first[0][n] == second[0][n] and first[1][n] == second[1][n]:
+        n += 1
+    return n
+
+
+def can_share_prefix(model) -> bool:
+    """Whether the model's attention takes a mask that hides one side of a pair from the other: not where
+    layers see a sliding window only."""
+    kinds = getattr(model.config, "layer_types", None) or ["full_attention"]
+    return set(kinds) == {"full_attention"} and model.config._attn_implementation == "sdpa"
+
+
 def target_log_probs(model):
     """Wrap a causal language model: forward(ids (B, L), targets (B, L) bool) -> (T,) the log-probability
     of each target token given all before it, row by row, in float32. The logits of `CHUNK` targets at a
-    time are all that ever exists of the (B, L, vocabulary) tensor; they are computed again for backward."""
+    time are all that ever exists of the (B, L, vocabulary) tensor; they are computed again for backward.
+    With what `pad_pairs` returns, the tokens of one side of a pair are not among those before the other's."""
     import torch
     from torch.utils.checkpoint import checkpoint
 
@@ -1658,9 +1703,17 @@ def target_log_probs(model):
             super().__init__()
             self.model = model
 
-        def forward(self, ids, targets):
-            hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-            hidden, labels = hidden[:, :-1][targets[:, 1:]], ids[:, 1:][targets[:, 1:]]
+        def forward(self, ids, targets, positions=None, sources=None, sides=None):
+            if sides is None:
+                hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+                hidden, labels = hidden[:, :-1][targets[:, 1:]], ids[:, 1:][targets[:, 1:]]
+            else:
+                index = torch.arange(ids.shape[1], device=ids.device)
+                seen = (sides[:, None, :] == 0) | (sides[:, None, :] == sides[:, :, None])
+                mask = (seen & (index[None, None, :] <= index[None, :, None]))[:, None]
+                hidden = model.get_decoder()(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False).last_hidden_state
+                rows, columns = targets.nonzero(as_tuple=True)
+                hidden, labels = hidden[rows, sources[rows, columns]], ids[rows, columns]
             head, cap = model.get_output_embeddings(), getattr(model.config, "final_logit_softcapping", None)
 
             def log_probs(h, y):

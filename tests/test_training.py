@@ -15,7 +15,7 @@ from conftest import ROOT, check_run, make_model, save_model, script_env, stage,
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from common import InputError, learning_rate, pad, plan_epoch, read_rows, target_log_probs, tokenize
+from common import InputError, can_share_prefix, learning_rate, pad, plan_epoch, read_rows, shared_prefix, target_log_probs, tokenize
 
 sft, dpo = stage("02_sft"), stage("04_dpo")
 CPU, BETA = torch.device("cpu"), 0.1
@@ -75,11 +75,11 @@ def gradients(model, loss=None) -> dict:
     return {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
-def assert_same(loss, grads, expected_loss, expected_grads):
+def assert_same(loss, grads, expected_loss, expected_grads, atol=1e-9):
     assert loss == pytest.approx(expected_loss, rel=1e-6)
     assert grads.keys() == expected_grads.keys()
     for name, grad in grads.items():
-        torch.testing.assert_close(grad, expected_grads[name], rtol=1e-6, atol=1e-9, msg=name)
+        torch.testing.assert_close(grad, expected_grads[name], rtol=1e-6, atol=atol, msg=name)
 
 
 def micro_batches(lengths, micros):
@@ -108,8 +108,9 @@ def test_sft_loss_equals_reference(double, tokenizer, micros):
     assert_same(total, gradients(double), expected.item(), expected_grads)
 
 
+@pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("micros", [1, 4])
-def test_dpo_loss_equals_reference(double, tokenizer, micros):
+def test_dpo_loss_equals_reference(double, tokenizer, micros, share):
     frozen = make_model(tokenizer, "float64", seed=1, tie_word_embeddings=False)
     expected, margins = torch.zeros((), dtype=torch.float64), []
     for pair in PAIRS:
@@ -124,29 +125,59 @@ def test_dpo_loss_equals_reference(double, tokenizer, micros):
     expected_grads = gradients(double, expected)
 
     pairs = [tuple(tokenize(p["prompt"] + p[side], tokenizer, "test") for side in ("chosen", "rejected")) for p in PAIRS]
-    plan = micro_batches([2 * max(len(ids) for ids, _ in pair) for pair in pairs], micros)
+    plan = micro_batches([dpo.pair_length(pair, share) for pair in pairs], micros)
     wrapped, reference, total, seen = target_log_probs(double), target_log_probs(frozen), 0.0, {}
     double.zero_grad()
     for micro in plan:
-        sides = [side for i in micro for side in pairs[i]]
         with torch.no_grad():
-            ref = dpo.sequence_log_probs(reference, sides, CPU).view(-1, 2)
-        policy = dpo.sequence_log_probs(wrapped, sides, CPU).view(-1, 2)
+            ref = dpo.pair_log_probs(reference, [pairs[i] for i in micro], share, CPU)
+        policy = dpo.pair_log_probs(wrapped, [pairs[i] for i in micro], share, CPU)
         losses, chosen, rejected = dpo.dpo_loss(*policy.unbind(1), *ref.unbind(1), BETA)
         (losses.sum() / len(pairs)).backward()
         total += losses.sum().item() / len(pairs)
         seen |= dict(zip(micro, (chosen - rejected).tolist(), strict=True))
-    assert_same(total, gradients(double), expected.item(), expected_grads)
+    # with a mask the CPU's attention keeps a float32 for the backward pass, whatever the weights are
+    assert_same(total, gradients(double), expected.item(), expected_grads, atol=1e-6 if share else 1e-9)
     assert [seen[i] for i in range(len(pairs))] == pytest.approx(margins, rel=1e-6)
 
 
 def test_reference_log_probs_are_those_of_the_model(double, tokenizer):
     pairs = [tuple(tokenize(p["prompt"] + p[side], tokenizer, "test") for side in ("chosen", "rejected")) for p in PAIRS]
-    for micro_tokens in (64, 100_000):
-        out = dpo.reference_log_probs(target_log_probs(double), pairs, dpo.Args(micro_tokens=micro_tokens), Accelerator(cpu=True))
+    for micro_tokens, share in ((64, True), (100_000, True), (64, False), (100_000, False)):
+        args = dpo.Args(micro_tokens=micro_tokens)
+        out = dpo.reference_log_probs(target_log_probs(double), pairs, share, args, Accelerator(cpu=True))
         for row, pair in zip(out.tolist(), PAIRS, strict=True):
             expected = [reference_log_prob(double, pair["prompt"] + pair[side], tokenizer)[0].item() for side in ("chosen", "rejected")]
             assert row == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("config", [{}, {"tie_word_embeddings": False}])
+def test_a_shared_prefix_changes_nothing(tokenizer, config):
+    """In float32: log-probabilities of a pair as one sequence with its prompt once are those of two sequences to 1e-5, and so
+    are the gradients; for plans, for sides that begin alike, and for conversations of several turns."""
+    model = make_model(tokenizer, "float32", seed=3, **config)
+    assert can_share_prefix(model)
+
+    def talk(*turns):
+        return tokenize([{"role": ["user", "assistant"][i % 2], "content": t} for i, t in enumerate(turns)], tokenizer, "test")
+
+    pairs = [(talk("Find a plant.", "Step 1: go to the greenhouse"), talk("Find a plant.", "Step 1: go outside, and wait for the rain")),
+             (talk("u" * 80, "a"), talk("u" * 80, "b " * 60)),
+             (talk("Task", "look", "A pot.", "take it", "Done."), talk("Task", "look", "A pot.", "go away", "Well.", "wait")),
+             (talk("Task", "same"), talk("Task", "same")), (talk("one", "x"), talk("other", "y"))]
+    assert shared_prefix(*pairs[2]) > len(talk("Task", "look")[0]), "sides that differ late share their first turns"
+    weights, results = torch.tensor([0.7, -1.3]), []
+    for share in (True, False):
+        model.zero_grad()
+        values = dpo.pair_log_probs(target_log_probs(model), pairs, share, CPU)
+        (values @ weights).sum().backward()
+        results.append((values.detach(), [p.grad.clone() for p in model.parameters()]))
+    (shared, shared_grads), (separate, separate_grads) = results
+    torch.testing.assert_close(shared, separate, rtol=1e-5, atol=1e-5)
+    for one, two in zip(shared_grads, separate_grads, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+    saved = [dpo.pair_length(p, True) / (len(p[0][0]) + len(p[1][0])) for p in pairs]
+    assert all(s < 1 for s in saved)
 
 
 def test_dpo_loss_by_hand():
