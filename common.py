@@ -1057,7 +1057,9 @@ class RayWorker:
             raise InputError("--ray needs the package ray: pip install ray") from None
         if not ray.is_initialized():
             env = {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "0"}
-            await asyncio.to_thread(ray.init, log_to_driver=False, logging_level="ERROR", runtime_env={"env_vars": env})
+            address = os.environ.get("RAY_ADDRESS") or "local"
+            own = {"include_dashboard": False} if address == "local" else {}
+            await asyncio.to_thread(ray.init, address, log_to_driver=False, logging_level="ERROR", runtime_env={"env_vars": env}, **own)
         if self.actor is None:
             from common import Sessions  # by its module's name, for the actors to import
 
@@ -1234,17 +1236,18 @@ class Model:
             base_url=u, api_key=key if url is None else "none", timeout=openai.Timeout(timeout, connect=10.0), max_retries=self.retries,
             http_client=openai.DefaultAsyncHttpxClient(limits=httpx.Limits(max_connections=None, max_keepalive_connections=concurrency)))
             for u in (url.split(",") if url else [None])]
-        self.in_flight = [0] * len(self.clients)
+        self.in_flight, self.assigned = [0] * len(self.clients), [0] * len(self.clients)
         self.completion_tokens = 0  # generated so far
 
     def _client(self, home: dict | None) -> int:
-        """The server with the fewest requests in flight; a conversation (`home` is its memory) stays with
-        the server that has its prefix in the cache, unless that one is much busier."""
-        least = min(range(len(self.clients)), key=self.in_flight.__getitem__)
-        if home is None:
-            return least
-        if self.in_flight[home.setdefault("server", least)] > 2 * self.in_flight[least] + 4:
+        """The server with the fewest requests in flight, or of those the fewest conversations so far. A
+        conversation (`home` is its memory) stays with the server that has its prefix in the cache, unless
+        that one is much busier."""
+        home = {} if home is None else home
+        least = min(range(len(self.clients)), key=lambda i: (self.in_flight[i], self.assigned[i]))
+        if "server" not in home or self.in_flight[home["server"]] > 2 * self.in_flight[least] + 4:
             home["server"] = least
+            self.assigned[least] += 1
         return home["server"]
 
     async def ask(self, messages: list[dict], temperature: float = 0.0, max_tokens: int = 256,
