@@ -111,7 +111,7 @@ def report(title: str, stock: dict[int, dict], ours: dict[int, dict]) -> dict[st
     print(f"\n{title}\n{'':38}{'stock':>12}{'ours':>12}{'ratio':>9}")
     ratios = {}
     for k in a:
-        ratios[k] = b[k] / a[k] if "episodes" in k else a[k] / max(b[k], 1e-9)
+        ratios[k] = b[k] / a[k] if k.startswith("episodes/min") else a[k] / max(b[k], 1e-9)
         print(f"{k:38}{a[k]:12.4g}{b[k]:12.4g}{ratios[k]:8.1f}x")
     return ratios
 

@@ -233,7 +233,9 @@ def test_stages(tasks, tmp_path, chat_server):
     trajectories = common.read_rows(out / "trajectories.jsonl")
     plans = {r["task"]: r["plan"] for r in common.read_rows(out / "seed_plans.jsonl")}
     gold = {r["instruction"]: r for r in trajectories}
-    for row, e in zip(common.read_rows(out / "agent_sft.jsonl"), trajectories, strict=True):
+    by_task = {e["task"]: e for e in trajectories}
+    for row in common.read_rows(out / "agent_sft.jsonl"):
+        e = by_task[row["task"]]
         assert plans[e["task"]] in row["messages"][0]["content"]
         spoken = [m["content"] for m in row["messages"][1::2]]
         assert spoken == [f"Action: {a}" for a, _ in e["guided"]], "it acts as one who knows the plan"
