@@ -32,8 +32,8 @@ RATES = {
     "teacher_out": (10.0, "list price of gpt-4o", "dollars for a million generated tokens"),
     "parameters": (8.0, "the paper's model", "billion parameters of planner and agent"),
 }
-# seconds of one core, measured with `make bench-env` (2-core Xeon, 2026-11-22)
-ENVIRONMENT = {"sciworld": {"expert": 0.6, "reset": 0.1, "step": 0.012}, "alfworld": {"expert": 0.6, "reset": 0.02, "step": 0.002}}
+# seconds of one core, measured: `make bench-env`, and stage 1 (2-core Xeon, 2026-11-22)
+ENVIRONMENT = {"sciworld": {"expert": 0.4, "reset": 0.067, "step": 0.022}, "alfworld": {"expert": 0.6, "reset": 0.016, "step": 0.0012}}
 
 
 def tokens(text: str) -> float:
