@@ -159,7 +159,7 @@ demo:
 # ---- the project itself ------------------------------------------------------------------------
 
 test: .venv/ready
-	$(BIN) python -m pytest -q -n 2 --dist loadfile
+	$(BIN) python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 bench-rollout: models/SmolLM2-135M-Instruct/config.json | .venv/ready
 	$(BIN) python tests/bench_rollout.py

@@ -118,7 +118,7 @@ def test_finished_keys():
     assert finished(rows, "task", "m") == {("t", 0): rows[2], ("t", 1): rows[1]}
 
 
-def test_model_id_follows_weights(tmp_path, tiny_model):
+def test_model_id_follows_weights(tmp_path, tiny_model, chat_server):
     copy = tmp_path / "tiny"
     shutil.copytree(tiny_model, copy)
     before = model_id(str(copy))
@@ -128,7 +128,10 @@ def test_model_id_follows_weights(tmp_path, tiny_model):
     save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
     assert model_id(str(copy)) != before
     assert model_id("gpt-4o") == "gpt-4o"
-    assert model_id("gpt-4o", "http://one") != model_id("gpt-4o", "http://two")
+    server = chat_server(lambda messages, body: "")
+    assert model_id("gpt-4o", server.url) == "scripted" == model_id("another", f"{server.url},http://elsewhere"), "what it serves"
+    with pytest.raises(InputError, match="cannot be reached"):
+        model_id("gpt-4o", "http://127.0.0.1:9/v1")
 
 
 def test_seeds_depend_on_their_parts_alone():

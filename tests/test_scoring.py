@@ -51,7 +51,7 @@ def arguments(out, url, tasks, *more, m=2, n=2):
     path = Path(out).parent / f"{Path(out).name}-tasks.json"
     path.write_text(json.dumps(tasks))
     return ["--env", "sciworld", "--tasks", path, "--out", out, "--planner_url", url, "--agent_url", url, "--m", m, "--n", n,
-            "--max_steps", 5, "--workers", 2, "--concurrency", 16, *more]
+            "--max_steps", 3, "--workers", 2, "--concurrency", 16, *more]
 
 
 def tasks_of(n: int) -> list:
