@@ -1052,14 +1052,14 @@ class RayWorker:
 
     async def start(self):
         try:
+            import aiohttp_cors  # noqa: F401  without it a cluster that starts here does not come up
             import ray
         except ImportError:
-            raise InputError("--ray needs the package ray: pip install ray") from None
+            raise InputError("--ray needs the package ray: pip install 'ray[default]'") from None
         if not ray.is_initialized():
             env = {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "0"}
-            address = os.environ.get("RAY_ADDRESS") or "local"
-            own = {"include_dashboard": False} if address == "local" else {}
-            await asyncio.to_thread(ray.init, address, log_to_driver=False, logging_level="ERROR", runtime_env={"env_vars": env}, **own)
+            await asyncio.to_thread(ray.init, os.environ.get("RAY_ADDRESS") or "local", log_to_driver=False, logging_level="ERROR",
+                                    runtime_env={"env_vars": env})
         if self.actor is None:
             from common import Sessions  # by its module's name, for the actors to import
 

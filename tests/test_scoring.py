@@ -117,14 +117,14 @@ def test_random_kills_and_faults(tmp_path, chat_server):
         process = start_script("03_sample_score.py", *map(str, arguments(wild, bad.url, tasks, *temperatures)), MPO_MAX_RETRIES="8")
         began = time.time()
         while process.poll() is None and time.time() < deadline:
-            time.sleep(draw.uniform(1.0, 3.0))
+            time.sleep(draw.uniform(3.0, 5.0))  # an episode that is hit three times would rightly be given up
             workers = children(process.pid)
             jvms = [j for w in workers for j in children(w)]
             what = draw.choice(["worker", "jvm", "jvm", "stage"])
-            if what == "stage" and kills["stage"] < 2 and time.time() - began > 8:
+            if what == "stage" and kills["stage"] < 1 and time.time() - began > 8:
                 process.kill()
                 process.wait()
-            elif what != "stage" and (victims := jvms if what == "jvm" else workers) and kills[what] < 4:
+            elif what != "stage" and (victims := jvms if what == "jvm" else workers) and kills[what] < 2:
                 os.kill(draw.choice(victims), signal.SIGKILL)
             else:
                 continue
@@ -292,7 +292,8 @@ def test_window_keeps_a_long_conversation_going(chat_server):
 
 def test_ray_workers(chat_server):
     """Environment workers on a local Ray cluster play the same episodes; one that is killed is replaced."""
-    pytest.importorskip("ray", reason="Ray is optional: pip install ray")
+    pytest.importorskip("aiohttp_cors", reason="Ray is optional: pip install 'ray[default]'")
+    pytest.importorskip("ray", reason="Ray is optional: pip install 'ray[default]'")
     server = chat_server(player)
     code = f"""
 import asyncio, json, os, signal, sys
@@ -363,13 +364,19 @@ def test_adaptive_saves_and_agrees():
 
 
 def test_adaptive_run(tmp_path, chat_server):
-    """A run with --adaptive, killed by nothing, then asked for all rollouts: what it made is kept."""
-    server, tasks = chat_server(player), tasks_of(6)
-    out = check_run("03_sample_score.py", *arguments(tmp_path / "run", server.url, tasks, "--adaptive", "True", m=3, n=4))
-    some = results(tmp_path / "run")[1]
-    check_run("03_sample_score.py", *arguments(tmp_path / "run", server.url, tasks, m=3, n=4))
-    every = results(tmp_path / "run")[1]
-    assert {k: every[k] for k in some} == some and len(some) < len(every) and "of 4 each" in out
+    """Plans that all earn the same are given up after two rollouts each; asked for all four, a run keeps those."""
+
+    def reply(messages, body):
+        return player(messages, body) if "Write a step-by-step meta plan" in messages[0]["content"] else "Action: wait1"
+
+    server, out, tasks = chat_server(reply), tmp_path / "run", tasks_of(3)
+    result = run_script("03_sample_score.py", *arguments(out, server.url, tasks, "--adaptive", "True", m=3, n=4))
+    assert result.returncode == 2 and "no task has a better and a worse plan" in result.stderr and "(50% of 4 each)" in result.stdout
+    plans, some = results(out)
+    assert len(some) == 2 * len({(task, row["plan"]) for (task, _), row in plans.items()})
+    assert run_script("03_sample_score.py", *arguments(out, server.url, tasks, m=3, n=4)).returncode == 2
+    every = results(out)[1]
+    assert len(every) == 2 * len(some) and {k: every[k] for k in some} == some
 
 
 # ---- make estimate -------------------------------------------------------------------------------
