@@ -1050,7 +1050,9 @@ class RayWorker:
     def __init__(self, env: str, sessions: int):
         self.env, self.sessions, self.live, self.actor = env, sessions, 0, None
 
-    async def start(self):
+    @staticmethod
+    def connect() -> None:
+        """Join the cluster, or start one."""
         try:
             import aiohttp_cors  # noqa: F401  without it a cluster that starts here does not come up
             import ray
@@ -1058,9 +1060,12 @@ class RayWorker:
             raise InputError("--ray needs the package ray: pip install 'ray[default]'") from None
         if not ray.is_initialized():
             env = {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "0"}
-            await asyncio.to_thread(ray.init, os.environ.get("RAY_ADDRESS") or "local", log_to_driver=False, logging_level="ERROR",
-                                    runtime_env={"env_vars": env})
+            ray.init(os.environ.get("RAY_ADDRESS") or "local", log_to_driver=False, logging_level="ERROR", runtime_env={"env_vars": env})
+
+    async def start(self):
         if self.actor is None:
+            import ray
+
             from common import Sessions  # by its module's name, for the actors to import
 
             self.actor = ray.remote(num_cpus=1)(Sessions).remote(self.env, self.sessions)
@@ -1108,6 +1113,8 @@ class EnvPool:
         self.shares_tasks, self.homes = getattr(environment(env), "shares_tasks", False), {}
         self.workers = [(RayWorker if ray else Worker)(env, max(1, sessions // workers)) for _ in range(workers)]
         self.count = 0
+        if ray:
+            RayWorker.connect()
 
     async def __aenter__(self):
         return self
