@@ -79,7 +79,7 @@ def test_help_answers_at_once(script):
     start = time.time()
     result = run_script(script, "--help")
     seconds = time.time() - start
-    assert result.returncode == 0 and not result.stderr and seconds < 5
+    assert result.returncode == 0 and not result.stderr and seconds < 8  # alone: 2
     for name in stage(script.removesuffix(".py")).Args.__dataclass_fields__:
         assert f"--{name}" in result.stdout
     assert re.sub(r"\s+", " ", stage(script.removesuffix(".py")).__doc__)[:60] in re.sub(r"\s+", " ", result.stdout)
