@@ -100,7 +100,7 @@ async def score_plans(a: Args, plans: list[dict], prompts, pool) -> dict[tuple, 
     prefix, which the server's cache and the environment's tables know."""
     path, agent_id = Path(a.out) / "rollouts.jsonl", common.model_id(a.agent, a.agent_url)
     setting = common.digest(agent_id, prompts.agent_text, prompts.examples, a.agent_temperature, a.agent_tokens,
-                            a.observation_chars, a.max_steps, a.seed, *([a.window] if a.window else []))
+                            a.observation_chars, a.max_steps, a.window, a.seed)
     rows = [r for r in common.read_shards(path, ("task", "plan", "rollout", "reward", "setting"), missing_ok=True)
             if r["setting"] == setting]
     done = common.finished(rows, "task", "plan", "rollout")

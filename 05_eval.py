@@ -91,7 +91,7 @@ async def play(a: Args, tasks: list[str], plans: dict[tuple, str | None], prompt
     settings have the same plan is played once: at temperature 0 it would be the same episode."""
     path, agent_id = Path(a.out) / "eval" / "rollouts.jsonl", common.model_id(a.agent, a.agent_url)
     setting_id = common.digest(agent_id, prompts.agent_text, prompts.examples, a.agent_temperature, a.agent_tokens, a.observation_chars,
-                               a.max_steps, *([a.window] if a.window else []))
+                               a.max_steps, a.window)
     rows = [r for r in common.read_rows(path, ("task", "plan", "reward", "setting_id"), missing_ok=True)
             if r["setting_id"] == setting_id and r["end"] != "crash"]
     done = common.finished(rows, "task", "plan")

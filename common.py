@@ -365,6 +365,7 @@ class ScienceWorld:
     state was reached, that is completed with a score that is not negative (paper appendix B)."""
 
     name = "sciworld"
+    shares_tasks = False  # whether sessions of one process share what they know of a task
     SIMPLIFICATION = "easy"  # teleport, self-watering pots, open doors, no electrical actions where none are needed
     PER_TYPE = {"train": 120, "seen": 10, "unseen": 10}  # at most this many variations a task type
     MAX_STEPS: dict[str, int] = json.loads((DATA / "sciworld" / "max_steps.json").read_text())
@@ -550,7 +551,7 @@ class AlfredGame:
     table, one of a few engines (the planner's library and the facts of one state) is brought to the state
     by repeating the operators that lead there, which costs no text. They are shared by all games."""
 
-    ENGINES, MAX_STATES = 16, 20_000  # of a process, 3 MB each; of a game, some 5 KB each, then the table starts over
+    ENGINES, MAX_STATES = 16, 20_000  # of a process, 2.4 MB of library each; of a game, then its table starts over
     engines: list = []
 
     def __init__(self, path: Path):
@@ -1110,7 +1111,7 @@ class EnvPool:
     """
 
     def __init__(self, env: str, workers: int, sessions: int = 64, ray: bool = False):
-        self.shares_tasks, self.homes = getattr(environment(env), "shares_tasks", False), {}
+        self.shares_tasks, self.homes = environment(env).shares_tasks, {}
         self.workers = [(RayWorker if ray else Worker)(env, max(1, sessions // workers)) for _ in range(workers)]
         self.count = 0
         if ray:

@@ -28,8 +28,8 @@ RATES = {
     "reply": (40.0, "assumed", "tokens of an agent's reply, thought and action"),
     "plan": (100.0, "assumed", "tokens of a plan"),
     "pairs": (0.6, "assumed", "share of the tasks that give a pair"),
-    "teacher_in": (2.5, "list price of gpt-4o", "dollars for a million prompt tokens"),
-    "teacher_out": (10.0, "list price of gpt-4o", "dollars for a million generated tokens"),
+    "teacher_in": (2.5, "assumed", "dollars for a million prompt tokens"),
+    "teacher_out": (10.0, "assumed", "dollars for a million generated tokens"),
     "parameters": (8.0, "the paper's model", "billion parameters of planner and agent"),
 }
 # seconds of one core, measured: `make bench-env`, and stage 1 (2-core Xeon, 2026-11-22)

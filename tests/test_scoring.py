@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from bench_adaptive import replay
 from conftest import ROOT, ChatServer, check_run, run_script, script_env, stage, start_script, write_jsonl
 
 from common import (
@@ -326,11 +327,7 @@ print(json.dumps([local == ray, len(ray), retries]))
 
 def simulate(recorded: dict[str, list[float]]) -> tuple[dict, int]:
     """(rewards that the adaptive choice saw, rollouts spent) on one task's recorded rewards."""
-    n = len(next(iter(recorded.values())))
-    seen = {plan: [] for plan in recorded}
-    while chosen := score.undecided(seen, n):
-        for plan in chosen:
-            seen[plan].append(recorded[plan][len(seen[plan])])
+    seen = replay(recorded)
     return seen, sum(map(len, seen.values()))
 
 
