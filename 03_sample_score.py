@@ -22,7 +22,7 @@ from typing import List, Optional
 from tqdm import tqdm
 
 import common
-from common import InputError, arg
+from common import InputError, arg, mean
 
 
 @dataclass
@@ -140,34 +140,42 @@ async def score_plans(a: Args, plans: list[dict], prompts, pool) -> dict[tuple, 
     ends = Counter(r["end"] for rs in found.values() for r in rs)
     print(f"rollouts: {sum(ends.values())} of {len(unique)} plans"
           + (f" ({sum(ends.values()) / max(1, a.n * len(unique)):.0%} of {a.n} each)" if a.adaptive else "")
-          + f", mean reward {common.mean(r['reward'] for rs in found.values() for r in rs):.3f}; ends: "
+          + f", mean reward {mean(r['reward'] for rs in found.values() for r in rs):.3f}; ends: "
           + ", ".join(f"{k} {v}" for k, v in ends.most_common()))
     return found
 
 
 def undecided(rewards: dict[str, list[float]], n: int) -> list[str]:
     """Which plans of a task to try once more, given the rewards of each so far, at most `n` a plan: those
-    that can still be the best or the worst while that is open (successive halving on an interval of Q).
+    that can still change which is best or worst (successive halving on an interval of Q).
 
     The interval of Q is what the mean of n rollouts can become: the rollouts to come are taken to be like
-    those that were, of the plan and, as a prior worth two rollouts, of the task's plans together, within
-    half a standard deviation. Everybody gets two rollouts; a task whose plans have all had the same reward
-    each time by then is given up, it is a tie."""
-    if any(len(r) < min(2, n) for r in rewards.values()):
-        return [plan for plan, r in rewards.items() if len(r) < min(2, n)]
-    every = [x for r in rewards.values() for x in r]
-    if len(rewards) < 2 or min(every) == max(every):
+    those that were, of the plan and, as a prior worth two rollouts, of the task's plans together, within a
+    standard deviation. The leader goes on while another's interval reaches into its own, another while its
+    interval passes the leader's mean: what can only draw level is left alone. Everybody gets one rollout;
+    a task whose plans have all had the same reward twice is given up, it is a tie."""
+    if len(rewards) < 2:
         return []
-    pooled, low, high = common.mean(every), {}, {}
+    every = [x for r in rewards.values() for x in r]
+    fewest = min(1 if every and min(every) < max(every) else 2, n)
+    if any(len(r) < fewest for r in rewards.values()):
+        return [plan for plan, r in rewards.items() if len(r) < fewest]
+    if min(every) == max(every):
+        return []
+    pooled, low, high = mean(every), {}, {}
     for plan, r in rewards.items():
         left = n - len(r)
         p = (sum(r) + 2 * pooled) / (len(r) + 2)
-        spread = 0.5 * (left * p * (1 - p) * (len(r) + 2 + left) / (len(r) + 3)) ** 0.5  # beta-binomial: p is not known
+        spread = (left * p * (1 - p) * (len(r) + 2 + left) / (len(r) + 3)) ** 0.5  # beta-binomial: p is not known
         low[plan] = (sum(r) + max(0.0, left * p - spread)) / n
         high[plan] = (sum(r) + min(left, left * p + spread)) / n
-    best = [p for p in rewards if high[p] >= max(low.values())]
-    worst = [p for p in rewards if low[p] <= min(high.values())]
-    open_plans = set(best if len(best) > 1 else []) | set(worst if len(worst) > 1 else [])
+    best = max(rewards, key=lambda p: (mean(rewards[p]), len(rewards[p])))
+    worst = min(rewards, key=lambda p: (mean(rewards[p]), -len(rewards[p])))
+    open_plans = {p for p in rewards if (p != best and high[p] > mean(rewards[best])) or (p != worst and low[p] < mean(rewards[worst]))}
+    if any(high[p] > low[best] for p in rewards if p != best):
+        open_plans.add(best)
+    if any(low[p] < high[worst] for p in rewards if p != worst):
+        open_plans.add(worst)
     return [p for p in rewards if p in open_plans and len(rewards[p]) < n]
 
 
@@ -175,7 +183,7 @@ def quality(rows: list[dict], n: int, allow_partial: bool = False) -> float | No
     """Q(p) = 1/N sum r(u, e_i) (equation 6) over the rollouts that did not crash; None when there are fewer
     than `n` of them and that is not allowed, so that the plan is not compared."""
     good = [r["reward"] for r in rows if r["end"] != "crash"]
-    return common.mean(good) if good and (allow_partial or len(good) >= n) else None
+    return mean(good) if good and (allow_partial or len(good) >= n) else None
 
 
 def contrastive_pairs(plans: list[dict], scores: dict[tuple, float | None], prompts) -> list[dict]:
@@ -223,7 +231,7 @@ def main(a: Args) -> None:
         raise InputError("no task has a better and a worse plan, so there is nothing for DPO to learn from: use more tasks, "
                          "a larger --m or --n, or a higher --plan_temperature")
     common.write_rows(common.shard_path(Path(a.out) / "pairs.jsonl", a.shard), pairs)
-    gap = common.mean(p["q_chosen"] - p["q_rejected"] for p in pairs)
+    gap = mean(p["q_chosen"] - p["q_rejected"] for p in pairs)
     print(f"pairs: {len(pairs)} of {len({p['task'] for p in plans})} tasks, mean Q gap {gap:.3f}")
 
 

@@ -11,6 +11,7 @@ with --run, on that run's own rows. Rates are measured where this says so, and a
 import argparse
 import asyncio
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -94,7 +95,8 @@ def measure_run(run: Path) -> dict:
 def estimate(shape: dict, rate: dict, a) -> list[dict]:
     """A row per stage: calls, prompt and generated tokens, core-hours of the environment, GPU-hours."""
     tasks, cpu = shape["tasks"], ENVIRONMENT.get(a.env, ENVIRONMENT["sciworld"])
-    train = tasks["train"] if a.limit is None else min(a.limit, tasks["train"])
+    train = min(a.limit or tasks["train"], tasks["train"])
+    experts = min(a.seed_limit or train, tasks["train"])
     steps = shape.get("steps") or rate["success"] * shape["expert_steps"] + (1 - rate["success"]) * shape["limit"]
     reply, plan = shape.get("reply") or rate["reply"], shape.get("plan") or rate["plan"]
     pairs, unique, size = shape.get("pairs") or rate["pairs"], shape.get("unique", 1.0), shape.get("bytes")
@@ -117,17 +119,25 @@ def estimate(shape: dict, rate: dict, a) -> list[dict]:
         return {"stage": stage, "calls": plans + calls, "prompt": sent, "generated": written, "gpu": serve_hours(new, written),
                 "env": (episodes * cpu["reset"] + calls * cpu["step"]) / 3600, "disk": episodes * size}
 
-    seeds, tests = train * shape.get("solved", 1.0), sum(min(a.eval_limit or tasks[s], tasks[s]) for s in ("seen", "unseen"))
-    row = shape["planner_prompt"] + plan
+    seeds = experts * shape.get("solved", 1.0)
+    rows, tests = min(a.sft_limit or seeds, seeds), sum(min(a.eval_limit or tasks[s], tasks[s]) for s in ("seen", "unseen"))
+    row, dpo_epochs = shape["planner_prompt"] + plan, a.dpo_epochs or a.epochs
     return [
         {"stage": "1 seed plans", "calls": seeds, "prompt": seeds * (shape.get("teacher_prompt", 0) + shape["trajectory"]),
-         "generated": seeds * plan, "env": train * cpu["expert"] / 3600, "gpu": 0.0, "disk": train * shape["trajectory"] * CHARACTERS * 3},
-        {"stage": "2 SFT", "steps": math.ceil(seeds / a.batch) * a.epochs, "env": 0.0, "gpu": train_hours(seeds, row, a.epochs),
+         "generated": seeds * plan, "env": experts * cpu["expert"] / 3600, "gpu": 0.0,
+         "disk": experts * shape["trajectory"] * CHARACTERS * 3},
+        {"stage": "2 SFT", "steps": math.ceil(rows / a.batch) * a.epochs, "env": 0.0, "gpu": train_hours(rows, row, a.epochs),
          "disk": rate["parameters"] * 2e9},
         play("3 sample and score", train * a.m, train, train * a.m * unique * a.n, a.n),
-        {"stage": "4 DPO", "steps": math.ceil(train * pairs / a.batch) * a.epochs, "env": 0.0,  # the reference: a third of an epoch
-         "gpu": train_hours(2 * train * pairs, row, a.epochs + 1 / 3), "disk": rate["parameters"] * 2e9},
+        {"stage": "4 DPO", "steps": math.ceil(train * pairs / a.batch) * dpo_epochs, "env": 0.0,
+         # a pair runs as one sequence, its prompt once; the reference takes a third of an epoch
+         "gpu": train_hours(train * pairs, row + plan, dpo_epochs + 1 / 3), "disk": rate["parameters"] * 2e9},
         play("5 evaluation", 2 * tests, 2 * tests, 3 * tests, 1)]
+
+
+def hours(row: dict, a) -> float:
+    """Wall time of a stage: of the GPUs or of the environment's cores, whichever have more to do."""
+    return max(row["gpu"] / a.gpus, row["env"] / a.cores)
 
 
 def show(rows: list[dict], shape: dict, rate: dict, sources: dict, a) -> None:
@@ -136,7 +146,7 @@ def show(rows: list[dict], shape: dict, rate: dict, sources: dict, a) -> None:
                "generated": ("generated", 14, 0), "env": ("env core-h", 12, 1), "gpu": ("GPU-h", 9, 1), "hours": ("hours", 8, 1),
                "GB": ("GB", 8, 1)}
     for r in rows:
-        r["hours"], r["GB"] = r["gpu"] / a.gpus, r["disk"] / 1e9
+        r["hours"], r["GB"] = hours(r, a), r["disk"] / 1e9
     total = {"stage": "all", **{k: sum(r.get(k, 0) for r in rows) for k in columns}}
     print(f"{'stage':20}" + "".join(f"{name:>{width}}" for name, width, _ in columns.values()))
     for r in [*rows, total]:
@@ -161,9 +171,13 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, default=8)
     parser.add_argument("--m", type=int, default=5, help="plans a task")
     parser.add_argument("--n", type=int, default=5, help="rollouts a plan")
-    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=3, help="of SFT and, without --dpo_epochs, of DPO")
+    parser.add_argument("--dpo_epochs", type=int)
     parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--cores", type=int, default=os.cpu_count(), help="cores of the environment workers (default: this machine's)")
     parser.add_argument("--limit", type=int, help="train tasks at most")
+    parser.add_argument("--seed_limit", type=int, help="train tasks of stage 1 at most (default: --limit)")
+    parser.add_argument("--sft_limit", type=int, help="seed plans of stage 2 at most")
     parser.add_argument("--eval_limit", type=int, help="tasks of each test split at most")
     parser.add_argument("--types", nargs="+")
     parser.add_argument("--prompts")
@@ -184,10 +198,10 @@ def main() -> None:
     show(rows, shape, rate, sources, a)
     if a.check and a.run:
         actual = actual_hours(Path(a.run))
-        print("\nstage                 estimated, min   as it was, min")
-        for r in rows:
-            if r["stage"] in actual:
-                print(f"{r['stage']:20}{60 * r['gpu'] / a.gpus:16.1f}{60 * actual[r['stage']]:17.1f}")
+        both = [(r["stage"], 60 * hours(r, a), 60 * actual[r["stage"]]) for r in rows if r["stage"] in actual]
+        print("\nstage                 estimated, min   as it was, min   ratio")
+        for stage, guess, was in [*both, ("all of these", sum(b[1] for b in both), sum(b[2] for b in both))]:
+            print(f"{stage:20}{guess:16.1f}{was:17.1f}{guess / was:8.2f}")
 
 
 if __name__ == "__main__":

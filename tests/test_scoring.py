@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -76,7 +77,7 @@ def results(out) -> tuple:
 
 def faulty(draw: random.Random):
     """The same server on a bad day: about one request in ten fails in some way."""
-    lock = threading.Lock()
+    lock, silences = threading.Lock(), iter([30, 30])
 
     def reply(messages, body):
         with lock:
@@ -88,7 +89,7 @@ def faulty(draw: random.Random):
         if fault == "empty":
             return 200, json.dumps({"id": "0", "object": "chat.completion", "created": 0, "model": "scripted", "choices": []})
         if fault == "silent":
-            time.sleep(draw.choice([1, 2, 4]))
+            time.sleep(next(silences, 2))
         return player(messages, body)
 
     return reply
@@ -138,7 +139,7 @@ def test_random_kills_and_faults(tmp_path, chat_server):
 
 
 def test_server_that_comes_back(chat_server):
-    """A server that is gone for a while: requests wait and go on where they were."""
+    """A server that is gone for a while (MPO_TEST_OUTAGE seconds): requests wait and go on where they were."""
     arrived, rows, back = threading.Event(), [], []
     server = chat_server(lambda messages, body: (arrived.set(), player(messages, body))[1])
 
@@ -150,7 +151,7 @@ def test_server_that_comes_back(chat_server):
         server.reply = gone  # connections that are open end as well
         server.shutdown()
         server.server_close()
-        time.sleep(8)
+        time.sleep(float(os.environ.get("MPO_TEST_OUTAGE", 8)))
         back.append(ChatServer(player, server.server_port))
 
     async def main():
@@ -332,19 +333,21 @@ def simulate(recorded: dict[str, list[float]]) -> tuple[dict, int]:
 
 
 def test_adaptive_choice():
-    """Everybody is tried twice; ties are given up; what cannot be best or worst any more is left alone."""
+    """Everybody is tried; ties are given up after two; what cannot be best or worst any more is left alone."""
     assert score.undecided({"a": [], "b": [1.0]}, 5) == ["a", "b"]
+    assert score.undecided({"a": [0.0], "b": [0.0]}, 5) == ["a", "b"]
+    assert score.undecided({"a": [0.0, 0.0], "b": [1.0, 1.0], "c": [0.0, 0.0]}, 5) == ["a"], "c can only draw level with a"
     assert score.undecided({"a": [0.0, 0.0], "b": [0.0, 0.0]}, 5) == []
     assert score.undecided({"a": [1.0], "b": [0.0]}, 1) == []
     clear = {"good": [1.0] * 5, "bad": [0.0] * 5, "middling": [0.0, 1.0, 0.0, 1.0, 1.0]}
     seen, spent = simulate(clear)
     assert spent < 15 and sum(seen["good"]) / len(seen["good"]) == 1.0 and sum(seen["bad"]) == 0.0
     assert all(len(r) <= 5 for r in seen.values())
-    assert simulate({"only": [1.0, 0.0, 1.0]})[1] == 2
+    assert simulate({"only": [1.0, 0.0, 1.0]})[1] == 0
 
 
 def test_adaptive_saves_and_agrees():
-    """On simulated tasks whose plans differ, three quarters of the rollouts find a pair that is right by all of them."""
+    """On simulated tasks whose plans differ, 65% of the rollouts find a pair that is right by all of them."""
     draw, spent, total, right, tasks = random.Random(0), 0, 0, 0, 0
     for _ in range(200):
         chances = [draw.betavariate(0.5, 0.5) for _ in range(5)]
@@ -357,7 +360,7 @@ def test_adaptive_saves_and_agrees():
         best, worst = max(mean, key=mean.get), min(mean, key=mean.get)
         right += q[best] == max(q.values()) and q[worst] == min(q.values())
         spent, total, tasks = spent + used, total + 25, tasks + 1
-    assert spent < 0.75 * total and right > 0.9 * tasks, (spent / total, right / tasks)
+    assert spent < 0.65 * total and right > 0.9 * tasks, (spent / total, right / tasks)
 
 
 def test_adaptive_run(tmp_path, chat_server):
@@ -368,12 +371,14 @@ def test_adaptive_run(tmp_path, chat_server):
 
     server, out, tasks = chat_server(reply), tmp_path / "run", tasks_of(3)
     result = run_script("03_sample_score.py", *arguments(out, server.url, tasks, "--adaptive", "True", m=3, n=4))
-    assert result.returncode == 2 and "no task has a better and a worse plan" in result.stderr and "(50% of 4 each)" in result.stdout
+    assert result.returncode == 2 and "no task has a better and a worse plan" in result.stderr
     plans, some = results(out)
-    assert len(some) == 2 * len({(task, row["plan"]) for (task, _), row in plans.items()})
+    different = {(task, row["plan"]) for (task, _), row in plans.items()}
+    compared = {key for key in different if sum(task == key[0] for task, _ in different) > 1}
+    assert compared and Counter((task, plan) for task, plan, _ in some) == {key: 2 for key in compared}
     assert run_script("03_sample_score.py", *arguments(out, server.url, tasks, m=3, n=4)).returncode == 2
     every = results(out)[1]
-    assert len(every) == 2 * len(some) and {k: every[k] for k in some} == some
+    assert len(every) == 4 * len(different) and {k: every[k] for k in some} == some
 
 
 # ---- make estimate -------------------------------------------------------------------------------
@@ -389,12 +394,15 @@ def test_estimate_counts():
     shape = {"tasks": {"train": 100, "seen": 10, "unseen": 20}, "solved": 0.9, "trajectory": 300.0, "steps": 4.0, "reply": 10.0,
              "plan": 50.0, "observation": 30.0, "planner_prompt": 200.0, "teacher_prompt": 400.0, "agent_prompt": 500.0, "pairs": 0.5}
     rate = {k: v for k, (v, _, _) in tool.RATES.items()} | {"load": 0.0, "generate": 1000.0, "prefill": 1e9, "train": 100.0}
-    a = SimpleNamespace(env="sciworld", m=5, n=2, gpus=2, epochs=3, batch=32, limit=None, eval_limit=None)
+    a = SimpleNamespace(env="sciworld", m=5, n=2, gpus=2, epochs=3, dpo_epochs=None, batch=32, limit=None, eval_limit=None,
+                        seed_limit=None, sft_limit=None, cores=40)
     seed, sft, score_, dpo, evaluation = tool.estimate(shape, rate, a)
     assert seed["calls"] == 90 and seed["prompt"] == 90 * 700
     assert sft["steps"] == 3 * 3 and sft["gpu"] == pytest.approx(90 * 250 * 3 / 100 / 3600)
     assert score_["calls"] == 500 + 1000 * 4 and score_["generated"] == 500 * 50 + 4000 * 10
     assert score_["prompt"] == 500 * 200 + 1000 * (4 * 500 + 40 * 6) and score_["gpu"] == pytest.approx(65_000 / 1000 / 3600, rel=0.01)
     assert dpo["steps"] == 2 * 3 and evaluation["calls"] == 60 + 90 * 4
+    assert dpo["gpu"] == pytest.approx(50 * 300 * (3 + 1 / 3) / 100 / 3600), "a pair: the prompt once, two plans"
+    assert tool.hours(score_, a) == score_["gpu"] / 2 and tool.hours(seed, a) == 100 * 0.4 / 3600 / 40
     a.limit, a.n = 10, 4
     assert tool.estimate(shape, rate, a)[2]["calls"] == 50 + 200 * 4
