@@ -7,7 +7,6 @@
 assistant says. The same loop trains the meta planner on seed plans and an agent on expert trajectories.
 """
 
-import contextlib
 import json
 import time
 from dataclasses import asdict, dataclass
@@ -32,8 +31,15 @@ class Args:
     weight_decay: float = arg(0.0, "AdamW weight decay")
     max_grad_norm: float = arg(1.0, "gradients are clipped to this norm")
     max_length: int = arg(4096, "longer rows are left out, and counted")
-    micro_tokens: int = arg(8192, "padded tokens of a micro-batch on one process; lower it when memory is short")
+    micro_tokens: int = arg(8192, "tokens of a micro-batch on one process; lower it when memory is short")
+    precision: str = arg("bf16", "bf16: float32 weights and optimizer state, computed with in bf16; fp32: all float32")
     gradient_checkpointing: bool = arg(False, "compute activations again in the backward pass: less memory, a third slower")
+    compile: bool = arg(False, "torch.compile the decoder layers: faster steps after a slow first one")
+    liger: bool = arg(False, "liger-kernel's norms, rotary embedding and activation, on a GPU (pip install liger-kernel)")
+    lora_rank: int = arg(0, "train adapters of this rank instead of all weights (pip install peft), 0: all weights (paper)")
+    lora_merge: bool = arg(True, "merge the adapters into the model at the end, as every next stage expects; else write them alone")
+    eval_share: float = arg(0.0, "share of the tasks held out for a loss after each epoch, 0: none (paper)")
+    log_with: Optional[str] = arg(None, "also log to a tracker of Accelerate: tensorboard, wandb, trackio, ...")
     save_steps: int = arg(50, "optimizer steps between checkpoints, 0: none")
     limit: Optional[int] = arg(None, "only the first N rows")
     seed: int = arg(0, "order of the rows")
@@ -45,8 +51,9 @@ def sft_loss(log_probs, target_tokens: int):
     return -log_probs.sum() / target_tokens
 
 
-def load_rows(a: Args, tokenizer) -> list[tuple[list[int], list[bool]]]:
-    rows, too_long = [], 0
+def load_rows(a: Args, tokenizer) -> tuple[list[tuple], list]:
+    """([(token ids, target mask)], [(task, line)]) of the rows that are not longer than --max_length."""
+    rows, origins, too_long = [], [], 0
     for i, row in enumerate(common.read_rows(a.data, ("messages",))[: a.limit], 1):
         where = f"{a.data}:{i}"
         ids, targets = common.tokenize(row["messages"], tokenizer, where)
@@ -56,56 +63,74 @@ def load_rows(a: Args, tokenizer) -> list[tuple[list[int], list[bool]]]:
             too_long += 1
         else:
             rows.append((ids, targets))
+            origins.append((row.get("task", i), i))
     if too_long:
         print(f"{too_long} rows are longer than --max_length {a.max_length} and left out")
     if not rows:
         raise InputError(f"{a.data} has no row to train on" + (f": all are longer than --max_length {a.max_length}" if too_long else ""))
-    return rows
+    return rows, origins
+
+
+def held_out_loss(wrapped, rows: list[tuple], a: Args, accelerator) -> float:
+    """-log p of a target token, averaged over the rows kept for it; every process computes its share."""
+    import torch
+
+    total = torch.zeros((), device=accelerator.device)
+    [micros] = common.plan_epoch([len(ids) for ids, _ in rows], len(rows), a.micro_tokens if wrapped.packed else 0,
+                                 accelerator.num_processes, a.seed, 0)
+    with torch.no_grad():
+        for micro in micros[accelerator.process_index :: accelerator.num_processes]:
+            total += sft_loss(wrapped(**common.pack([[rows[i]] for i in micro], accelerator.device)), sum(sum(t) for _, t in rows))
+    return accelerator.reduce(total, "sum").item()
 
 
 def main(a: Args) -> None:
     import torch
 
+    accelerator = common.make_accelerator(a.precision, a.log_with, a.out)
+    world, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
     model, tokenizer = common.load_model(a.model)
-    dtype = common.saved_dtype(a.model)
-    rows = load_rows(a, tokenizer)
-    accelerator = common.make_accelerator(model, a.gradient_checkpointing)
-    world, rank = accelerator.num_processes, accelerator.process_index
+    every, origins = load_rows(a, tokenizer)
+    held = common.held_out([task for task, _ in origins], a.eval_share)
+    rows, kept = ([row for row, out in zip(every, held, strict=True) if out == side] for side in (False, True))
+    lines = [line for (_, line), out in zip(origins, held, strict=True) if not out]
+    if not rows:
+        raise InputError(f"--eval_share {a.eval_share} leaves no row to train on")
 
+    wrapped = common.target_log_probs(common.prepare_model(model, a))
+    micro_tokens = a.micro_tokens if wrapped.packed else 0  # 0: a micro-batch is one row
     plan = [step for epoch in range(a.epochs)
-            for step in common.plan_epoch([len(ids) for ids, _ in rows], a.batch_size, a.micro_tokens, world, a.seed, epoch)]
-    wrapped = common.target_log_probs(model)
-    optimizer = torch.optim.AdamW(wrapped.parameters(), lr=a.lr, weight_decay=a.weight_decay, fused=True)
-    wrapped, optimizer = accelerator.prepare(wrapped, optimizer)
-    made_from = {**asdict(a), "out": "", "model": common.model_id(a.model), "rows": common.digest(rows)}
-    run = common.Training(a.out, accelerator, made_from, len(plan), a.save_steps)
+            for step in common.plan_epoch([len(ids) for ids, _ in rows], a.batch_size, micro_tokens, world, a.seed, epoch)]
+    wrapped, optimizer = common.distribute(wrapped, accelerator, a)
+    made_from = {**asdict(a), "out": "", "log_with": "", "model": common.model_id(a.model), "rows": common.digest(every)}
+    run = common.Training(a.out, accelerator, wrapped, optimizer, made_from, len(plan), a.save_steps)
 
     bar = tqdm(range(run.start, len(plan)), initial=run.start, total=len(plan), desc="sft", disable=not accelerator.is_main_process)
     for step in bar:
         began, lr = time.time(), common.learning_rate(step, len(plan), a.lr, a.warmup_ratio, a.lr_scheduler)
         batch = [i for micro in plan[step] for i in micro]
         target_tokens, tokens = sum(sum(rows[i][1]) for i in batch), sum(len(rows[i][0]) for i in batch)
-        total, mine = torch.zeros((), device=accelerator.device), plan[step][rank::world]
-        for k, micro in enumerate(mine):
-            last = k + 1 == len(mine)
-            with contextlib.nullcontext() if last else accelerator.no_sync(wrapped):
-                loss = sft_loss(wrapped(*common.pad([rows[i] for i in micro], accelerator.device)), target_tokens)
-                accelerator.backward(loss * world)  # the processes' gradients are averaged: world makes it a sum
-                total += loss.detach()
-        norm = accelerator.clip_grad_norm_(wrapped.parameters(), a.max_grad_norm)
+        total = torch.zeros((), device=device)
+        for micro in plan[step][rank::world]:
+            loss = sft_loss(wrapped(**common.pack([[rows[i]] for i in micro], device)), target_tokens)
+            accelerator.backward(loss * world)  # the processes' gradients are averaged: world makes it a sum
+            total += loss.detach()
+        norm = common.clip_gradients(wrapped, accelerator, a.max_grad_norm)
+        total = accelerator.reduce(total, "sum").item()
+        run.check(step + 1, total, norm, [lines[i] for i in batch])
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
-        metrics = {"loss": accelerator.reduce(total, "sum").item(), "lr": lr, "grad_norm": float(norm),
-                   "tokens_per_second": tokens / (time.time() - began)}
-        run.step(step + 1, metrics)
-        bar.set_postfix_str(f"loss {metrics['loss']:.3f}, lr {lr:.1e}, {metrics['tokens_per_second']:.0f} tok/s")
+        metrics = {"loss": total, "lr": lr, "grad_norm": norm, "tokens_per_second": tokens / (time.time() - began)}
+        if kept and (step + 1) % (len(plan) // a.epochs) == 0:
+            metrics["eval_loss"] = held_out_loss(wrapped, kept, a, accelerator)
+        bar.set_postfix_str(run.step(step + 1, metrics))
 
-    run.finish(wrapped, model, tokenizer, dtype,
-               f"# {a.out}\n\n{a.model} after supervised fine-tuning on {len(rows)} rows of {a.data} "
-               f"(MPO, equation 4).\n\nSettings: `{json.dumps(asdict(a))}`\n\n"
-               f"Last loss: {run.log[-1]['loss'] if run.log else 'none'}; all steps in metrics.jsonl.\n")
+    run.finish(a.model, tokenizer, a.lora_merge,
+               f"# {a.out}\n\n{a.model} after supervised fine-tuning on {len(rows)} rows of {a.data} (MPO, equation 4).\n\n"
+               f"Settings: `{json.dumps(asdict(a))}`\n\nLast step: `{json.dumps(run.log[-1] if run.log else {})}`; "
+               f"all steps in metrics.jsonl and curves.png.\n")
 
 
 if __name__ == "__main__":

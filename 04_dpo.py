@@ -8,7 +8,6 @@ reference model is --model itself before the first step: its log-probabilities a
 stored, and no second model is held.
 """
 
-import contextlib
 import json
 import time
 from dataclasses import asdict, dataclass
@@ -35,10 +34,17 @@ class Args:
     weight_decay: float = arg(0.0, "AdamW weight decay")
     max_grad_norm: float = arg(1.0, "gradients are clipped to this norm")
     max_length: int = arg(4096, "pairs with a longer side are left out, and counted")
-    micro_tokens: int = arg(8192, "padded tokens of a micro-batch on one process; lower it when memory is short")
-    share_prefix: bool = arg(True, "run a pair as one sequence with its prompt once; exact, and off by itself for models with "
-                             "sliding windows")
+    micro_tokens: int = arg(8192, "tokens of a micro-batch on one process; lower it when memory is short")
+    precision: str = arg("bf16", "bf16: float32 weights and optimizer state, computed with in bf16; fp32: all float32")
+    share_prefix: bool = arg(True, "run a pair as one sequence with its prompt once; exact, and off by itself where the model does "
+                             "not allow it")
     gradient_checkpointing: bool = arg(False, "compute activations again in the backward pass: less memory, a third slower")
+    compile: bool = arg(False, "torch.compile the decoder layers: faster steps after a slow first one")
+    liger: bool = arg(False, "liger-kernel's norms, rotary embedding and activation, on a GPU (pip install liger-kernel)")
+    lora_rank: int = arg(0, "train adapters of this rank instead of all weights (pip install peft), 0: all weights (paper)")
+    lora_merge: bool = arg(True, "merge the adapters into the model at the end, as every next stage expects; else write them alone")
+    eval_share: float = arg(0.0, "share of the tasks held out for loss, accuracy and margin after each epoch, 0: none (paper)")
+    log_with: Optional[str] = arg(None, "also log to a tracker of Accelerate: tensorboard, wandb, trackio, ...")
     save_steps: int = arg(50, "optimizer steps between checkpoints, 0: none")
     limit: Optional[int] = arg(None, "only the first N pairs")
     seed: int = arg(0, "order of the pairs")
@@ -56,9 +62,9 @@ def dpo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejecte
     return -F.logsigmoid(chosen_rewards - rejected_rewards), chosen_rewards.detach(), rejected_rewards.detach()
 
 
-def load_pairs(a: Args, tokenizer) -> list[tuple]:
-    """[(chosen, rejected)], each (token ids, target mask) of prompt and reply."""
-    pairs, too_long = [], 0
+def load_pairs(a: Args, tokenizer) -> tuple[list[tuple], list]:
+    """([(chosen, rejected)], [(task, line)]); each side is (token ids, target mask) of prompt and reply."""
+    pairs, origins, too_long = [], [], 0
     for i, row in enumerate(common.read_merged(a.data, ("prompt", "chosen", "rejected"))[: a.limit], 1):
         sides = []
         for side in ("chosen", "rejected"):
@@ -72,125 +78,125 @@ def load_pairs(a: Args, tokenizer) -> list[tuple]:
             too_long += 1
         else:
             pairs.append(tuple(sides))
+            origins.append((row.get("task", i), i))
     if too_long:
         print(f"{too_long} pairs are longer than --max_length {a.max_length} and left out")
     if not pairs:
         raise InputError(f"{a.data} has no pair to train on")
-    return pairs
+    return pairs, origins
 
 
 def pair_log_probs(wrapped, pairs: list, share_prefix: bool, device):
     """log pi(p|u) of chosen and rejected: (P, 2), each summed over its target tokens in float32. With
-    `share_prefix` a pair runs as one sequence, the prompt once (common.pad_pairs): the same numbers for
-    less work, as prompts are longer than plans."""
+    `share_prefix` a pair's prompt is there once: the same numbers for less work, as prompts are longer
+    than plans."""
     import torch
 
-    if share_prefix:
-        batch = common.pad_pairs(pairs, device)
-        log_probs, rows, sides = wrapped(**batch), batch["targets"].nonzero()[:, 0], batch["sides"][batch["targets"]]
-    else:
-        ids, targets = common.pad([side for pair in pairs for side in pair], device)
-        log_probs, rows = wrapped(ids, targets), targets[:, 1:].nonzero()[:, 0]
-        rows, sides = rows // 2, rows % 2 + 1
-    out = torch.zeros(max(1, len(pairs)), 2, dtype=log_probs.dtype, device=device)
+    groups = [list(pair) for pair in pairs] if share_prefix else [[side] for pair in pairs for side in pair]
+    # where sequences cannot be packed they run one by one: a micro-batch is one pair then, or none
+    packs = [common.pack(part, device) for part in ([groups] if wrapped.packed else [groups[:1], groups[1:]])]
+    log_probs = torch.cat([wrapped(**p) for p in packs])
+    owners = torch.cat([p["owners"] + i for i, p in enumerate(packs)])
     if not pairs:
-        return out + log_probs.sum()
-    for column, side in ((0, 1), (1, 2)):
-        own = (sides == side) | (sides == 0)  # targets in what both sides begin with count for both
-        out[:, column] = out[:, column].index_add(0, rows[own], log_probs[own])
-    return out
+        return log_probs.sum() * log_probs.new_zeros(1, 2)
+    return log_probs.new_zeros(2 * len(pairs)).index_add(0, owners, log_probs).view(-1, 2)
 
 
 def pair_length(pair: tuple, share_prefix: bool) -> int:
     """Tokens that a pair takes in a micro-batch."""
-    (chosen, _), (rejected, _) = pair
-    if share_prefix:
-        return len(chosen) + len(rejected) - common.shared_prefix(*pair)
-    return 2 * max(len(chosen), len(rejected))
+    return sum(len(ids) for ids, _ in pair) - (common.shared_prefix(list(pair)) if share_prefix else 0)
 
 
-def reference_log_probs(wrapped, pairs: list, share_prefix: bool, a: Args, accelerator):
-    """(len(pairs), 2): log pi_ref of chosen and rejected, computed once before training; every process
-    computes its share."""
+def log_probs_without_gradient(wrapped, pairs: list, share_prefix: bool, a: Args, accelerator):
+    """(len(pairs), 2): log pi of chosen and rejected; every process computes its share. Before training it is
+    the reference's, afterwards the held-out pairs'."""
     import torch
 
-    out = torch.zeros(len(pairs), 2, dtype=torch.float64 if next(wrapped.parameters()).dtype == torch.float64 else torch.float32,
-                      device=accelerator.device)
-    [micros] = common.plan_epoch([pair_length(p, share_prefix) for p in pairs], len(pairs), a.micro_tokens,
+    out = torch.zeros(len(pairs), 2, dtype=torch.float64, device=accelerator.device)
+    [micros] = common.plan_epoch([pair_length(p, share_prefix) for p in pairs], len(pairs), a.micro_tokens if wrapped.packed else 0,
                                  accelerator.num_processes, a.seed, 0)
     mine = micros[accelerator.process_index :: accelerator.num_processes]
     with torch.no_grad():
-        for micro in tqdm(mine, desc="reference log-probabilities", disable=not accelerator.is_main_process):
+        for micro in tqdm(mine, desc="log-probabilities", disable=not accelerator.is_main_process, leave=False):
             log_probs = pair_log_probs(wrapped, [pairs[i] for i in micro], share_prefix, accelerator.device)
             if micro:
-                out[micro] = log_probs
+                out[micro] = log_probs.to(out.dtype)
     return accelerator.reduce(out, "sum")
+
+
+def stored_reference(run, wrapped, pairs: list, share_prefix: bool, a: Args, accelerator):
+    """(len(pairs), 2): log pi_ref of all pairs, computed once before training and kept with the checkpoints."""
+    import torch
+
+    file = run.partial / "reference.pt"
+    if run.start:
+        return torch.load(file, weights_only=True).to(accelerator.device)
+    out = log_probs_without_gradient(wrapped, pairs, share_prefix, a, accelerator)
+    if accelerator.is_main_process:
+        torch.save(out.cpu(), file)
+    return out
 
 
 def main(a: Args) -> None:
     import torch
 
-    model, tokenizer = common.load_model(a.model)
-    dtype = common.saved_dtype(a.model)
-    pairs = load_pairs(a, tokenizer)
-    accelerator = common.make_accelerator(model, a.gradient_checkpointing)
+    accelerator = common.make_accelerator(a.precision, a.log_with, a.out)
     world, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
+    model, tokenizer = common.load_model(a.model)
+    every, origins = load_pairs(a, tokenizer)
+    held = common.held_out([task for task, _ in origins], a.eval_share)
+    train, kept = ([i for i, out in enumerate(held) if out == side] for side in (False, True))
+    if not train:
+        raise InputError(f"--eval_share {a.eval_share} leaves no pair to train on")
 
-    share_prefix = a.share_prefix and common.can_share_prefix(model)
-    lengths = [pair_length(pair, share_prefix) for pair in pairs]
-    plan = [step for epoch in range(a.epochs)
-            for step in common.plan_epoch(lengths, a.batch_size, a.micro_tokens, world, a.seed, epoch)]
-    wrapped = common.target_log_probs(model)
-    optimizer = torch.optim.AdamW(wrapped.parameters(), lr=a.lr, weight_decay=a.weight_decay, fused=True)
-    wrapped, optimizer = accelerator.prepare(wrapped, optimizer)
-    made_from = {**asdict(a), "out": "", "model": common.model_id(a.model), "pairs": common.digest(pairs)}
-    run = common.Training(a.out, accelerator, made_from, len(plan), a.save_steps)
+    wrapped = common.target_log_probs(common.prepare_model(model, a))
+    share_prefix = a.share_prefix and wrapped.packed
+    lengths = [pair_length(every[i], share_prefix) for i in train]
+    plan = [[[train[i] for i in micro] for micro in step] for epoch in range(a.epochs)
+            for step in common.plan_epoch(lengths, a.batch_size, a.micro_tokens if wrapped.packed else 0, world, a.seed, epoch)]
+    wrapped, optimizer = common.distribute(wrapped, accelerator, a)
+    made_from = {**asdict(a), "out": "", "log_with": "", "model": common.model_id(a.model), "pairs": common.digest(every)}
+    run = common.Training(a.out, accelerator, wrapped, optimizer, made_from, len(plan), a.save_steps)
+    reference = stored_reference(run, wrapped, every, share_prefix, a, accelerator)
 
-    reference_file = run.partial / "reference.pt"
-    if reference_file.exists():
-        reference = torch.load(reference_file, weights_only=True).to(device)
-    else:
-        reference = reference_log_probs(wrapped, pairs, share_prefix, a, accelerator)
-        if accelerator.is_main_process:
-            torch.save(reference.cpu(), reference_file.with_suffix(".tmp"))
-            reference_file.with_suffix(".tmp").replace(reference_file)
+    def measured(policy, rows: list[int]):
+        """(losses, the six sums that are logged) of these pairs."""
+        losses, chosen, rejected = dpo_loss(*policy.unbind(1), *reference[rows].to(policy.dtype).unbind(1), a.beta)
+        return losses, torch.stack([v.detach().float().sum() for v in (losses, chosen > rejected, chosen, rejected, *policy.unbind(1))])
 
+    names = ("loss", "reward_accuracy", "reward_chosen", "reward_rejected", "logp_chosen", "logp_rejected")
     bar = tqdm(range(run.start, len(plan)), initial=run.start, total=len(plan), desc="dpo", disable=not accelerator.is_main_process)
     for step in bar:
         began, lr = time.time(), common.learning_rate(step, len(plan), a.lr, a.warmup_ratio, a.lr_scheduler)
-        count, mine = sum(len(micro) for micro in plan[step]), plan[step][rank::world]
-        tokens = sum(len(ids) for micro in plan[step] for i in micro for ids, _ in pairs[i])
-        sums = torch.zeros(6, device=device)  # loss, accuracy, chosen and rejected reward, chosen and rejected log-prob
-        for k, micro in enumerate(mine):
-            last = k + 1 == len(mine)
-            with contextlib.nullcontext() if last else accelerator.no_sync(wrapped):
-                policy = pair_log_probs(wrapped, [pairs[i] for i in micro], share_prefix, device)
-                if micro:
-                    chosen, rejected = policy.unbind(1)
-                    losses, chosen_rewards, rejected_rewards = dpo_loss(chosen, rejected, *reference[micro].unbind(1), a.beta)
-                    loss = losses.sum() / count
-                    sums += torch.stack([v.detach().float().sum() for v in (
-                        losses, chosen_rewards > rejected_rewards, chosen_rewards, rejected_rewards, chosen, rejected)])
-                else:
-                    loss = policy.sum() * 0
-                accelerator.backward(loss * world)  # the processes' gradients are averaged: world makes it a sum
-        norm = accelerator.clip_grad_norm_(wrapped.parameters(), a.max_grad_norm)
+        batch = [i for micro in plan[step] for i in micro]
+        tokens, sums = sum(len(ids) for i in batch for ids, _ in every[i]), torch.zeros(6, device=device)
+        for micro in plan[step][rank::world]:
+            policy = pair_log_probs(wrapped, [every[i] for i in micro], share_prefix, device)
+            loss = policy.sum() * 0
+            if micro:
+                losses, more = measured(policy, micro)
+                loss, sums = losses.sum() / len(batch), sums + more
+            accelerator.backward(loss * world)  # the processes' gradients are averaged: world makes it a sum
+        norm = common.clip_gradients(wrapped, accelerator, a.max_grad_norm)
+        metrics = dict(zip(names, (accelerator.reduce(sums, "sum") / len(batch)).tolist(), strict=True))
+        run.check(step + 1, metrics["loss"], norm, [origins[i][1] for i in batch])
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
-        names = ("loss", "reward_accuracy", "reward_chosen", "reward_rejected", "logp_chosen", "logp_rejected")
-        metrics = dict(zip(names, (accelerator.reduce(sums, "sum") / count).tolist(), strict=True))
-        metrics |= {"reward_margin": metrics["reward_chosen"] - metrics["reward_rejected"], "lr": lr, "grad_norm": float(norm),
+        metrics |= {"reward_margin": metrics["reward_chosen"] - metrics["reward_rejected"], "lr": lr, "grad_norm": norm,
                     "tokens_per_second": tokens / (time.time() - began)}
-        run.step(step + 1, metrics)
-        bar.set_postfix_str(f"loss {metrics['loss']:.3f}, accuracy {metrics['reward_accuracy']:.2f}, margin "
-                            f"{metrics['reward_margin']:.3f}, lr {lr:.1e}, {metrics['tokens_per_second']:.0f} tok/s")
+        if kept and (step + 1) % (len(plan) // a.epochs) == 0:
+            policy = log_probs_without_gradient(wrapped, [every[i] for i in kept], share_prefix, a, accelerator)
+            loss, accuracy, chosen, rejected = (measured(policy, kept)[1][:4] / len(kept)).tolist()
+            metrics |= {"eval_loss": loss, "eval_reward_accuracy": accuracy, "eval_reward_margin": chosen - rejected}
+        line = run.step(step + 1, metrics)
+        bar.set_postfix_str(f"accuracy {metrics['reward_accuracy']:.2f}, margin {metrics['reward_margin']:.3f}, {line}")
 
-    final = run.log[-1] if run.log else {}
-    run.finish(wrapped, model, tokenizer, dtype,
-               f"# {a.out}\n\n{a.model} after DPO on {len(pairs)} pairs of {a.data} (MPO, equation 8).\n\n"
-               f"Settings: `{json.dumps(asdict(a))}`\n\nLast step: `{json.dumps(final)}`; all steps in metrics.jsonl.\n")
+    run.finish(a.model, tokenizer, a.lora_merge,
+               f"# {a.out}\n\n{a.model} after DPO on {len(train)} pairs of {a.data} (MPO, equation 8).\n\n"
+               f"Settings: `{json.dumps(asdict(a))}`\n\nLast step: `{json.dumps(run.log[-1] if run.log else {})}`; "
+               f"all steps in metrics.jsonl and curves.png.\n")
 
 
 if __name__ == "__main__":

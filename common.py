@@ -1564,7 +1564,7 @@ def mean(values) -> float:
 
 
 def load_model(name: str):
-    """(model, tokenizer): weights in float32 (compute is bf16 by autocast), dropout off, safetensors only."""
+    """(model, tokenizer): weights as they were saved, dropout off, safetensors only."""
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -1572,7 +1572,7 @@ def load_model(name: str):
     check_model_dir(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", use_safetensors=True)
     except (OSError, ValueError, SafetensorError) as e:
         raise InputError(f"cannot load {name}: {str(e).splitlines()[0]}") from None
     if not tokenizer.chat_template:
@@ -1584,14 +1584,6 @@ def load_model(name: str):
         elif hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.0
     return model.eval(), tokenizer
-
-
-def saved_dtype(name: str):
-    """The dtype a model's weights were saved in: its trained copy is saved in the same."""
-    import torch
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(name).dtype or torch.float32
 
 
 def tokenize(messages: list[dict], tokenizer, where: str) -> tuple[list[int], list[bool]]:
@@ -1620,111 +1612,142 @@ def tokenize(messages: list[dict], tokenizer, where: str) -> tuple[list[int], li
     return ids, mask
 
 
+def held_out(tasks: list, share: float) -> list[bool]:
+    """For each row's task whether it is kept for the evaluation loss: decided by the task alone, about
+    `share` of all tasks."""
+    return [seed_of("held out", task) < share * 2**31 for task in tasks]
+
+
 def plan_epoch(lengths: list[int], batch_size: int, micro_tokens: int, processes: int, seed: int, epoch: int) -> list[list[list[int]]]:
     """The batches of one epoch: [optimizer step][micro-batch] -> row indices.
 
-    Rows are shuffled by (seed, epoch) alone, cut into batches of `batch_size`, and each batch is split
-    into micro-batches of rows of like length with at most `micro_tokens` padded tokens. Every process
-    computes this same plan and takes micro-batches rank, rank + processes, ...; empty ones are added so
-    that all have as many."""
+    Rows are shuffled by (seed, epoch) alone, cut into batches of `batch_size`, and each batch is spread
+    over as few micro-batches as hold at most `micro_tokens` tokens each, evenly; a longer row is alone.
+    Every process computes this same plan and takes micro-batches rank, rank + processes, ...; their
+    number is a multiple of `processes`, some may be empty."""
     order = list(range(len(lengths)))
     random.Random(f"{seed} {epoch}").shuffle(order)
     steps = []
     for i in range(0, len(order), batch_size):
-        micros: list[list[int]] = []
-        for row in sorted(order[i : i + batch_size], key=lambda r: -lengths[r]):
-            if micros and lengths[micros[-1][0]] * (len(micros[-1]) + 1) <= micro_tokens:
-                micros[-1].append(row)
-            else:
-                micros.append([row])
-        steps.append(micros + [[]] * (-len(micros) % processes))
+        batch = sorted(order[i : i + batch_size], key=lambda r: -lengths[r])
+        count = -(-sum(min(lengths[r], micro_tokens) for r in batch) // max(1, micro_tokens)) or 1
+        while True:
+            micros: list[list[int]] = [[] for _ in range(count + -count % processes)]
+            filled = [0] * len(micros)
+            for row in batch:
+                least = filled.index(min(filled))
+                micros[least].append(row)
+                filled[least] += lengths[row]
+            if all(total <= micro_tokens or len(micro) == 1 for micro, total in zip(micros, filled, strict=True)):
+                break
+            count = len(micros) + 1
+        while len(micros) > processes and not any(micros[-processes:]):
+            del micros[-processes:]
+        steps.append(micros)
     return steps
 
 
-def pad(rows: list[tuple[list[int], list[bool]]], device):
-    """Rows of (ids, mask) -> ids (B, L) int64 and target mask (B, L) bool, padded on the right. With
-    causal attention no real token sees the padding, so no attention mask is needed: the fast kernels
-    run, and the result is exact."""
+def pack(groups: list[list[tuple]], device) -> dict:
+    """Groups of sequences (ids, mask) as one long sequence without padding. What all sequences of a group
+    begin with is there once: common beginning, rest of the first, rest of the second. Each rest has the
+    positions that it would have alone, and `packed_attention` shows it its own beginning only, so the result
+    is that of single sequences, for the work of fewer tokens.
+
+    {"ids", "positions": (1, T); "sources", "labels", "owners": (N,) for N targets: the index of the token
+    whose output predicts it, its id, and its sequence's number; "segments": how T is divided}. A target in
+    a common beginning is there once for each of its sequences."""
     import torch
 
-    length = max((len(ids) for ids, _ in rows), default=2)
-    ids = torch.zeros(max(1, len(rows)), length, dtype=torch.long)
-    targets = torch.zeros(max(1, len(rows)), length, dtype=torch.bool)
-    for i, (row, mask) in enumerate(rows):
-        ids[i, : len(row)], targets[i, : len(row)] = torch.tensor(row), torch.tensor(mask)
-    return ids.to(device), targets.to(device)
+    ids, positions, targets, segments, number = [], [], [], Segments(), 0
+    for group in groups:
+        start, n = len(ids), shared_prefix(group)
+        ids += group[0][0][:n]
+        positions += range(n)
+        rests = []
+        for sequence, mask in group:
+            rest = len(ids)
+            targets += [(start + i - 1, sequence[i], number) for i in range(1, n) if mask[i]]
+            targets += [(rest + i - n - 1 if i > n else start + n - 1, sequence[i], number)
+                        for i in range(max(1, n), len(sequence)) if mask[i]]
+            ids += sequence[n:]
+            positions += range(n, len(sequence))
+            rests.append(len(sequence) - n)
+            number += 1
+        segments.append((n, rests))
+    if not ids:  # a process without rows must still take part in the collectives
+        ids, positions, segments = [0], [0], Segments([(0, [1])])
+    sources, labels, owners = ([t[i] for t in targets] for i in range(3))
+    out = {"ids": [ids], "positions": [positions], "sources": sources, "labels": labels, "owners": owners}
+    return {k: torch.tensor(v, dtype=torch.long, device=device) for k, v in out.items()} | {"segments": segments}
 
 
-def pad_pairs(pairs: list[tuple], device) -> dict:
-    """Pairs ((ids, mask), (ids, mask)) as one row each, what both sides begin with once: prefix, rest of the
-    first side, rest of the second. The second one has the positions that it would have behind the prefix,
-    and does not see the first (`sides`): the result is that of two rows, for the work of a shorter one.
+class Segments(list):
+    """[(length of a common beginning, [lengths of the rests])]: how a packed sequence is divided."""
 
-    {"ids", "targets", "positions", "sources", "sides"}, each (B, L); `sources` is the index of the token
-    whose output predicts a token, `sides` 0 for the prefix, 1 and 2 for the two rests, 3 for the padding."""
+
+def shared_prefix(group: list[tuple]) -> int:
+    """How many tokens the sequences (ids, mask) of a group begin with alike, one less than the shortest at
+    most; 0 for a group of one."""
+    if len(group) == 1:
+        return 0
+    most = min(len(ids) for ids, _ in group) - 1
+    return next((i for i in range(most) if len({(ids[i], mask[i]) for ids, mask in group}) > 1), most)
+
+
+def packed_attention(module, query, key, value, attention_mask, scaling=None, segments=None, sliding_window=None, **kwargs):
+    """Causal attention of a packed sequence, query (1, H, T, D), key and value (1, K, T, D) -> (1, T, H, D): a rest sees
+    its common beginning and itself. Piece by piece, so that torch's fused kernels run and nothing is computed
+    across pieces. An attention function of transformers, by the name of "packed"."""
     import torch
 
-    rows = []
-    for first, second in pairs:
-        n = shared_prefix(first, second)
-        ids, mask = first[0] + second[0][n:], first[1] + second[1][n:]
-        ends = len(first[0]), len(ids)
-        positions = [*range(ends[0]), *range(n, n + ends[1] - ends[0])]
-        sources = [0, *range(ends[0] - 1), max(0, n - 1), *range(ends[0], ends[1] - 1)]
-        mask[0] = False  # nothing predicts the first token
-        mask[ends[0]] &= n > 0
-        rows.append((ids, mask, positions, sources, [0] * n + [1] * (ends[0] - n) + [2] * (ends[1] - ends[0])))
-    shape = max(1, len(rows)), max((len(row[0]) for row in rows), default=2)
-    out = {"ids": torch.zeros(shape, dtype=torch.long), "targets": torch.zeros(shape, dtype=torch.bool),
-           "positions": torch.zeros(shape, dtype=torch.long), "sources": torch.zeros(shape, dtype=torch.long),
-           "sides": torch.full(shape, 3)}
-    for i, row in enumerate(rows):
-        for tensor, values in zip(out.values(), row, strict=True):
-            tensor[i, : len(values)] = torch.tensor(values)
-    return {k: v.to(device) for k, v in out.items()}
+    def attend(q, k, v):
+        offset = k.shape[2] - q.shape[2]
+        groups = query.shape[1] // key.shape[1]
+        k, v = (x.repeat_interleave(groups, 1) if groups > 1 else x for x in (k, v))
+        mask = None
+        if offset or (sliding_window and k.shape[2] > sliding_window):
+            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(offset)
+            if sliding_window:
+                mask = mask.triu(offset - sliding_window + 1)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling)
+
+    segments = segments or [(0, [query.shape[2]])]
+    lengths = [n for start, rests in segments for n in (start, *rests)]
+    pieces, out = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True), []
+    for n, rests in segments:
+        first = next(pieces)
+        out += [attend(*first)] if n else []
+        for _ in rests:
+            q, k, v = next(pieces)
+            out.append(attend(q, *(torch.cat([a, b], 2) if n else b for a, b in ((first[1], k), (first[2], v)))))
+    return torch.cat(out, 2).transpose(1, 2).contiguous(), None
 
 
-def shared_prefix(first: tuple, second: tuple) -> int:
-    """How many tokens two rows (ids, mask) begin with alike; at least one token is left to each."""
-    n, most = 0, min(len(first[0]), len(second[0])) - 1
-    while n < most and first[0][n] == second[0][n] and first[1][n] == second[1][n]:
-        n += 1
-    return n
+def target_log_probs(model, packed: bool = True):
+    """Wrap a causal language model: forward(**pack(...)) -> (N,) the log-probability of each target given
+    what precedes it, in float32. The logits of `CHUNK` targets at a time are all that ever exists of
+    the (T, vocabulary) tensor; they are computed again for backward.
 
-
-def can_share_prefix(model) -> bool:
-    """Whether the model's attention takes a mask that hides one side of a pair from the other: not where
-    layers see a sliding window only."""
-    kinds = getattr(model.config, "layer_types", None) or ["full_attention"]
-    return set(kinds) == {"full_attention"} and model.config._attn_implementation == "sdpa"
-
-
-def target_log_probs(model):
-    """Wrap a causal language model: forward(ids (B, L), targets (B, L) bool) -> (T,) the log-probability
-    of each target token given all before it, row by row, in float32. The logits of `CHUNK` targets at a
-    time are all that ever exists of the (B, L, vocabulary) tensor; they are computed again for backward.
-    With what `pad_pairs` returns, the tokens of one side of a pair are not among those before the other's."""
+    `packed` False, or a model that `can_pack` refuses: its own attention, one sequence at a time."""
     import torch
     from torch.utils.checkpoint import checkpoint
+    from transformers import AttentionInterface
 
     CHUNK = 1024
+    packed = packed and can_pack(model)
+    if packed:
+        AttentionInterface.register("packed", torch.compiler.disable(packed_attention))
+        model.set_attn_implementation("packed")
 
     class TargetLogProbs(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.model = model
+            self.model, self.packed = model, packed
 
-        def forward(self, ids, targets, positions=None, sources=None, sides=None):
-            if sides is None:
-                hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-                hidden, labels = hidden[:, :-1][targets[:, 1:]], ids[:, 1:][targets[:, 1:]]
-            else:
-                index = torch.arange(ids.shape[1], device=ids.device)
-                seen = (sides[:, None, :] == 0) | (sides[:, None, :] == sides[:, :, None])
-                mask = (seen & (index[None, None, :] <= index[None, :, None]))[:, None]
-                hidden = model.get_decoder()(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False).last_hidden_state
-                rows, columns = targets.nonzero(as_tuple=True)
-                hidden, labels = hidden[rows, sources[rows, columns]], ids[rows, columns]
+        def forward(self, ids, positions, sources, labels, segments, owners=None):
+            assert packed or len(segments) == 1, "this model's sequences cannot be packed"
+            hidden = model.get_decoder()(input_ids=ids, position_ids=positions, use_cache=False,
+                                         **({"segments": segments} if packed else {})).last_hidden_state[0]
             head, cap = model.get_output_embeddings(), getattr(model.config, "final_logit_softcapping", None)
 
             def log_probs(h, y):
@@ -1734,12 +1757,21 @@ def target_log_probs(model):
                     logits = torch.tanh(logits / cap) * cap
                 return -torch.nn.functional.cross_entropy(logits, y, reduction="none")
 
-            if not len(labels):  # a process without rows must still take part in the backward pass
-                return hidden.sum()[None] * 0 + log_probs(model.get_input_embeddings()(ids[:, 0]), ids[:, 0]) * 0
-            return torch.cat([checkpoint(log_probs, h, y, use_reentrant=False)
-                              for h, y in zip(hidden.split(CHUNK), labels.split(CHUNK), strict=True)])
+            if not len(labels):
+                return log_probs(hidden[:1], ids[0, :1]) * 0
+            return torch.cat([checkpoint(log_probs, hidden[s], y, use_reentrant=False)
+                              for s, y in zip(sources.split(CHUNK), labels.split(CHUNK), strict=True)])
 
     return TargetLogProbs()
+
+
+def can_pack(model) -> bool:
+    """Whether all that mixes a model's tokens is attention that `packed_attention` can take the place of."""
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    state_space = any(hasattr(config, k) for k in ("ssm_state_size", "mamba_d_state", "state_size", "linear_num_value_heads"))
+    return (kinds <= {"full_attention", "sliding_attention"} and model._supports_attention_backend and not state_space
+            and not getattr(config, "attn_logit_softcapping", None))
 
 
 def learning_rate(step: int, total: int, peak: float, warmup_ratio: float, shape: str = "cosine") -> float:
@@ -1757,92 +1789,246 @@ def learning_rate(step: int, total: int, peak: float, warmup_ratio: float, shape
     return peak * shapes[shape]
 
 
-def make_accelerator(model, gradient_checkpointing: bool):
-    """Accelerate set up for this machine: bf16 autocast (unless the weights are float64, as in tests);
-    on several GPUs FSDP2, full parameters, sharded by decoder layer, unless the user's own Accelerate
-    configuration chose something else."""
-    import torch
-    from accelerate import Accelerator
-    from accelerate.utils import FullyShardedDataParallelPlugin
+def own_accelerate_config() -> bool:
+    """Whether the user's Accelerate configuration chose how to distribute: then it is left at that."""
+    return any(os.environ.get(f"ACCELERATE_USE_{k}", "").lower() in ("true", "1") for k in ("FSDP", "DEEPSPEED", "MEGATRON_LM"))
 
-    double = next(model.parameters()).dtype == torch.float64
-    plugin = None
-    chosen = any(os.environ.get(f"ACCELERATE_USE_{k}", "").lower() in ("true", "1") for k in ("FSDP", "DEEPSPEED", "CPU"))
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and torch.cuda.is_available() and not chosen:
-        plugin = FullyShardedDataParallelPlugin(
-            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", state_dict_type="FULL_STATE_DICT",
-            transformer_cls_names_to_wrap=list(model._no_split_modules), cpu_ram_efficient_loading=False)
-    if gradient_checkpointing:
+
+def make_accelerator(precision: str, log_with: str | None = None, out: str = ""):
+    """Accelerate, for the processes, devices and trackers; precision itself is up to `distribute`."""
+    from accelerate import Accelerator
+    from accelerate.utils import LoggerType
+
+    if precision not in ("bf16", "fp32"):
+        raise InputError(f"unknown --precision {precision!r}: bf16 or fp32")
+    trackers = [t.value for t in LoggerType if t.value != "all"]
+    if log_with and log_with not in trackers:
+        raise InputError(f"unknown --log_with {log_with!r}: one of {', '.join(trackers)}")
+    try:
+        return Accelerator(mixed_precision="bf16" if precision == "bf16" and own_accelerate_config() else "no",
+                           log_with=log_with, project_dir=f"{out}.logs" if log_with else None)
+    except (ImportError, ValueError) as e:
+        raise InputError(f"--log_with {log_with}: {e}") from None
+
+
+def distribute(wrapped, accelerator, a):
+    """(wrapped, optimizer) for `a.precision`: with bf16, weights and optimizer state are float32 and the
+    computation is bf16.
+
+    Every process holds its share of the float32 weights, gradients and AdamW's two averages (FSDP2, by decoder layer),
+    and gathers bf16 copies of a layer while that layer runs; a process alone is the same with a share of all.
+    Gradients are summed in float32. A user's own Accelerate configuration for FSDP or DeepSpeed wins."""
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    model = wrapped.model
+    if a.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()  # checkpointing is skipped in eval mode
-    return Accelerator(mixed_precision="no" if double else "bf16", fsdp_plugin=plugin)
+    layers = model.get_decoder().layers
+    if a.compile:
+        for layer in layers:
+            layer.compile(dynamic=True)
+    optimizer = functools.partial(torch.optim.AdamW, lr=a.lr, weight_decay=a.weight_decay, fused=True)
+    own = own_accelerate_config()
+    if not own and not dist.is_initialized():
+        dist.init_process_group("nccl" if accelerator.device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    mesh = None if own else dist.init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if a.precision == "bf16" else None, reduce_dtype=torch.float32)
+    for module in [*layers, wrapped]:
+        for p in module.parameters():
+            if p.requires_grad and p.dtype != torch.float32:
+                p.data = p.data.float()
+        if not own:
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+    if own:
+        prepared, optimizer = accelerator.prepare(wrapped, optimizer([p for p in wrapped.parameters() if p.requires_grad]))
+        prepared.packed = wrapped.packed
+        return prepared, optimizer
+    wrapped.to(accelerator.device)
+    return wrapped, optimizer([p for p in wrapped.parameters() if p.requires_grad])
+
+
+def prepare_model(model, a):
+    """The model with what `a.lora_rank` (Hu et al. 2021: adapters at all linear layers, the rest frozen) and `a.liger` ask for."""
+    if a.lora_rank:
+        try:
+            from peft import LoraConfig, get_peft_model
+        except ImportError:
+            raise InputError("--lora_rank needs peft: pip install peft") from None
+        config = LoraConfig(r=a.lora_rank, lora_alpha=2 * a.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = get_peft_model(model, config)
+    if a.liger:
+        try:
+            from transformers.integrations.liger import apply_liger_kernel
+
+            apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
+        except ImportError:
+            raise InputError("--liger needs a GPU and liger-kernel: pip install liger-kernel") from None
+    return model
+
+
+def clip_gradients(wrapped, accelerator, limit: float) -> float:
+    """Scale all gradients together to at most this norm; returns the norm before."""
+    norm = accelerator.clip_grad_norm_(wrapped.parameters(), limit)
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
 
 class Training:
-    """Checkpoints, logs and the final model of one training run, in `out`.partial/ until it is done.
+    """Checkpoints, metrics and the final model of one training run, in `out`.partial/ until it is done.
 
     A run that was killed goes on at its last checkpoint if it has the same settings and data; else it
     starts over. The finished model replaces `out` in one rename."""
 
-    def __init__(self, out: str, accelerator, settings: dict, total: int, save_steps: int):
+    def __init__(self, out: str, accelerator, wrapped, optimizer, settings: dict, total: int, save_steps: int):
+        from accelerate.utils import broadcast_object_list
+
         self.out, self.partial = Path(out), Path(f"{out}.partial")
-        self.accelerator, self.total, self.save_steps = accelerator, total, save_steps
-        self.key = digest(settings)
-        self.log = []
+        self.accelerator, self.wrapped, self.optimizer, self.total, self.save_steps = accelerator, wrapped, optimizer, total, save_steps
+        self.key, self.start, self.log = digest(settings), 0, []
         state = self.partial / "state.json"
-        saved = json.loads(state.read_text()) if state.exists() else {}
-        self.start = 0
+        [saved] = broadcast_object_list([json.loads(state.read_text()) if state.exists() else {}])
         if saved.get("settings") == self.key:
-            accelerator.load_state(str(self.partial / saved["checkpoint"]))
-            self.start, self.log = saved["step"], saved["log"]
+            self._load(self.partial / saved["checkpoint"])
+            self.start = saved["step"]
+            self.log = read_rows(self.partial / "metrics.jsonl")[: self.start]
             accelerator.print(f"going on from step {self.start} of {total} ({self.partial})")
-        elif accelerator.is_main_process:
-            shutil.rmtree(self.partial, ignore_errors=True)
-            self.partial.mkdir(parents=True)
+        if accelerator.is_main_process:
+            if not self.start:
+                shutil.rmtree(self.partial, ignore_errors=True)
+            self.partial.mkdir(parents=True, exist_ok=True)
+            write_rows(self.partial / "metrics.jsonl", self.log)
+            self.append = Appender(self.partial / "metrics.jsonl")
+        if accelerator.log_with:
+            accelerator.init_trackers(self.out.name, {k: v for k, v in settings.items() if isinstance(v, int | float | str)})
+        self.began = time.time()
         accelerator.wait_for_everyone()
 
-    def step(self, done: int, metrics: dict) -> None:
-        """Log optimizer step `done` (1-based) and checkpoint every `save_steps`."""
+    def check(self, done: int, loss: float, norm: float, rows: list) -> None:
+        """Raise `InputError` before the weights take a step that they would not come back from: a loss or
+        gradient that is not finite, or a loss 10 times the highest of the first ten steps."""
         import math
 
-        if not math.isfinite(metrics["loss"]):
-            raise InputError(f"the loss is {metrics['loss']} at step {done}: lower --lr or look at the rows of that step; "
-                             f"the last checkpoint is in {self.partial}")
-        self.log.append({"step": done, **{k: round(v, 6) if isinstance(v, float) else v for k, v in metrics.items()}})
+        early = [row["loss"] for row in self.log[:10]]
+        if not math.isfinite(loss + norm) or (len(early) == 10 and loss > 10 * max(early)):
+            raise InputError(f"the loss is {loss:.4g} and the gradient's norm {norm:.4g} at step {done}: lower --lr, or look at "
+                             f"rows {', '.join(map(str, sorted(rows)))} of the data, from 1; the last checkpoint is in {self.partial}")
+
+    def step(self, done: int, metrics: dict) -> str:
+        """Log optimizer step `done` (1-based), checkpoint every `save_steps`; returns a line for the bar."""
+        import resource
+
+        import torch
+
+        gpu = self.accelerator.device.type == "cuda"
+        metrics["memory_gb"] = (torch.cuda.max_memory_allocated() / 1e9 if gpu else
+                                resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9)
+        row = {"step": done, **{k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in metrics.items()}}
+        self.log.append(row)
+        if self.accelerator.is_main_process:
+            self.append(row)
+        if self.accelerator.log_with:
+            self.accelerator.log(metrics, step=done)
         if self.save_steps and done % self.save_steps == 0 and done < self.total:
             folder = self.partial / f"step-{done}"
-            self.accelerator.save_state(str(folder))
+            temporary = folder.with_name(folder.name + ".tmp")
+            self._save(temporary)
             if self.accelerator.is_main_process:
-                write_text(self.partial / "state.json", json.dumps(
-                    {"settings": self.key, "step": done, "checkpoint": folder.name, "log": self.log}))
+                shutil.rmtree(folder, ignore_errors=True)
+                temporary.rename(folder)
+                write_text(self.partial / "state.json", json.dumps({"settings": self.key, "step": done, "checkpoint": folder.name}))
                 for old in self.partial.glob("step-*"):  # keep the last two
-                    if int(old.name.split("-")[1]) <= done - 2 * self.save_steps:
+                    if not old.name.endswith(".tmp") and int(old.name.split("-")[1]) <= done - 2 * self.save_steps:
                         shutil.rmtree(old)
+            self.accelerator.wait_for_everyone()
+        return (f"loss {metrics['loss']:.3f}, lr {metrics['lr']:.1e}, {metrics['tokens_per_second']:.0f} tok/s, "
+                f"{metrics['memory_gb']:.1f} GB")
 
-    def finish(self, wrapped, model, tokenizer, dtype, card: str) -> None:
-        """Write the model in Hugging Face format (weights in `dtype`) with tokenizer, chat template,
-        metrics.jsonl and a model card, then put it in place of `out`."""
-        weights = self.accelerator.get_state_dict(wrapped)
+    def _save(self, folder: Path) -> None:
+        if own_accelerate_config():
+            self.accelerator.save_state(str(folder))
+            return
+        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.state_dict import get_state_dict
+
+        model, optimizer = get_state_dict(self.wrapped, self.optimizer)
+        dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=folder)
+
+    def _load(self, folder: Path) -> None:
+        if own_accelerate_config():
+            self.accelerator.load_state(str(folder))
+            return
+        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+        model, optimizer = get_state_dict(self.wrapped, self.optimizer)
+        dcp.load({"model": model, "optimizer": optimizer}, checkpoint_id=folder)
+        set_state_dict(self.wrapped, self.optimizer, model_state_dict=model, optim_state_dict=optimizer)
+
+    def finish(self, base: str, tokenizer, merge: bool, card: str) -> None:
+        """Write the model in Hugging Face format, in the dtype of `base`, with tokenizer, chat template,
+        metrics.jsonl, curves.png and a model card, then put it in place of `out`. Adapters are merged
+        into `base` with `merge`, else written alone."""
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+        from transformers import AutoModelForCausalLM
+
+        if own_accelerate_config():
+            weights = self.accelerator.get_state_dict(self.wrapped)
+        else:
+            weights = get_model_state_dict(self.wrapped, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         if self.accelerator.is_main_process:
-            final = self.partial / "final"
+            final, model = self.partial / "final", self.accelerator.unwrap_model(self.wrapped).model
             shutil.rmtree(final, ignore_errors=True)
-            weights = {k.removeprefix("model.").removeprefix("_orig_mod."): v.to(dtype) for k, v in weights.items()}
-            if model.config.tie_word_embeddings:
-                weights.pop("lm_head.weight", None)
-            model.config.use_cache = True
-            model.save_pretrained(final, state_dict=weights)
-            config = json.loads((final / "config.json").read_text())  # save_pretrained names the dtype trained in
-            write_text(final / "config.json", json.dumps({**config, "dtype": str(dtype).removeprefix("torch.")}, indent=2) + "\n")
+            weights = {k.removeprefix("model.").replace("_orig_mod.", ""): v for k, v in weights.items()}
+            plain = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+            if hasattr(model, "peft_config"):
+                from peft import PeftModel
+
+                model.save_pretrained(final, state_dict=weights)
+                if merge:
+                    plain = PeftModel.from_pretrained(plain, final).merge_and_unload()
+                    shutil.rmtree(final)
+                    plain.save_pretrained(final)
+            else:
+                missing, unknown = plain.load_state_dict({k: v.to(plain.dtype) for k, v in weights.items()}, strict=False)
+                plain.tie_weights()
+                assert not unknown and set(missing) <= set(getattr(plain, "all_tied_weights_keys", None) or {}), (missing, unknown)
+                plain.save_pretrained(final)
             tokenizer.save_pretrained(final)
             write_rows(final / "metrics.jsonl", self.log)
+            plot_curves(self.log, final / "curves.png")
             write_text(final / "README.md", card)
+            del plain, weights
             if self.out.exists():
                 shutil.rmtree(self.out)
             final.rename(self.out)
-            os.utime(self.out / "config.json")  # the file Make looks at
+            for file in self.out.glob("*config.json"):
+                os.utime(file)  # the file Make looks at
+            self.append.__exit__()
             shutil.rmtree(self.partial)
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
+
+
+def plot_curves(log: list[dict], path) -> None:
+    """A picture of the metrics over the steps: loss and, of DPO, accuracy and margin; the held-out rows' beside them."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = [k for k in ("loss", "reward_accuracy", "reward_margin", "lr", "grad_norm") if log and k in log[0]]
+    figure, axes = pyplot.subplots(1, max(1, len(names)), figsize=(4 * max(1, len(names)), 3), squeeze=False)
+    for ax, name in zip(axes[0], names, strict=False):
+        ax.plot([r["step"] for r in log], [r[name] for r in log], label="training")
+        if held := [(r["step"], r[f"eval_{name}"]) for r in log if f"eval_{name}" in r]:
+            ax.plot(*zip(*held, strict=True), "o-", label="held out")
+            ax.legend()
+        ax.set(title=name.replace("_", " "), xlabel="optimizer step")
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)
 
 
 if __name__ == "__main__":

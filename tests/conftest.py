@@ -75,17 +75,18 @@ def make_tokenizer(template: str = CHATML, bos: str | None = None, trim_offsets:
     return fast
 
 
-def make_model(tokenizer, dtype="float32", seed: int = 0, **config):
-    """A random two-layer Llama for the tokenizer."""
+def make_model(tokenizer, dtype="float32", seed: int = 0, kind: str = "llama", **config):
+    """A random two-layer Llama, or another `kind`, for the tokenizer."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
              "max_position_embeddings": 4096, "initializer_range": 0.1}
     settings = {"vocab_size": len(tokenizer), "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id,
                 "pad_token_id": tokenizer.pad_token_id, "tie_word_embeddings": True}
-    return LlamaForCausalLM(LlamaConfig(**sizes, **{**settings, **config})).to(getattr(torch, dtype)).eval()
+    made = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, **{**settings, **config}), dtype=torch.float32)
+    return made.to(getattr(torch, dtype)).eval()
 
 
 def save_model(folder: Path, tokenizer=None, **options) -> Path:

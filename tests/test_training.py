@@ -15,7 +15,7 @@ from conftest import ROOT, check_run, make_model, save_model, script_env, stage,
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from common import InputError, can_share_prefix, learning_rate, pad, plan_epoch, read_rows, shared_prefix, target_log_probs, tokenize
+from common import InputError, can_pack, learning_rate, pack, plan_epoch, read_rows, shared_prefix, target_log_probs, tokenize
 
 sft, dpo = stage("02_sft"), stage("04_dpo")
 CPU, BETA = torch.device("cpu"), 0.1
@@ -59,6 +59,7 @@ def double(tokenizer):
 def reference_log_prob(model, messages, tokenizer):
     """log pi of all that the assistant says, the plain way: full logits of one row, one target after the other."""
     ids, targets = tokenize(messages, tokenizer, "test")
+    model.set_attn_implementation("sdpa")
     logits = model(torch.tensor([ids])).logits[0]
     assert logits.dtype == torch.float64
     total = torch.zeros((), dtype=torch.float64)
@@ -102,7 +103,7 @@ def test_sft_loss_equals_reference(double, tokenizer, micros):
     double.zero_grad()
     target_tokens = sum(sum(targets) for _, targets in rows)
     for micro in plan:
-        loss = sft.sft_loss(wrapped(*pad([rows[i] for i in micro], CPU)), target_tokens)
+        loss = sft.sft_loss(wrapped(**pack([[rows[i]] for i in micro], CPU)), target_tokens)
         loss.backward()
         total += loss.item()
     assert_same(total, gradients(double), expected.item(), expected_grads)
@@ -145,7 +146,7 @@ def test_reference_log_probs_are_those_of_the_model(double, tokenizer):
     pairs = [tuple(tokenize(p["prompt"] + p[side], tokenizer, "test") for side in ("chosen", "rejected")) for p in PAIRS]
     for micro_tokens, share in ((64, True), (100_000, True), (64, False), (100_000, False)):
         args = dpo.Args(micro_tokens=micro_tokens)
-        out = dpo.reference_log_probs(target_log_probs(double), pairs, share, args, Accelerator(cpu=True))
+        out = dpo.log_probs_without_gradient(target_log_probs(double), pairs, share, args, Accelerator(cpu=True))
         for row, pair in zip(out.tolist(), PAIRS, strict=True):
             expected = [reference_log_prob(double, pair["prompt"] + pair[side], tokenizer)[0].item() for side in ("chosen", "rejected")]
             assert row == pytest.approx(expected, rel=1e-6)
@@ -156,7 +157,7 @@ def test_a_shared_prefix_changes_nothing(tokenizer, config):
     """In float32: log-probabilities of a pair as one sequence with its prompt once are those of two sequences to 1e-5, and so
     are the gradients; for plans, for sides that begin alike, and for conversations of several turns."""
     model = make_model(tokenizer, "float32", seed=3, **config)
-    assert can_share_prefix(model)
+    assert can_pack(model)
 
     def talk(*turns):
         return tokenize([{"role": ["user", "assistant"][i % 2], "content": t} for i, t in enumerate(turns)], tokenizer, "test")
@@ -165,7 +166,7 @@ def test_a_shared_prefix_changes_nothing(tokenizer, config):
              (talk("u" * 80, "a"), talk("u" * 80, "b " * 60)),
              (talk("Task", "look", "A pot.", "take it", "Done."), talk("Task", "look", "A pot.", "go away", "Well.", "wait")),
              (talk("Task", "same"), talk("Task", "same")), (talk("one", "x"), talk("other", "y"))]
-    assert shared_prefix(*pairs[2]) > len(talk("Task", "look")[0]), "sides that differ late share their first turns"
+    assert shared_prefix(list(pairs[2])) > len(talk("Task", "look")[0]), "sides that differ late share their first turns"
     weights, results = torch.tensor([0.7, -1.3]), []
     for share in (True, False):
         model.zero_grad()
@@ -192,17 +193,39 @@ def test_dpo_loss_by_hand():
 def test_a_process_without_rows_takes_part(double):
     """Zero loss and a zero gradient for every parameter, as the processes' collective needs."""
     double.zero_grad()
-    log_probs = target_log_probs(double)(*pad([], CPU))
+    log_probs = target_log_probs(double)(**pack([], CPU))
     assert sft.sft_loss(log_probs, 5).item() == 0
     sft.sft_loss(log_probs, 5).backward()
     assert all(p.grad is not None and not p.grad.any() for p in double.parameters())
 
 
-def test_padding_changes_nothing(double, tokenizer):
+@pytest.mark.parametrize("packed", [True, False])
+def test_packing_changes_nothing(double, tokenizer, packed):
+    """Rows in one sequence, and one after the other with the model's own attention."""
     rows = [tokenize(talk, tokenizer, "test") for talk in TALKS]
-    wrapped = target_log_probs(double)
-    together = wrapped(*pad(rows, CPU))
-    torch.testing.assert_close(together, torch.cat([wrapped(*pad([row], CPU)) for row in rows]), rtol=1e-9, atol=1e-12)
+    expected = torch.cat([target_log_probs(double, packed)(**pack([[row]], CPU)) for row in rows])
+    together = target_log_probs(double)(**pack([[row] for row in rows], CPU))
+    torch.testing.assert_close(together, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_packing_with_a_sliding_window(tokenizer):
+    """Models whose layers see the last tokens only: rows and pairs in one sequence are what they are alone."""
+    model = make_model(tokenizer, "float64", kind="mistral", sliding_window=16)
+    talks = [TALKS[0][:3] + [assistant(text)] for text in ("Action: wait1", "Action: look around and wait")]
+    pair = tuple(tokenize(talk, tokenizer, "test") for talk in talks)
+    assert len(pair[0][0]) > 3 * 16 and can_pack(model)
+    packed = dpo.pair_log_probs(target_log_probs(model), [pair], True, CPU)
+    expected = [reference_log_prob(model, talk, tokenizer)[0].item() for talk in talks]
+    assert packed[0].tolist() == pytest.approx(expected, rel=1e-6)
+
+
+def test_pack():
+    first, second = ([1, 2, 3, 4], [False, False, True, True]), ([1, 2, 9], [False, False, True])
+    out = pack([[first, second], [second]], CPU)
+    assert out["ids"].tolist() == [[1, 2, 3, 4, 9, 1, 2, 9]] and out["positions"].tolist() == [[0, 1, 2, 3, 2, 0, 1, 2]]
+    assert out["segments"] == [(2, [2, 1]), (0, [3])]
+    targets = list(zip(*(out[k].tolist() for k in ("sources", "labels", "owners")), strict=True))
+    assert targets == [(1, 3, 0), (2, 4, 0), (1, 9, 1), (6, 9, 2)]
 
 
 @pytest.mark.parametrize("total, warmup_ratio", [(100, 0.03), (17, 0.1), (10, 0.0), (1, 0.03), (3, 1.0)])
@@ -233,7 +256,7 @@ def test_plan_epoch(processes):
     for step in steps:
         assert len(step) % processes == 0, "as many micro-batches for every process"
         for micro in step:
-            assert not micro or len(micro) * max(lengths[i] for i in micro) <= budget
+            assert not micro or sum(lengths[i] for i in micro) <= budget
     assert steps == plan_epoch(lengths, 16, budget, processes, 7, 1)
     orders = {str(plan_epoch(lengths, 16, budget, processes, seed, epoch)) for seed in (7, 8) for epoch in (1, 2)}
     assert len(orders) == 4, "another order for another seed or epoch"
@@ -248,6 +271,7 @@ def test_plan_epoch_batches_do_not_depend_on_the_machine():
 
 def test_a_row_above_the_budget_is_alone():
     assert plan_epoch([500, 3, 3], 3, 10, 1, 0, 0) in ([[[0], [1, 2]]], [[[0], [2, 1]]])
+    assert plan_epoch([5, 4, 3], 3, 0, 1, 0, 0) == [[[0], [1], [2]]], "a budget of nothing: every row alone"
 
 
 # ---- the scripts ---------------------------------------------------------------------------------
@@ -304,7 +328,7 @@ def test_long_rows_are_counted_and_left_out(tmp_path, tiny_model, tokenizer, cap
     data, limit = write_jsonl(tmp_path / "rows.jsonl", [{"messages": t} for t in talks]), 150
     short = [tokenize(t, tokenizer, "")[0] for t in talks if len(tokenize(t, tokenizer, "")[0]) <= limit]
     assert 0 < len(short) < len(talks)
-    rows = sft.load_rows(sft.Args(data=str(data), max_length=limit), tokenizer)
+    rows, _ = sft.load_rows(sft.Args(data=str(data), max_length=limit), tokenizer)
     assert [ids for ids, _ in rows] == short
     assert f"{len(talks) - len(short)} rows" in capsys.readouterr().out
     with pytest.raises(InputError, match="max_length"):
@@ -312,9 +336,9 @@ def test_long_rows_are_counted_and_left_out(tmp_path, tiny_model, tokenizer, cap
 
     pairs = [*PAIRS, {**PAIRS[0], "rejected": [assistant("Step 1: wait\n" * 200)]}]
     data = write_jsonl(tmp_path / "pairs.jsonl", pairs)
-    assert len(dpo.load_pairs(dpo.Args(data=str(data), max_length=400), tokenizer)) == len(PAIRS)
+    assert len(dpo.load_pairs(dpo.Args(data=str(data), max_length=400), tokenizer)[0]) == len(PAIRS)
     assert "1 pairs" in capsys.readouterr().out
-    assert len(dpo.load_pairs(dpo.Args(data=str(data), limit=2), tokenizer)) == 2
+    assert len(dpo.load_pairs(dpo.Args(data=str(data), limit=2), tokenizer)[0]) == 2
 
 
 def wait_for(condition, seconds=120.0):
