@@ -38,7 +38,7 @@ BIN := . .venv/bin/activate &&
 COMMON := --env $(ENV) --out $(R) $(ENV_ARGS)
 AGENT_FILE := $(if $(AGENT_SFT_ARGS),$(R)/agent/config.json)
 
-.PHONY: help setup demo all test lint stages data bench-env bench-rollout estimate
+.PHONY: help setup demo all test lint stages data bench-env bench-rollout bench-train estimate
 .PRECIOUS: $(R)/%.jsonl $(R)/%/config.json $(R)/results.md
 
 help:
@@ -50,6 +50,7 @@ help:
 	@echo "make estimate ENV=alfworld GPUS=8   what make all would do and take"
 	@echo "make bench-env       how fast the environments are, beside their own packages"
 	@echo "make bench-rollout   how fast stage 3 is, beside the paper's loop"
+	@echo "make bench-train     how fast and small the training loops are, beside TRL"
 	@echo "make setup           .venv with all packages (the other targets do this by themselves)"
 	@echo "make lint            ruff"
 	@echo
@@ -163,6 +164,9 @@ test: .venv/ready
 
 bench-rollout: models/SmolLM2-135M-Instruct/config.json | .venv/ready
 	$(BIN) python tests/bench_rollout.py
+
+bench-train: models/SmolLM2-135M-Instruct/config.json | .venv/ready
+	$(BIN) python tests/bench_train.py
 
 estimate: | .venv/ready
 	$(BIN) python data/estimate.py --env $(ENV) --gpus $(if $(filter-out 0,$(GPUS)),$(GPUS),8) --m $(M) --n $(N) $(ESTIMATE_ARGS)

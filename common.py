@@ -1838,7 +1838,7 @@ def distribute(wrapped, accelerator, a):
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if a.precision == "bf16" else None, reduce_dtype=torch.float32)
     for module in [*layers, wrapped]:
         for p in module.parameters():
-            if p.requires_grad and p.dtype != torch.float32:
+            if (p.requires_grad or a.precision == "fp32") and p.dtype != torch.float32:
                 p.data = p.data.float()
         if not own:
             fully_shard(module, mesh=mesh, mp_policy=policy)

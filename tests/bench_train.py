@@ -1,9 +1,10 @@
 """How fast and small the two training loops are beside TRL: python tests/bench_train.py [--rounds 3]
 
 Same model, same rows (planner prompts of 400-700 tokens, plans of 60-150), float32 weights and AdamW state, bf16 computation,
-batches of --batch, no gradient checkpointing, each run in a process of its own, runs alternate. TRL takes micro-batches of 1, 2
-and 4 rows (DPO: pairs) in turn and the fastest counts; its reference log-probabilities are computed before, as ours are. A rate
-is the median over all steps but a run's first; memory is the peak of the process (CPU) or of the allocator (GPU).
+batches of --batch, each run in a process of its own, runs alternate. TRL takes the --micros as micro-batches in rows (DPO: pairs), in
+turn, and the fastest counts, for memory as well; it runs without gradient checkpointing, which makes it slower, ours runs with
+it. Its reference log-probabilities are computed before, as ours are. A rate is the median over all steps but a run's first;
+memory is the peak of the process (CPU) or of the allocator (GPU).
 """
 
 import argparse
@@ -68,7 +69,8 @@ def run_ours(a, folder: Path) -> dict:
 
     module = importlib.import_module("02_sft" if a.child == "sft" else "04_dpo")
     module.main(module.Args(model=a.model, data=str(folder / f"{a.child}.jsonl"), out=str(folder / "out"), batch_size=a.batch,
-                            epochs=a.steps, micro_tokens=a.micro_tokens, save_steps=0, compile=a.compile))
+                            epochs=a.steps, micro_tokens=a.micro_tokens, save_steps=0, compile=a.compile,
+                            gradient_checkpointing=not a.no_checkpointing))
     log = common.read_rows(folder / "out" / "metrics.jsonl")
     tokens = sum(sum(len(ids) for ids, _ in (row if a.child == "dpo" else [row])) for row in (
         module.load_pairs if a.child == "dpo" else module.load_rows)(module.Args(data=str(folder / f"{a.child}.jsonl")),
@@ -99,7 +101,8 @@ def run_trl(a, folder: Path) -> dict:
     if a.child == "sft":
         rows = [{"prompt": r["prompt"], "completion": r["chosen"]} for r in rows]
     settings = {"output_dir": str(folder / "trl"), "per_device_train_batch_size": a.micro,
-                "gradient_accumulation_steps": a.batch // a.micro, "num_train_epochs": a.steps, "learning_rate": 1e-5, "lr_scheduler_type": "cosine", "max_length": None,
+                "gradient_accumulation_steps": a.batch // a.micro, "num_train_epochs": a.steps, "learning_rate": 1e-5,
+                "lr_scheduler_type": "cosine", "max_length": None,
                 "bf16": True, "use_cpu": not torch.cuda.is_available(), "gradient_checkpointing": False, "report_to": "none",
                 "save_strategy": "no", "logging_steps": 1, "optim": "adamw_torch_fused", "torch_compile": a.compile}
     if a.packing:  # as many tokens a step: rows of one step are packed into sequences of --micro_tokens
@@ -121,7 +124,8 @@ def run_trl(a, folder: Path) -> dict:
 def child(a, *args) -> dict:
     with tempfile.NamedTemporaryFile() as out:
         command = [sys.executable, __file__, "--batch", a.batch, "--steps", a.steps, "--model", a.model, "--folder", a.folder,
-                   "--micro_tokens", a.micro_tokens, *(["--compile"] if a.compile else []), "--result", out.name, *args]
+                   "--micro_tokens", a.micro_tokens, *(["--compile"] if a.compile else []),
+                   *(["--no_checkpointing"] if a.no_checkpointing else []), "--result", out.name, *args]
         done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if done.returncode:
             sys.exit(f"{' '.join(map(str, args))} failed:\n{done.stdout[-3000:]}")
@@ -131,11 +135,13 @@ def child(a, *args) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(SMALL))
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--steps", type=int, default=3, help="optimizer steps of a run; the first does not count")
     parser.add_argument("--micro_tokens", type=int, default=2048, help="our micro-batches, and TRL's packed sequences")
+    parser.add_argument("--micros", type=int, nargs="+", default=[1, 2], help="TRL's micro-batches")
     parser.add_argument("--compile", action="store_true", help="torch.compile on both sides")
+    parser.add_argument("--no_checkpointing", action="store_true", help="our runs without gradient checkpointing, as TRL's are")
     parser.add_argument("--child", choices=["sft", "dpo"], help=argparse.SUPPRESS)
     parser.add_argument("--trl", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--packing", action="store_true", help=argparse.SUPPRESS)
@@ -159,7 +165,7 @@ def main() -> None:
         (Path(folder) / "dpo.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
         (Path(folder) / "sft.jsonl").write_text("".join(json.dumps({"messages": r["prompt"] + r["chosen"]}) + "\n" for r in rows))
         kinds = {f"{side} {stage} {more}".strip(): ["--child", stage, *args] for stage in ("sft", "dpo") for side, more, args in [
-            ("ours", "", []), *[("trl", f"micro {m}", ["--trl", "--micro", m]) for m in (1, 2, 4)],
+            ("ours", "", []), *[("trl", f"micro {m}", ["--trl", "--micro", m]) for m in a.micros],
             *([("trl", "packed", ["--trl", "--packing"])] if stage == "sft" else [])]}
         results: dict[str, list[dict]] = {}
         rates = []
