@@ -1902,7 +1902,6 @@ class Training:
             self.append = Appender(self.partial / "metrics.jsonl")
         if accelerator.log_with:
             accelerator.init_trackers(self.out.name, {k: v for k, v in settings.items() if isinstance(v, int | float | str)})
-        self.began = time.time()
         accelerator.wait_for_everyone()
 
     def check(self, done: int, loss: float, norm: float, rows: list) -> None:

@@ -2,7 +2,7 @@
 
 Same model, same rows (planner prompts of 400-700 tokens, plans of 60-150), float32 weights and AdamW state, bf16 computation,
 batches of --batch, each run in a process of its own, runs alternate. TRL takes the --micros as micro-batches in rows (DPO: pairs), in
-turn, and the fastest counts, for memory as well; it runs without gradient checkpointing, which makes it slower, ours runs with
+turn, and the fastest counts, for memory as well; it runs without gradient checkpointing, ours with
 it. Its reference log-probabilities are computed before, as ours are. A rate is the median over all steps but a run's first;
 memory is the peak of the process (CPU) or of the allocator (GPU).
 """
