@@ -111,7 +111,7 @@ def main(a: Args) -> None:
         batch = [i for micro in plan[step] for i in micro]
         target_tokens, tokens = sum(sum(rows[i][1]) for i in batch), sum(len(rows[i][0]) for i in batch)
         total = torch.zeros((), device=device)
-        for micro in plan[step][rank::world]:
+        for micro in common.micro_batches(wrapped, plan[step][rank::world], accelerator):
             loss = sft_loss(wrapped(**common.pack([[rows[i]] for i in micro], device)), target_tokens)
             accelerator.backward(loss * world)  # the processes' gradients are averaged: world makes it a sum
             total += loss.detach()

@@ -6,6 +6,7 @@
 Writes to --out
     plans.jsonl      M sampled plans per task
     rollouts.jsonl   N rollouts per plan, each with its whole conversation (equation 5)
+    best_plans.jsonl the best plan of each task as rows of SFT, to compare with (RFT, paper table 3)
     pairs.jsonl      the best and the worst plan of each task by Q(p) (equations 6 and 7): what 04_dpo.py reads
 
 Every finished plan and rollout is kept: run it again to go on after a kill, or with a larger --m or --n. With --shard i/n
@@ -51,6 +52,7 @@ class Args:
     tensor_parallel: int = arg(1, "GPUs of one replica of a served model")
     max_model_len: int = arg(8192, "context of a served model, tokens")
     window: int = arg(0, "when a conversation passes the agent's context: turns to keep, with the task; 0: the episode ends")
+    pairs: Optional[str] = arg(None, "another file for the pairs; with smaller --m and --n than were played: figure 5's, no new rollouts")
     adaptive: bool = arg(False, "spend rollouts only where they can still change which plan is best or worst")
     allow_partial: bool = arg(False, "compare plans that have fewer than N good rollouts, too")
     shard: Optional[str] = arg(None, "i/n: this job's part of the tasks, i from 0 to n - 1")
@@ -205,6 +207,19 @@ def contrastive_pairs(plans: list[dict], scores: dict[tuple, float | None], prom
     return pairs
 
 
+def best_plans(plans: list[dict], scores: dict[tuple, float | None], prompts) -> list[dict]:
+    """Rows of SFT on each task's plan of highest Q(p), for planners trained by rejection sampling (RFT, paper
+    table 3); a task whose plans all earned nothing has no plan to imitate."""
+    rows = []
+    for task in dict.fromkeys(p["task"] for p in plans):
+        own = [p for p in plans if p["task"] == task and scores.get((task, p["plan"]))]
+        if own:
+            best = max(own, key=lambda p: scores[task, p["plan"]])
+            rows.append({"task": task, "q": scores[task, best["plan"]], "plan": best["plan"], "messages": [
+                *prompts.planner(best["instruction"]), {"role": "assistant", "content": common.plan_reply(best["plan"])}]})
+    return rows
+
+
 def main(a: Args) -> None:
     if a.m < 2 or a.n < 1:
         raise InputError("--m must be at least 2 (a best and a worst plan) and --n at least 1")
@@ -227,10 +242,12 @@ def main(a: Args) -> None:
         print(f'{partial} plans have rollouts that failed three times (see "error" in their rows): '
               + ("they are compared by the others" if a.allow_partial else "they are left out; --allow_partial takes them in"))
     pairs = contrastive_pairs(plans, q, prompts)
-    if not pairs and not a.shard:
+    if not pairs and not a.shard and not a.pairs:
         raise InputError("no task has a better and a worse plan, so there is nothing for DPO to learn from: use more tasks, "
                          "a larger --m or --n, or a higher --plan_temperature")
-    common.write_rows(common.shard_path(Path(a.out) / "pairs.jsonl", a.shard), pairs)
+    if not a.pairs:
+        common.write_rows(common.shard_path(Path(a.out) / "best_plans.jsonl", a.shard), best_plans(plans, q, prompts))
+    common.write_rows(common.shard_path(a.pairs or Path(a.out) / "pairs.jsonl", a.shard), pairs)
     gap = mean(p["q_chosen"] - p["q_rejected"] for p in pairs)
     print(f"pairs: {len(pairs)} of {len({p['task'] for p in plans})} tasks, mean Q gap {gap:.3f}")
 

@@ -170,7 +170,7 @@ def main(a: Args) -> None:
         began, lr = time.time(), common.learning_rate(step, len(plan), a.lr, a.warmup_ratio, a.lr_scheduler)
         batch = [i for micro in plan[step] for i in micro]
         tokens, sums = sum(len(ids) for i in batch for ids, _ in every[i]), torch.zeros(6, device=device)
-        for micro in plan[step][rank::world]:
+        for micro in common.micro_batches(wrapped, plan[step][rank::world], accelerator):
             policy = pair_log_probs(wrapped, [every[i] for i in micro], share_prefix, device)
             loss = policy.sum() * 0
             if micro:

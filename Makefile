@@ -31,6 +31,10 @@ SFT_ARGS ?= --batch_size 32 --lr 1e-5 --lr_scheduler cosine --epochs 3
 SCORE_ARGS ?= --plan_temperature 0.7 --agent_temperature 0.7
 DPO_ARGS ?= --beta 0.1 --batch_size 32 --lr 1e-5 --lr_scheduler cosine --warmup_ratio 0.03 --epochs 3
 EVAL_ARGS ?=
+RFT_ARGS ?= $(SFT_ARGS)
+# agents and plan settings of the tables, who judges plans (figure 6)
+AGENTS ?= $(if $(AGENT_FILE),$(R)/agent,$(AGENT))
+JUDGE ?= gpt-4o
 # a pattern of arguments to train the agent on the expert's trajectories first; empty: it is not trained
 AGENT_SFT_ARGS ?=
 
@@ -39,13 +43,15 @@ COMMON := --env $(ENV) --out $(R) $(ENV_ARGS)
 AGENT_FILE := $(if $(AGENT_SFT_ARGS),$(R)/agent/config.json)
 
 .PHONY: help setup demo all test lint stages data bench-env bench-rollout bench-train estimate
-.PRECIOUS: $(R)/%.jsonl $(R)/%/config.json $(R)/results.md
+.PRECIOUS: $(R)/%.jsonl $(R)/%/config.json $(R)/results.md $(R)/fig5/%.pairs.jsonl $(R)/fig5/%/config.json
 
 help:
 	@echo "make demo            the whole method, small, on this machine: table and picture in runs/demo-$(ENV)/ (ENV: sciworld, alfworld)"
 	@echo "make test            unit tests and smoke tests of every stage on tiny models"
 	@echo "make all ENV=sciworld   the paper's settings, for a machine with 8 GPUs (ENV: sciworld, alfworld); RUN=name for another run folder"
 	@echo "make seed | sft | score | dpo | eval ENV=...   one stage and what it needs"
+	@echo "make table2 | table3 | table4 | table6 | fig3 | fig4 | fig5 | fig6 ENV=...   a table or figure of the paper: AGENTS=..., JUDGE=..."
+	@echo "make report ENV=...  tables, figures and report.html of all that was evaluated"
 	@echo "make data            fetch ALFWorld's games (ENV=alfworld needs them)"
 	@echo "make estimate ENV=alfworld GPUS=8   what make all would do and take"
 	@echo "make bench-env       how fast the environments are, beside their own packages"
@@ -120,13 +126,51 @@ $(R)/sft/config.json: 02_sft.py $(R)/seed_plans.jsonl $(MODEL_FILES) | .venv/rea
 	$(BIN) $(LAUNCH) 02_sft.py --model $(PLANNER) --data $(R)/seed_plans.jsonl --out $(R)/sft --seed $(SEED) $(SFT_ARGS) $(TRAIN_ARGS)
 
 $(R)/pairs.jsonl: 03_sample_score.py $(R)/sft/config.json $(AGENT_FILE) | .venv/ready
-	$(BIN) python 03_sample_score.py $(COMMON) --planner $(R)/sft --agent $(if $(AGENT_FILE),$(R)/agent,$(AGENT)) --m $(M) --n $(N) --seed $(SEED) $(SCORE_ARGS)
+	$(SCORE) --m $(M) --n $(N)
 
 $(R)/mpo/config.json: 04_dpo.py $(R)/pairs.jsonl | .venv/ready
-	$(BIN) $(LAUNCH) 04_dpo.py --model $(R)/sft --data $(R)/pairs.jsonl --out $(R)/mpo --seed $(SEED) $(DPO_ARGS) $(TRAIN_ARGS)
+	$(DPO) --data $(R)/pairs.jsonl --out $(R)/mpo $(DPO_ARGS) $(TRAIN_ARGS)
+
+# rejection sampling (RFT, table 3): SFT on each task's best plan instead of DPO
+$(R)/rft/config.json: 02_sft.py $(R)/pairs.jsonl | .venv/ready
+	$(BIN) $(LAUNCH) 02_sft.py --model $(R)/sft --data $(R)/best_plans.jsonl --out $(R)/rft --seed $(SEED) $(RFT_ARGS) $(TRAIN_ARGS)
 
 $(R)/results.md: 05_eval.py $(R)/sft/config.json $(R)/mpo/config.json $(AGENT_FILE) | .venv/ready
-	$(BIN) python 05_eval.py $(COMMON) --agent $(if $(AGENT_FILE),$(R)/agent,$(AGENT)) --seed $(SEED) $(EVAL_ARGS)
+	$(EVALUATE) --plans none sft mpo
+
+# ---- the paper's tables and figures: each plays what is missing, then writes all that can be written ----------
+
+DPO = $(BIN) $(LAUNCH) 04_dpo.py --model $(R)/sft --seed $(SEED)
+SCORE = $(BIN) python 03_sample_score.py $(COMMON) --planner $(R)/sft --agent $(if $(AGENT_FILE),$(R)/agent,$(AGENT)) --seed $(SEED) $(SCORE_ARGS)
+EVALUATE = $(BIN) python 05_eval.py $(COMMON) --agents $(AGENTS) --teacher $(TEACHER) --seed $(SEED) $(EVAL_ARGS)
+
+.PHONY: table2 table3 table4 table6 fig3 fig4 fig5 fig6 report
+table2 table6 fig4: $(R)/results.md
+	$(EVALUATE) --plans none mpo
+table3: $(R)/results.md $(R)/rft/config.json
+	$(EVALUATE) --plans none sft $(if $(filter rules,$(TEACHER)),,gpt) rft mpo
+table4: $(R)/results.md
+	$(EVALUATE) --plans none mpo --insert instruction thought observation
+fig3: $(R)/results.md
+	$(EVALUATE) --plans none sft mpo
+fig6: $(R)/results.md
+	$(BIN) python 05_eval.py judge --out $(R) --judge $(JUDGE) --plans sft mpo --seed $(SEED)
+report: | .venv/ready
+	$(BIN) python 05_eval.py report --out $(R) --seed $(SEED)
+
+# figure 5: pairs of every smaller M and N from the rollouts that are there, a planner and an evaluation of each
+FIG5 = $(shell for m in $$(seq 2 $(M)); do echo m$${m}n$(N); done; for n in $$(seq 1 $$(($(N) - 1))); do echo m$(M)n$$n; done)
+fig5: $(R)/results.md
+	for point in $(FIG5); do $(MAKE) $(R)/fig5/$$point/config.json || exit; done
+	$(EVALUATE) --plans none $$(cd $(R) && ls -d fig5/m*n*/config.json | xargs -n 1 dirname)
+
+$(R)/fig5/%.pairs.jsonl: $(R)/pairs.jsonl
+	$(SCORE) --pairs $@ $$(echo $* | sed -E 's/m([0-9]+)n([0-9]+)/--m \1 --n \2/')
+
+$(R)/fig5/%/config.json: 04_dpo.py $(R)/fig5/%.pairs.jsonl
+	if ! [ -s $(R)/fig5/$*.pairs.jsonl ]; then echo "fig5: no pairs at $*: left out"; exit; fi; \
+	if [ $* = m$(M)n$(N) ]; then ln -sfn ../mpo $(@D); exit; fi; \
+	$(DPO) --data $(R)/fig5/$*.pairs.jsonl --out $(@D) $(DPO_ARGS) $(TRAIN_ARGS)
 
 # ---- the demo: the same rules with small numbers ------------------------------------------------
 
@@ -139,7 +183,7 @@ demo_sciworld := M=4 N=1 \
   AGENT_SFT_ARGS="--lr 3e-4 --epochs 2 --warmup_ratio 0.05" \
   SFT_ARGS="--lr 2e-4 --epochs 1 --warmup_ratio 0.05 --limit 40" \
   SCORE_ARGS="--limit 42 --max_model_len 2048 $(DEMO_SERVE)" \
-  DPO_ARGS="--beta 0.1 --lr 2e-5 --warmup_ratio 0.1 --epochs 5" \
+  DPO_ARGS="--beta 0.1 --lr 2e-5 --warmup_ratio 0.1 --epochs 3" \
   EVAL_ARGS="--limit 24 --max_model_len 2048 $(DEMO_SERVE)"
 
 demo_alfworld := M=4 N=1 \
@@ -148,13 +192,15 @@ demo_alfworld := M=4 N=1 \
   AGENT_SFT_ARGS="--lr 3e-4 --epochs 2 --warmup_ratio 0.05" \
   SFT_ARGS="--lr 2e-4 --epochs 2 --warmup_ratio 0.05 --limit 100" \
   SCORE_ARGS="--limit 48 --max_steps 20 --max_model_len 3072 $(DEMO_SERVE)" \
-  DPO_ARGS="--beta 0.1 --lr 2e-5 --warmup_ratio 0.1 --epochs 5" \
+  DPO_ARGS="--beta 0.1 --lr 2e-5 --warmup_ratio 0.1 --epochs 3" \
   EVAL_ARGS="--limit 24 --max_steps 20 --max_model_len 3072 $(DEMO_SERVE)"
 
+# or any of the tables and figures: make demo WHAT="table3 fig5"
+WHAT ?= stages
 demo:
 	$(if $(demo_$(ENV)),,$(error there are no demo settings for ENV=$(ENV)))
-	@$(MAKE) stages RUN=demo-$(ENV) MODEL_FILES=$(DEMO_MODEL)/config.json PLANNER=$(DEMO_MODEL) AGENT=$(DEMO_MODEL) TEACHER=rules \
-	  TRAIN_ARGS="--batch_size 8 --micro_tokens 2048 --save_steps 20" $(demo_$(ENV))
+	@$(MAKE) $(WHAT) RUN=demo-$(ENV) MODEL_FILES=$(DEMO_MODEL)/config.json PLANNER=$(DEMO_MODEL) AGENT=$(DEMO_MODEL) TEACHER=rules \
+	  JUDGE=$(DEMO_MODEL) TRAIN_ARGS="--batch_size 8 --micro_tokens 2048 --save_steps 20" $(demo_$(ENV))
 	@echo "demo done: runs/demo-$(ENV)/results.md, results.png"
 
 # ---- the project itself ------------------------------------------------------------------------

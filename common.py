@@ -55,14 +55,17 @@ def arg(default, text: str):
     return dataclasses.field(default=default, metadata={"help": text})
 
 
-def run_stage(main, args_class):
+def run_stage(main, args_class, words: str | None = None):
     """Parse the command line into `args_class`, call `main(args)`, and turn what the user can mend
-    (`InputError`, a full or read-only disk, Ctrl-C) into one line and an exit status."""
+    (`InputError`, a full or read-only disk, Ctrl-C) into one line and an exit status. `words`: the setting
+    that takes what is said without a flag."""
     from transformers import HfArgumentParser
 
     parser = HfArgumentParser(args_class, description=sys.modules[args_class.__module__].__doc__, allow_abbrev=False)
     args, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
-    if unknown:
+    if words and unknown and not unknown[0].startswith("-"):
+        setattr(args, words, " ".join(unknown))
+    elif unknown:
         parser.error(f"unknown argument {unknown[0]}; see --help")
     try:
         main(args)
@@ -250,6 +253,8 @@ def model_id(model: str, url: str | None = None) -> str:
 # ------------------------------------------------------------------------------------------------
 
 PLAN_FORMAT = "<meta_plan>\n{plan}\n</meta_plan>"
+PLAN_LINE = "\n\nThis meta plan may help you with the task:\n{plan}"
+INSERTS = ("instruction", "thought", "observation")  # where the agent reads the plan (paper 5.2)
 NO_ACTION = 'Your reply holds no action. Write a line that starts with "Action:".'
 
 
@@ -286,11 +291,16 @@ class Prompts:
         """Messages that ask the teacher to abstract the trajectory e of task u into a meta plan."""
         return [{"role": "user", "content": fill(self.teacher_text, task=u, conversation=conversation)}]
 
-    def agent(self, u: str, plan: str | None, task: str) -> list[dict]:
-        """First message of an episode, a ~ pi_theta(.|u, p): the plan goes into the task instruction."""
-        plan_line = f"\n\nThis meta plan may help you with the task:\n{plan}" if plan else ""
+    def agent(self, u: str, plan: str | None, task: str, insert: str = "instruction") -> list[dict]:
+        """How an episode begins, a ~ pi_theta(.|u, p): the plan goes into the task instruction, or becomes the
+        agent's first thought, or (`insert` "observation") comes later, with every observation (paper 5.2)."""
+        plan_line = PLAN_LINE.format(plan=plan) if plan and insert == "instruction" else ""
         example = self.examples.get(task_type(task), next(iter(self.examples.values()), ""))
-        return [{"role": "user", "content": fill(self.agent_text, example=example, task=u, plan_line=plan_line)}]
+        messages = [{"role": "user", "content": fill(self.agent_text, example=example, task=u, plan_line=plan_line)}]
+        if plan and insert == "thought":
+            messages += [{"role": "assistant", "content": f"Thought: I will go about the task by this meta plan:\n{plan}"},
+                         {"role": "user", "content": "Observation: OK."}]
+        return messages
 
 
 def plan_reply(plan: str) -> str:
@@ -1455,21 +1465,23 @@ class RolloutConfig:
     max_failures: int = 10  # failing actions in a row that end an episode
     max_steps: int | None = None  # of an episode; None: the environment's own limit
     window: int = 0  # turns to keep, with the task, of a conversation that passes the model's context; 0: the episode ends
+    insert: str = "instruction"  # where the agent reads the plan, one of INSERTS
 
 
-def observation_message(observation: str, limit: int) -> dict:
+def observation_message(observation: str, limit: int, plan: str | None = None) -> dict:
     cut = observation[:limit].rstrip() + " ..." if limit and len(observation) > limit else observation
-    return {"role": "user", "content": f"Observation: {cut}"}
+    return {"role": "user", "content": f"Observation: {cut}" + (PLAN_LINE.format(plan=plan) if plan else "")}
 
 
 async def episode(env, model: Model, cls, task: str, plan: str | None, rollout: int, c: RolloutConfig) -> dict:
     """One trajectory e ~ pi_theta(e|u, p) (paper equation 2) in one environment session.
 
-    Returns {"reward": r(u, e), "success", "end", "steps": [[reply, observation], ...], "format_errors",
-    "prompt_tokens", "completion_tokens"}; `end` is success, failure (the task is over, lost), steps,
+    Returns {"instruction": u, "reward": r(u, e), "success", "end", "steps": [[reply, observation], ...],
+    "format_errors", "prompt_tokens", "completion_tokens"}; `end` is success, failure (the task is over, lost), steps,
     errors or context. A reply without an action is told so and counts as a step."""
     u = await env("reset", task)
-    messages, home = c.prompts.agent(u, plan, task), {}
+    messages, home = c.prompts.agent(u, plan, task, c.insert), {}
+    opening, repeated = len(messages), plan if c.insert == "observation" else None
     steps, reward, success, failures, format_errors, tokens_in, tokens_out = [], 0.0, False, 0, 0, 0, 0
     end = "steps"
     for i in range(c.max_steps or cls.max_steps(task)):
@@ -1478,9 +1490,9 @@ async def episode(env, model: Model, cls, task: str, plan: str | None, rollout: 
             try:
                 reply = await model.ask(messages, c.temperature, c.max_tokens, seed, home)
             except ContextOverflow:
-                if not c.window or len(messages) <= 1 + 2 * c.window:
+                if not c.window or len(messages) <= opening + 2 * c.window:
                     raise
-                messages = messages[:1] + messages[-2 * c.window :]
+                messages = messages[:opening] + messages[-2 * c.window :]
                 reply = await model.ask(messages, c.temperature, c.max_tokens, seed, home)
         except ContextOverflow:
             end = "context"
@@ -1499,8 +1511,8 @@ async def episode(env, model: Model, cls, task: str, plan: str | None, rollout: 
         if failures >= c.max_failures:
             end = "errors"
             break
-        messages += [{"role": "assistant", "content": reply.text}, observation_message(observation, c.observation_chars)]
-    return {"reward": reward, "success": success, "end": end, "steps": steps, "format_errors": format_errors,
+        messages += [{"role": "assistant", "content": reply.text}, observation_message(observation, c.observation_chars, repeated)]
+    return {"instruction": u, "reward": reward, "success": success, "end": end, "steps": steps, "format_errors": format_errors,
             "prompt_tokens": tokens_in, "completion_tokens": tokens_out}
 
 
@@ -1527,7 +1539,7 @@ async def rollouts(jobs: list[dict], model: Model, pool: EnvPool, env: str, c: R
             except (WorkerDied, RuntimeError) as e:
                 retries += attempt + 1 < attempts
                 error = str(e)
-        return {"reward": 0.0, "success": False, "end": "crash", "steps": [], "error": error}
+        return {"instruction": None, "reward": 0.0, "success": False, "end": "crash", "steps": [], "error": error}
 
     with tqdm(total=len(jobs), desc=desc, unit="ep", smoothing=0.05) as bar:
 
@@ -1841,13 +1853,23 @@ def distribute(wrapped, accelerator, a):
             if (p.requires_grad or a.precision == "fp32") and p.dtype != torch.float32:
                 p.data = p.data.float()
         if not own:
-            fully_shard(module, mesh=mesh, mp_policy=policy)
+            fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=accelerator.num_processes > 1)
     if own:
         prepared, optimizer = accelerator.prepare(wrapped, optimizer([p for p in wrapped.parameters() if p.requires_grad]))
         prepared.packed = wrapped.packed
         return prepared, optimizer
     wrapped.to(accelerator.device)
     return wrapped, optimizer([p for p in wrapped.parameters() if p.requires_grad])
+
+
+def micro_batches(wrapped, micros: list, accelerator):
+    """The micro-batches of an optimizer step. A process alone keeps its bf16 weights and adds up its gradients
+    until the last of them; where weights are shared out that would take a whole model's memory."""
+    for i, micro in enumerate(micros, 1):
+        if accelerator.num_processes == 1 and hasattr(wrapped, "set_requires_gradient_sync"):
+            wrapped.set_requires_gradient_sync(i == len(micros))
+            wrapped.set_reshard_after_backward(i == len(micros))
+        yield micro
 
 
 def prepare_model(model, a):

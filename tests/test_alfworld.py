@@ -255,11 +255,11 @@ def test_stages(tasks, tmp_path, chat_server):
         return f"Action: {e['guided'][len(messages) // 2][0].upper()}." if plans[e["task"]] in first else "I do not know."
 
     server = chat_server(reply)
-    common_flags = ["--env", "alfworld", "--out", out, "--tasks", listed, "--agent_url", server.url, "--workers", 2]
-    check_run("03_sample_score.py", *common_flags, "--planner_url", server.url, "--m", 6, "--n", 1, "--limit", 3)
+    common_flags = ["--env", "alfworld", "--out", out, "--tasks", listed, "--workers", 2]
+    check_run("03_sample_score.py", *common_flags, "--planner_url", server.url, "--agent_url", server.url, "--m", 6, "--n", 1, "--limit", 3)
     pairs = common.read_rows(out / "pairs.jsonl")
     assert pairs and all(p["q_chosen"] == 1.0 and p["q_rejected"] == 0.0 for p in pairs)
-    check_run("05_eval.py", *common_flags, "--plans", "none", "--max_steps", 4)
+    check_run("05_eval.py", *common_flags, "--agents", server.url, "--plans", "none", "--max_steps", 4)
     [result] = json.loads((out / "results.json").read_text())["results"]
     assert result["tasks"] == 4 and result["reward"]["mean"] == 0.0 and result["format_errors"] == 16 and result["ends"] == {"steps": 4}
 

@@ -58,7 +58,7 @@ def test_flag_of_the_wrong_type():
 @pytest.mark.parametrize("script", [SEED, SCORE, EVAL])
 def test_unknown_environment(script, tmp_path):
     urls = {SEED: ["--teacher", "rules"], SCORE: ["--planner_url", "http://127.0.0.1:1/v1"], EVAL: ["--plans", "none"]}[script]
-    agent = [] if script == SEED else ["--agent_url", "http://127.0.0.1:1/v1"]
+    agent = {SEED: [], SCORE: ["--agent_url", "http://127.0.0.1:1/v1"], EVAL: ["--agents", "http://127.0.0.1:1/v1"]}[script]
     refused(script, "--env", "sciwrld", "--out", tmp_path, *urls, *agent, says=["sciwrld", "sciworld"])
 
 
@@ -78,7 +78,7 @@ def test_unknown_variation(tmp_path, tasks):
 
 
 def test_unknown_split(tmp_path):
-    refused(EVAL, "--out", tmp_path, "--agent_url", "http://127.0.0.1:1/v1", "--plans", "none", "--splits", "holdout", "--workers", 1,
+    refused(EVAL, "--out", tmp_path, "--agents", "http://127.0.0.1:1/v1", "--plans", "none", "--splits", "holdout", "--workers", 1,
             says=["holdout", "unseen"])
 
 
@@ -165,12 +165,12 @@ def test_model_directory_without_tokenizer(tmp_path, tiny_model, script):
 def test_model_directory_that_does_not_exist(tmp_path, script):
     model = tmp_path / "none"
     data = write_jsonl(tmp_path / "rows.jsonl", [TALK | PAIR])
-    args = {SCORE: ["--planner", model], EVAL: ["--plans", "none", "--agent", model]}.get(script, ["--model", model, "--data", data])
+    args = {SCORE: ["--planner", model], EVAL: ["--plans", "none", "--agents", model]}.get(script, ["--model", model, "--data", data])
     refused(script, *args, "--out", tmp_path / "out", says=str(model))
 
 
 def test_planner_that_was_not_trained(tmp_path):
-    refused(EVAL, "--out", tmp_path, "--plans", "none", "sft", "--agent_url", "http://127.0.0.1:1/v1", says=["sft", str(tmp_path)])
+    refused(EVAL, "--out", tmp_path, "--plans", "none", "sft", "--agents", "http://127.0.0.1:1/v1", says=["sft", str(tmp_path)])
 
 
 @pytest.mark.parametrize("fault", ["config.json", "model.safetensors", "chat template"])

@@ -42,7 +42,7 @@ def test_make_all_uses_the_papers_settings(env):
                                "agent_temperature": "0.7"},
         "04_dpo.py": {"model": "runs/not-there/sft", "data": "runs/not-there/pairs.jsonl", "out": "runs/not-there/mpo", "beta": "0.1",
                       "warmup_ratio": "0.03", **training},
-        "05_eval.py": {"env": env, "agent": llama},
+        "05_eval.py": {"env": env, "agents": llama},
     }
     for script, values in wanted.items():
         assert values.items() <= settings(commands, script).items(), script

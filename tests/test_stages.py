@@ -18,7 +18,7 @@ TASKS = [["find-plant", 0], ["find-animal", 1], ["power-component", 0], ["lifesp
 GOOD, BAD = "focus on what the task asks for", "focus on the agent"
 ENV = ["--env", "sciworld", "--workers", 1]
 CLAIMS = {"01": ("seed_plans.jsonl", "trajectories.jsonl", "agent_sft.jsonl"), "03": ("plans.jsonl", "rollouts.jsonl", "pairs.jsonl"),
-          "05": ("eval/rollouts.jsonl", "results.md", "results.json", "results.png")}
+          "05": ("eval/cells.jsonl", "eval/rollouts.jsonl", "results.md", "results.json", "results.png", "report.html")}
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ def test_the_whole_chain(run_folder, tasks, seeded, tiny_model, chat_server):
     for name in ("sft", "mpo"):
         assert all((out / name / f).exists() for f in ("config.json", "model.safetensors", "tokenizer.json", "metrics.jsonl"))
 
-    evaluate = ["05_eval.py", *ENV, "--out", out, "--tasks", tasks, "--agent", "scripted", "--agent_url", server.url, "--plans", "none"]
+    evaluate = ["05_eval.py", *ENV, "--out", out, "--tasks", tasks, "--agents", server.url, "--plans", "none"]
     printed = check_run(*evaluate)
     for stage in CLAIMS.values():
         assert all((out / name).stat().st_size for name in stage)
@@ -124,7 +124,7 @@ def test_the_whole_chain(run_folder, tasks, seeded, tiny_model, chat_server):
     assert result["tasks"] == len(TASKS) and result["missing"] == 0 and result["ends"] == {"failure": len(TASKS)}
     for metric in ("reward", "success", "reward_per_step"):
         assert result[metric] == {"mean": 0.0, "interval": [0.0, 0.0]}
-    assert (out / "results.md").read_text() in printed and "| none" in printed
+    assert (out / "results.md").read_text().split("\n# The same in LaTeX")[0] in printed and "| no plan" in printed
     before = len(server.requests)
     assert {b["temperature"] for b in server.requests[-len(TASKS):]} == {0.0}
     check_run(*evaluate)
