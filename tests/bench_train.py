@@ -105,8 +105,8 @@ def run_trl(a, folder: Path) -> dict:
                 "lr_scheduler_type": "cosine", "max_length": None,
                 "bf16": True, "use_cpu": not torch.cuda.is_available(), "gradient_checkpointing": False, "report_to": "none",
                 "save_strategy": "no", "logging_steps": 1, "optim": "adamw_torch_fused", "torch_compile": a.compile}
-    if a.packing:  # as many tokens a step: rows of one step are packed into sequences of --micro_tokens
-        settings |= {"packing": True, "max_length": a.micro_tokens, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1,
+    if a.packing:  # as many tokens a step: rows of one step are packed into sequences of --packed_tokens
+        settings |= {"packing": True, "max_length": a.packed_tokens, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1,
                      "num_train_epochs": 1 + (a.steps - 1) // 2}
     model = AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.float32)
     classes = {"sft": (SFTTrainer, SFTConfig), "dpo": (DPOTrainer, DPOConfig)}[a.child]
@@ -124,7 +124,7 @@ def run_trl(a, folder: Path) -> dict:
 def child(a, *args) -> dict:
     with tempfile.NamedTemporaryFile() as out:
         command = [sys.executable, __file__, "--batch", a.batch, "--steps", a.steps, "--model", a.model, "--folder", a.folder,
-                   "--micro_tokens", a.micro_tokens, *(["--compile"] if a.compile else []),
+                   "--micro_tokens", a.micro_tokens, "--packed_tokens", a.packed_tokens, *(["--compile"] if a.compile else []),
                    *(["--no_checkpointing"] if a.no_checkpointing else []), "--result", out.name, *args]
         done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if done.returncode:
@@ -138,7 +138,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--steps", type=int, default=3, help="optimizer steps of a run; the first does not count")
-    parser.add_argument("--micro_tokens", type=int, default=2048, help="our micro-batches, and TRL's packed sequences")
+    parser.add_argument("--micro_tokens", type=int, default=8192, help="our micro-batches (8192: the scripts' own default)")
+    parser.add_argument("--packed_tokens", type=int, default=2048, help="TRL's packed sequences")
     parser.add_argument("--micros", type=int, nargs="+", default=[1, 2], help="TRL's micro-batches")
     parser.add_argument("--compile", action="store_true", help="torch.compile on both sides")
     parser.add_argument("--no_checkpointing", action="store_true", help="our runs without gradient checkpointing, as TRL's are")
