@@ -184,7 +184,7 @@ def cells_of(a: Args, splits: dict[str, list[str]]) -> list[dict]:
                 setting_id = common.digest(common.model_id(name, url), prompts.agent_text, prompts.examples, a.agent_temperature,
                                            a.agent_tokens, a.observation_chars, a.max_steps, a.window,
                                            insert if setting != "none" else "instruction")
-                cells += [{"env": a.env, "agent": name, "plans": Path(setting).stem if setting.endswith(".jsonl") else setting,
+                cells += [{"env": a.env, "agent": name, "plans": Path(setting).name if setting.endswith(".jsonl") else setting,
                            "insert": insert, "split": split, "tasks": tasks, "plans_id": id_of_plans, "setting_id": setting_id}
                           for split, tasks in splits.items()]
     return cells
@@ -662,13 +662,13 @@ def report_html(cells: list[dict], tables: list[Table], figures: list[Path], chu
     by_task: dict[tuple, dict] = {}
     for cell, name in zip(cells, names, strict=True):
         for task, row in cell["episodes"].items():
-            by_task.setdefault((cell["split"], task), {})[columns.index(name)] = row, cell["texts"].get(task)
+            by_task.setdefault((cell["env"], cell["split"], task), {})[columns.index(name)] = row, cell["texts"].get(task)
     index, blocks = [], []
     for start in range(0, len(by_task), chunk):
         block = []
-        for (split, task), under in list(by_task.items())[start : start + chunk]:
+        for (env, split, task), under in list(by_task.items())[start : start + chunk]:
             episodes = list({id(row): row for row, _ in under.values() if row}.values())
-            index.append([task, split, {i: [row["reward"], int(row["success"])] for i, (row, _) in under.items() if row}])
+            index.append([env, task, split, {i: [row["reward"], int(row["success"])] for i, (row, _) in under.items() if row}])
             block.append({"instruction": next((e["instruction"] for e in episodes if e.get("instruction")), ""),
                           "plans": {i: text for i, (_, text) in under.items()},
                           "episodes": [{k: e[k] for k in ("reward", "end", "steps")} for e in episodes],

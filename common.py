@@ -1745,7 +1745,7 @@ def target_log_probs(model, packed: bool = True):
     from torch.utils.checkpoint import checkpoint
     from transformers import AttentionInterface
 
-    CHUNK = 1024
+    CHUNK = 512
     packed = packed and can_pack(model)
     if packed:
         AttentionInterface.register("packed", torch.compiler.disable(packed_attention))
@@ -1863,11 +1863,10 @@ def distribute(wrapped, accelerator, a):
 
 
 def micro_batches(wrapped, micros: list, accelerator):
-    """The micro-batches of an optimizer step. A process alone keeps its bf16 weights and adds up its gradients
-    until the last of them; where weights are shared out that would take a whole model's memory."""
+    """The micro-batches of an optimizer step. A process alone keeps its bf16 weights from one to the next; where weights
+    are shared out, that would take the memory of a whole model."""
     for i, micro in enumerate(micros, 1):
-        if accelerator.num_processes == 1 and hasattr(wrapped, "set_requires_gradient_sync"):
-            wrapped.set_requires_gradient_sync(i == len(micros))
+        if accelerator.num_processes == 1 and hasattr(wrapped, "set_reshard_after_backward"):
             wrapped.set_reshard_after_backward(i == len(micros))
         yield micro
 

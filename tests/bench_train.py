@@ -138,7 +138,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--steps", type=int, default=3, help="optimizer steps of a run; the first does not count")
-    parser.add_argument("--micro_tokens", type=int, default=8192, help="our micro-batches (8192: the scripts' own default)")
+    parser.add_argument("--micro_tokens", type=int, default=4096, help="our micro-batches")
     parser.add_argument("--packed_tokens", type=int, default=2048, help="TRL's packed sequences")
     parser.add_argument("--micros", type=int, nargs="+", default=[1, 2], help="TRL's micro-batches")
     parser.add_argument("--compile", action="store_true", help="torch.compile on both sides")

@@ -251,7 +251,7 @@ def test_the_three_insertions_differ_where_they_should(tmp_path, ten, chat_serve
     check_run("05_eval.py", "--env", "sciworld", "--workers", 2, "--out", out, "--tasks", ten, "--agents", server.url, "--plans", plans,
               "--insert", "instruction,thought", "observation", "--max_steps", 3)
     assert [(r["plans"], r["insert"]) for r in json.loads((out / "results.json").read_text())["results"]] == [
-        ("mine", i) for i in common.INSERTS]
+        ("mine.jsonl", i) for i in common.INSERTS]
     talks: dict[str, dict] = {t: {} for t in TEN}
     u = {r["task"]: r["instruction"] for r in common.read_rows(out / "eval" / "plans.jsonl")}
     for body in server.requests:
@@ -377,7 +377,7 @@ def test_report_shows_tasks_and_conversations(page):
     shown = f"document.body.append(' SHOWN[' + {cells}.map(c => c.textContent) + ']')"
     assert "SHOWN[boil/1,boil/2,melt/1,melt/2]" in browse(page, shown)
     choose = "const set = (id, v) => { $(id).value = v; $(id).oninput() };"
-    assert "SHOWN[melt/1,melt/2]" in browse(page, f"{choose} set('split', 'unseen'); {shown}")
+    assert "SHOWN[melt/1,melt/2]" in browse(page, f"{choose} set('split', 'unseen'); set('env', 'sciworld'); {shown}")
     assert "SHOWN[melt/1,melt/2]" in browse(page, f"{choose} set('type', 'melt'); {shown}")
     assert "SHOWN[boil/2]" in browse(page, f"{choose} set('name', 'BOIL/2'); {shown}")
     assert "SHOWN[boil/1,boil/2]" in browse(page, f"{choose} set('won', '1'); set('lost', '0'); {shown}"), "won under mpo, lost under none"

@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -459,6 +460,16 @@ def test_held_out_tasks_are_not_trained_on(tmp_path, tiny_model, tokenizer):
     results = [reference_log_prob(double, r["messages"], tokenizer) for r, is_held in zip(rows, held, strict=True) if is_held]
     assert measured[-1] == pytest.approx(-sum(lp.item() for lp, _ in results) / sum(n for _, n in results), rel=1e-4)
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_tracker(tmp_path, tiny_model, talks):
+    """--log_with tensorboard: the metrics of every step are in the tracker's own files, beside metrics.jsonl."""
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    out = tmp_path / "sft"
+    sft.main(sft.Args(model=tiny_model, data=str(talks), out=str(out), batch_size=4, epochs=2, log_with="tensorboard"))
+    [folder] = {f.parent for f in Path(f"{out}.logs").rglob("events.*") if "hparams" not in f.name and f.parent.name == "sft"}
+    read = events.EventAccumulator(str(folder)).Reload()
+    assert [v.value for v in read.Scalars("loss")] == pytest.approx(losses(out), rel=1e-4)
 
 
 @pytest.mark.parametrize("script", ["02_sft.py", "04_dpo.py"])

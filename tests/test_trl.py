@@ -95,6 +95,7 @@ def ours(base, out, data, **more) -> dict:
 
 
 def test_sft_is_trl_sft(tmp_path, base, monkeypatch):
+    from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
     rows = [{"prompt": [{"role": "user", "content": text("p", i, longest=40)}],
@@ -105,6 +106,7 @@ def test_sft_is_trl_sft(tmp_path, base, monkeypatch):
     lengths = [len(ids) for ids, _ in sft.load_rows(args, common.load_model(base)[1])[0]]
     AcceleratorState._reset_state(True)
     compare(SFTTrainer, SFTConfig(**settings(tmp_path / "trl")), in_order(rows, lengths, 5), base, tmp_path / "sft", steps)
+    SFTTrainer(str(tmp_path / "sft"), args=SFTConfig(**settings(tmp_path / "again")), train_dataset=Dataset.from_list(rows))  # it loads
 
 
 def test_dpo_is_trl_dpo(tmp_path, base, monkeypatch):
