@@ -117,14 +117,14 @@ def plans_id(a: Args, setting: str, prompts) -> str | None:
     return common.digest(common.model_id(planner_of(a, setting)), prompts.planner_text, a.plan_tokens)
 
 
-async def greedy_plans(a: Args, tasks: list[str], pool) -> dict[tuple, str | None]:
-    """{(setting, task): p}: the most likely plan of each setting's planner, None without one. The teacher gets the
-    environment's own prompt, which explains the format; our planners know it."""
+async def greedy_plans(a: Args, tasks: list[str], pool) -> dict[str, str | None]:
+    """Write the most likely plan of each setting's planner for each task, null where its reply holds none; returns
+    {setting: plans_id}. The teacher gets the environment's own prompt, which explains the format; our planners know it."""
     path = Path(a.out) / "eval" / "plans.jsonl"
     prompts = {s: common.Prompts(a.env if s == "gpt" else a.prompts or a.env) for s in a.plans}
-    ids = {s: plans_id(a, s, prompts[s]) for s in a.plans if s != "none"}
+    ids = {s: plans_id(a, s, prompts[s]) for s in a.plans}
     done = common.finished(common.read_rows(path, ("setting_id", "task", "plan"), missing_ok=True), "setting_id", "task")
-    todo = {s: missing for s in ids if (missing := [t for t in tasks if (ids[s], t) not in done])}
+    todo = {s: missing for s in ids if s != "none" and (missing := [t for t in tasks if (ids[s], t) not in done])}
     if todo:
         u = await common.instructions(pool, list(dict.fromkeys(t for ts in todo.values() for t in ts)))
         with common.Appender(path) as append, tqdm(total=sum(map(len, todo.values())), desc="plans") as bar:
@@ -148,7 +148,9 @@ async def greedy_plans(a: Args, tasks: list[str], pool) -> dict[tuple, str | Non
                 if absent := [t for t in todo[setting] if (t,) not in written]:
                     raise InputError(f"{setting} has no plan for {absent[0]} and {len(absent) - 1} other tasks of --splits")
                 for task in todo[setting]:
-                    keep(setting, task, written[task,]["plan"])
+                    if not isinstance(plan := written[task,]["plan"], str | None):
+                        raise InputError(f"{setting}: the plan for {task} must be text, or null for none")
+                    keep(setting, task, plan)
             if "gpt" in todo:
                 with common.open_model(a.teacher, None, a.concurrency, Path(a.out) / "logs", a.tensor_parallel, a.max_model_len) as model:
                     await asyncio.gather(*[ask(model, "gpt", t) for t in todo["gpt"]])
@@ -157,11 +159,10 @@ async def greedy_plans(a: Args, tasks: list[str], pool) -> dict[tuple, str | Non
                 with common.serve([planner_of(a, s) for s in two], Path(a.out) / "logs", a.tensor_parallel, a.max_model_len) as urls:
                     models = {s: common.Model(planner_of(a, s), url, a.concurrency) for s, url in zip(two, urls, strict=True)}
                     await asyncio.gather(*[ask(models[s], s, t) for s in two for t in todo[s]])
-    plans = {(s, t): done[ids[s], t]["plan"] for s in ids for t in tasks}
     for s in ids:
-        if missing := sum(plans[s, t] is None for t in tasks):
+        if missing := s != "none" and sum(done[ids[s], t]["plan"] is None for t in tasks):
             print(f"{s}: {missing} of {len(tasks)} replies held no plan; the agents play those tasks without one")
-    return plans
+    return ids
 
 
 # ---- episodes ------------------------------------------------------------------------------------
@@ -172,21 +173,19 @@ def split_url(agent: str) -> tuple[str, str | None]:
     return (common.model_id("", agent), agent) if agent.startswith(("http://", "https://")) else (agent, None)
 
 
-def cells_of(a: Args, splits: dict[str, list[str]]) -> list[dict]:
+def cells_of(a: Args, ids: dict[str, str | None], splits: dict[str, list[str]]) -> list[dict]:
     """The cells of this run: every agent with every plan setting, insertion and split; without a plan there is
-    nothing to insert."""
+    nothing to insert. `agent_id` names all that makes an agent's episodes but the plan and where it stands."""
     cells, prompts = [], common.Prompts(a.prompts or a.env)
     for agent in a.agents:
         name, url = split_url(agent)
-        for setting in a.plans:
-            id_of_plans = plans_id(a, setting, common.Prompts(a.env) if setting == "gpt" else prompts)
-            for insert in a.insert if setting != "none" else ["instruction"]:
-                setting_id = common.digest(common.model_id(name, url), prompts.agent_text, prompts.examples, a.agent_temperature,
-                                           a.agent_tokens, a.observation_chars, a.max_steps, a.window,
-                                           insert if setting != "none" else "instruction")
-                cells += [{"env": a.env, "agent": name, "plans": Path(setting).name if setting.endswith(".jsonl") else setting,
-                           "insert": insert, "split": split, "tasks": tasks, "plans_id": id_of_plans, "setting_id": setting_id}
-                          for split, tasks in splits.items()]
+        agent_id = common.digest(common.model_id(name, url), prompts.agent_text, prompts.examples, a.agent_temperature, a.agent_tokens,
+                                 a.observation_chars, a.max_steps, a.window)
+        cells += [{"env": a.env, "agent": name, "agent_id": agent_id, "insert": insert, "split": split, "tasks": tasks,
+                   "plans": Path(setting).name if setting.endswith(".jsonl") else setting, "plans_id": ids[setting],
+                   "setting_id": common.digest(agent_id, insert)}
+                  for setting in a.plans for insert in (a.insert if setting != "none" else ["instruction"])
+                  for split, tasks in splits.items()]
     return cells
 
 
@@ -234,9 +233,12 @@ def with_episodes(out: str, cells: list[dict]) -> list[dict]:
 
 
 def asked_cells(out: str) -> list[dict]:
-    """All cells that were ever asked for; of the same agent, plans, insertion and split the newest."""
-    rows = common.read_rows(Path(out) / "eval" / "cells.jsonl", ("agent", "plans", "insert", "split", "tasks"), missing_ok=True)
-    return list(common.finished(rows, "agent", "plans", "insert", "split").values())
+    """All cells that were ever asked for; of the same agent, plans, insertion and split the newest. Cells of an agent as
+    it was before it was trained again, or asked in another way, are not compared with those of now."""
+    fields = ("agent", "agent_id", "plans", "insert", "split", "tasks")
+    rows = common.read_rows(Path(out) / "eval" / "cells.jsonl", fields, missing_ok=True)
+    newest = {r["agent"]: r["agent_id"] for r in rows}
+    return [r for r in common.finished(rows, "agent", "plans", "insert", "split").values() if r["agent_id"] == newest[r["agent"]]]
 
 
 # ---- statistics ----------------------------------------------------------------------------------
@@ -769,13 +771,13 @@ def main(a: Args) -> None:
     async def stage():
         async with common.EnvPool(a.env, a.workers, a.concurrency, a.ray) as pool:
             splits = {s: await common.list_tasks(pool, a.env, s, a.tasks, a.types, a.limit) for s in (["tasks"] if a.tasks else a.splits)}
-            await greedy_plans(a, list(dict.fromkeys(t for ts in splits.values() for t in ts)), pool)
+            ids = await greedy_plans(a, list(dict.fromkeys(t for ts in splits.values() for t in ts)), pool)
             if a.plans_only:
                 return
-            cells, known = cells_of(a, splits), asked_cells(a.out)
-            with common.Appender(Path(a.out) / "eval" / "cells.jsonl") as append:
-                for cell in cells:
-                    if cell not in known:
+            cells, known = cells_of(a, ids, splits), asked_cells(a.out)
+            if new := [c for c in cells if c not in known]:
+                with common.Appender(Path(a.out) / "eval" / "cells.jsonl") as append:
+                    for cell in new:
                         append(cell)
             await play(a, cells, pool)
 

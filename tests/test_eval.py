@@ -29,7 +29,7 @@ def episode(task, plan, reward, steps, agent="a", insert="instruction", end=None
 
 
 def cell(plans, split, tasks, agent="a", insert="instruction") -> dict:
-    return {"env": "sciworld", "agent": agent, "plans": plans, "insert": insert, "split": split, "tasks": tasks,
+    return {"env": "sciworld", "agent": agent, "agent_id": agent, "plans": plans, "insert": insert, "split": split, "tasks": tasks,
             "plans_id": None if plans == "none" else f"id of {plans}", "setting_id": f"{agent} {insert}"}
 
 
@@ -93,6 +93,15 @@ def test_the_newest_cell_counts(known):
     ev.write_report(str(known), 0)
     found = {(r["plans"], r["split"]): r for r in json.loads((known / "results.json").read_text())["results"]}
     assert found["mpo", "seen"]["missing"] == 2 and found["mpo", "unseen"]["missing"] == 0
+
+
+def test_an_agent_that_was_trained_again_is_another(known):
+    """Its cells are not compared with those of before."""
+    with (known / "eval" / "cells.jsonl").open("a") as f:
+        f.write(json.dumps(cell("none", "seen", SEEN) | {"agent_id": "trained again", "setting_id": "new"}) + "\n")
+    ev.write_report(str(known), 0)
+    found = json.loads((known / "results.json").read_text())
+    assert [(r["plans"], r["split"], r["missing"]) for r in found["results"]] == [("none", "seen", 2)] and not found["differences"]
 
 
 def test_results_recomputed_from_the_rows(tmp_path):
