@@ -9,12 +9,18 @@ Writes to --out
     best_plans.jsonl the best plan of each task as rows of SFT, to compare with (RFT, paper table 3)
     pairs.jsonl      the best and the worst plan of each task by Q(p) (equations 6 and 7): what 04_dpo.py reads
 
+    python 03_sample_score.py explore --agent runs/sciworld/agent --experts runs/sciworld/trajectories.jsonl --out runs/sciworld/eto1
+
+lets a trained agent try the train tasks without a plan and pairs what failed with the expert's trajectory (ETO, Song et al.
+2024; paper table 2): explore.jsonl and pairs.jsonl in --out, for 04_dpo.py to train the agent on.
+
 Every finished plan and rollout is kept: run it again to go on after a kill, or with a larger --m or --n. With --shard i/n
 it works on every n-th task and writes plans.IofN.jsonl, rollouts.IofN.jsonl and pairs.IofN.jsonl, which the next stage
 reads together.
 """
 
 import asyncio
+import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +64,28 @@ class Args:
     shard: Optional[str] = arg(None, "i/n: this job's part of the tasks, i from 0 to n - 1")
     ray: bool = arg(False, "environment workers as actors of a Ray cluster (RAY_ADDRESS), not as processes of this machine")
     seed: int = arg(0, "random seed of plans and rollouts")
+
+
+@dataclass
+class ExploreArgs:
+    env: str = arg("sciworld", "environment: " + ", ".join(common.ENVIRONMENTS))
+    out: str = arg("runs/sciworld/eto1", "folder of this round")
+    agent: str = arg("runs/sciworld/agent", "the agent that explores, and is to be trained: a local model")
+    agent_url: Optional[str] = arg(None, "OpenAI-compatible server that already serves the agent; several with commas between")
+    experts: str = arg("runs/sciworld/trajectories.jsonl", "the expert's trajectories of the tasks to explore")
+    n: int = arg(1, "rollouts per task (ETO: 1)")
+    agent_temperature: float = arg(0.7, "temperature of the agent")
+    agent_tokens: int = arg(256, "tokens of an agent's reply at most")
+    prompts: Optional[str] = arg(None, "folder of prompt texts in data/ (default: the environment's name)")
+    observation_chars: int = arg(0, "cut observations at this length, 0: never")
+    max_steps: Optional[int] = arg(None, "steps of an episode at most (default: the environment's; ALFWorld 30, ScienceWorld by task type)")
+    types: Optional[List[str]] = arg(None, "only tasks of these types")
+    limit: Optional[int] = arg(None, "only the first N tasks")
+    workers: int = arg(16, "environment worker processes")
+    concurrency: int = arg(256, "episodes in flight")
+    tensor_parallel: int = arg(1, "GPUs of one replica of a served model")
+    max_model_len: int = arg(8192, "context of a served model, tokens")
+    seed: int = arg(0, "random seed of the rollouts")
 
 
 async def sample_plans(a: Args, tasks: list[str], prompts, pool) -> list[dict]:
@@ -252,5 +280,75 @@ def main(a: Args) -> None:
     print(f"pairs: {len(pairs)} of {len({p['task'] for p in plans})} tasks, mean Q gap {gap:.3f}")
 
 
+# ---- exploration of an agent with training (ETO) -------------------------------------------------
+
+
+def turns(steps: list, observation_chars: int) -> list[dict]:
+    """What follows the first message of a conversation, from the agent's first reply to its last."""
+    messages = []
+    for reply, observation in steps:
+        messages += [{"role": "assistant", "content": reply}, common.observation_message(observation, observation_chars)]
+    return messages[:-1]
+
+
+def trajectory_pairs(experts: list[dict], explored: dict[str, list[dict]], prompts, observation_chars: int) -> list[dict]:
+    """(u, e_w, e_l): of each task the expert's trajectory against every explored one of lower reward, and the explored one
+    of highest against that of lowest reward where they differ. Crashed and empty ones take no part."""
+    pairs = []
+    for e in experts:
+        tried = [r for r in explored.get(e["task"], []) if r["end"] != "crash" and r["steps"]]
+        expert = {"reward": e["reward"], "steps": [[f"Action: {action}", observation] for action, observation in e["steps"]]}
+        couples = [(expert, r) for r in tried if e["solved"] and r["reward"] < e["reward"]]
+        if tried:
+            best, worst = max(tried, key=lambda r: r["reward"]), min(tried, key=lambda r: r["reward"])
+            couples += [(best, worst)] if best["reward"] > worst["reward"] else []
+        u = e["instruction"] or next((r["instruction"] for r in tried), "")
+        pairs += [{"task": e["task"], "prompt": prompts.agent(u, None, e["task"]), "chosen": turns(won["steps"], observation_chars),
+                   "rejected": turns(lost["steps"], observation_chars), "q_chosen": won["reward"], "q_rejected": lost["reward"]}
+                  for won, lost in couples]
+    return pairs
+
+
+def explore(a: ExploreArgs) -> None:
+    prompts, path = common.Prompts(a.prompts or a.env), Path(a.out) / "explore.jsonl"
+    common.check_model(a.agent, a.agent_url)
+    experts = common.read_rows(a.experts, ("task", "instruction", "steps", "reward", "solved"))
+    experts = [e for e in experts if not a.types or common.task_type(e["task"]) in a.types][: a.limit]
+    if not experts:
+        raise InputError(f"{a.experts} has no task of these --types")
+    agent_id = common.model_id(a.agent, a.agent_url)
+    setting = common.digest(agent_id, prompts.agent_text, prompts.examples, a.agent_temperature, a.agent_tokens, a.observation_chars,
+                            a.max_steps, a.seed)
+    rows = [r for r in common.read_rows(path, ("task", "rollout", "reward", "setting"), missing_ok=True) if r["setting"] == setting]
+    done = common.finished(rows, "task", "rollout")
+    jobs = [{"task": e["task"], "plan": None, "rollout": n, "agent": agent_id, "setting": setting}
+            for e in experts for n in range(a.n) if (e["task"], n) not in done]
+
+    async def play() -> None:
+        async with common.EnvPool(a.env, a.workers, a.concurrency) as pool:
+            with common.Appender(path) as append, common.open_model(
+                    a.agent, a.agent_url, a.concurrency, Path(a.out) / "logs", a.tensor_parallel, a.max_model_len) as agent:
+                c = common.RolloutConfig(prompts, a.agent_temperature, a.agent_tokens, a.observation_chars, a.seed, max_steps=a.max_steps)
+
+                def keep(row):
+                    append(row)
+                    done[row["task"], row["rollout"]] = row
+
+                await common.rollouts(jobs, agent, pool, a.env, c, a.concurrency, keep, desc="exploration")
+
+    if jobs:
+        asyncio.run(play())
+    explored = {e["task"]: [done[e["task"], n] for n in range(a.n)] for e in experts}
+    pairs = trajectory_pairs(experts, explored, prompts, a.observation_chars)
+    everything = [r for rs in explored.values() for r in rs]
+    print(f"exploration: {len(everything)} episodes, mean reward {mean(r['reward'] for r in everything):.3f}, "
+          f"{sum(r['success'] for r in everything)} won; {len(pairs)} pairs")
+    if not pairs:
+        raise InputError("the agent did as well as the expert on every task, so there is no failure to learn from: use more tasks, "
+                         "a larger --n or a higher --agent_temperature")
+    common.write_rows(Path(a.out) / "pairs.jsonl", pairs)
+
+
 if __name__ == "__main__":
-    common.run_stage(main, Args)
+    exploring = sys.argv[1:2] == ["explore"] and sys.argv.pop(1)
+    common.run_stage(*((explore, ExploreArgs) if exploring else (main, Args)))

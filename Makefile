@@ -120,7 +120,7 @@ $(R)/seed_plans.jsonl: 01_seed_plans.py $(wildcard $(R)/seed_plans.rejected.json
 $(R)/agent_sft.jsonl: $(R)/seed_plans.jsonl ;
 
 $(R)/agent/config.json: 02_sft.py $(R)/agent_sft.jsonl $(MODEL_FILES) | .venv/ready
-	$(BIN) $(LAUNCH) 02_sft.py --model $(AGENT) --data $(R)/agent_sft.jsonl --out $(R)/agent --seed $(SEED) $(AGENT_SFT_ARGS) $(TRAIN_ARGS)
+	$(BIN) $(LAUNCH) 02_sft.py --model $(AGENT) --data $(R)/agent_sft.jsonl --out $(R)/agent --seed $(SEED) $(or $(AGENT_SFT_ARGS),$(AGENT_ARGS)) $(TRAIN_ARGS)
 
 $(R)/sft/config.json: 02_sft.py $(R)/seed_plans.jsonl $(MODEL_FILES) | .venv/ready
 	$(BIN) $(LAUNCH) 02_sft.py --model $(PLANNER) --data $(R)/seed_plans.jsonl --out $(R)/sft --seed $(SEED) $(SFT_ARGS) $(TRAIN_ARGS)
@@ -157,6 +157,27 @@ fig6: $(R)/results.md
 	$(BIN) python 05_eval.py judge --out $(R) --judge $(JUDGE) --plans sft mpo --seed $(SEED)
 report: | .venv/ready
 	$(BIN) python 05_eval.py report --out $(R) --seed $(SEED)
+
+# ---- agents with training (paper table 2): behaviour cloning, then ETO, ROUNDS times; use them as AGENT= or AGENTS= ----
+
+ROUNDS ?= 1
+AGENT_ARGS ?= --batch_size 32 --lr 1e-5 --lr_scheduler cosine --epochs 3
+ETO_ARGS ?= --beta 0.1 --batch_size 32 --lr 1e-6 --lr_scheduler cosine --warmup_ratio 0.03 --epochs 3
+EXPLORE_ARGS ?=
+
+.PHONY: agent-sft agent-eto
+agent-sft: $(R)/agent/config.json
+agent-eto: $(R)/agent-eto$(ROUNDS)/config.json
+
+define ETO
+$(R)/eto$(1)/pairs.jsonl: 03_sample_score.py $(R)/agent$(2)/config.json | .venv/ready
+	$(BIN) python 03_sample_score.py explore $(COMMON) --out $(R)/eto$(1) --agent $(R)/agent$(2) \
+	  --experts $(R)/trajectories.jsonl --seed $(SEED) $(EXPLORE_ARGS)
+$(R)/agent-eto$(1)/config.json: 04_dpo.py $(R)/eto$(1)/pairs.jsonl
+	$(BIN) $(LAUNCH) 04_dpo.py --model $(R)/agent$(2) --data $(R)/eto$(1)/pairs.jsonl --out $(R)/agent-eto$(1) --seed $(SEED) \
+	  $(ETO_ARGS) $(TRAIN_ARGS)
+endef
+$(foreach n,1 2 3 4 5,$(eval $(call ETO,$(n),$(if $(filter-out 1,$(n)),-eto$(shell expr $(n) - 1)))))
 
 # figure 5: pairs of every smaller M and N from the rollouts that are there, a planner and an evaluation of each
 FIG5 = $(shell for m in $$(seq 2 $(M)); do echo m$${m}n$(N); done; for n in $$(seq 1 $$(($(N) - 1))); do echo m$(M)n$$n; done)
