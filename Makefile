@@ -51,6 +51,7 @@ help:
 	@echo "make all ENV=sciworld   the paper's settings, for a machine with 8 GPUs (ENV: sciworld, alfworld); RUN=name for another run folder"
 	@echo "make seed | sft | score | dpo | eval ENV=...   one stage and what it needs"
 	@echo "make table2 | table3 | table4 | table6 | fig3 | fig4 | fig5 | fig6 ENV=...   a table or figure of the paper: AGENTS=..., JUDGE=..."
+	@echo "make agent-sft | agent-eto ENV=... ROUNDS=1   train the agent: on the expert's trajectories, then by exploration (ETO)"
 	@echo "make report ENV=...  tables, figures and report.html of all that was evaluated"
 	@echo "make data            fetch ALFWorld's games (ENV=alfworld needs them)"
 	@echo "make estimate ENV=alfworld GPUS=8   what make all would do and take"
@@ -144,6 +145,10 @@ DPO = $(BIN) $(LAUNCH) 04_dpo.py --model $(R)/sft --seed $(SEED)
 SCORE = $(BIN) python 03_sample_score.py $(COMMON) --planner $(R)/sft --agent $(if $(AGENT_FILE),$(R)/agent,$(AGENT)) --seed $(SEED) $(SCORE_ARGS)
 EVALUATE = $(BIN) python 05_eval.py $(COMMON) --agents $(AGENTS) --teacher $(TEACHER) --seed $(SEED) $(EVAL_ARGS)
 
+# table 2 and 6 list every agent that there is
+EVERY_AGENT = $(AGENT) $(patsubst %/config.json,%,$(wildcard $(R)/agent/config.json $(R)/agent-*/config.json))
+table2 table6: private AGENTS = $(EVERY_AGENT)
+
 .PHONY: table2 table3 table4 table6 fig3 fig4 fig5 fig6 report
 table2 table6 fig4: $(R)/results.md
 	$(EVALUATE) --plans none mpo
@@ -205,6 +210,7 @@ demo_sciworld := M=4 N=1 \
   SFT_ARGS="--lr 2e-4 --epochs 1 --warmup_ratio 0.05 --limit 40" \
   SCORE_ARGS="--limit 42 --max_model_len 2048 $(DEMO_SERVE)" \
   DPO_ARGS="--beta 0.1 --lr 2e-5 --warmup_ratio 0.1 --epochs 3" \
+  EXPLORE_ARGS="--max_model_len 2048 --agent_tokens 32 --concurrency 32" ETO_ARGS="--beta 0.1 --lr 1e-5 --warmup_ratio 0.1 --epochs 2" \
   EVAL_ARGS="--limit 24 --max_model_len 2048 $(DEMO_SERVE)"
 
 demo_alfworld := M=4 N=1 \
@@ -214,6 +220,8 @@ demo_alfworld := M=4 N=1 \
   SFT_ARGS="--lr 2e-4 --epochs 2 --warmup_ratio 0.05 --limit 100" \
   SCORE_ARGS="--limit 48 --max_steps 20 --max_model_len 3072 $(DEMO_SERVE)" \
   DPO_ARGS="--beta 0.1 --lr 2e-5 --warmup_ratio 0.1 --epochs 3" \
+  EXPLORE_ARGS="--max_steps 20 --max_model_len 3072 --agent_tokens 32 --concurrency 32" \
+  ETO_ARGS="--beta 0.1 --lr 1e-5 --warmup_ratio 0.1 --epochs 2" \
   EVAL_ARGS="--limit 24 --max_steps 20 --max_model_len 3072 $(DEMO_SERVE)"
 
 # or any of the tables and figures: make demo WHAT="table3 fig5"
