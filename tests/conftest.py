@@ -18,6 +18,14 @@ CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['cont
           "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 
 
+LONGEST = ("test_stages", "test_scoring", "test_training", "test_alfworld", "test_bad_input", "test_eval", "test_serve", "test_trl")
+
+
+def pytest_collection_modifyitems(items):
+    """Files that take longest go first: two run at a time, and neither should wait for the other in the end."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
 def stage(name: str):
     """A stage script as a module; its name starts with a digit."""
     return importlib.import_module(name)
