@@ -39,6 +39,8 @@ class Args:
     temperatures: List[float] = arg([0.0, 0.7, 1.0], "a plan that fails quality control is asked for again at the next one")
     max_tokens: int = arg(512, "tokens of a teacher's reply")
     max_plan_steps: int = arg(20, "plans with more steps are too long")
+    explored: Optional[str] = arg(None, "explore.jsonl of an agent: with --prompts ENV-wkm the teacher writes task knowledge from the "
+                                  "expert's against the agent's trajectory, in place of plans (WKM, Qiao et al. 2024)")
     plan_share: float = arg(0.0, "share of agent_sft.jsonl rows with the seed plan in the prompt (paper: agents are "
                             "trained without)")
     observation_chars: int = arg(0, "cut observations in agent_sft.jsonl at this length, 0: never")
@@ -84,11 +86,25 @@ def conversation(steps: list) -> str:
     return "\n".join(f"Action: {action}\nObservation: {observation}" for action, observation in steps)
 
 
-async def ask_teacher(teacher, prompts, verbs, e: dict, a: Args) -> tuple[str | None, str | None]:
+KNOWLEDGE = {"when", "before", "after", "if", "never", "always", "do"}  # how task knowledge may begin, besides the verbs
+
+
+def explored_trajectories(a: Args) -> dict[str, str]:
+    """{task: the agent's trajectory of lowest reward}, of the tasks that it did not solve."""
+    if not a.explored:
+        return {}
+    if a.teacher == "rules":
+        raise InputError("--explored needs a teacher that can compare two trajectories: --teacher with a model")
+    rows = [r for r in common.read_rows(a.explored, ("task", "reward", "success", "steps")) if not r["success"] and r["steps"]]
+    rows.sort(key=lambda r: -r["reward"])
+    return {r["task"]: "\n".join(f"{reply}\nObservation: {observation}" for reply, observation in r["steps"]) for r in rows}
+
+
+async def ask_teacher(teacher, prompts, verbs, e: dict, explored: str, a: Args) -> tuple[str | None, str | None]:
     """(plan, None) or (last plan or reply, reason). Appendix C: a plan with too much detail or with
     verbs the environment lacks is asked for again at another temperature; a reply in the wrong format
     is first given back with the request to extract the plan from it."""
-    messages = prompts.teacher(e["instruction"], conversation(e["steps"]))
+    messages = prompts.teacher(e["instruction"], conversation(e["steps"]), explored)
     reason = text = None
     for i, temperature in enumerate(a.temperatures):
         reply = await teacher.ask(messages, temperature, a.max_tokens, common.seed_of(a.seed, e["task"], i))
@@ -116,7 +132,10 @@ async def seed_plans(a: Args, trajectories: list[dict], prompts) -> dict[str, st
         return {"task": e["task"], "plan": plan, "teacher": by, "messages":
                 [*prompts.planner(e["instruction"]), {"role": "assistant", "content": common.plan_reply(plan)}]}
 
-    maker = common.digest(a.teacher, prompts.teacher_text, a.max_plan_steps)
+    explored = explored_trajectories(a)
+    trajectories = [e for e in trajectories if not a.explored or e["task"] in explored]
+    verbs = cls.VERBS | (KNOWLEDGE if a.explored else set())
+    maker = common.digest(a.teacher, prompts.teacher_text, a.max_plan_steps, explored)
     by_task = {e["task"]: e for e in trajectories}
     kept, rejected = {}, {}
     for r in common.read_rows(kept_path, ("task", "plan", "teacher"), missing_ok=True):
@@ -125,7 +144,7 @@ async def seed_plans(a: Args, trajectories: list[dict], prompts) -> dict[str, st
     for r in common.read_rows(rejected_path, ("task", "plan", "reason"), missing_ok=True):
         if r["task"] in by_task and r["task"] not in kept:
             plan = common.parse_plan(f"<meta_plan>\n{r['plan']}\n</meta_plan>")
-            if common.check_plan(plan, cls.VERBS, a.max_plan_steps) is None:
+            if common.check_plan(plan, verbs, a.max_plan_steps) is None:
                 kept[r["task"]] = row(by_task[r["task"]], plan, "edited")
             elif r.get("teacher", "").endswith(maker):
                 rejected[r["task"]] = r
@@ -133,7 +152,7 @@ async def seed_plans(a: Args, trajectories: list[dict], prompts) -> dict[str, st
     if a.teacher == "rules":
         for e in trajectories:
             plan = common.number_steps(cls.abstract(e["instruction"], e["steps"]))
-            reason = common.check_plan(plan, cls.VERBS, a.max_plan_steps)
+            reason = common.check_plan(plan, verbs, a.max_plan_steps)
             if kept.get(e["task"], {}).get("teacher") == "edited":
                 continue
             kept.pop(e["task"], None), rejected.pop(e["task"], None)
@@ -157,7 +176,7 @@ async def seed_plans(a: Args, trajectories: list[dict], prompts) -> dict[str, st
 
             async def work(e):
                 try:
-                    plan, reason = await ask_teacher(teacher, prompts, cls.VERBS, e, a)
+                    plan, reason = await ask_teacher(teacher, prompts, verbs, e, explored.get(e["task"], ""), a)
                 except common.ContextOverflow:
                     plan, reason = None, "the trajectory is longer than the teacher's context"
                 by = f"{a.teacher} {maker}"
@@ -186,7 +205,7 @@ def agent_conversations(a: Args, trajectories: list[dict], plans: dict[str, str]
     for e in trajectories:
         with_plan = e["task"] in plans and random.Random(f"{a.seed} {e['task']}").random() < a.plan_share
         messages = prompts.agent(e["instruction"], plans[e["task"]] if with_plan else None, e["task"])
-        for action, observation in e.get("guided", e["steps"]) if with_plan else e["steps"]:
+        for action, observation in e.get("guided", e["steps"]) if with_plan and not a.explored else e["steps"]:
             messages += [{"role": "assistant", "content": f"Action: {action}"},
                          common.observation_message(observation, a.observation_chars)]
         rows.append({"task": e["task"], "with_plan": with_plan, "messages": messages[:-1]})
@@ -198,6 +217,8 @@ def main(a: Args) -> None:
     prompts = common.Prompts(a.prompts or a.env)
     if a.teacher != "rules":
         common.check_model(a.teacher, a.teacher_url)
+
+    explored_trajectories(a)
 
     async def stage():
         trajectories = await expert_trajectories(a)

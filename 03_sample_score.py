@@ -12,7 +12,8 @@ Writes to --out
     python 03_sample_score.py explore --agent runs/sciworld/agent --experts runs/sciworld/trajectories.jsonl --out runs/sciworld/eto1
 
 lets a trained agent try the train tasks without a plan and pairs what failed with the expert's trajectory (ETO, Song et al.
-2024; paper table 2): explore.jsonl and pairs.jsonl in --out, for 04_dpo.py to train the agent on.
+2024; paper table 2): explore.jsonl and pairs.jsonl in --out, for 04_dpo.py to train the agent on, and won.jsonl, the
+conversations that succeeded, for 02_sft.py (the self-training of KnowAgent, Zhu et al. 2024).
 
 Every finished plan and rollout is kept: run it again to go on after a kill, or with a larger --m or --n. With --shard i/n
 it works on every n-th task and writes plans.IofN.jsonl, rollouts.IofN.jsonl and pairs.IofN.jsonl, which the next stage
@@ -341,6 +342,9 @@ def explore(a: ExploreArgs) -> None:
     explored = {e["task"]: [done[e["task"], n] for n in range(a.n)] for e in experts}
     pairs = trajectory_pairs(experts, explored, prompts, a.observation_chars)
     everything = [r for rs in explored.values() for r in rs]
+    common.write_rows(Path(a.out) / "won.jsonl", [
+        {"task": r["task"], "messages": prompts.agent(r["instruction"], None, r["task"]) + turns(r["steps"], a.observation_chars)}
+        for r in everything if r["success"]])
     print(f"exploration: {len(everything)} episodes, mean reward {mean(r['reward'] for r in everything):.3f}, "
           f"{sum(r['success'] for r in everything)} won; {len(pairs)} pairs")
     if not pairs:

@@ -36,7 +36,7 @@ import common
 from common import InputError, arg, mean
 
 ORDER = ("none", "sft", "gpt", "rft", "mpo")  # of plan settings in tables
-NAMES = {"none": "no plan", "sft": "SFT", "gpt": "teacher, asked directly", "rft": "RFT", "mpo": "MPO"}
+NAMES = {"none": "no plan", "sft": "SFT", "gpt": "teacher, asked directly", "rft": "RFT", "mpo": "MPO", "wkm": "WKM's knowledge"}
 DIMENSIONS = ("correctness", "followability", "standardization")  # paper 5.6
 
 
@@ -326,10 +326,10 @@ def summarise(cells: list[dict], seed: int) -> tuple[list[dict], list[dict]]:
 
 # {name: (title, metric, which plan settings, which insertions)}; fewer than two rows make no table
 TABLES = {
-    "table2": ("Average reward with and without meta plans", "reward", ("none", "mpo"), ("instruction",)),
+    "table2": ("Average reward with and without meta plans", "reward", ("none", "mpo", "wkm"), ("instruction",)),
     "table3": ("How the planner is trained", "reward", ORDER, ("instruction",)),
     "table4": ("Where the agent reads the plan", "reward", ("mpo",), common.INSERTS),
-    "table6": ("Success rate with and without meta plans", "success", ("none", "mpo"), ("instruction",)),
+    "table6": ("Success rate with and without meta plans", "success", ("none", "mpo", "wkm"), ("instruction",)),
     "fig3": ("Average reward per step", "reward_per_step", ("none", "sft", "mpo"), ("instruction",)),
     "fig4": ("Agents of several sizes", "reward", ("none", "mpo"), ("instruction",)),
     "fig5": ("How many plans M and rollouts N", "reward", re.compile(r"fig5/m(\d+)n(\d+)"), ("instruction",)),

@@ -52,6 +52,7 @@ help:
 	@echo "make seed | sft | score | dpo | eval ENV=...   one stage and what it needs"
 	@echo "make table2 | table3 | table4 | table6 | fig3 | fig4 | fig5 | fig6 ENV=...   a table or figure of the paper: AGENTS=..., JUDGE=..."
 	@echo "make agent-sft | agent-eto ENV=... ROUNDS=1   train the agent: on the expert's trajectories, then by exploration (ETO)"
+	@echo "make agent-knowagent | agent-wkm ENV=...   the paper's other guided agents, as far as the README says"
 	@echo "make report ENV=...  tables, figures and report.html of all that was evaluated"
 	@echo "make data            fetch ALFWorld's games (ENV=alfworld needs them)"
 	@echo "make estimate ENV=alfworld GPUS=8   what make all would do and take"
@@ -146,12 +147,15 @@ SCORE = $(BIN) python 03_sample_score.py $(COMMON) --planner $(R)/sft --agent $(
 EVALUATE = $(BIN) python 05_eval.py $(COMMON) --agents $(AGENTS) --teacher $(TEACHER) --seed $(SEED) $(EVAL_ARGS)
 
 # table 2 and 6 list every agent that there is
-EVERY_AGENT = $(AGENT) $(patsubst %/config.json,%,$(wildcard $(R)/agent/config.json $(R)/agent-*/config.json))
+EVERY_AGENT = $(AGENT) $(patsubst %/config.json,%,$(filter-out %/agent-knowagent/config.json %/agent-wkm/config.json,$(wildcard $(R)/agent/config.json $(R)/agent-*/config.json)))
 table2 table6: private AGENTS = $(EVERY_AGENT)
 
 .PHONY: table2 table3 table4 table6 fig3 fig4 fig5 fig6 report
 table2 table6 fig4: $(R)/results.md
 	$(EVALUATE) --plans none mpo
+	if [ -e $(R)/agent-knowagent/config.json ]; then \
+	  $(EVALUATE) --agents $(R)/agent-knowagent --prompts $(ENV)-knowagent --plans none; fi
+	if [ -e $(R)/agent-wkm/config.json ]; then $(EVALUATE) --agents $(R)/agent-wkm --prompts $(ENV)-wkm --plans wkm; fi
 table3: $(R)/results.md $(R)/rft/config.json
 	$(EVALUATE) --plans none sft $(if $(filter rules,$(TEACHER)),,gpt) rft mpo
 table4: $(R)/results.md
@@ -170,9 +174,11 @@ AGENT_ARGS ?= --batch_size 32 --lr 1e-5 --lr_scheduler cosine --epochs 3
 ETO_ARGS ?= --beta 0.1 --batch_size 32 --lr 1e-6 --lr_scheduler cosine --warmup_ratio 0.03 --epochs 3
 EXPLORE_ARGS ?=
 
-.PHONY: agent-sft agent-eto
+.PHONY: agent-sft agent-eto agent-knowagent agent-wkm
 agent-sft: $(R)/agent/config.json
 agent-eto: $(R)/agent-eto$(ROUNDS)/config.json
+agent-knowagent: $(R)/agent-knowagent/config.json
+agent-wkm: $(R)/agent-wkm/config.json $(R)/wkm/config.json
 
 define ETO
 $(R)/eto$(1)/pairs.jsonl: 03_sample_score.py $(R)/agent$(2)/config.json | .venv/ready
@@ -183,6 +189,25 @@ $(R)/agent-eto$(1)/config.json: 04_dpo.py $(R)/eto$(1)/pairs.jsonl
 	  $(ETO_ARGS) $(TRAIN_ARGS)
 endef
 $(foreach n,1 2 3 4 5,$(eval $(call ETO,$(n),$(if $(filter-out 1,$(n)),-eto$(shell expr $(n) - 1)))))
+
+# KnowAgent: the prompt says what every action needs and does, and the agent learns from what it won with it
+$(R)/knowagent/won.jsonl: 03_sample_score.py $(R)/agent/config.json | .venv/ready
+	$(BIN) python 03_sample_score.py explore $(COMMON) --prompts $(ENV)-knowagent --out $(R)/knowagent --agent $(R)/agent \
+	  --experts $(R)/trajectories.jsonl --seed $(SEED) $(EXPLORE_ARGS)
+$(R)/agent-knowagent/config.json: 02_sft.py $(R)/knowagent/won.jsonl
+	$(BIN) $(LAUNCH) 02_sft.py --model $(R)/agent --data $(R)/knowagent/won.jsonl --out $(R)/agent-knowagent --seed $(SEED) \
+	  $(or $(AGENT_SFT_ARGS),$(AGENT_ARGS)) $(TRAIN_ARGS)
+
+# WKM: a teacher says what tells the expert's trajectories from the agent's failures; one model learns to write such task
+# knowledge, the agent learns to act with it in its prompt
+$(R)/wkm-seed/seed_plans.jsonl: 01_seed_plans.py $(R)/eto1/pairs.jsonl | .venv/ready
+	$(BIN) python 01_seed_plans.py $(COMMON) --prompts $(ENV)-wkm --out $(R)/wkm-seed --explored $(R)/eto1/explore.jsonl --teacher $(TEACHER) \
+	  --seed $(SEED) $(SEED_PLANS_ARGS) --plan_share 1
+$(R)/wkm/config.json: 02_sft.py $(R)/wkm-seed/seed_plans.jsonl
+	$(BIN) $(LAUNCH) 02_sft.py --model $(PLANNER) --data $(R)/wkm-seed/seed_plans.jsonl --out $(R)/wkm --seed $(SEED) $(SFT_ARGS) $(TRAIN_ARGS)
+$(R)/agent-wkm/config.json: 02_sft.py $(R)/wkm-seed/seed_plans.jsonl
+	$(BIN) $(LAUNCH) 02_sft.py --model $(AGENT) --data $(R)/wkm-seed/agent_sft.jsonl --out $(R)/agent-wkm --seed $(SEED) \
+	  $(or $(AGENT_SFT_ARGS),$(AGENT_ARGS)) $(TRAIN_ARGS)
 
 # figure 5: pairs of every smaller M and N from the rollouts that are there, a planner and an evaluation of each
 FIG5 = $(shell for m in $$(seq 2 $(M)); do echo m$${m}n$(N); done; for n in $$(seq 1 $$(($(N) - 1))); do echo m$(M)n$$n; done)

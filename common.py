@@ -269,27 +269,32 @@ class Prompts:
     planner.txt   zero-shot: {task} -> plan (paper 4.1 Evaluation; figures 7-9 without the trajectory)
     teacher.txt   {task} and {conversation} -> plan (figures 7-9)
     agent.txt     {example}, {task}, {plan_line} (figures 10-12)
-    examples.json {task type: one-shot example text}; may be missing, then {example} is empty
+    examples.json {task type: one-shot example text}; without it {example} is empty
+
+    What a folder lacks is taken from that of its name's first part: sciworld for sciworld-brief.
     """
 
     def __init__(self, name: str):
         folder = Path(name) if os.sep in name else DATA / name
-        if not (folder / "agent.txt").exists():
+        base = folder.with_name(folder.name.split("-")[0])
+
+        def text(file: str) -> str:
+            return next(((f / file).read_text().strip() for f in (folder, base) if (f / file).exists()), "")
+
+        if not folder.is_dir() or not text("agent.txt"):
             raise InputError(f"no prompts in {folder}: --prompts names a folder with planner.txt and agent.txt "
-                             f"(data/ has {', '.join(sorted(p.parent.name for p in DATA.glob('*/agent.txt')))})")
-        self.planner_text, self.agent_text, self.teacher_text = (
-            (folder / f"{name}.txt").read_text().strip() if (folder / f"{name}.txt").exists() else ""
-            for name in ("planner", "agent", "teacher"))
-        examples = folder / "examples.json"
-        self.examples = json.loads(examples.read_text()) if examples.exists() else {}
+                             f"(data/ has {', '.join(sorted({p.parent.name for p in DATA.glob('*/*.txt')}))})")
+        self.planner_text, self.agent_text, self.teacher_text = map(text, ("planner.txt", "agent.txt", "teacher.txt"))
+        self.examples = json.loads(text("examples.json") or "{}")
 
     def planner(self, u: str) -> list[dict]:
         """Messages that ask the meta planner for p ~ pi_g(.|u)."""
         return [{"role": "user", "content": fill(self.planner_text, task=u)}]
 
-    def teacher(self, u: str, conversation: str) -> list[dict]:
-        """Messages that ask the teacher to abstract the trajectory e of task u into a meta plan."""
-        return [{"role": "user", "content": fill(self.teacher_text, task=u, conversation=conversation)}]
+    def teacher(self, u: str, conversation: str, explored: str = "") -> list[dict]:
+        """Messages that ask the teacher to abstract the trajectory e of task u into a meta plan, or to say what
+        tells it from what an agent `explored`."""
+        return [{"role": "user", "content": fill(self.teacher_text, task=u, conversation=conversation, explored=explored)}]
 
     def agent(self, u: str, plan: str | None, task: str, insert: str = "instruction") -> list[dict]:
         """How an episode begins, a ~ pi_theta(.|u, p): the plan goes into the task instruction, or becomes the

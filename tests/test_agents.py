@@ -1,6 +1,7 @@
 """Agents with training: expert trajectories as conversations, exploration, pairs of whole trajectories (ETO)."""
 
 import json
+import re
 
 import pytest
 from conftest import check_run, run_script, save_model, stage, write_jsonl
@@ -101,6 +102,11 @@ def test_explore(seeded, tmp_path, tiny_model, tokenizer, chat_server):
     assert not any("meta plan" in b["messages"][0]["content"] for b in server.requests)
     pairs = common.read_rows(out / "pairs.jsonl", ("task", "prompt", "chosen", "rejected"))
     assert [p["task"] for p in pairs] == TASKS[1:]
+    [won] = common.read_rows(out / "won.jsonl", ("task", "messages"))
+    assert won["task"] == TASKS[0] and won["messages"][:1] == common.Prompts("sciworld").agent(
+        next(u for u, e in gold.items() if e["task"] == TASKS[0]), None, TASKS[0])
+    assert [m["content"] for m in won["messages"][1::2]] == [f"Action: {a}" for a, _ in next(
+        e for e in gold.values() if e["task"] == TASKS[0])["steps"]]
     before = len(server.requests)
     check_run("03_sample_score.py", *args)
     assert len(server.requests) == before, "nothing is played twice"
@@ -122,3 +128,46 @@ def test_an_agent_that_never_fails_has_nothing_to_learn(seeded, tmp_path, chat_s
     assert result.returncode == 2 and "no failure to learn from" in result.stderr
     result = run_script("03_sample_score.py", "explore", "--experts", tmp_path / "none.jsonl", "--agent_url", server.url, "--out", tmp_path)
     assert result.returncode == 2 and "none.jsonl does not exist" in result.stderr
+
+
+@pytest.mark.parametrize("env", common.ENVIRONMENTS)
+def test_knowagents_prompt(env):
+    """The agent's own prompt with its one-shot example, and for every action what it needs."""
+    usual, knowing = common.Prompts(env), common.Prompts(f"{env}-knowagent")
+    assert knowing.examples == usual.examples and usual.examples
+    listed = [line for line in usual.agent_text.splitlines() if re.match(r"(\d\. )?[a-z][a-z0-9 ]+(OBJ|RECEP|LOC|:)", line)]
+    assert len(listed) >= 9
+    for line in listed:
+        action = line.split(":")[0]
+        assert re.search(rf"^{re.escape(action)}: \w.*; \w", knowing.agent_text, re.M), action
+    assert "{task}{plan_line}" in knowing.agent_text and "what each needs" in knowing.agent_text
+
+
+def test_task_knowledge_from_expert_against_failure(seeded, tmp_path, chat_server):
+    """WKM: the teacher sees both trajectories of each task that the agent failed at, and of no other; the agent learns with the
+    knowledge in its prompt. Rules may begin with "When", which plans may not."""
+    knowledge = "Step 1: When a room is empty, teleport to another room\nStep 2: focus on what the task names"
+
+    def reply(messages, body):
+        return common.plan_reply(knowledge)
+
+    server = chat_server(reply)
+    failures = [tried(t, 0.1 * i, [[f"Action: wrong {i}", "No."]], i) for i in (2, 1) for t in TASKS[1:]]
+    failed = write_jsonl(tmp_path / "explore.jsonl", [*failures, tried(TASKS[0], 1.0, [["Action: right", "Yes."]])])
+    out = tmp_path / "wkm-seed"
+    args = ["--env", "sciworld", "--workers", 1, "--out", out, "--tasks", seeded.parent / "tasks.json", "--plan_share", 1,
+            "--explored", failed]
+    check_run("01_seed_plans.py", *args, "--prompts", "sciworld-wkm", "--teacher", "t", "--teacher_url", server.url)
+    gold = {r["task"]: r for r in common.read_rows(seeded / "trajectories.jsonl")}
+    assert len(server.requests) == 2
+    for body in server.requests:
+        [message] = body["messages"]
+        assert "Action: wrong 1\nObservation: No." in message["content"] and "wrong 2" not in message["content"]
+        assert sum(gold[t]["instruction"] in message["content"] for t in TASKS[1:]) == 1
+    rows = common.read_rows(out / "seed_plans.jsonl")
+    assert [(r["task"], r["plan"]) for r in rows] == [(t, knowledge) for t in TASKS[1:]]
+    assert "task knowledge" in rows[0]["messages"][0]["content"] and "wrong" not in rows[0]["messages"][0]["content"]
+    assert {r["task"]: knowledge in r["messages"][0]["content"] for r in common.read_rows(out / "agent_sft.jsonl")} == {
+        t: t in TASKS[1:] for t in TASKS}
+    result = run_script("01_seed_plans.py", *args, "--teacher", "rules")
+    assert result.returncode == 2 and "--explored needs a teacher" in result.stderr
