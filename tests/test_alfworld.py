@@ -246,6 +246,9 @@ def test_stages(tasks, tmp_path, chat_server):
         spoken = [m["content"] for m in row["messages"][1::2]]
         assert spoken == [f"Action: {a}" for a, _ in e["guided"]], "it acts as one who knows the plan"
         assert len(e["guided"]) <= len(e["steps"])
+        game = ALFWorld()
+        game.reset(row["task"])
+        assert [game.step(common.parse_action(said))[3] for said in spoken][-1], "what the agent is trained to say wins the game again"
 
     def reply(messages, body):
         first = messages[0]["content"]
