@@ -238,7 +238,8 @@ def asked_cells(out: str) -> list[dict]:
     fields = ("agent", "agent_id", "plans", "insert", "split", "tasks")
     rows = common.read_rows(Path(out) / "eval" / "cells.jsonl", fields, missing_ok=True)
     newest = {r["agent"]: r["agent_id"] for r in rows}
-    return [r for r in common.finished(rows, "agent", "plans", "insert", "split").values() if r["agent_id"] == newest[r["agent"]]]
+    cells = [r for r in common.finished(rows, "agent", "plans", "insert", "split").values() if r["agent_id"] == newest[r["agent"]]]
+    return sorted(cells, key=lambda c: (list(newest).index(c["agent"]), rank(c)))
 
 
 # ---- statistics ----------------------------------------------------------------------------------
@@ -449,7 +450,14 @@ def paper_tables(results: list[dict], differences: list[dict]) -> dict[str, Tabl
     return tables
 
 
-COLOURS = ["#b8bfc9", "#6aa5d8", "#1f5fa8", "#e0a458", "#8c6bb1", "#5aa469"]
+COLOURS = {"none": "#b8bfc9", "sft": "#6aa5d8", "mpo": "#1f5fa8", "rft": "#e0a458", "gpt": "#8c6bb1"}
+MORE_COLOURS = ["#5aa469", "#c0625e", "#3d8f9e", "#a08a5b"]
+
+
+def colours(names) -> dict[str, str]:
+    """A colour for each of the settings or agents; a setting has the same one in every figure."""
+    others = [n for n in names if n not in COLOURS]
+    return {**COLOURS, **{n: MORE_COLOURS[i % len(MORE_COLOURS)] for i, n in enumerate(others)}}
 
 
 def axes(width: float, height: float = 3.8, columns: int = 1):
@@ -484,16 +492,16 @@ def bars(results: list[dict], metric: str, path: Path) -> None:
     groups = list(dict.fromkeys((r["agent"], r["split"]) for r in rows))
     settings = list(dict.fromkeys(r["plans"] for r in sorted(rows, key=rank)))
     figure, [axis] = axes(1.5 + 2.2 * len(groups))
-    width = 0.8 / len(settings)
+    width, colour = 0.8 / len(settings), colours(settings)
     for i, setting in enumerate(settings):
         own = [r for r in rows if r["plans"] == setting]
         x = [groups.index((r["agent"], r["split"])) + (i - (len(settings) - 1) / 2) * width for r in own]
         means = [100 * r[metric]["mean"] for r in own]
-        axis.bar(x, means, width * 0.92, yerr=errors([r[metric] for r in own]), capsize=3, color=COLOURS[i % len(COLOURS)],
+        axis.bar(x, means, width * 0.92, yerr=errors([r[metric] for r in own]), capsize=3, color=colour[setting],
                  label=setting_name(setting), error_kw={"lw": 1, "ecolor": "#444"})
         for xi, m in zip(x, means, strict=True):
             axis.text(xi, 0, f"{m:.0f}" if metric != "reward_per_step" else f"{m:.1f}", ha="center", va="bottom", fontsize=8,
-                      color="black" if i == 0 else "white")
+                      color="black" if setting == "none" else "white")
     several = len({agent for agent, _ in groups}) > 1
     axis.set_xticks(range(len(groups)), [f"{short(agent)}\n{split}" if several else split for agent, split in groups])
     axis.set_ylabel(f"{METRICS[metric][0]} x 100")
@@ -508,10 +516,11 @@ def lines(results: list[dict], path: Path) -> None:
     agents, splits = (list(dict.fromkeys(r[k] for r in rows)) for k in ("agent", "split"))
     figure, panels = axes(4 * len(splits), columns=len(splits))
     for axis, split in zip(panels, splits, strict=True):
-        for i, setting in enumerate(dict.fromkeys(r["plans"] for r in sorted(rows, key=rank))):
+        for setting in dict.fromkeys(r["plans"] for r in sorted(rows, key=rank)):
             own = [r for r in rows if (r["plans"], r["split"]) == (setting, split)]
             axis.errorbar([agents.index(r["agent"]) for r in own], [100 * r["reward"]["mean"] for r in own],
-                          yerr=errors([r["reward"] for r in own]), fmt="o-", capsize=3, color=COLOURS[2 * i], label=setting_name(setting))
+                          yerr=errors([r["reward"] for r in own]), fmt="o-", capsize=3, color=colours([setting])[setting],
+                          label=setting_name(setting))
         axis.set_xticks(range(len(agents)), [short(agent) for agent in agents], rotation=20, ha="right")
         axis.set(title=split, ylabel="average reward x 100")
     panels[0].legend(frameon=False)
@@ -525,10 +534,12 @@ def sample_counts(results: list[dict], path: Path) -> None:
     figure, panels = axes(8, columns=2)
     for fixed, axis in enumerate(reversed(panels)):  # fixed 0: M stays, N varies
         most = max(mn[fixed] for mn, _ in rows)
-        for i, agent in enumerate(dict.fromkeys(r["agent"] for _, r in rows)):
+        for agent, colour in colours(dict.fromkeys(r["agent"] for _, r in rows)).items():
+            if agent in COLOURS:
+                continue
             own = sorted(((mn[1 - fixed], r["reward"]) for mn, r in rows if mn[fixed] == most and r["agent"] == agent), key=lambda v: v[0])
             axis.errorbar([x for x, _ in own], [100 * c["mean"] for _, c in own], yerr=errors([c for _, c in own]), fmt="o-", capsize=3,
-                          color=COLOURS[(2 + i) % len(COLOURS)], label=short(agent))
+                          color=colour, label=short(agent))
         axis.set(xlabel=f"{'NM'[fixed]}, {'MN'[fixed]} = {most}", ylabel="average reward x 100")
         axis.xaxis.get_major_locator().set_params(integer=True)
     panels[0].legend(frameon=False)
@@ -676,8 +687,9 @@ def report_html(cells: list[dict], tables: list[Table], figures: list[Path], chu
                           "episodes": [{k: e[k] for k in ("reward", "end", "steps")} for e in episodes],
                           "played": {i: next(n for n, e in enumerate(episodes) if e is row) for i, (row, _) in under.items() if row}})
         blocks.append(packed(block))
-    pictures = "".join(f'<figure><img alt="{html.escape(f.stem)}" src="data:image/png;base64,{base64.b64encode(f.read_bytes()).decode()}">'
-                       f"<figcaption>{html.escape(f.stem)}</figcaption></figure>" for f in figures)
+    titles = {"results": "Average reward", "fig6": "Plans compared by a judge", **{name: title for name, (title, *_) in TABLES.items()}}
+    pictures = "".join(f'<figure><img alt="{titles[f.stem]}" src="data:image/png;base64,{base64.b64encode(f.read_bytes()).decode()}">'
+                       f"<figcaption>{titles[f.stem]}</figcaption></figure>" for f in figures)
     scripts = "".join(f'<script type="text/plain" id="block{i}">{b}</script>\n' for i, b in enumerate(blocks))
     title = " ".join(dict.fromkeys(c["env"] for c in cells))
     return common.fill((common.DATA / "report.html").read_text(), title=html.escape(title), tables="".join(t.html() for t in tables),
@@ -715,7 +727,7 @@ def write_report(out: str, seed: int) -> str:
         plans, rows = judged(out)
         numbers["judged"] = {"plans": plans, **verdicts(rows, plans)}
     common.write_text(folder / "results.json", json.dumps(numbers, indent=1) + "\n")
-    common.write_text(folder / "report.html", report_html(cells, every, figures))
+    common.write_text(folder / "report.html", report_html(cells, [*tables.values(), *every[1::-1]], figures))
     return text
 
 
