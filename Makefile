@@ -35,6 +35,7 @@ RFT_ARGS ?= $(SFT_ARGS)
 # agents and plan settings of the tables, who judges plans (figure 6)
 AGENTS ?= $(if $(AGENT_FILE),$(R)/agent,$(AGENT))
 JUDGE ?= gpt-4o
+JUDGE_ARGS ?=
 # a pattern of arguments to train the agent on the expert's trajectories first; empty: it is not trained
 AGENT_SFT_ARGS ?=
 
@@ -163,7 +164,7 @@ table4: $(R)/results.md
 fig3: $(R)/results.md
 	$(EVALUATE) --plans none sft mpo
 fig6: $(R)/results.md
-	$(BIN) python 05_eval.py judge --out $(R) --judge $(JUDGE) --plans sft mpo --seed $(SEED)
+	$(BIN) python 05_eval.py judge --out $(R) --judge $(JUDGE) --plans sft mpo --seed $(SEED) $(JUDGE_ARGS)
 report: | .venv/ready
 	$(BIN) python 05_eval.py report --out $(R) --seed $(SEED)
 
@@ -254,7 +255,7 @@ WHAT ?= stages
 demo:
 	$(if $(demo_$(ENV)),,$(error there are no demo settings for ENV=$(ENV)))
 	@$(MAKE) $(WHAT) RUN=demo-$(ENV) MODEL_FILES=$(DEMO_MODEL)/config.json PLANNER=$(DEMO_MODEL) AGENT=$(DEMO_MODEL) TEACHER=rules \
-	  JUDGE=$(DEMO_MODEL) TRAIN_ARGS="--batch_size 8 --micro_tokens 2048 --save_steps 20" $(demo_$(ENV))
+	  JUDGE=$(DEMO_MODEL) JUDGE_ARGS="--tokens 300 --max_model_len 4096" TRAIN_ARGS="--batch_size 8 --micro_tokens 2048 --save_steps 20" $(demo_$(ENV))
 	@echo "demo done: runs/demo-$(ENV)/results.md, results.png"
 
 # ---- the project itself ------------------------------------------------------------------------
