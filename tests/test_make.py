@@ -69,6 +69,22 @@ def test_make_demo_trains_the_agent_first(env):
     assert settings(commands, "03_sample_score.py")["agent"].endswith("/agent")
 
 
+@pytest.mark.parametrize("target, said", [
+    ("table2", "--plans none mpo"), ("table3", "--plans none sft gpt rft mpo"), ("table4", "--insert instruction thought observation"),
+    ("table6", "--plans none mpo"), ("fig3", "--plans none sft mpo"), ("fig4", "--agents a b --teacher"),
+    ("fig6", "judge --out runs/q --judge gpt-4o"),
+    ("report", "report --out runs/q"), ("agent-eto ROUNDS=2", "--model runs/q/agent-eto1 --data runs/q/eto2/pairs.jsonl"),
+    ("agent-knowagent", "--prompts sciworld-knowagent"), ("agent-wkm", "--explored runs/q/eto1/explore.jsonl")])
+def test_make_tables_and_agents(target, said):
+    assert said in make("-n", *target.split(), "RUN=q", "AGENTS=a b" if target == "fig4" else "ENV=sciworld")
+
+
+def test_make_fig5_trains_a_planner_for_every_smaller_m_and_n():
+    commands = make("-n", "fig5", "RUN=q", "M=3", "N=2")
+    points = re.findall(r"--data runs/q/fig5/(m\dn\d)\.pairs\.jsonl", commands)
+    assert points == ["m2n2", "m3n2", "m3n1"], "the last but one is linked to mpo when it is made"
+
+
 def test_make_help():
     assert make() == make("help")
     assert all(word in make("help") for word in ("make demo", "make test", "make all", "PLANNER", "AGENT", "TEACHER"))
