@@ -152,7 +152,7 @@ EVERY_AGENT = $(AGENT) $(patsubst %/config.json,%,$(filter-out %/agent-knowagent
 table2 table6: private AGENTS = $(EVERY_AGENT)
 
 .PHONY: table2 table3 table4 table6 fig3 fig4 fig5 fig6 report
-table2 table6 fig4: $(R)/results.md
+table2 table6: $(R)/results.md
 	$(EVALUATE) --plans none mpo
 	if [ -e $(R)/agent-knowagent/config.json ]; then \
 	  $(EVALUATE) --agents $(R)/agent-knowagent --prompts $(ENV)-knowagent --plans none; fi
@@ -163,6 +163,9 @@ table4: $(R)/results.md
 	$(EVALUATE) --plans none mpo --insert instruction thought observation
 fig3: $(R)/results.md
 	$(EVALUATE) --plans none sft mpo
+fig4: $(R)/results.md
+	$(if $(word 2,$(AGENTS)),,$(error fig4 compares agents: make fig4 AGENTS="small medium large"))
+	$(EVALUATE) --plans none mpo
 fig6: $(R)/results.md
 	$(BIN) python 05_eval.py judge --out $(R) --judge $(JUDGE) --plans sft mpo --seed $(SEED) $(JUDGE_ARGS)
 report: | .venv/ready

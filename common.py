@@ -1858,7 +1858,7 @@ def distribute(wrapped, accelerator, a):
             if (p.requires_grad or a.precision == "fp32") and p.dtype != torch.float32:
                 p.data = p.data.float()
         if not own:
-            fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=accelerator.num_processes > 1)
+            fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=None if accelerator.num_processes > 1 else False)
     if own:
         prepared, optimizer = accelerator.prepare(wrapped, optimizer([p for p in wrapped.parameters() if p.requires_grad]))
         prepared.packed = wrapped.packed
