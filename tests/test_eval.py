@@ -124,6 +124,7 @@ def test_results_recomputed_from_the_rows(tmp_path):
     results = json.loads((out / "results.json").read_text())["results"]
     raw = [json.loads(line) for line in (out / "eval" / "rollouts.jsonl").open()]
     assert len(results) == len(agents) * (2 + len(common.INSERTS)) * 3
+    assert all((out / f).stat().st_size > 1000 for f in ("results.png", "fig3.png", "fig4.png")) and (out / "fig4.md").exists()
     for r in results:
         ts = [t for split in tasks for t in tasks[split] if r["split"] in (split, "all")]
         wanted = [(r["agent"], r["insert"], t, plans.get((r["plans"], t))) for t in ts]
