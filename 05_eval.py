@@ -541,7 +541,7 @@ def sample_counts(results: list[dict], path: Path) -> None:
             axis.errorbar([x for x, _ in own], [100 * c["mean"] for _, c in own], yerr=errors([c for _, c in own]), fmt="o-", capsize=3,
                           color=colour, label=short(agent))
         axis.set(xlabel=f"{'NM'[fixed]}, {'MN'[fixed]} = {most}", ylabel="average reward x 100")
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.set_xticks(sorted({mn[1 - fixed] for mn, _ in rows if mn[fixed] == most}))
     panels[0].legend(frameon=False)
     save(figure, path)
 
