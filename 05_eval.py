@@ -314,8 +314,9 @@ def summarise(cells: list[dict], seed: int) -> tuple[list[dict], list[dict]]:
             if ((other["agent"], other["split"]) != (agent, split) or rank(other) >= rank(cell)
                     or not (other["plans"] in ("none", plans) or other["insert"] == insert)):
                 continue
-            both = [(r, other["episodes"][t]) for t, r in cell["episodes"].items() if r and other["episodes"].get(t)]
-            if both and not result["missing"] and all(other["episodes"].values()):
+            if result["missing"] or not all(other["episodes"].values()):
+                continue
+            if both := [(r, other["episodes"][t]) for t, r in cell["episodes"].items() if t in other["episodes"]]:
                 differences.append({"agent": agent, "split": split, "plans": plans, "insert": insert, "tasks": len(both),
                                     "over": {"plans": other["plans"], "insert": other["insert"]},
                                     **{name: paired_bootstrap([value(r) - value(o) for r, o in both], seed)
@@ -427,8 +428,7 @@ def paper_tables(results: list[dict], differences: list[dict]) -> dict[str, Tabl
     for name, (title, metric, plans, inserts) in TABLES.items():
         rows = chosen(results, plans, inserts)
         splits = list(dict.fromkeys(r["split"] for r in rows))
-        keys = list(dict.fromkeys((r["agent"], r["plans"], r["insert"]) for r in sorted(
-            rows, key=lambda r: [x["agent"] for x in rows].index(r["agent"]))))
+        keys = list(dict.fromkeys((r["agent"], r["plans"], r["insert"]) for r in rows))
         agents = {k[0] for k in keys}
         if len({k[1:] for k in keys}) < 2 or (name == "fig4" and len(agents) < 2):
             continue
@@ -438,7 +438,7 @@ def paper_tables(results: list[dict], differences: list[dict]) -> dict[str, Tabl
                       note=f"{METRICS[metric][0].capitalize()}, mean [95% bootstrap interval over tasks].")
         other = {"table4": lambda k: (k[1], "instruction")}.get(name, lambda k: ("none", "instruction"))
         against = {(d["agent"], d["plans"], d["insert"], d["split"], *d["over"].values()): d[metric] for d in differences}
-        with_gain = any((*k, s, *other(k)) in against for k in keys for s in splits[-1:])
+        with_gain = any((*k, splits[-1], *other(k)) in against for k in keys)
         if with_gain:
             table.head.append(f"gain {base}, {splits[-1]}" if len(splits) > 1 else f"gain {base}")
         for k in keys:
@@ -455,9 +455,8 @@ MORE_COLOURS = ["#5aa469", "#c0625e", "#3d8f9e", "#a08a5b"]
 
 
 def colours(names) -> dict[str, str]:
-    """A colour for each of the settings or agents; a setting has the same one in every figure."""
-    others = [n for n in names if n not in COLOURS]
-    return {**COLOURS, **{n: MORE_COLOURS[i % len(MORE_COLOURS)] for i, n in enumerate(others)}}
+    """A colour for each of these settings or agents; a setting has the same one in every figure."""
+    return {n: COLOURS.get(n, MORE_COLOURS[i % len(MORE_COLOURS)]) for i, n in enumerate(names)}
 
 
 def axes(width: float, height: float = 3.8, columns: int = 1):
@@ -535,8 +534,6 @@ def sample_counts(results: list[dict], path: Path) -> None:
     for fixed, axis in enumerate(reversed(panels)):  # fixed 0: M stays, N varies
         most = max(mn[fixed] for mn, _ in rows)
         for agent, colour in colours(dict.fromkeys(r["agent"] for _, r in rows)).items():
-            if agent in COLOURS:
-                continue
             own = sorted(((mn[1 - fixed], r["reward"]) for mn, r in rows if mn[fixed] == most and r["agent"] == agent), key=lambda v: v[0])
             axis.errorbar([x for x, _ in own], [100 * c["mean"] for _, c in own], yerr=errors([c for _, c in own]), fmt="o-", capsize=3,
                           color=colour, label=short(agent))
