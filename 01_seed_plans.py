@@ -123,8 +123,9 @@ async def ask_teacher(teacher, prompts, verbs, e: dict, explored: str, a: Args) 
     return text, reason
 
 
-async def seed_plans(a: Args, trajectories: list[dict], prompts) -> dict[str, str]:
-    """{task: p} for the trajectories whose plan passes quality control; writes both plan files."""
+async def seed_plans(a: Args, trajectories: list[dict], explored: dict[str, str], prompts) -> dict[str, str]:
+    """{task: p} for the trajectories whose plan passes quality control, with --explored of those the agent failed at;
+    writes both plan files."""
     out, cls = Path(a.out), common.environment(a.env)
     kept_path, rejected_path = out / "seed_plans.jsonl", out / "seed_plans.rejected.jsonl"
 
@@ -132,7 +133,6 @@ async def seed_plans(a: Args, trajectories: list[dict], prompts) -> dict[str, st
         return {"task": e["task"], "plan": plan, "teacher": by, "messages":
                 [*prompts.planner(e["instruction"]), {"role": "assistant", "content": common.plan_reply(plan)}]}
 
-    explored = explored_trajectories(a)
     trajectories = [e for e in trajectories if not a.explored or e["task"] in explored]
     verbs = cls.VERBS | (KNOWLEDGE if a.explored else set())
     maker = common.digest(a.teacher, prompts.teacher_text, a.max_plan_steps, explored)
@@ -217,12 +217,11 @@ def main(a: Args) -> None:
     prompts = common.Prompts(a.prompts or a.env)
     if a.teacher != "rules":
         common.check_model(a.teacher, a.teacher_url)
-
-    explored_trajectories(a)
+    explored = explored_trajectories(a)
 
     async def stage():
         trajectories = await expert_trajectories(a)
-        plans = await seed_plans(a, trajectories, prompts)
+        plans = await seed_plans(a, trajectories, explored, prompts)
         agent_conversations(a, trajectories, plans, prompts)
         if not plans:
             raise InputError("no seed plan passed quality control: see seed_plans.rejected.jsonl for the reasons")
