@@ -48,7 +48,7 @@ class Args:
                             "URLs of servers (http://...; several of one model with commas between)")
     plans: List[str] = arg(["none", "sft", "mpo"], "plan settings: none; the planner checkpoint of that name in --out (sft, rft, mpo); "
                            "gpt: --teacher asked directly; or a JSONL file with `task` and `plan`")
-    splits: List[str] = arg(["seen", "unseen"], "splits of the environment")
+    splits: List[str] = arg([], "splits of the environment (default: its test splits, seen and unseen; of WebShop seen alone)")
     insert: List[str] = arg(["instruction"], "where the agent reads the plan: instruction (paper), thought, observation (paper 5.2)")
     teacher: str = arg("gpt-4o", "who writes the plans of --plans gpt (paper: gpt-4o)")
     plans_only: bool = arg(False, "make the plans, for other agents to use, and play nothing")
@@ -779,7 +779,8 @@ def main(a: Args) -> None:
 
     async def stage():
         async with common.EnvPool(a.env, a.workers, a.concurrency, a.ray) as pool:
-            splits = {s: await common.list_tasks(pool, a.env, s, a.tasks, a.types, a.limit) for s in (["tasks"] if a.tasks else a.splits)}
+            splits = {s: await common.list_tasks(pool, a.env, s, a.tasks, a.types, a.limit)
+                      for s in (["tasks"] if a.tasks else a.splits or common.environment(a.env).TESTS)}
             ids = await greedy_plans(a, list(dict.fromkeys(t for ts in splits.values() for t in ts)), pool)
             if a.plans_only:
                 return

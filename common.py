@@ -27,6 +27,7 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -381,6 +382,7 @@ class ScienceWorld:
 
     name = "sciworld"
     shares_tasks = False  # whether sessions of one process share what they know of a task
+    TESTS = ("seen", "unseen")  # its test splits (paper appendix A)
     SIMPLIFICATION = "easy"  # teleport, self-watering pots, open doors, no electrical actions where none are needed
     PER_TYPE = {"train": 120, "seen": 10, "unseen": 10}  # at most this many variations a task type
     MAX_STEPS: dict[str, int] = json.loads((DATA / "sciworld" / "max_steps.json").read_text())
@@ -743,7 +745,7 @@ class ALFWorld:
     version of the games: `put X in/on Y` and `move X to Y`, `toggle X` and `use X`."""
 
     name = "alfworld"
-    shares_tasks = True
+    shares_tasks, TESTS = True, ("seen", "unseen")
     FOLDER, SPLITS = "json_2.1.1", {"train": "train", "seen": "valid_seen", "unseen": "valid_unseen"}
     MAX_STEPS = dict.fromkeys(("pick_and_place_simple", "look_at_obj_in_light", "pick_clean_then_place_in_recep",
                                "pick_heat_then_place_in_recep", "pick_cool_then_place_in_recep", "pick_two_obj_and_place"), 30)
@@ -947,7 +949,552 @@ class ALFWorld:
         return plan
 
 
-ENVIRONMENTS = {"sciworld": ScienceWorld, "alfworld": ALFWorld}
+class Shop:
+    """WebShop's products, goals and search index, made once from the benchmark's files and then memory mapped: all
+    workers of a machine share one copy of them, and a worker's own memory does not grow with the catalogue.
+
+    products.jsonl    a product a line; products.npy where each line begins
+    goals.npy         goals in the benchmark's order: product, its instruction, combination of options, price ceiling
+    bm25/             BM25 weights (bm25s); words.npy digests of the words they are for, sorted, and their numbers"""
+
+    RESULTS, VERSION = 50, 1
+    WORD = re.compile(r"\w+")
+    STOP = set("a an and are as at be but by for if in into is it no not of on or such that the their then there these they this "
+               "to was will with".split())
+
+    def __init__(self, folder: Path):
+        import bm25s
+        import numpy as np
+
+        self.np = np
+        self.offsets, self.goals, self.words, self.word_ids = (
+            np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("products", "goals", "words", "word_ids"))
+        self.file = (folder / "products.jsonl").open("rb")
+        self.bm25 = bm25s.BM25.load(folder / "bm25", mmap=True, load_vocab=False)
+        self.product = functools.lru_cache(512)(self._product)
+
+    @classmethod
+    @functools.cache
+    def open(cls) -> Shop:
+        """The shop of $WEBSHOP_DATA: a folder with the benchmark's files, or one items_shuffle file. Built on first use,
+        which takes about 20 minutes for all 1.18 million products, in ~/.cache/mpo (XDG_CACHE_HOME)."""
+        try:
+            import bm25s  # noqa: F401
+            import Stemmer  # noqa: F401
+            import thefuzz  # noqa: F401
+        except ImportError as e:
+            raise InputError(f"WebShop needs {e.name}: pip install bm25s PyStemmer thefuzz") from None
+        files = cls.files()
+        stats = [(k, str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for k, p in files.items()]
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mpo"
+        folder = cache / f"webshop-{digest(cls.VERSION, stats)}"
+        if not folder.exists():
+            cache.mkdir(parents=True, exist_ok=True)
+            with (cache / f"{folder.name}.lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # workers that start together: one builds, the others wait
+                if not folder.exists():
+                    temporary = folder.with_name(folder.name + ".tmp")
+                    shutil.rmtree(temporary, ignore_errors=True)
+                    temporary.mkdir()
+                    cls.build(files, temporary)
+                    temporary.rename(folder)
+        return cls(folder)
+
+    @staticmethod
+    def files() -> dict[str, Path]:
+        """{"products", "attributes", "human" where it is there: path}."""
+        where = os.environ.get("WEBSHOP_DATA")
+        if not where:
+            raise InputError("WebShop needs its data: set WEBSHOP_DATA to the folder with items_shuffle*.json and items_ins_v2*.json")
+        where = Path(where).expanduser()
+        found = [where] if where.is_file() else list(where.glob("items_shuffle*.json"))
+        if not found:
+            raise InputError(f"no items_shuffle*.json in {where} (WEBSHOP_DATA): the folder with WebShop's data files, or one of them")
+        # of several catalogues the largest: items_shuffle.json has all products, items_shuffle_1000.json a thousand
+        products = max(found, key=lambda p: p.stat().st_size)
+        size = products.stem.removeprefix("items_shuffle")
+        attributes = products.with_name(f"items_ins_v2{size}.json")
+        if not attributes.exists():
+            raise InputError(f"{attributes} is missing: the attributes of the products in {products.name}")
+        kind, human = os.environ.get("WEBSHOP_GOALS", ""), products.with_name("items_human_ins.json")
+        if kind not in ("", "human", "attributes") or (kind == "human" and not human.exists()):
+            raise InputError(f"WEBSHOP_GOALS={kind}: must be human, which needs {human}, or attributes")
+        return {"products": products, "attributes": attributes, **({"human": human} if human.exists() and kind != "attributes" else {})}
+
+    # -- building ----------------------------------------------------------------------------------
+
+    @staticmethod
+    def stream(path: Path):
+        """The elements of a JSON list, or (key, value) of an object, without holding the file in memory."""
+        decoder, text, at, end = json.JSONDecoder(), "", 0, False
+        with path.open(encoding="utf-8", errors="replace") as f:
+
+            def more() -> None:
+                nonlocal text, at, end
+                chunk = f.read(1 << 22)
+                text, at, end = text[at:] + chunk, 0, not chunk
+
+            def skip(characters: str) -> str:
+                nonlocal at
+                while True:
+                    while at < len(text) and text[at] in characters:
+                        at += 1
+                    if at < len(text) or end:
+                        return text[at : at + 1]
+                    more()
+
+            def value():
+                nonlocal at
+                while True:
+                    try:
+                        found, stop = decoder.raw_decode(text, at)
+                        if stop < len(text) or end:  # a number may go on in the next chunk
+                            at = stop
+                            return found
+                    except ValueError as e:
+                        if end:
+                            raise InputError(f"{path} is not whole JSON ({e.msg}): fetch it again") from None
+                    more()
+
+            kind = skip(" \t\r\n\ufeff")
+            if kind not in ("[", "{"):
+                raise InputError(f"{path} must be a JSON list or object")
+            at += 1
+            while skip(" \t\r\n,") not in ("]", "}", ""):
+                first = value()
+                if kind == "{":
+                    skip(" \t\r\n:")
+                    first = first, value()
+                yield first
+            if not skip(" \t\r\n,"):
+                raise InputError(f"{path} ends in the middle: fetch it again")
+
+    @staticmethod
+    def text(value) -> str:
+        """Anything as one line of valid text: half of a surrogate pair cannot be written to a file."""
+        if value is None or value != value:
+            return ""
+        if isinstance(value, list):
+            return " ".join(map(Shop.text, value))
+        value = " ".join(str(value).split())
+        return value if value.isascii() else value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+    @classmethod
+    def cleaned(cls, row: dict) -> dict:
+        """A product as the pages and the reward need it, by the benchmark's rules. Raises `ValueError` with the reason
+        why it cannot be sold."""
+        if not isinstance(row, dict):
+            raise ValueError("not an object")
+        asin, name = cls.text(row.get("asin")), cls.text(row.get("name"))
+        if not asin or asin == "nan" or len(asin) > 10:
+            raise ValueError("asin missing or longer than 10 characters")
+        if not name:
+            raise ValueError("no name")
+        prices = []
+        for part in cls.text(row.get("pricing")).split("$")[1:]:
+            with contextlib.suppress(ValueError):
+                prices.append(float(re.sub(r"[^\d.]", "", part)))
+        prices = prices[:2] or [100.0]  # the benchmark's price of what has none
+        options = {}
+        for option, contents in (row.get("customization_options") or {}).items() if isinstance(
+                row.get("customization_options"), dict) else ():
+            values = [" ".join(cls.text(c["value"]).replace("/", " | ").lower().split())
+                      for c in contents or () if isinstance(c, dict) and c.get("value")]
+            if values := list(dict.fromkeys(v for v in values if v)):
+                options[cls.text(option).lower()] = values
+        bullets = row.get("small_description")
+        return {"asin": asin, "name": name, "description": cls.text(row.get("full_description")),
+                "features": [t for b in (bullets if isinstance(bullets, list) else [bullets]) if (t := cls.text(b))],
+                "prices": prices, "options": options, "query": cls.text(row.get("query")).lower(), "category": cls.text(row.get("category")),
+                "product_category": cls.text(row.get("product_category")), "rating": cls.text(row.get("average_rating")) or "N.A."}
+
+    @classmethod
+    def build(cls, files: dict[str, Path], folder: Path) -> None:
+        """Write the shop to `folder`: one pass over the products, then the index."""
+        import array
+
+        import bm25s
+        import numpy as np
+        import Stemmer
+        from tqdm import tqdm
+
+        attributes = {asin: json.dumps(v).encode() for asin, v in cls.stream(files["attributes"])}
+        human = dict(cls.stream(files["human"])) if "human" in files else None
+        draw, stemmer = random.Random(42), Stemmer.Stemmer("porter")
+        vocabulary: dict[str, int] = {}
+        numbers, documents, offsets, prices = {}, [], array.array("q", [0]), array.array("d")
+        seen, wants, left_out = set(), [], collections.Counter()
+        with (folder / "products.jsonl").open("wb") as f:
+            for row in tqdm(cls.stream(files["products"]), desc="WebShop's products", unit=" products"):
+                try:
+                    p = cls.cleaned(row)
+                    if p["asin"] in seen:
+                        raise ValueError("asin for the second time")
+                except ValueError as e:
+                    left_out[str(e)] += 1
+                    continue
+                seen.add(p["asin"])
+                known = json.loads(attributes.get(p["asin"], b"{}"))
+                p["attributes"] = [cls.text(t) for t in known.get("attributes") or ()]
+                said = human.get(p["asin"], []) if human is not None else [known] if known.get("instruction") else []
+                p["wants"] = [{"text": cls.text(w.get("instruction")), "attributes": [cls.text(t) for t in w["instruction_attributes"]],
+                               "options": w.get("instruction_options") if human is not None else None}
+                              for w in said if w.get("instruction_attributes")]
+                # a product with a price range has one price in an episode, drawn here once and for all
+                p["price"] = p["prices"][0] if len(p["prices"]) == 1 else draw.uniform(*p["prices"])
+                wants += [(len(prices), w, 1 if human is not None else cls.combinations(p)) for w in range(len(p["wants"]))]
+                prices.append(p["price"])
+                f.write(json.dumps(p).encode() + b"\n")
+                offsets.append(f.tell())
+                text = " ".join([p["name"], p["description"], *p["features"][:1],
+                                 ", and ".join(f"{k}: {', '.join(v)}" for k, v in p["options"].items())]).lower()
+                ids = array.array("i")
+                for word in cls.WORD.findall(text):
+                    number = numbers.get(word)
+                    if number is None:
+                        number = numbers[word] = (-1 if word in cls.STOP else
+                                                  vocabulary.setdefault(stemmer.stemWord(word), len(vocabulary)))
+                    if number >= 0:
+                        ids.append(number)
+                documents.append(ids)
+        if not prices:
+            raise InputError(f"{files['products']} has no product that can be sold"
+                             + "".join(f"; {n} left out: {why}" for why, n in left_out.items()))
+        if left_out:
+            print(f"{files['products'].name}: {left_out.total()} products left out: "
+                  + ", ".join(f"{n} {why}" for why, n in left_out.most_common()), file=sys.stderr, flush=True)
+        goals = []
+        for product, want, combinations in wants:
+            above = [10.0 * i for i in range(1, 100) if 10.0 * i > prices[product]][:4]
+            ceiling = max(draw.sample(above, 2)) if len(above) >= 2 else math.inf
+            goals += [(product, want, c, ceiling) for c in range(combinations)]
+        random.Random(233).shuffle(goals)  # the benchmark's own shuffle
+        np.save(folder / "goals.npy", np.array(goals, dtype=[("product", "i4"), ("want", "i4"), ("combination", "i4"), ("ceiling", "f8")]))
+        np.save(folder / "products.npy", np.frombuffer(offsets, dtype=np.int64))
+        index = bm25s.BM25(k1=0.9, b=0.4)  # of the benchmark's search engine
+        index.index((documents, vocabulary), show_progress=len(documents) > 20_000)
+        index.vocab_dict = {}
+        index.save(folder / "bm25", show_progress=False)
+        names = np.array([cls.word_key(w) for w in vocabulary], dtype=np.uint64)
+        order = np.argsort(names)
+        np.save(folder / "words.npy", names[order])
+        np.save(folder / "word_ids.npy", order.astype(np.int32))
+
+    @staticmethod
+    def combinations(product: dict) -> int:
+        return math.prod(len(v) for v in product["options"].values())
+
+    @staticmethod
+    def word_key(word: str) -> int:
+        return int.from_bytes(hashlib.blake2b(word.encode("utf-8", "replace"), digest_size=8).digest(), "big")
+
+    # -- use ---------------------------------------------------------------------------------------
+
+    def _product(self, i: int) -> dict:
+        start, stop = int(self.offsets[i]), int(self.offsets[i + 1])
+        return json.loads(os.pread(self.file.fileno(), stop - start, start))
+
+    def goal(self, number: int) -> dict:
+        """{"product", "text", "attributes", "options", "ceiling"} of a goal: what is to be bought, in words and in fact."""
+        i, want, combination, ceiling = self.goals[number].item()
+        product = self.product(i)
+        wanted, text = product["wants"][want], product["wants"][want]["text"].strip(".")
+        options = wanted["options"]
+        if options is None:  # of the attribute file: one of the combinations of the product's options
+            chosen = {}
+            for name in sorted(product["options"], reverse=True):
+                combination, k = divmod(combination, len(product["options"][name]))
+                chosen[name] = product["options"][name][k]
+            options = {name: chosen[name] for name in sorted(chosen)}
+            text += " with " + ", and ".join(f"{k}: {v}" for k, v in options.items()) if options else ""
+        options = list(options.values() if isinstance(options, dict) else options or ())
+        text += f", and price lower than {ceiling:.2f} dollars" if ceiling < math.inf else ""
+        return {"product": i, "text": text, "attributes": wanted["attributes"], "options": [self.text(o).lower() for o in options],
+                "ceiling": ceiling}
+
+    def search(self, keywords: str) -> list[int]:
+        """The products that match best, at most 50, the best first; of equal ones the first in the catalogue."""
+        ids = []
+        for word in self.WORD.findall(keywords.lower()):
+            key = self.np.uint64(self.word_key(self.stem(word)))
+            at = int(self.np.searchsorted(self.words, key))
+            if word not in self.STOP and at < len(self.words) and self.words[at] == key:
+                ids.append(int(self.word_ids[at]))
+        if not ids:
+            return []
+        scores = self.bm25.get_scores_from_ids(ids)
+        k = min(self.RESULTS, len(scores))
+        best = self.np.argpartition(-scores, k - 1)[:k]
+        return [int(i) for i in best[self.np.lexsort((best, -scores[best]))] if scores[i] > 0]
+
+    @staticmethod
+    @functools.cache
+    def stem(word: str) -> str:
+        import Stemmer
+
+        return Stemmer.Stemmer("porter").stemWord(word)
+
+
+@functools.cache
+def part_of_speech_tagger():
+    """spaCy's English model, or None where it is not installed."""
+    with contextlib.suppress(ImportError, OSError):
+        import spacy
+
+        return spacy.load("en_core_web_sm", disable=["parser", "ner", "lemmatizer"])
+
+
+class WebShop:
+    """WebShop's text mode (Yao et al. 2022), one object a session; all workers of a machine share one `Shop`.
+
+    Reward in [0, 1], for what is bought: (attributes + options + price that are right) / (attributes + options + 1),
+    times how far it is the right type of product. Success: reward 1."""
+
+    name = "webshop"
+    shares_tasks, TESTS = False, ("seen",)
+    MAX_STEPS = {"goal": 15}
+    VERBS = set("search click choose check compare find look read open select repeat go buy".split())
+    SPLITS = {"train": (1500, 1624), "seen": (0, 200)}  # first goal, number of goals (paper appendix A); there is no unseen test
+    PAGES = ("description", "features", "reviews", "attributes")
+
+    def __init__(self, sessions: int = 8):
+        self.shop = Shop.open()
+
+    @classmethod
+    def prepare(cls) -> None:
+        """Build the index where there is none, with a bar, before workers start and wait for it."""
+        Shop.open()
+
+    # -- the protocol ------------------------------------------------------------------------------
+
+    def tasks(self, split: str) -> list[str]:
+        """The split's tasks, 'goal/NUMBER', numbered in the benchmark's order, which is shuffled: test are the first 200
+        goals, train the first 1,624 from goal 1,500 on. A catalogue with fewer goals than that gives the goals of a
+        quarter of its products to the test, those of the others to train; each product's first goals come first."""
+        if split not in self.SPLITS:
+            raise InputError(f"unknown split {split!r}: one of {', '.join(self.SPLITS)}")
+        first, count = self.SPLITS[split]
+        n = len(self.shop.goals)
+        if n > self.SPLITS["train"][0]:
+            return [f"goal/{i}" for i in range(first, min(n, first + count))]
+        by_product: dict[int, list[int]] = {}
+        for i, product in enumerate(self.shop.goals["product"].tolist()):
+            by_product.setdefault(product, []).append(i)
+        quarter = len(by_product) // 4
+        columns = list(by_product.values())[:quarter] if split == "seen" else list(by_product.values())[quarter:]
+        return [f"goal/{c[i]}" for i in range(max(map(len, columns), default=0)) for c in columns if i < len(c)][:count]
+
+    @classmethod
+    def max_steps(cls, task: str) -> int:
+        return cls.MAX_STEPS[task_type(task)]
+
+    @classmethod
+    def check(cls, task: str) -> None:
+        number = task.rsplit("/", 1)[-1]
+        if task_type(task) not in cls.MAX_STEPS or not number.isdigit() or int(number) >= len(Shop.open().goals):
+            raise InputError(f"unknown WebShop task {task!r}: it must be goal/NUMBER with NUMBER below {len(Shop.open().goals)}")
+
+    def reset(self, task: str) -> str:
+        """Start `task` at the search page; the instruction u."""
+        self.check(task)
+        self.goal = self.shop.goal(int(task.rsplit("/", 1)[1]))
+        self.show("search")
+        self.hits, self.keywords, self.number = [], "", 1
+        return self.goal["text"]
+
+    def show(self, page: str, product: int | None = None) -> None:
+        self.page, self.item, self.options = page, product, {}
+
+    def step(self, action: str) -> tuple[str, float, bool, bool]:
+        """(observation, reward so far, done, success)."""
+        match = re.fullmatch(r"(search|click)\s*\[(.*)\]", action.strip(), re.I | re.S)
+        verb, what = (match[1].lower(), " ".join(match[2].lower().split())) if match else ("", "")
+        told = ""
+        if verb == "search" and what and self.page == "search":
+            self.hits, self.keywords, self.number = self.shop.search(what), what, 1
+            self.show("results")
+        elif verb != "click" or what not in self.clickable():
+            return f"That is not possible here, nothing happens.\n{self.available()}", 0.0, False, False
+        elif what == "buy now":
+            reward = self.reward()
+            return f"You have bought {self.shop.product(self.item)['asin']}.", reward, True, reward == 1.0
+        elif what == "back to search":
+            self.show("search")
+        elif what in ("next >", "< prev") and self.page == "results":
+            self.number += 1 if what == "next >" else -1
+        elif what == "< prev":
+            if self.page == "item":
+                self.show("results")
+            else:
+                self.page = "item"
+        elif self.page == "results":
+            self.show("item", next(i for i in self.listed() if self.shop.product(i)["asin"].lower() == what))
+        elif what in self.PAGES:
+            self.page = what
+        else:
+            name = [k for k, values in self.shop.product(self.item)["options"].items() if what in values][-1]
+            self.options[name] = what
+            told = f"You have clicked {what}.\n"
+        return f"{told}{self.text()}\n{self.available()}", 0.0, False, False
+
+    def listed(self) -> list[int]:
+        """The products on this page of the results, 10 a page."""
+        return self.hits[10 * self.number - 10 : 10 * self.number]
+
+    def clickable(self) -> list[str]:
+        """What can be clicked on this page, in lower case."""
+        if self.page == "search":
+            return []
+        if self.page == "results":
+            return ["back to search", *["< prev"] * (self.number > 1), *["next >"] * (10 * self.number < len(self.hits)),
+                    *(self.shop.product(i)["asin"].lower() for i in self.listed())]
+        if self.page in self.PAGES:
+            return ["back to search", "< prev"]
+        options = [v for values in self.shop.product(self.item)["options"].values() for v in values]
+        return list(dict.fromkeys(["back to search", "< prev", *options, *self.PAGES, "buy now"]))
+
+    def available(self) -> str:
+        return "Available actions: " + (", ".join(f"click[{c}]" for c in self.clickable()) or "search[keywords]")
+
+    def text(self) -> str:
+        """The page in the benchmark's text mode: its visible texts with [SEP] between them."""
+        parts = ["Instruction:", self.goal["text"]]
+        product = self.shop.product(self.item) if self.item is not None else None
+        if self.page == "search":
+            parts = ["WebShop", *parts, "Search"]
+        elif self.page == "results":
+            parts += ["Back to Search", f"Page {self.number} (Total results: {len(self.hits)})", *["< Prev"] * (self.number > 1),
+                      *["Next >"] * (10 * self.number < len(self.hits))]
+            for p in map(self.shop.product, self.listed()):
+                parts += [p["asin"], p["name"], self.price_tag(p)]
+        elif self.page == "item":
+            parts += ["Back to Search", "< Prev"]
+            for option, values in product["options"].items():
+                parts += [option, *values]
+            parts += [product["name"], f"Price: {self.price_tag(product)}", f"Rating: {product['rating']}", "Description", "Features",
+                      "Reviews", "Attributes", "Buy Now"]
+        else:
+            shown = {"description": [product["description"]], "features": product["features"] or ["No Features"],
+                     "reviews": ["No reviews found"],
+                     "attributes": [*product["attributes"], product["category"], product["query"], product["product_category"]]}
+            parts += ["Back to Search", "< Prev", *filter(None, shown[self.page])]
+        return " [SEP] ".join(parts)
+
+    @staticmethod
+    def price_tag(product: dict) -> str:
+        return " to ".join(f"${p}" for p in product["prices"])
+
+    @classmethod
+    def failed(cls, observation: str) -> bool:
+        """Whether the observation says that the action was not understood (nothing happened)."""
+        return observation.startswith("That is not possible here")
+
+    # -- reward ------------------------------------------------------------------------------------
+
+    def reward(self) -> float:
+        """The benchmark's reward for buying the product of this page with the options chosen."""
+        bought, wanted, goal = self.shop.product(self.item), self.shop.product(self.goal["product"]), self.goal
+        right = (sum(self.has_attribute(bought, a) for a in goal["attributes"])
+                 + self.matching_options(list(self.options.values()), goal["options"]) + (bought["price"] <= goal["ceiling"]))
+        return right / (len(goal["attributes"]) + len(goal["options"]) + 1) * self.type_reward(bought, wanted)
+
+    @staticmethod
+    def has_attribute(product: dict, attribute: str) -> bool:
+        from thefuzz import fuzz
+
+        return any(fuzz.token_set_ratio(a, attribute) > 85 for a in product["attributes"]) or any(
+            attribute in text.lower() for text in (product["name"], " ".join(product["features"]), product["description"]))
+
+    @classmethod
+    def matching_options(cls, chosen: list[str], wanted: list[str]) -> int:
+        """How many of the wanted options are among the chosen ones."""
+        from thefuzz import fuzz
+
+        chosen = [cls.basic_colour(o) for o in chosen]
+        return sum(any(fuzz.token_set_ratio(o, cls.basic_colour(w)) > 85 for o in chosen) for w in wanted)
+
+    @classmethod
+    def basic_colour(cls, option: str) -> str:
+        """An option's colour by its plain name, 'light heather grey' as 'grey'; other options as they are."""
+        return next((c for c in cls.COLOURS if re.search(rf"\b{c}\b", option)), option)
+
+    # a name with several of them is reduced to the first in this order
+    COLOURS = sorted("aqua beige black blonde blue bronze brown burgundy charcoal copper coral cream cyan gold gray green grey indigo ivory "
+                     "khaki lavender lilac lime magenta maroon mauve mint multicolor mustard navy olive orange peach pink plum purple red rose "
+                     "rust sage salmon sand silver tan taupe teal turquoise violet walnut white wine yellow".split())
+
+    @classmethod
+    def type_reward(cls, bought: dict, wanted: dict) -> float:
+        """How far what was bought is the right type of product: 1, 0.5, 0.1 or 0."""
+        nouns = cls.nouns(wanted["name"])
+        share = len(set(nouns) & set(cls.nouns(bought["name"]))) / len(nouns) if nouns else 0.2
+        if share == 0:
+            return 0.0
+        if share < 0.1:
+            return 0.1
+
+        def categories(product):
+            return {c.strip() for c in product["product_category"].split("\u203a")}
+
+        same = bought["query"] == wanted["query"] or len(categories(bought) & categories(wanted)) >= 2 or share > 0.2
+        return 1.0 if same else 0.5
+
+    @staticmethod
+    @functools.lru_cache(4096)
+    def nouns(title: str) -> list[str]:
+        """The nouns of a title, in lower case: by spaCy where en_core_web_sm is installed, else all words of three
+        letters and more but the most common words that are none."""
+        if tagger := part_of_speech_tagger():
+            return [t.text.lower() for t in tagger(title) if t.pos_ in ("NOUN", "PROPN")]
+        return [w for w in re.findall(r"[^\W\d_]{3,}", title.lower()) if w not in WebShop.NO_NOUNS]
+
+    NO_NOUNS = set("the and for with from this that these those your our their its are was has have not all any each every more most other "
+                   "some such than too very can will just only own same both into over under out off per via non new great good best "
+                   "perfect small medium large big long short high low soft hard light dark heavy easy fast free full easily made "
+                   "adjustable portable comfortable durable elegant casual vintage modern classic natural organic pure fresh white "
+                   "black red blue green pink grey gray brown yellow purple orange".split())
+
+    # -- the expert --------------------------------------------------------------------------------
+
+    def expert(self, task: str) -> dict | None:
+        """{"instruction", "steps": [[action, observation], ...], "reward", "by"}: search the product's kind and the wanted
+        attributes (or else the instruction's own words), open the goal's product on whichever page lists it, choose the
+        options, buy. None where no search lists it, where it earns less than 0.8, or it takes too many steps."""
+        u = self.reset(task)
+        target, goal = self.shop.product(self.goal["product"]), self.goal
+        for by, keywords in (("attributes", " ".join([target["query"], *goal["attributes"]])),
+                             ("instruction", re.sub(r", and price lower.*|[\[\]]", "", u))):
+            self.reset(task)
+            hits = self.shop.search(keywords.lower())
+            if goal["product"] not in hits:
+                continue
+            chosen = [max(values, key=lambda v: (v in goal["options"], self.matching_options([v], goal["options"])))
+                      for values in target["options"].values() if any(self.matching_options([v], goal["options"]) for v in values)]
+            actions = [f"search[{keywords.lower()}]", *["click[next >]"] * (hits.index(goal["product"]) // 10),
+                       f"click[{target['asin'].lower()}]", *(f"click[{v}]" for v in chosen), "click[buy now]"]
+            steps, reward = [], 0.0
+            for action in actions[: self.max_steps(task)]:
+                observation, reward, done, _ = self.step(action)
+                steps.append([action, observation])
+            if reward >= 0.8:
+                return {"instruction": u, "steps": steps, "reward": reward, "by": by}
+        return None
+
+    @staticmethod
+    def abstract(u: str, steps: list) -> list[str]:
+        """The `rules` teacher: expert actions -> plan steps, without what holds for this one product only."""
+        actions = [a for a, _ in steps]
+        chosen = [o.split("\n")[0] for _, o in steps if o.startswith("You have clicked")]
+        plan = ["search for the kind of product together with the attributes that the task asks for"]
+        if "click[next >]" in actions:
+            plan.append("click through the pages of results until a product fits all of them")
+        plan.append("click the product whose title has the attributes" + (" and whose price is below the limit" if "price lower" in u else ""))
+        if chosen:
+            plan.append("choose the option that the task names" if len(chosen) == 1 else "choose each of the options that the task names")
+        return [*plan, "buy it"]
+
+
+ENVIRONMENTS = {"sciworld": ScienceWorld, "alfworld": ALFWorld, "webshop": WebShop}
 
 
 def environment(name: str):
@@ -1127,6 +1674,7 @@ class EnvPool:
 
     def __init__(self, env: str, workers: int, sessions: int = 64, ray: bool = False):
         self.shares_tasks, self.homes = environment(env).shares_tasks, {}
+        getattr(environment(env), "prepare", lambda: None)()
         self.workers = [(RayWorker if ray else Worker)(env, max(1, sessions // workers)) for _ in range(workers)]
         self.count = 0
         if ray:
@@ -1794,8 +2342,6 @@ def can_pack(model) -> bool:
 def learning_rate(step: int, total: int, peak: float, warmup_ratio: float, shape: str = "cosine") -> float:
     """Learning rate of optimizer step 0 .. total - 1: linear warm-up over the first `warmup_ratio` of
     all steps, then half a cosine to zero (paper 4.1), a line to zero, or constant."""
-    import math
-
     warmup = math.ceil(total * warmup_ratio)
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -1933,8 +2479,6 @@ class Training:
     def check(self, done: int, loss: float, norm: float, rows: list) -> None:
         """Raise `InputError` before the weights take a step that they would not come back from: a loss or
         gradient that is not finite, or a loss 10 times the highest of the first ten steps."""
-        import math
-
         early = [row["loss"] for row in self.log[:10]]
         if not math.isfinite(loss + norm) or (len(early) == 10 and loss > 10 * max(early)):
             raise InputError(f"the loss is {loss:.4g} and the gradient's norm {norm:.4g} at step {done}: lower --lr, or look at "
