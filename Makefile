@@ -47,9 +47,9 @@ AGENT_FILE := $(if $(AGENT_SFT_ARGS),$(R)/agent/config.json)
 .PRECIOUS: $(R)/%.jsonl $(R)/%/config.json $(R)/results.md $(R)/fig5/%.pairs.jsonl $(R)/fig5/%/config.json
 
 help:
-	@echo "make demo            the whole method, small, on this machine: table and picture in runs/demo-$(ENV)/ (ENV: sciworld, alfworld)"
+	@echo "make demo            the whole method, small, on this machine: table and picture in runs/demo-$(ENV)/ (ENV: sciworld, alfworld, webshop)"
 	@echo "make test            unit tests and smoke tests of every stage on tiny models"
-	@echo "make all ENV=sciworld   the paper's settings, for a machine with 8 GPUs (ENV: sciworld, alfworld); RUN=name for another run folder"
+	@echo "make all ENV=sciworld   the paper's settings, for a machine with 8 GPUs (ENV: sciworld, alfworld, webshop); RUN=name for another run folder"
 	@echo "make seed | sft | score | dpo | eval ENV=...   one stage and what it needs"
 	@echo "make table2 | table3 | table4 | table6 | fig3 | fig4 | fig5 | fig6 ENV=...   a table or figure of the paper: AGENTS=..., JUDGE=..."
 	@echo "make agent-sft | agent-eto ENV=... ROUNDS=1   train the agent: on the expert's trajectories, then by exploration (ETO)"
@@ -252,6 +252,17 @@ demo_alfworld := M=4 N=1 \
   EXPLORE_ARGS="--max_steps 20 --max_model_len 3072 --agent_tokens 32 --concurrency 32" \
   ETO_ARGS="--beta 0.1 --lr 1e-5 --warmup_ratio 0.1 --epochs 2" \
   EVAL_ARGS="--limit 24 --max_steps 20 --max_model_len 3072 $(DEMO_SERVE)"
+
+demo_webshop := M=4 N=1 \
+  ENV_ARGS="--prompts webshop-brief --observation_chars 1600 --workers 2" \
+  SEED_PLANS_ARGS="--limit 64 --plan_share 0.9" \
+  AGENT_SFT_ARGS="--lr 3e-4 --epochs 2 --warmup_ratio 0.05" \
+  SFT_ARGS="--lr 2e-4 --epochs 2 --warmup_ratio 0.05" \
+  SCORE_ARGS="--limit 32 --max_steps 10 --max_model_len 6144 $(DEMO_SERVE)" \
+  DPO_ARGS="--beta 0.1 --lr 2e-5 --warmup_ratio 0.1 --epochs 3" \
+  EXPLORE_ARGS="--max_steps 10 --max_model_len 6144 --agent_tokens 32 --concurrency 32" \
+  ETO_ARGS="--beta 0.1 --lr 1e-5 --warmup_ratio 0.1 --epochs 2" \
+  EVAL_ARGS="--limit 48 --max_steps 10 --max_model_len 6144 $(DEMO_SERVE)"
 
 # or any of the tables and figures: make demo WHAT="table3 fig5"
 WHAT ?= stages

@@ -1095,18 +1095,18 @@ class Shop:
             with contextlib.suppress(ValueError):
                 prices.append(float(re.sub(r"[^\d.]", "", part)))
         prices = prices[:2] or [100.0]  # the benchmark's price of what has none
-        options = {}
-        for option, contents in (row.get("customization_options") or {}).items() if isinstance(
-                row.get("customization_options"), dict) else ():
-            values = [" ".join(cls.text(c["value"]).replace("/", " | ").lower().split())
-                      for c in contents or () if isinstance(c, dict) and c.get("value")]
-            if values := list(dict.fromkeys(v for v in values if v)):
-                options[cls.text(option).lower()] = values
+        options, offered = {}, row.get("customization_options")
+        for option, contents in offered.items() if isinstance(offered, dict) else ():
+            values = [cls.text(c["value"]) for c in contents or () if isinstance(c, dict) and c.get("value")]
+            values = [" ".join(v.replace("/", " | ").lower().split()) for v in values if v]
+            if values:
+                options[cls.text(option).lower()] = list(dict.fromkeys(values))
         bullets = row.get("small_description")
-        return {"asin": asin, "name": name, "description": cls.text(row.get("full_description")),
-                "features": [t for b in (bullets if isinstance(bullets, list) else [bullets]) if (t := cls.text(b))],
-                "prices": prices, "options": options, "query": cls.text(row.get("query")).lower(), "category": cls.text(row.get("category")),
-                "product_category": cls.text(row.get("product_category")), "rating": cls.text(row.get("average_rating")) or "N.A."}
+        features = [cls.text(b) for b in (bullets if isinstance(bullets, list) else [bullets])]
+        return {"asin": asin, "name": name, "description": cls.text(row.get("full_description")), "features": list(filter(None, features)),
+                "prices": prices, "options": options, "rating": cls.text(row.get("average_rating")) or "N.A.",
+                "query": cls.text(row.get("query")).lower(), "category": cls.text(row.get("category")),
+                "product_category": cls.text(row.get("product_category"))}
 
     @classmethod
     def build(cls, files: dict[str, Path], folder: Path) -> None:
@@ -1137,7 +1137,8 @@ class Shop:
                 known = json.loads(attributes.get(p["asin"], b"{}"))
                 p["attributes"] = [cls.text(t) for t in known.get("attributes") or ()]
                 said = human.get(p["asin"], []) if human is not None else [known] if known.get("instruction") else []
-                p["wants"] = [{"text": cls.text(w.get("instruction")), "attributes": [cls.text(t) for t in w["instruction_attributes"]],
+                p["wants"] = [{"text": cls.text(w.get("instruction")),
+                               "attributes": [cls.text(t) for t in w["instruction_attributes"]],
                                "options": w.get("instruction_options") if human is not None else None}
                               for w in said if w.get("instruction_attributes")]
                 # a product with a price range has one price in an episode, drawn here once and for all
@@ -1237,11 +1238,14 @@ class Shop:
 
 @functools.cache
 def part_of_speech_tagger():
-    """spaCy's English model, or None where it is not installed."""
-    with contextlib.suppress(ImportError, OSError):
-        import spacy
+    """spaCy's small English model, or None where it is not installed."""
+    from importlib.util import find_spec
 
-        return spacy.load("en_core_web_sm", disable=["parser", "ner", "lemmatizer"])
+    if not find_spec("en_core_web_sm"):
+        return None  # spaCy itself comes with alfworld, and takes 150 MB
+    import spacy
+
+    return spacy.load("en_core_web_sm", disable=["parser", "ner", "lemmatizer"])
 
 
 class WebShop:
@@ -1419,9 +1423,9 @@ class WebShop:
         return next((c for c in cls.COLOURS if re.search(rf"\b{c}\b", option)), option)
 
     # a name with several of them is reduced to the first in this order
-    COLOURS = sorted("aqua beige black blonde blue bronze brown burgundy charcoal copper coral cream cyan gold gray green grey indigo ivory "
-                     "khaki lavender lilac lime magenta maroon mauve mint multicolor mustard navy olive orange peach pink plum purple red rose "
-                     "rust sage salmon sand silver tan taupe teal turquoise violet walnut white wine yellow".split())
+    COLOURS = sorted("aqua beige black blonde blue bronze brown burgundy charcoal copper coral cream cyan gold gray green grey indigo "
+                     "ivory khaki lavender lilac lime magenta maroon mauve mint multicolor mustard navy olive orange peach pink plum "
+                     "purple red rose rust sage salmon sand silver tan taupe teal turquoise violet walnut white wine yellow".split())
 
     @classmethod
     def type_reward(cls, bought: dict, wanted: dict) -> float:
@@ -1468,8 +1472,10 @@ class WebShop:
             hits = self.shop.search(keywords.lower())
             if goal["product"] not in hits:
                 continue
-            chosen = [max(values, key=lambda v: (v in goal["options"], self.matching_options([v], goal["options"])))
-                      for values in target["options"].values() if any(self.matching_options([v], goal["options"]) for v in values)]
+            fits = {v: (v in goal["options"], self.matching_options([v], goal["options"]))
+                    for values in target["options"].values() for v in values}
+            best = [max(values, key=fits.get) for values in target["options"].values()]
+            chosen = [v for v in best if fits[v][1]]
             actions = [f"search[{keywords.lower()}]", *["click[next >]"] * (hits.index(goal["product"]) // 10),
                        f"click[{target['asin'].lower()}]", *(f"click[{v}]" for v in chosen), "click[buy now]"]
             steps, reward = [], 0.0
@@ -1488,7 +1494,8 @@ class WebShop:
         plan = ["search for the kind of product together with the attributes that the task asks for"]
         if "click[next >]" in actions:
             plan.append("click through the pages of results until a product fits all of them")
-        plan.append("click the product whose title has the attributes" + (" and whose price is below the limit" if "price lower" in u else ""))
+        price = " and whose price is below the limit" if "price lower" in u else ""
+        plan.append(f"click the product whose title has the attributes{price}")
         if chosen:
             plan.append("choose the option that the task names" if len(chosen) == 1 else "choose each of the options that the task names")
         return [*plan, "buy it"]

@@ -34,7 +34,8 @@ RATES = {
     "parameters": (8.0, "the paper's model", "billion parameters of planner and agent"),
 }
 # seconds of one core, measured: `make bench-env`, and stage 1 (2-core Xeon, 2026-11-22)
-ENVIRONMENT = {"sciworld": {"expert": 0.4, "reset": 0.067, "step": 0.022}, "alfworld": {"expert": 0.6, "reset": 0.016, "step": 0.0012}}
+ENVIRONMENT = {"sciworld": {"expert": 0.4, "reset": 0.067, "step": 0.022}, "alfworld": {"expert": 0.6, "reset": 0.016, "step": 0.0012},
+               "webshop": {"expert": 0.013, "reset": 0.0005, "step": 0.0005}}
 
 
 def tokens(text: str) -> float:
@@ -45,7 +46,7 @@ async def measure(a) -> dict:
     """Tasks of each split, and the shapes of --sample of them as the expert plays."""
     cls, prompts = common.environment(a.env), common.Prompts(a.prompts or a.env)
     async with common.EnvPool(a.env, 2) as pool:
-        splits = {s: await common.list_tasks(pool, a.env, s, None, a.types, None) for s in ("train", "seen", "unseen")}
+        splits = {s: await common.list_tasks(pool, a.env, s, None, a.types, None) for s in ("train", *cls.TESTS)}
         found, queue = [], iter(splits["train"][: a.sample])
 
         async def work():
@@ -120,7 +121,7 @@ def estimate(shape: dict, rate: dict, a) -> list[dict]:
                 "env": (episodes * cpu["reset"] + calls * cpu["step"]) / 3600, "disk": episodes * size}
 
     seeds = experts * shape.get("solved", 1.0)
-    rows, tests = min(a.sft_limit or seeds, seeds), sum(min(a.eval_limit or tasks[s], tasks[s]) for s in ("seen", "unseen"))
+    rows, tests = min(a.sft_limit or seeds, seeds), sum(min(a.eval_limit or tasks[s], tasks[s]) for s in tasks if s != "train")
     row, dpo_epochs = shape["planner_prompt"] + plan, a.dpo_epochs or a.epochs
     return [
         {"stage": "1 seed plans", "calls": seeds, "prompt": seeds * (shape.get("teacher_prompt", 0) + shape["trajectory"]),

@@ -67,8 +67,9 @@ SHOP = [  # title, price, query, options
 
 def made_up_shop(folder: str) -> None:
     """WebShop's files for `SHOP`; the goal is the second product."""
-    products = [{"asin": f"B0EXAMPL{i:02}", "name": name, "pricing": f"${price}", "query": query, "customization_options":
-                 {k: [{"value": v} for v in values] for k, values in options.items()}} for i, (name, price, query, options) in enumerate(SHOP)]
+    products = [{"asin": f"B0EXAMPL{i:02}", "name": name, "pricing": f"${price}", "query": query,
+                 "customization_options": {k: [{"value": v} for v in values] for k, values in options.items()}}
+                for i, (name, price, query, options) in enumerate(SHOP)]
     wanted = {"attributes": ["machine washable", "stain resistant"], "instruction_attributes": ["machine washable", "stain resistant"],
               "instruction": "Find me a machine washable, stain resistant tablecloth"}
     for name, value in (("shuffle", products), ("ins_v2", {products[1]["asin"]: wanted})):

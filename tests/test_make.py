@@ -30,7 +30,7 @@ def defaults(script: str) -> dict:
     return {k: str(v) for k, v in vars(stage(script.removesuffix(".py")).Args()).items()}
 
 
-@pytest.mark.parametrize("env", ["sciworld", "alfworld"])
+@pytest.mark.parametrize("env", ["sciworld", "alfworld", "webshop"])
 def test_make_all_uses_the_papers_settings(env):
     commands = make("-n", "all", f"ENV={env}", "RUN=not-there")
     llama = "meta-llama/Llama-3.1-8B-Instruct"
@@ -60,7 +60,7 @@ def test_the_scripts_own_defaults_are_the_papers(script, values):
     assert values.items() <= defaults(script).items()
 
 
-@pytest.mark.parametrize("env", ["sciworld", "alfworld"])
+@pytest.mark.parametrize("env", ["sciworld", "alfworld", "webshop"])
 def test_make_demo_trains_the_agent_first(env):
     commands = make("-n", "-B", "demo", f"ENV={env}")
     assert settings(commands, "05_eval.py")["env"] == env

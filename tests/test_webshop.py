@@ -30,8 +30,8 @@ def options(**values) -> dict:
 
 
 PRODUCTS = [
-    product("B000000001", "Oak Writing Desk", customization_options=options(Color=["Dark Oak", "White / Grey"], Size=["40 inch", "60 inch"]),
-            small_description=["Solid wood", "Easy assembly"], full_description="For the home office."),
+    product("B000000001", "Oak Writing Desk", small_description=["Solid wood", "Easy assembly"], full_description="For the home office.",
+            customization_options=options(Color=["Dark Oak", "White / Grey"], Size=["40 inch", "60 inch"])),
     product("B000000002", "Folding Table", query="tables", product_category="A › X", pricing="$5.0 to $35.0"),
     product("B000000003", "Garden Chair Cushion", query="cushions", product_category="Q › R", pricing=""),
     *[product(f"B0000001{i:02}", f"Pine Shelf number{i}", query="shelves", product_category="S › T") for i in range(25)],
@@ -111,7 +111,7 @@ def test_reward_rule_by_rule(shop, change, chosen, expected):
 
 @pytest.mark.parametrize("bought, wanted, expected", [
     ({"name": "Oak Desk"}, {"name": "Oak Desk"}, 1.0),
-    ({"name": "Oak Desk", "query": "q2", "product_category": "Z"}, {"name": "Pine Desk Chair Table Lamp Shelf"}, 0.5),  # 1 of 6 nouns
+    ({"name": "Oak Desk", "query": "q2", "product_category": "Z"}, {"name": "Pine Desk Chair Table Lamp Shelf"}, 0.5),
     ({"name": "Oak Desk", "query": "q2", "product_category": "Z"}, {"name": "Pine Desk Chair Table"}, 1.0),  # 1 of 4: above 0.2
     ({"name": "Oak Desk", "product_category": "Z"}, {"name": "Pine Desk Chair Table Lamp Shelf"}, 1.0),  # the same query
     ({"name": "Oak Desk", "query": "q2"}, {"name": "Pine Desk Chair Table Lamp Shelf"}, 1.0),  # two categories
@@ -145,7 +145,7 @@ def test_rewards_are_shares_and_the_goal_itself_earns_1(tmp_path, monkeypatch):
         return " ".join(draw.sample(words, n))
 
     products = [product(f"B{i:09}", some(5), query=some(1), small_description=[some(4)], pricing=f"${draw.randint(1, 1200)}.0",
-                        customization_options=options(color=[f"{c} {i}" for c in draw.sample(["red", "blue", "snow", "black and white"], 2)],
+                        customization_options=options(color=draw.sample([f"red {i}", f"blue {i}", "snow", "black and white"], 2),
                                                       size=["s", "m"][: draw.randint(1, 2)])) for i in range(40)]
     attributes = {p["asin"]: {"attributes": [some(2), some(1)]} for p in products}
     for known in attributes.values():
@@ -192,8 +192,8 @@ def test_pages(shop):
     assert shop.page == "results" and not shop.options
 
 
-@pytest.mark.parametrize("action", ["click[buy now]", "search[]", "search[ ]", "click[]", "buy", "", "click[b000000001]", "[", "click[search]",
-                                    "search", "think[desk]", "click[\u2603]"])
+@pytest.mark.parametrize("action", ["click[buy now]", "search[]", "search[ ]", "click[]", "buy", "", "click[b000000001]", "[",
+                                    "click[search]", "search", "think[desk]", "click[\u2603]"])
 def test_what_is_not_possible_changes_nothing(shop, action):
     begin(shop, "B000000001")
     before = (shop.page, shop.item, shop.hits)
@@ -231,8 +231,8 @@ def test_search_ranks_as_bm25_does(shop):
 
 
 def test_goals_in_the_benchmarks_order(shop):
-    """Every combination of options is a goal; a price ceiling is one of the next four tens above the price; the order is Python's
-    shuffle with seed 233."""
+    """Every combination of options is a goal; a price ceiling is one of the next four tens above the price; the order is
+    Python's shuffle with seed 233."""
     goals = [shop.shop.goal(i) for i in range(len(shop.shop.goals))]
     wanted = [("B000000001", ["dark oak", "40 inch"]), ("B000000001", ["dark oak", "60 inch"]), ("B000000001", ["white | grey", "40 inch"]),
               ("B000000001", ["white | grey", "60 inch"]), ("B000000002", [])]
@@ -282,11 +282,13 @@ def test_a_stream_is_read_as_json_is(tmp_path):
 def test_malformed_products(tmp_path, monkeypatch, capfd):
     odd = [
         product("B000000001", "Desk", pricing=None, images=[]), product("B000000002", "Lamp", pricing="about twelve"),
-        product("B000000001", "Desk again"), product("nan", "No number"), product("B0000000012345", "Long number"), product("B000000003", ""),
-        "not a product", {"asin": "B000000004"}, product("B000000005", "Odd \ud83d text \x00 \u202e end", full_description=None),
-        product("B000000006", "Half options", customization_options={"Color": None, "Size": [{"value": "s"}, {"image": "x"}, {"value": None},
-                                                                                            {"value": "  "}, "m"], "Fit": []}),
-        product("B000000007", "Sparse", small_description="one text", product_category=None, query=None, category=7, average_rating=float("nan")),
+        product("B000000001", "Desk again"), product("nan", "No number"), product("B0000000012345", "Long number"),
+        product("B000000003", ""), "not a product", {"asin": "B000000004"},
+        product("B000000005", "Odd \ud83d text \x00 \u202e end", full_description=None),
+        product("B000000006", "Half options", customization_options={
+            "Color": None, "Size": [{"value": "s"}, {"image": "x"}, {"value": None}, {"value": "  "}, "m"], "Fit": []}),
+        product("B000000007", "Sparse", small_description="one text", product_category=None, query=None, category=7,
+                average_rating=float("nan")),
         {"asin": "B000000008", "name": "Bare"},
     ]
     env = use(tmp_path / "data", monkeypatch, odd, {p["asin"]: {"instruction": "Find it", "instruction_attributes": ["x"]}
@@ -416,7 +418,8 @@ def test_stages(tmp_path, chat_server):
         return f"Thought: so be it.\nAction: {e['steps'][len(messages) // 2][0]}"
 
     server = chat_server(reply)
-    check_run("03_sample_score.py", *flags, "--planner_url", server.url, "--agent_url", server.url, "--m", 6, "--n", 1, "--limit", 6, env=env)
+    urls = ["--planner_url", server.url, "--agent_url", server.url]
+    check_run("03_sample_score.py", *flags, *urls, "--m", 6, "--n", 1, "--limit", 6, env=env)
     pairs = common.read_rows(out / "pairs.jsonl")
     assert pairs and all((p["q_chosen"], p["q_rejected"]) == (1.0, 0.0) for p in pairs)
     check_run("05_eval.py", *flags, "--agents", server.url, "--plans", "none", "--limit", 3, env=env)
