@@ -201,7 +201,8 @@ def report(a, results, parameters: int, rates: dict[int, float], machine: str) -
     flops = next(iter(rates.values()))
     tokens = {stage: results[f"ours {stage}"][0]["tokens"] for stage in ("sft", "dpo")}
     memory = {name: statistics.median(r["memory"] for r in rs) for name, rs in results.items()}
-    print(f"\n{machine}, bf16 matrices of {', '.join(f'{n:,} at {r / 1e12:.2f} TFLOP/s' for n, r in rates.items())}; {parameters / 1e6:.0f} M parameters, steps of {a.batch} rows or pairs"
+    squares = ", ".join(f"{n:,} at {r / 1e12:.2f} TFLOP/s" for n, r in rates.items())
+    print(f"\n{machine}, bf16 matrices of {squares}; {parameters / 1e6:.0f} M parameters, steps of {a.batch} rows or pairs"
           f"{', compiled' if a.compile else ''}\n\n| | rows or pairs/s | tokens/s | share of the matrix rate | peak memory, GB |\n"
           "| --- | --- | --- | --- | --- |")
     share = {}
