@@ -162,8 +162,8 @@ def bench_sciworld() -> None:
 
 
 def made_up_catalogue(folder: Path, products: int) -> None:
-    """WebShop's two files with this many products, as long as the real ones: titles of 16 words, descriptions of 60, five
-    features of 14, options; words by Zipf's law. A tenth of them have an instruction."""
+    """WebShop's two files with this many products, as long as the hundred real ones are on average: titles of 19 words,
+    descriptions of 105, five features of 25, options; words by Zipf's law. A tenth of them have an instruction."""
     import numpy as np
 
     draw, choose = np.random.default_rng(0), random.Random(0)
@@ -174,15 +174,15 @@ def made_up_catalogue(folder: Path, products: int) -> None:
         while rank:
             rank, k = divmod(rank, 26)
             letters += "etaoinshrdlcumwfgypbvkjxqz"[k]
-        return "w" + letters
+        return "wor" + letters
 
     with (folder / "items_shuffle.json").open("w") as f, (folder / "items_ins_v2.json").open("w") as g:
         f.write("["), g.write("{")
         for i in range(products):
-            words = list(map(word, draw.zipf(1.15, 146).clip(max=5_000_000).tolist()))
-            features = [" ".join(words[k : k + 14]) for k in range(76, 146, 14)]
+            words = list(map(word, draw.zipf(1.25, 249).clip(max=5_000_000).tolist()))
+            features = [" ".join(words[k : k + 25]) for k in range(124, 249, 25)]
             options = {"Color": [{"value": v} for v in choose.sample(colours, 3)], "Size": [{"value": v} for v in sizes]}
-            row = {"asin": f"B{i:09}", "name": " ".join(words[:16]), "full_description": " ".join(words[16:76]), "query": words[0],
+            row = {"asin": f"B{i:09}", "name": " ".join(words[:19]), "full_description": " ".join(words[19:124]), "query": words[0],
                    "small_description": features, "pricing": f"${choose.randint(5, 300)}.99", "images": ["https://example.com/1.jpg"] * 5,
                    "customization_options": options if i % 3 == 0 else "", "category": "garden", "average_rating": "4.5",
                    "product_category": f"Home \u203a {words[1]} \u203a {words[2]}"}
