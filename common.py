@@ -1024,8 +1024,8 @@ class Shop:
     # -- building ----------------------------------------------------------------------------------
 
     @staticmethod
-    def stream(path: Path):
-        """The elements of a JSON list, or (key, value) of an object, without holding the file in memory."""
+    def stream(path: Path, kind: str):
+        """The elements of a JSON list ("["), or (key, value) of an object ("{"), without holding the file in memory."""
         decoder, text, at, end = json.JSONDecoder(), "", 0, False
         with path.open(encoding="utf-8", errors="replace") as f:
 
@@ -1056,9 +1056,8 @@ class Shop:
                             raise InputError(f"{path} is not whole JSON ({e.msg}): fetch it again") from None
                     more()
 
-            kind = skip(" \t\r\n\ufeff")
-            if kind not in ("[", "{"):
-                raise InputError(f"{path} must be a JSON list or object")
+            if skip(" \t\r\n\ufeff") != kind:
+                raise InputError(f"{path} must be a JSON {'list' if kind == '[' else 'object'}")
             at += 1
             while skip(" \t\r\n,") not in ("]", "}", ""):
                 first = value()
@@ -1118,14 +1117,14 @@ class Shop:
         import Stemmer
         from tqdm import tqdm
 
-        attributes = {asin: json.dumps(v).encode() for asin, v in cls.stream(files["attributes"])}
-        human = dict(cls.stream(files["human"])) if "human" in files else None
+        attributes = {asin: json.dumps(v).encode() for asin, v in cls.stream(files["attributes"], "{")}
+        human = dict(cls.stream(files["human"], "{")) if "human" in files else None
         draw, stemmer = random.Random(42), Stemmer.Stemmer("porter")
         vocabulary: dict[str, int] = {}
         numbers, documents, offsets, prices = {}, [], array.array("q", [0]), array.array("d")
         seen, wants, left_out = set(), [], collections.Counter()
         with (folder / "products.jsonl").open("wb") as f:
-            for row in tqdm(cls.stream(files["products"]), desc="WebShop's products", unit=" products"):
+            for row in tqdm(cls.stream(files["products"], "["), desc="WebShop's products", unit=" products"):
                 try:
                     p = cls.cleaned(row)
                     if p["asin"] in seen:
@@ -1135,12 +1134,13 @@ class Shop:
                     continue
                 seen.add(p["asin"])
                 known = json.loads(attributes.get(p["asin"], b"{}"))
+                known = known if isinstance(known, dict) else {}
                 p["attributes"] = [cls.text(t) for t in known.get("attributes") or ()]
                 said = human.get(p["asin"], []) if human is not None else [known] if known.get("instruction") else []
                 p["wants"] = [{"text": cls.text(w.get("instruction")),
                                "attributes": [cls.text(t) for t in w["instruction_attributes"]],
                                "options": w.get("instruction_options") if human is not None else None}
-                              for w in said if w.get("instruction_attributes")]
+                              for w in said if isinstance(w, dict) and w.get("instruction_attributes")]
                 # a product with a price range has one price in an episode, drawn here once and for all
                 p["price"] = p["prices"][0] if len(p["prices"]) == 1 else draw.uniform(*p["prices"])
                 wants += [(len(prices), w, 1 if human is not None else cls.combinations(p)) for w in range(len(p["wants"]))]
@@ -1164,14 +1164,21 @@ class Shop:
         if left_out:
             print(f"{files['products'].name}: {left_out.total()} products left out: "
                   + ", ".join(f"{n} {why}" for why, n in left_out.most_common()), file=sys.stderr, flush=True)
-        goals = []
-        for product, want, combinations in wants:
+        ceilings = []
+        for product, _, _ in wants:
             above = [10.0 * i for i in range(1, 100) if 10.0 * i > prices[product]][:4]
-            ceiling = max(draw.sample(above, 2)) if len(above) >= 2 else math.inf
-            goals += [(product, want, c, ceiling) for c in range(combinations)]
-        random.Random(233).shuffle(goals)  # the benchmark's own shuffle
-        np.save(folder / "goals.npy", np.array(goals, dtype=[("product", "i4"), ("want", "i4"), ("combination", "i4"), ("ceiling", "f8")]))
-        np.save(folder / "products.npy", np.frombuffer(offsets, dtype=np.int64))
+            ceilings.append(max(draw.sample(above, 2)) if len(above) >= 2 else math.inf)
+        wants = np.array(wants, dtype=np.int64).reshape(-1, 3)
+        counts = wants[:, 2]
+        order = array.array("q", range(counts.sum()))
+        random.Random(233).shuffle(order)  # the benchmark's own shuffle
+        order = np.array(order)
+        which = np.repeat(np.arange(len(wants)), counts)[order]
+        goals = np.empty(len(order), dtype=[("product", "i4"), ("want", "i4"), ("combination", "i4"), ("ceiling", "f8")])
+        goals["product"], goals["want"], goals["ceiling"] = wants[which, 0], wants[which, 1], np.array(ceilings)[which]
+        goals["combination"] = order - (counts.cumsum() - counts)[which]
+        np.save(folder / "goals.npy", goals)
+        np.save(folder / "products.npy", np.array(offsets))
         index = bm25s.BM25(k1=0.9, b=0.4)  # of the benchmark's search engine
         index.index((documents, vocabulary), show_progress=len(documents) > 20_000)
         index.vocab_dict = {}
@@ -1229,7 +1236,7 @@ class Shop:
         return [int(i) for i in best[self.np.lexsort((best, -scores[best]))] if scores[i] > 0]
 
     @staticmethod
-    @functools.cache
+    @functools.lru_cache(100_000)
     def stem(word: str) -> str:
         import Stemmer
 

@@ -271,12 +271,12 @@ def test_a_stream_is_read_as_json_is(tmp_path):
                             ([12345] * 10, [12345] * 10)):
         for indent in (None, 1):
             path.write_text(json.dumps(value, indent=indent, ensure_ascii=indent is None), encoding="utf-8")
-            assert list(Shop.stream(path)) == expected
+            assert list(Shop.stream(path, "{" if isinstance(value, dict) else "[")) == expected
     whole = json.dumps(rows[:50])
     for cut in (0, 1, 10, len(whole) // 2, len(whole) - 1):
         path.write_text(whole[:cut])
         with pytest.raises(InputError, match=r"rows\.json"):
-            list(Shop.stream(path))
+            list(Shop.stream(path, "["))
 
 
 def test_malformed_products(tmp_path, monkeypatch, capfd):
@@ -291,8 +291,8 @@ def test_malformed_products(tmp_path, monkeypatch, capfd):
                 average_rating=float("nan")),
         {"asin": "B000000008", "name": "Bare"},
     ]
-    env = use(tmp_path / "data", monkeypatch, odd, {p["asin"]: {"instruction": "Find it", "instruction_attributes": ["x"]}
-                                                    for p in odd if isinstance(p, dict)})
+    attributes = {p["asin"]: {"instruction": "Find it", "instruction_attributes": ["x"]} for p in odd if isinstance(p, dict)}
+    env = use(tmp_path / "data", monkeypatch, odd, {**attributes, "B000000008": ["not", "an", "object"]})
     said = capfd.readouterr().err
     assert "items_shuffle.json: 6 products left out: " in said and "1 asin for the second time" in said and "1 not an object" in said
     sold = {p["asin"]: p for p in map(env.shop.product, range(len(env.shop.offsets) - 1))}
@@ -313,6 +313,7 @@ def test_malformed_products(tmp_path, monkeypatch, capfd):
     ({}, "no items_shuffle"), ({"items_shuffle.json": "[]"}, "items_ins_v2.json is missing"),
     ({"items_shuffle.json": "[]", "items_ins_v2.json": "{}"}, "no product that can be sold"),
     ({"items_shuffle.json": "[{\"asin\": ", "items_ins_v2.json": "{}"}, "items_shuffle.json is not whole"),
+    ({"items_shuffle.json": "[]", "items_ins_v2.json": "[]"}, "items_ins_v2.json must be a JSON object"),
     ({"items_shuffle.json": "hello", "items_ins_v2.json": "{}"}, "must be a JSON list")])
 def test_bad_data_is_named(tmp_path, files, says):
     for name, text in files.items():
