@@ -627,10 +627,8 @@ def judge(a: JudgeArgs) -> None:
     write_report(a.out, a.seed)
 
 
-def judged_table(out: str) -> Table | None:
-    plans, rows = judged(out)
-    if not rows:
-        return None
+def judged_table(plans: list[str], rows: list[dict]) -> Table:
+    """Wins, ties and losses of the second setting in each dimension."""
     table = Table("fig6", f"{setting_name(plans[1])} against {setting_name(plans[0])} plans, judged by {rows[-1]['judge']}",
                   ["dimension", "win", "tie", "loss", "invalid"],
                   note="Each pair was judged in both orders; where the answers disagree it counts as a tie.")
@@ -701,14 +699,15 @@ def write_report(out: str, seed: int) -> str:
         raise InputError(f"{out} has no evaluation to report: run 05_eval.py --out {out} first")
     results, differences = summarise(cells, seed)
     tables = paper_tables(results, differences)
-    if compared := judged_table(out):
-        tables["fig6"] = compared
+    compared, judgements = judged(out)
+    if judgements:
+        tables["fig6"] = judged_table(compared, judgements)
     shown = {name: chosen(results, *TABLES[name][2:]) for name in ("fig3", "fig4", "fig5")}
     shown["results"] = chosen(results, re.compile(r"(?!fig5/).*"), ("instruction",))
     pictures = {"results": lambda path: bars(shown["results"], "reward", path),
                 "fig3": lambda path: bars(shown["fig3"], "reward_per_step", path),
                 "fig4": lambda path: lines(shown["fig4"], path), "fig5": lambda path: sample_counts(shown["fig5"], path),
-                "fig6": lambda path: judged_bars(compared, path)}
+                "fig6": lambda path: judged_bars(tables["fig6"], path)}
     figures = []
     for name, draw in pictures.items():
         if (name in tables or name == "results") and (name == "fig6" or any(r["reward"] for r in shown[name])):
@@ -720,9 +719,8 @@ def write_report(out: str, seed: int) -> str:
     text = f"# {cells[0]['env']}\n\n" + "\n".join(t.markdown() for t in every)
     common.write_text(folder / "results.md", text + "\n# The same in LaTeX\n\n```latex\n" + "\n".join(t.latex() for t in every) + "```\n")
     numbers = {"env": cells[0]["env"], "results": results, "differences": differences}
-    if compared:
-        plans, rows = judged(out)
-        numbers["judged"] = {"plans": plans, **verdicts(rows, plans)}
+    if judgements:
+        numbers["judged"] = {"plans": compared, **verdicts(judgements, compared)}
     common.write_text(folder / "results.json", json.dumps(numbers, indent=1) + "\n")
     common.write_text(folder / "report.html", report_html(cells, [*tables.values(), *every[1::-1]], figures))
     return text
