@@ -239,7 +239,7 @@ demo_sciworld := M=4 N=1 \
   SFT_ARGS="--lr 2e-4 --epochs 1 --warmup_ratio 0.05 --limit 40" \
   SCORE_ARGS="--limit 42 --max_model_len 2048 $(DEMO_SERVE)" \
   DPO_ARGS="--beta 0.1 --lr 2e-5 --warmup_ratio 0.1 --epochs 3" \
-  EXPLORE_ARGS="--max_model_len 2048 --agent_tokens 32 --concurrency 32" ETO_ARGS="--beta 0.1 --lr 1e-5 --warmup_ratio 0.1 --epochs 2" \
+  EXPLORE_ARGS="--max_model_len 2048 --agent_tokens 32 --concurrency 32" ETO_ARGS="--beta 0.1 --lr 5e-5 --warmup_ratio 0.1 --epochs 3" \
   EVAL_ARGS="--limit 24 --max_model_len 2048 $(DEMO_SERVE)"
 
 demo_alfworld := M=4 N=1 \
@@ -250,19 +250,19 @@ demo_alfworld := M=4 N=1 \
   SCORE_ARGS="--limit 48 --max_steps 20 --max_model_len 3072 $(DEMO_SERVE)" \
   DPO_ARGS="--beta 0.1 --lr 2e-5 --warmup_ratio 0.1 --epochs 3" \
   EXPLORE_ARGS="--max_steps 20 --max_model_len 3072 --agent_tokens 32 --concurrency 32" \
-  ETO_ARGS="--beta 0.1 --lr 1e-5 --warmup_ratio 0.1 --epochs 2" \
+  ETO_ARGS="--beta 0.1 --lr 5e-5 --warmup_ratio 0.1 --epochs 3" \
   EVAL_ARGS="--limit 24 --max_steps 20 --max_model_len 3072 $(DEMO_SERVE)"
 
 demo_webshop := M=4 N=1 \
-  ENV_ARGS="--prompts webshop-brief --observation_chars 1600 --workers 2" \
+  ENV_ARGS="--prompts webshop-brief --observation_chars 800 --workers 2" \
   SEED_PLANS_ARGS="--limit 64 --plan_share 0.9" \
   AGENT_SFT_ARGS="--lr 3e-4 --epochs 2 --warmup_ratio 0.05" \
   SFT_ARGS="--lr 2e-4 --epochs 2 --warmup_ratio 0.05" \
-  SCORE_ARGS="--limit 32 --max_steps 10 --max_model_len 6144 $(DEMO_SERVE)" \
+  SCORE_ARGS="--limit 32 --max_steps 10 --max_model_len 4096 $(DEMO_SERVE)" \
   DPO_ARGS="--beta 0.1 --lr 2e-5 --warmup_ratio 0.1 --epochs 3" \
-  EXPLORE_ARGS="--max_steps 10 --max_model_len 6144 --agent_tokens 32 --concurrency 32" \
-  ETO_ARGS="--beta 0.1 --lr 1e-5 --warmup_ratio 0.1 --epochs 2" \
-  EVAL_ARGS="--limit 48 --max_steps 10 --max_model_len 6144 $(DEMO_SERVE)"
+  EXPLORE_ARGS="--max_steps 10 --max_model_len 4096 --agent_tokens 32 --concurrency 32" \
+  ETO_ARGS="--beta 0.1 --lr 5e-5 --warmup_ratio 0.1 --epochs 3" \
+  EVAL_ARGS="--limit 48 --max_steps 10 --max_model_len 4096 $(DEMO_SERVE)"
 
 # or any of the tables and figures: make demo WHAT="table3 fig5"
 WHAT ?= stages
