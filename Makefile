@@ -250,7 +250,7 @@ demo_alfworld := M=4 N=1 \
   SCORE_ARGS="--limit 48 --max_steps 20 --max_model_len 3072 $(DEMO_SERVE)" \
   DPO_ARGS="--beta 0.1 --lr 2e-5 --warmup_ratio 0.1 --epochs 3" \
   EXPLORE_ARGS="--max_steps 20 --max_model_len 3072 --agent_tokens 32 --concurrency 32" \
-  ETO_ARGS="--beta 0.1 --lr 5e-5 --warmup_ratio 0.1 --epochs 3" \
+  ETO_ARGS="--beta 0.1 --lr 5e-5 --warmup_ratio 0.1 --epochs 2 --limit 64" \
   EVAL_ARGS="--limit 24 --max_steps 20 --max_model_len 3072 $(DEMO_SERVE)"
 
 demo_webshop := M=4 N=1 \
