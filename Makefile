@@ -255,13 +255,13 @@ demo_alfworld := M=4 N=1 \
 
 demo_webshop := M=4 N=1 \
   ENV_ARGS="--prompts webshop-brief --observation_chars 800 --workers 2" \
-  SEED_PLANS_ARGS="--limit 64 --plan_share 0.9" \
+  SEED_PLANS_ARGS="--limit 40 --plan_share 0.9" \
   AGENT_SFT_ARGS="--lr 3e-4 --epochs 2 --warmup_ratio 0.05" \
   SFT_ARGS="--lr 2e-4 --epochs 2 --warmup_ratio 0.05" \
   SCORE_ARGS="--limit 32 --max_steps 10 --max_model_len 4096 $(DEMO_SERVE)" \
   DPO_ARGS="--beta 0.1 --lr 2e-5 --warmup_ratio 0.1 --epochs 3" \
   EXPLORE_ARGS="--max_steps 10 --max_model_len 4096 --agent_tokens 32 --concurrency 32" \
-  ETO_ARGS="--beta 0.1 --lr 5e-5 --warmup_ratio 0.1 --epochs 3" \
+  ETO_ARGS="--beta 0.1 --lr 2e-5 --warmup_ratio 0.1 --epochs 3" \
   EVAL_ARGS="--limit 48 --max_steps 10 --max_model_len 4096 $(DEMO_SERVE)"
 
 # or any of the tables and figures: make demo WHAT="table3 fig5"
