@@ -1895,6 +1895,8 @@ def check_model_dir(model: str) -> None:
         for file, what in (("config.json", "a config"), ("tokenizer_config.json", "a tokenizer")):
             if not (path / file).exists():
                 raise InputError(f"{model} has no {file}: it must be a Hugging Face model directory with {what}")
+        if '"chat_template"' not in (path / "tokenizer_config.json").read_text() and not list(path.glob("*chat_template*")):
+            raise InputError(f"{model} has no chat template: take an instruction-tuned model, whose tokenizer has one")
     elif os.sep in model and (model.startswith((".", os.sep, "~")) or model.split(os.sep)[0] in ("runs", "models")):
         raise InputError(f"model directory {model} does not exist: run the stage that makes it first")
 

@@ -184,6 +184,8 @@ def test_broken_model_directory(tmp_path, tiny_model, fault):
         (model / fault).write_bytes((model / fault).read_bytes()[:100])
     data = write_jsonl(tmp_path / "rows.jsonl", [TALK])
     refused(SFT, "--model", model, "--data", data, "--out", tmp_path / "out", says=[str(model), "template" if "chat" in fault else "load"])
+    if fault == "chat template":
+        refused(EVAL, "--agents", model, "--plans", "none", "--out", tmp_path / "out", says=[str(model), "no chat template"])
 
 
 # ---- servers and APIs ----------------------------------------------------------------------------
