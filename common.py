@@ -977,7 +977,7 @@ class Shop:
     @functools.cache
     def open(cls) -> Shop:
         """The shop of $WEBSHOP_DATA: a folder with the benchmark's files, or one items_shuffle file. Built on first use,
-        which takes about 20 minutes for all 1.18 million products, in ~/.cache/mpo (XDG_CACHE_HOME)."""
+        which takes minutes and 5 GB of memory for 1.18 million products, in ~/.cache/mpo (XDG_CACHE_HOME)."""
         try:
             import bm25s  # noqa: F401
             import Stemmer  # noqa: F401

@@ -3,7 +3,7 @@
 Both sides play the same actions. Ours is measured where it is used, through the worker processes of
 `common.EnvPool`; the stock one in processes of its own (`tests/stock_env.py`), with fewer rollouts, because each of its
 episodes costs the same. One episode at a time in every worker. WebShop's own server does not run with this Python: there
-are only our times, on made-up catalogues; `--products 1180000` is the size of the whole one (20 minutes, 8 GB of disk).
+are only our times, on made-up catalogues; `--products 1180000` is the size of the whole one (8 minutes, 7 GB of disk).
 """
 
 import argparse
