@@ -1352,17 +1352,23 @@ class WebShop:
         """The products on this page of the results, 10 a page."""
         return self.hits[10 * self.number - 10 : 10 * self.number]
 
+    def buttons(self) -> list[str]:
+        """The buttons that lead away from this page, which is not the search page."""
+        results = self.page == "results"
+        return ["Back to Search", *["< Prev"] * (not results or self.number > 1),
+                *["Next >"] * (results and 10 * self.number < len(self.hits))]
+
     def clickable(self) -> list[str]:
         """What can be clicked on this page, in lower case."""
         if self.page == "search":
             return []
+        buttons = [b.lower() for b in self.buttons()]
         if self.page == "results":
-            return ["back to search", *["< prev"] * (self.number > 1), *["next >"] * (10 * self.number < len(self.hits)),
-                    *(self.shop.product(i)["asin"].lower() for i in self.listed())]
+            return [*buttons, *(self.shop.product(i)["asin"].lower() for i in self.listed())]
         if self.page in self.PAGES:
-            return ["back to search", "< prev"]
+            return buttons
         options = [v for values in self.shop.product(self.item)["options"].values() for v in values]
-        return list(dict.fromkeys(["back to search", "< prev", *options, *self.PAGES, "buy now"]))
+        return list(dict.fromkeys([*buttons, *options, *self.PAGES, "buy now"]))
 
     def available(self) -> str:
         return "Available actions: " + (", ".join(f"click[{c}]" for c in self.clickable()) or "search[keywords]")
@@ -1374,12 +1380,12 @@ class WebShop:
         if self.page == "search":
             parts = ["WebShop", *parts, "Search"]
         elif self.page == "results":
-            parts += ["Back to Search", f"Page {self.number} (Total results: {len(self.hits)})", *["< Prev"] * (self.number > 1),
-                      *["Next >"] * (10 * self.number < len(self.hits))]
+            back, *turn = self.buttons()
+            parts += [back, f"Page {self.number} (Total results: {len(self.hits)})", *turn]
             for p in map(self.shop.product, self.listed()):
                 parts += [p["asin"], p["name"], self.price_tag(p)]
         elif self.page == "item":
-            parts += ["Back to Search", "< Prev"]
+            parts += self.buttons()
             for option, values in product["options"].items():
                 parts += [option, *values]
             parts += [product["name"], f"Price: {self.price_tag(product)}", f"Rating: {product['rating']}", "Description", "Features",
@@ -1388,7 +1394,7 @@ class WebShop:
             shown = {"description": [product["description"]], "features": product["features"] or ["No Features"],
                      "reviews": ["No reviews found"],
                      "attributes": [*product["attributes"], product["category"], product["query"], product["product_category"]]}
-            parts += ["Back to Search", "< Prev", *filter(None, shown[self.page])]
+            parts += [*self.buttons(), *filter(None, shown[self.page])]
         return " [SEP] ".join(parts)
 
     @staticmethod

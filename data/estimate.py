@@ -33,9 +33,10 @@ RATES = {
     "teacher_out": (10.0, "assumed", "dollars for a million generated tokens"),
     "parameters": (8.0, "the paper's model", "billion parameters of planner and agent"),
 }
-# seconds of one core, measured: `make bench-env`, and stage 1 (2-core Xeon, 2026-11-22)
+# seconds of one core, measured: `make bench-env`, and stage 1 (2-core Xeon, 2026-11-22). WebShop, a day later:
+# 100 products, but a step with 1,180,000
 ENVIRONMENT = {"sciworld": {"expert": 0.4, "reset": 0.067, "step": 0.022}, "alfworld": {"expert": 0.6, "reset": 0.016, "step": 0.0012},
-               "webshop": {"expert": 0.013, "reset": 0.0005, "step": 0.0005}}
+               "webshop": {"expert": 0.002, "reset": 0.00015, "step": 0.0025}}
 
 
 def tokens(text: str) -> float:

@@ -321,7 +321,8 @@ def test_bad_data_is_named(tmp_path, files, says):
     env = {"WEBSHOP_DATA": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
     result = run_script("01_seed_plans.py", "--env", "webshop", "--out", tmp_path / "run", "--teacher", "rules", env=env)
     assert result.returncode == 2 and says in result.stderr and "Traceback" not in result.stderr, result.stderr
-    assert not list((tmp_path / "cache").glob("mpo/webshop-?????????????")), "nothing half made is left to be used"
+    made = {p.suffix for p in (tmp_path / "cache").glob("mpo/webshop-*")}
+    assert made <= {".lock", ".tmp"}, "nothing half made is left to be used"
 
 
 def test_no_data(tmp_path, monkeypatch):
@@ -389,10 +390,9 @@ def test_random_episodes(hundred):
             listed = draw.random() < 0.9
             action = f"click[{draw.choice(what)}]" if what and listed else f"search[{' '.join(draw.sample(u.split(), 3))}]" if listed else (
                 draw.choice(["", "click[b000]", "search[\u2603 \ud83d]", "click[[]]", "SEARCH[a [b] c]", "buy now", "click[< prev]"]))
-            page = hundred.page
             observation, reward, done, success = hundred.step(action)
             assert 0 <= reward <= 1 and success == (reward == 1 and done) and observation
-            assert not (listed and hundred.failed(observation)) or page != hundred.page
+            assert not (listed and hundred.failed(observation))
             if done:
                 bought += 1
                 break
