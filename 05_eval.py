@@ -778,7 +778,7 @@ def main(a: Args) -> None:
     async def stage():
         async with common.EnvPool(a.env, a.workers, a.concurrency, a.ray) as pool:
             splits = {s: await common.list_tasks(pool, a.env, s, a.tasks, a.types, a.limit)
-                      for s in (["tasks"] if a.tasks else a.splits or common.environment(a.env).TESTS)}
+                      for s in (["tasks"] if a.tasks else a.splits or common.environment(a.env).tests())}
             ids = await greedy_plans(a, list(dict.fromkeys(t for ts in splits.values() for t in ts)), pool)
             if a.plans_only:
                 return

@@ -374,17 +374,62 @@ def check_plan(plan: str | None, verbs: set, max_steps: int = 20) -> str | None:
 # ------------------------------------------------------------------------------------------------
 
 
-class ScienceWorld:
-    """ScienceWorld 1.2.3 (Wang et al. 2022), one object a session; all sessions of a process share one JVM.
+class Environment:
+    """What the pipeline asks of an environment, and what all have in common. One object is a session; a process has any
+    number of them. A task is named 'TYPE/VARIATION'.
+
+    reset(task) -> u; step(action) -> (observation, reward so far, done, success)
+    check(task)           raises `InputError` where there is no such task
+    columns(split)        the split's tasks, a list for each type
+    expert(task)          {"instruction", "steps": [[action, observation], ...], "reward"} or None (paper 3.1)
+    abstract(u, steps)    expert actions -> plan steps, for `--teacher rules`"""
+
+    SPLITS: dict  # train and the test splits (paper appendix A), with what the environment makes them from
+    MAX_STEPS: dict[str, int]  # of an episode, for each task type
+    VERBS: set[str]  # that a step of a plan may begin with
+    FAILED: tuple[str, ...]  # how an observation begins that says that the action was not understood
+    shares_tasks = False  # whether sessions of one process share what they know of a task
+
+    def __init__(self, sessions: int = 8):
+        """A session, in a process that holds at most so many at once."""
+
+    @classmethod
+    def prepare(cls) -> None:
+        """What is done once on a machine, before workers start."""
+
+    def tasks(self, split: str) -> list[str]:
+        """The split's tasks in a fixed order, the types interleaved so that the first n are a fair sample at any n."""
+        if split not in self.SPLITS:
+            raise InputError(f"unknown split {split!r}: one of {', '.join(self.SPLITS)}")
+        return interleaved(self.columns(split))
+
+    @classmethod
+    def tests(cls) -> list[str]:
+        return [split for split in cls.SPLITS if split != "train"]
+
+    @classmethod
+    def max_steps(cls, task: str) -> int:
+        return cls.MAX_STEPS[task_type(task)]
+
+    @classmethod
+    def failed(cls, observation: str) -> bool:
+        """Whether the observation says that the action was not understood (nothing happened)."""
+        return observation.startswith(cls.FAILED)
+
+
+def interleaved(columns: list[list]) -> list:
+    """The first of each column, the second of each, ..."""
+    return [c[i] for i in range(max(map(len, columns), default=0)) for c in columns if i < len(c)]
+
+
+class ScienceWorld(Environment):
+    """ScienceWorld 1.2.3 (Wang et al. 2022); all sessions of a process share one JVM.
 
     Reward: the highest raw score of the episode so far, clipped to [0, 1]. Success: the task's goal
     state was reached, that is completed with a score that is not negative (paper appendix B)."""
 
-    name = "sciworld"
-    shares_tasks = False  # whether sessions of one process share what they know of a task
-    TESTS = ("seen", "unseen")  # its test splits (paper appendix A)
     SIMPLIFICATION = "easy"  # teleport, self-watering pots, open doors, no electrical actions where none are needed
-    PER_TYPE = {"train": 120, "seen": 10, "unseen": 10}  # at most this many variations a task type
+    SPLITS = {"train": 120, "seen": 10, "unseen": 10}  # at most this many variations a task type
     MAX_STEPS: dict[str, int] = json.loads((DATA / "sciworld" / "max_steps.json").read_text())
     # the environment's own verbs, and the ones a plan uses to say where to look
     VERBS = set("open close activate deactivate connect disconnect use look examine read move pick pour mix "
@@ -443,24 +488,17 @@ class ScienceWorld:
 
     # -- the protocol ----------------------------------------------------------------------------
 
-    def tasks(self, split: str) -> list[str]:
-        """The split's tasks, 'TYPE/VARIATION': the simulator's own train / dev / test variations (dev is
-        the paper's "seen", test its "unseen"), a seeded sample of each type, the types interleaved so that
-        the first n tasks are a fair sample at any n."""
-        if split not in self.PER_TYPE:
-            raise InputError(f"unknown split {split!r}: one of {', '.join(self.PER_TYPE)}")
+    def columns(self, split: str) -> list[list[str]]:
+        """A seeded sample of each type of the simulator's own train / dev / test variations (dev is the paper's
+        "seen", test its "unseen")."""
         columns = []
         for kind in self.MAX_STEPS:
             self._alone(self.api.load, kind, 0, self.SIMPLIFICATION, False)
             variations = list({"train": self.api.getVariationsTrain, "seen": self.api.getVariationsDev,
                                "unseen": self.api.getVariationsTest}[split]())
             random.Random(f"{kind} {split}").shuffle(variations)
-            columns.append([f"{kind}/{v}" for v in variations[: self.PER_TYPE[split]]])
-        return [c[i] for i in range(max(map(len, columns))) for c in columns if i < len(c)]
-
-    @classmethod
-    def max_steps(cls, task: str) -> int:
-        return cls.MAX_STEPS[task_type(task)]
+            columns.append([f"{kind}/{v}" for v in variations[: self.SPLITS[split]]])
+        return columns
 
     @classmethod
     def check(cls, task: str) -> None:
@@ -487,11 +525,6 @@ class ScienceWorld:
         self.best = min(1.0, max(self.best, score))
         lost = score < 0  # a wrong focus: the simulator goes on, but the task can no longer be completed
         return observation.strip(), self.best, done or lost, done and not lost
-
-    @classmethod
-    def failed(cls, observation: str) -> bool:
-        """Whether the observation says that the action was not understood (nothing happened)."""
-        return observation.startswith(cls.FAILED)
 
     def expert(self, task: str) -> dict | None:
         """The gold path replayed: {"instruction", "steps": [[action, observation], ...], "reward"}. Walks
@@ -737,15 +770,14 @@ class AlfredGame:
         return here.next[command]
 
 
-class ALFWorld:
-    """ALFWorld's text games (Shridhar et al. 2020), alfworld 0.4, one object a session; all sessions of a
-    process share the games they play (`AlfredGame`).
+class ALFWorld(Environment):
+    """ALFWorld's text games (Shridhar et al. 2020), alfworld 0.4; all sessions of a process share the games they
+    play (`AlfredGame`).
 
     Reward: 1 when the task is done, else 0. What the agent says is understood in the words of every
     version of the games: `put X in/on Y` and `move X to Y`, `toggle X` and `use X`."""
 
-    name = "alfworld"
-    shares_tasks, TESTS = True, ("seen", "unseen")
+    shares_tasks, FAILED = True, ("Nothing happens",)
     FOLDER, SPLITS = "json_2.1.1", {"train": "train", "seen": "valid_seen", "unseen": "valid_unseen"}
     MAX_STEPS = dict.fromkeys(("pick_and_place_simple", "look_at_obj_in_light", "pick_clean_then_place_in_recep",
                                "pick_heat_then_place_in_recep", "pick_cool_then_place_in_recep", "pick_two_obj_and_place"), 30)
@@ -773,12 +805,9 @@ class ALFWorld:
                              f"`make data`, or set ALFWORLD_DATA to the folder that has {cls.FOLDER}")
         return found
 
-    def tasks(self, split: str) -> list[str]:
-        """The split's tasks, 'TYPE/TRIAL', in a fixed order: the types interleaved, each in a seeded order,
-        so that the first n are a fair sample at any n. Games that are not whole, or that the games' makers
+    def columns(self, split: str) -> list[list[str]]:
+        """The games 'TYPE/TRIAL' of each type in a seeded order. Games that are not whole, or that the games' makers
         found unsolvable, are named and left out."""
-        if split not in self.SPLITS:
-            raise InputError(f"unknown split {split!r}: one of {', '.join(self.SPLITS)}")
         columns, bad = {kind: [] for kind in self.MAX_STEPS}, []
         for task, folder in self.games()[split].items():
             if reason := self._unfit(folder):
@@ -789,7 +818,7 @@ class ALFWorld:
               file=sys.stderr, flush=True)
         for kind, column in columns.items():
             random.Random(f"{kind} {split}").shuffle(column)
-        return [c[i] for i in range(max(map(len, columns.values()))) for c in columns.values() if i < len(c)]
+        return list(columns.values())
 
     @staticmethod
     def _unfit(folder: Path) -> str | None:
@@ -803,10 +832,6 @@ class ALFWorld:
         if not content.rstrip().endswith(b"}"):
             return "game.tw-pddl is not whole"
         return None if re.search(rb'"solvable"\s*:\s*true', content) else "not known to be solvable"
-
-    @classmethod
-    def max_steps(cls, task: str) -> int:
-        return cls.MAX_STEPS[task_type(task)]
 
     @classmethod
     def check(cls, task: str) -> None:
@@ -848,11 +873,6 @@ class ALFWorld:
         if match := cls.TOGGLE.fullmatch(action):
             return [f"use {match[1]}", f"toggle {match[1]}"]
         return [action]
-
-    @classmethod
-    def failed(cls, observation: str) -> bool:
-        """Whether the observation says that the action was not understood (nothing happened)."""
-        return observation.startswith("Nothing happens")
 
     def expert(self, task: str) -> dict | None:
         """{"instruction", "steps": [[action, observation], ...], "reward", "by", "guided"}: the trajectory of
@@ -1255,15 +1275,13 @@ def part_of_speech_tagger():
     return spacy.load("en_core_web_sm", disable=["parser", "ner", "lemmatizer"])
 
 
-class WebShop:
-    """WebShop's text mode (Yao et al. 2022), one object a session; all workers of a machine share one `Shop`.
+class WebShop(Environment):
+    """WebShop's text mode (Yao et al. 2022); all workers of a machine share one `Shop`.
 
     Reward in [0, 1], for what is bought: (attributes + options + price that are right) / (attributes + options + 1),
     times how far it is the right type of product. Success: reward 1."""
 
-    name = "webshop"
-    shares_tasks, TESTS = False, ("seen",)
-    MAX_STEPS = {"goal": 15}
+    MAX_STEPS, FAILED = {"goal": 15}, ("That is not possible here",)
     VERBS = set("search click choose check compare find look read open select repeat go buy".split())
     SPLITS = {"train": (1500, 1624), "seen": (0, 200)}  # first goal, number of goals (paper appendix A); there is no unseen test
     PAGES = ("description", "features", "reviews", "attributes")
@@ -1278,26 +1296,20 @@ class WebShop:
 
     # -- the protocol ------------------------------------------------------------------------------
 
-    def tasks(self, split: str) -> list[str]:
-        """The split's tasks, 'goal/NUMBER', numbered in the benchmark's order, which is shuffled: test are the first 200
+    def columns(self, split: str) -> list[list[str]]:
+        """The one type's tasks 'goal/NUMBER', numbered in the benchmark's order, which is shuffled: test are the first 200
         goals, train the first 1,624 from goal 1,500 on. A catalogue with fewer goals than that gives the goals of a
         quarter of its products to the test, those of the others to train; each product's first goals come first."""
-        if split not in self.SPLITS:
-            raise InputError(f"unknown split {split!r}: one of {', '.join(self.SPLITS)}")
         first, count = self.SPLITS[split]
         n = len(self.shop.goals)
         if n > self.SPLITS["train"][0]:
-            return [f"goal/{i}" for i in range(first, min(n, first + count))]
+            return [[f"goal/{i}" for i in range(first, min(n, first + count))]]
         by_product: dict[int, list[int]] = {}
         for i, product in enumerate(self.shop.goals["product"].tolist()):
             by_product.setdefault(product, []).append(i)
         quarter = len(by_product) // 4
-        columns = list(by_product.values())[:quarter] if split == "seen" else list(by_product.values())[quarter:]
-        return [f"goal/{c[i]}" for i in range(max(map(len, columns), default=0)) for c in columns if i < len(c)][:count]
-
-    @classmethod
-    def max_steps(cls, task: str) -> int:
-        return cls.MAX_STEPS[task_type(task)]
+        goals = list(by_product.values())
+        return [[f"goal/{i}" for i in interleaved(goals[:quarter] if split == "seen" else goals[quarter:])[:count]]]
 
     @classmethod
     def check(cls, task: str) -> None:
@@ -1400,11 +1412,6 @@ class WebShop:
     @staticmethod
     def price_tag(product: dict) -> str:
         return " to ".join(f"${p}" for p in product["prices"])
-
-    @classmethod
-    def failed(cls, observation: str) -> bool:
-        """Whether the observation says that the action was not understood (nothing happened)."""
-        return observation.startswith("That is not possible here")
 
     # -- reward ------------------------------------------------------------------------------------
 
@@ -1694,7 +1701,7 @@ class EnvPool:
 
     def __init__(self, env: str, workers: int, sessions: int = 64, ray: bool = False):
         self.shares_tasks, self.homes = environment(env).shares_tasks, {}
-        getattr(environment(env), "prepare", lambda: None)()
+        environment(env).prepare()
         self.workers = [(RayWorker if ray else Worker)(env, max(1, sessions // workers)) for _ in range(workers)]
         self.count = 0
         if ray:

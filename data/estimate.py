@@ -47,7 +47,7 @@ async def measure(a) -> dict:
     """Tasks of each split, and the shapes of --sample of them as the expert plays."""
     cls, prompts = common.environment(a.env), common.Prompts(a.prompts or a.env)
     async with common.EnvPool(a.env, 2) as pool:
-        splits = {s: await common.list_tasks(pool, a.env, s, None, a.types, None) for s in ("train", *cls.TESTS)}
+        splits = {s: await common.list_tasks(pool, a.env, s, None, a.types, None) for s in ("train", *cls.tests())}
         found, queue = [], iter(splits["train"][: a.sample])
 
         async def work():
