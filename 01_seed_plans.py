@@ -219,6 +219,8 @@ def main(a: Args) -> None:
         common.check_model(a.teacher, a.teacher_url)
     explored = explored_trajectories(a)
 
+    common.check_data(a.env, a.out)
+
     async def stage():
         trajectories = await expert_trajectories(a)
         plans = await seed_plans(a, trajectories, explored, prompts)

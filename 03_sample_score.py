@@ -256,6 +256,7 @@ def main(a: Args) -> None:
     prompts = common.Prompts(a.prompts or a.env)
     common.check_model(a.planner, a.planner_url)
     common.check_model(a.agent, a.agent_url)
+    common.check_data(a.env, a.out)
 
     async def stage():
         async with common.EnvPool(a.env, a.workers, a.concurrency, a.ray) as pool:
@@ -317,6 +318,7 @@ def explore(a: ExploreArgs) -> None:
     experts = [e for e in experts if not a.types or common.task_type(e["task"]) in a.types][: a.limit]
     if not experts:
         raise InputError(f"{a.experts} has no task of these --types")
+    common.check_data(a.env, a.out)
     agent_id = common.model_id(a.agent, a.agent_url)
     setting = common.digest(agent_id, prompts.agent_text, prompts.examples, a.agent_temperature, a.agent_tokens, a.observation_chars,
                             a.max_steps, a.seed)

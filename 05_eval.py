@@ -774,6 +774,7 @@ def main(a: Args) -> None:
     for agent in a.agents if not a.plans_only else []:
         if not agent.startswith("http"):
             common.check_model(agent, None)
+    common.check_data(a.env, a.out)
 
     async def stage():
         async with common.EnvPool(a.env, a.workers, a.concurrency, a.ray) as pool:

@@ -379,10 +379,10 @@ class Environment:
     number of them. A task is named 'TYPE/VARIATION'.
 
     reset(task) -> u; step(action) -> (observation, reward so far, done, success)
-    check(task)           raises `InputError` where there is no such task
     columns(split)        the split's tasks, a list for each type
     expert(task)          {"instruction", "steps": [[action, observation], ...], "reward"} or None (paper 3.1)
-    abstract(u, steps)    expert actions -> plan steps, for `--teacher rules`"""
+    check(task)           class method: raises `InputError` where there is no such task
+    abstract(u, steps)    static method: expert actions -> plan steps, for `--teacher rules`"""
 
     SPLITS: dict  # train and the test splits (paper appendix A), with what the environment makes them from
     MAX_STEPS: dict[str, int]  # of an episode, for each task type
@@ -396,6 +396,11 @@ class Environment:
     @classmethod
     def prepare(cls) -> None:
         """What is done once on a machine, before workers start."""
+
+    @classmethod
+    def version(cls) -> str:
+        """Names the data at hand, where the same task may be another with other data."""
+        return ""
 
     def tasks(self, split: str) -> list[str]:
         """The split's tasks in a fixed order, the types interleaved so that the first n are a fair sample at any n."""
@@ -415,6 +420,16 @@ class Environment:
     def failed(cls, observation: str) -> bool:
         """Whether the observation says that the action was not understood (nothing happened)."""
         return observation.startswith(cls.FAILED)
+
+
+def check_data(env: str, out) -> None:
+    """Refuse a run folder whose rows are of other data of the environment."""
+    path, version = Path(out) / "data_version.txt", environment(env).version()
+    if not version:
+        return
+    if path.exists() and path.read_text() != version:
+        raise InputError(f"{out} has rows of other {env} data ({path}): with other data, take another run folder (make RUN=, --out)")
+    write_text(path, version)
 
 
 def interleaved(columns: list[list]) -> list:
@@ -1072,8 +1087,8 @@ class Shop:
                             at = stop
                             return found
                     except ValueError as e:
-                        if end:
-                            raise InputError(f"{path} is not whole JSON ({e.msg}): fetch it again") from None
+                        if end or len(text) - at > 1 << 26:  # no value is as long as that
+                            raise InputError(f"{path} is not JSON, or not whole ({e.msg}): fetch it again") from None
                     more()
 
             if skip(" \t\r\n\ufeff") != kind:
@@ -1116,7 +1131,7 @@ class Shop:
         prices = prices[:2] or [100.0]  # the benchmark's price of what has none
         options, offered = {}, row.get("customization_options")
         for option, contents in offered.items() if isinstance(offered, dict) else ():
-            values = [cls.text(c["value"]) for c in contents or () if isinstance(c, dict) and c.get("value")]
+            values = [cls.text(c["value"]) for c in contents if isinstance(c, dict) and c.get("value")] if isinstance(contents, list) else []
             values = [" ".join(v.replace("/", " | ").lower().split()) for v in values if v]
             if values:
                 options[cls.text(option).lower()] = list(dict.fromkeys(values))
@@ -1156,11 +1171,12 @@ class Shop:
                 known = json.loads(attributes.get(p["asin"], b"{}"))
                 known = known if isinstance(known, dict) else {}
                 p["attributes"] = [cls.text(t) for t in known.get("attributes") or ()]
-                said = human.get(p["asin"], []) if human is not None else [known] if known.get("instruction") else []
+                said = human.get(p["asin"]) or [] if human is not None else [known] if known.get("instruction") else []
                 p["wants"] = [{"text": cls.text(w.get("instruction")),
                                "attributes": [cls.text(t) for t in w["instruction_attributes"]],
-                               "options": w.get("instruction_options") if human is not None else None}
-                              for w in said if isinstance(w, dict) and w.get("instruction_attributes")]
+                               "options": w.get("instruction_options") or [] if human is not None else None}
+                              for w in said if isinstance(w, dict) and w.get("instruction_attributes")
+                              and isinstance(w["instruction_attributes"], list)]
                 # a product with a price range has one price in an episode, drawn here once and for all
                 p["price"] = p["prices"][0] if len(p["prices"]) == 1 else draw.uniform(*p["prices"])
                 wants += [(len(prices), w, 1 if human is not None else cls.combinations(p)) for w in range(len(p["wants"]))]
@@ -1188,6 +1204,9 @@ class Shop:
         for product, _, _ in wants:
             above = [10.0 * i for i in range(1, 100) if 10.0 * i > prices[product]][:4]
             ceilings.append(max(draw.sample(above, 2)) if len(above) >= 2 else math.inf)
+        if not wants:
+            raise InputError(f"{files.get('human', files['attributes'])} has no goal for the products in {files['products'].name}"
+                             + ("; WEBSHOP_GOALS=attributes takes those of the attribute file" if human is not None else ""))
         wants = np.array(wants, dtype=np.int64).reshape(-1, 3)
         counts = wants[:, 2]
         order = array.array("q", range(counts.sum()))
@@ -1251,9 +1270,9 @@ class Shop:
         if not ids:
             return []
         scores = self.bm25.get_scores_from_ids(ids)
-        k = min(self.RESULTS, len(scores))
-        best = self.np.argpartition(-scores, k - 1)[:k]
-        return [int(i) for i in best[self.np.lexsort((best, -scores[best]))] if scores[i] > 0]
+        last = max(0, len(scores) - self.RESULTS)
+        best = self.np.flatnonzero((scores >= self.np.partition(scores, last)[last]) & (scores > 0))
+        return best[self.np.lexsort((best, -scores[best]))][: self.RESULTS].tolist()
 
     @staticmethod
     @functools.lru_cache(100_000)
@@ -1294,6 +1313,14 @@ class WebShop(Environment):
         """Build the index where there is none, with a bar, before workers start and wait for it."""
         Shop.open()
 
+    @classmethod
+    def version(cls) -> str:
+        """A digest of the goals, the lengths of the products' lines, and how nouns are found."""
+        from importlib.util import find_spec
+
+        shop = Shop.open()
+        return digest(*(hashlib.sha256(a.tobytes()).hexdigest() for a in (shop.goals, shop.offsets)), bool(find_spec("en_core_web_sm")))
+
     # -- the protocol ------------------------------------------------------------------------------
 
     def columns(self, split: str) -> list[list[str]]:
@@ -1301,9 +1328,8 @@ class WebShop(Environment):
         goals, train the first 1,624 from goal 1,500 on. A catalogue with fewer goals than that gives the goals of a
         quarter of its products to the test, those of the others to train; each product's first goals come first."""
         first, count = self.SPLITS[split]
-        n = len(self.shop.goals)
-        if n > self.SPLITS["train"][0]:
-            return [[f"goal/{i}" for i in range(first, min(n, first + count))]]
+        if len(self.shop.goals) >= sum(self.SPLITS["train"]):
+            return [[f"goal/{i}" for i in range(first, first + count)]]
         by_product: dict[int, list[int]] = {}
         for i, product in enumerate(self.shop.goals["product"].tolist()):
             by_product.setdefault(product, []).append(i)
@@ -1358,7 +1384,7 @@ class WebShop(Environment):
             name = [k for k, values in self.shop.product(self.item)["options"].items() if what in values][-1]
             self.options[name] = what
             told = f"You have clicked {what}.\n"
-        return f"{told}{self.text()}\n{self.available()}", 0.0, False, False
+        return f"{told}{self.available()}\n{self.text()}", 0.0, False, False
 
     def listed(self) -> list[int]:
         """The products on this page of the results, 10 a page."""
@@ -1439,13 +1465,16 @@ class WebShop(Environment):
 
     @classmethod
     def basic_colour(cls, option: str) -> str:
-        """An option's colour by its plain name, 'light heather grey' as 'grey'; other options as they are."""
-        return next((c for c in cls.COLOURS if re.search(rf"\b{c}\b", option)), option)
+        """An option that holds a colour's name by the first of `COLOURS` in it, 'light heather grey' as 'grey'; others as they are."""
+        return next((c for c in cls.COLOURS if c in option), option)
 
-    # a name with several of them is reduced to the first in this order
-    COLOURS = sorted("aqua beige black blonde blue bronze brown burgundy charcoal copper coral cream cyan gold gray green grey indigo "
-                     "ivory khaki lavender lilac lime magenta maroon mauve mint multicolor mustard navy olive orange peach pink plum "
-                     "purple red rose rust sage salmon sand silver tan taupe teal turquoise violet walnut white wine yellow".split())
+    # the benchmark's names, in its order
+    COLOURS = ("alabaster apricot aqua ash asphalt azure banana beige black blue blush bordeaux bronze brown burgundy camel camo caramel "
+               "champagne charcoal cheetah chestnut chocolate christmas coffee cognac copper coral cranberry cream crystal dark denim "
+               "eggplant elephant espresso fuchsia gold granite grape graphite grass gray green grey heather indigo ivory ivy khaki "
+               "lavender lemon leopard light lilac lime magenta maroon mauve merlot midnight mint mocha multicolor mushroom mustard "
+               "natural navy nude olive orange peach pewter pink plum purple rainbow red rose royal rust sand sapphire seashell silver "
+               "skull slate steel stone stonewash sunflower tan taupe teal tiger turquoise violet walnut wheat white wine yellow").split()
 
     @classmethod
     def type_reward(cls, bought: dict, wanted: dict) -> float:
@@ -1531,7 +1560,10 @@ def environment(name: str):
     return ENVIRONMENTS[name]
 
 
-class WorkerDied(Exception):
+WORKER_ENDED = "an environment worker ended; finished rows are kept, run the same command to go on"
+
+
+class WorkerDied(InputError):
     """The worker process of a session ended; the episode can be started again on another."""
 
 
@@ -1590,7 +1622,7 @@ class Worker:
         """Call a method of the session's environment. Raises `WorkerDied` when `process`, where the
         session lives, has ended or does not answer within `deadline` seconds (it is then killed)."""
         if process is not self.process or process.returncode is not None:
-            raise WorkerDied("an environment worker ended")
+            raise WorkerDied(WORKER_ENDED)
         self.number += 1
         number, future = self.number, asyncio.get_running_loop().create_future()
         self.waiting[number] = future
@@ -1615,7 +1647,7 @@ class Worker:
         await process.wait()
         for future in self.waiting.values():
             if not future.done():
-                future.set_exception(WorkerDied("an environment worker ended"))
+                future.set_exception(WorkerDied(WORKER_ENDED))
 
     def close(self, process, session: int) -> None:
         """The session's environment may be used for another."""
@@ -1649,7 +1681,8 @@ class RayWorker:
         except ImportError:
             raise InputError("--ray needs the package ray: pip install 'ray[default]'") from None
         if not ray.is_initialized():
-            env = {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "0"}
+            env = {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "0"} | {
+                k: os.environ[k] for k in ("ALFWORLD_DATA", "WEBSHOP_DATA", "WEBSHOP_GOALS", "XDG_CACHE_HOME") if k in os.environ}
             ray.init(os.environ.get("RAY_ADDRESS") or "local", log_to_driver=False, logging_level="ERROR", runtime_env={"env_vars": env})
 
     async def start(self):
@@ -1665,7 +1698,7 @@ class RayWorker:
         import ray
 
         if actor is not self.actor:
-            raise WorkerDied("an environment worker ended")
+            raise WorkerDied(WORKER_ENDED)
         try:
             return result_of(*await asyncio.wait_for(asyncio.wrap_future(actor.call.remote(session, method, args).future()), deadline))
         except (TimeoutError, ray.exceptions.RayActorError) as e:
@@ -1686,8 +1719,7 @@ class RayWorker:
             self.actor = None
 
     async def end(self) -> None:
-        if self.actor is not None:
-            self.kill()
+        self.kill()
 
 
 class EnvPool:
@@ -1775,7 +1807,7 @@ async def list_tasks(pool: EnvPool, env: str, split: str, tasks_file: str | None
             cls.check(task)
     else:
         async with pool.session() as session:
-            tasks = await session("tasks", split)
+            tasks = await session("tasks", split, deadline=600)
     if types:
         tasks = [t for t in tasks if task_type(t) in types]
     if not tasks:
