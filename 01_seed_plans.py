@@ -5,6 +5,7 @@
 Writes to --out
     trajectories.jsonl          the expert's trajectory e of each task
     seed_plans.jsonl            (u, p) as conversations: what 02_sft.py trains the planner on (equation 3)
+    teacher_plans.jsonl         all that the teacher wrote and a person edited, kept over runs with other tasks
     seed_plans.rejected.jsonl   plans that failed quality control, with the reason; edit a row's "plan" and
                                 run this stage again: it is checked like any other and taken in
     agent_sft.jsonl             the trajectories as conversations in the agent's own prompt format: what
@@ -56,19 +57,16 @@ async def expert_trajectories(a: Args) -> list[dict]:
     with common.Appender(path) as append:
         async with common.EnvPool(a.env, a.workers) as pool:
             tasks = await common.list_tasks(pool, a.env, "train", a.tasks, a.types, a.limit)
-            todo = iter([t for t in tasks if (t,) not in done])
-            with tqdm(total=len(tasks), initial=sum((t,) in done for t in tasks), desc="expert trajectories") as bar:
+            todo = [t for t in tasks if (t,) not in done]
+            with tqdm(total=len(tasks), initial=len(tasks) - len(todo), desc="expert trajectories") as bar:
 
-                async def work():
-                    for task in todo:
-                        async with pool.session() as env:
-                            e = await env("expert", task, deadline=600)
-                        row = {"task": task, "solved": e is not None, **(e or {"instruction": "", "steps": [], "reward": 0.0})}
-                        append(row)
-                        done[(task,)] = row
-                        bar.update()
+                def keep(task, e):
+                    row = {"task": task, "solved": e is not None, **(e or {"instruction": "", "steps": [], "reward": 0.0})}
+                    append(row)
+                    done[(task,)] = row
+                    bar.update()
 
-                await asyncio.gather(*[work() for _ in range(a.workers)])
+                await pool.each(todo, "expert", keep)
     rows = [done[(t,)] for t in tasks]
     unsolved = [r["task"] for r in rows if not r["solved"]]
     print(f"expert: {len(rows) - len(unsolved)} of {len(rows)} tasks solved" + (", by type:" if len(rows) > 1 else ""))
@@ -95,7 +93,8 @@ def explored_trajectories(a: Args) -> dict[str, str]:
         return {}
     if a.teacher == "rules":
         raise InputError("--explored needs a teacher that can compare two trajectories: --teacher with a model")
-    rows = [r for r in common.read_rows(a.explored, ("task", "reward", "success", "steps")) if not r["success"] and r["steps"]]
+    rows = common.read_rows(a.explored, ("task", "reward", "success", "steps", "setting"))
+    rows = [r for r in rows if r["setting"] == rows[-1]["setting"] and not r["success"] and r["steps"]]  # of the agent as it is now
     rows.sort(key=lambda r: -r["reward"])
     return {r["task"]: "\n".join(f"{reply}\nObservation: {observation}" for reply, observation in r["steps"]) for r in rows}
 
@@ -123,79 +122,79 @@ async def ask_teacher(teacher, prompts, verbs, e: dict, explored: str, a: Args) 
     return text, reason
 
 
-async def seed_plans(a: Args, trajectories: list[dict], explored: dict[str, str], prompts) -> dict[str, str]:
-    """{task: p} for the trajectories whose plan passes quality control, with --explored of those the agent failed at;
-    writes both plan files."""
+async def seed_plans(a: Args, trajectories: list[dict], explored: dict[str, str], prompts) -> list[dict]:
+    """Rows of seed_plans.jsonl for the trajectories whose plan passes quality control, with --explored of those the agent
+    failed at; writes the rejected ones. What the teacher said and what a person edited is kept in teacher_plans.jsonl."""
     out, cls = Path(a.out), common.environment(a.env)
-    kept_path, rejected_path = out / "seed_plans.jsonl", out / "seed_plans.rejected.jsonl"
-
-    def row(e, plan, by):
-        return {"task": e["task"], "plan": plan, "teacher": by, "messages":
-                [*prompts.planner(e["instruction"]), {"role": "assistant", "content": common.plan_reply(plan)}]}
-
-    trajectories = [e for e in trajectories if not a.explored or e["task"] in explored]
+    log, rejected_path = out / "teacher_plans.jsonl", out / "seed_plans.rejected.jsonl"
+    by_task = {e["task"]: e for e in trajectories if not a.explored or e["task"] in explored}
     verbs = cls.VERBS | (KNOWLEDGE if a.explored else set())
-    maker = common.digest(a.teacher, prompts.teacher_text, a.max_plan_steps, explored)
-    by_task = {e["task"]: e for e in trajectories}
-    kept, rejected = {}, {}
-    for r in common.read_rows(kept_path, ("task", "plan", "teacher"), missing_ok=True):
-        if r["task"] in by_task and (r["teacher"].endswith(maker) or r["teacher"] == "edited"):
-            kept[r["task"]] = row(by_task[r["task"]], r["plan"], r["teacher"])
-    for r in common.read_rows(rejected_path, ("task", "plan", "reason"), missing_ok=True):
-        if r["task"] in by_task and r["task"] not in kept:
+    maker = common.digest(common.model_id(a.teacher, a.teacher_url), prompts.teacher_text, a.max_plan_steps, explored)
+    asked = common.digest(a.temperatures, a.max_tokens)  # asked otherwise, what was rejected may pass
+    by = f"{Path(a.teacher).name} {maker} {asked}"
+
+    def verdict(task, plan, teacher, reason=None) -> dict:
+        return {"task": task, "plan": plan, "teacher": teacher, "reason": reason}
+
+    def current(r) -> bool:
+        """Whether a row is of this teacher, or a person's."""
+        return r["task"] in by_task and (r["teacher"] == "edited" or maker in r["teacher"].split()[1:])
+
+    found, edited = {}, []  # {task: its verdict}
+    for r in common.read_rows(log, ("task", "plan", "teacher", "reason"), missing_ok=True):
+        if current(r) and (r["reason"] is None or r["teacher"].endswith(asked)):
+            found[r["task"]] = r
+    for r in common.read_rows(out / "seed_plans.jsonl", ("task", "plan", "teacher"), missing_ok=True):
+        if current(r) and (known := found.get(r["task"], r))["plan"] != r["plan"]:
+            edited.append(verdict(r["task"], r["plan"], "edited"))
+        elif current(r):
+            found[r["task"]] = verdict(r["task"], r["plan"], known["teacher"])
+    for r in common.read_rows(rejected_path, ("task", "plan", "teacher", "reason"), missing_ok=True):
+        if r["task"] in by_task and (r["task"] not in found or found[r["task"]]["reason"]):
             plan = common.parse_plan(f"<meta_plan>\n{r['plan']}\n</meta_plan>")
             if common.check_plan(plan, verbs, a.max_plan_steps) is None:
-                kept[r["task"]] = row(by_task[r["task"]], plan, "edited")
-            elif r.get("teacher", "").endswith(maker):
-                rejected[r["task"]] = r
+                edited.append(verdict(r["task"], plan, "edited"))
+            elif r["teacher"] == by:
+                found[r["task"]] = r
+    found |= {r["task"]: r for r in edited}
 
     if a.teacher == "rules":
-        for e in trajectories:
-            plan = common.number_steps(cls.abstract(e["instruction"], e["steps"]))
-            reason = common.check_plan(plan, verbs, a.max_plan_steps)
-            if kept.get(e["task"], {}).get("teacher") == "edited":
-                continue
-            kept.pop(e["task"], None), rejected.pop(e["task"], None)
-            if reason is None:
-                kept[e["task"]] = row(e, plan, f"rules {maker}")
-            else:
-                rejected[e["task"]] = {"task": e["task"], "reason": reason, "plan": plan, "teacher": f"rules {maker}"}
-    elif todo := [e for e in trajectories if e["task"] not in kept and e["task"] not in rejected]:
-        if not prompts.teacher_text:
-            raise InputError(f"--prompts {a.prompts} has no teacher.txt, which --teacher {a.teacher} needs")
-        tokens = sum(len(prompts.teacher(e["instruction"], conversation(e["steps"]))[0]["content"]) for e in todo) // 4
-        print(f"teacher {a.teacher}: {len(todo)} calls (up to {2 * len(a.temperatures)} each where a plan fails quality control), "
-              f"about {tokens:,} prompt tokens and {150 * len(todo):,} generated tokens for one call each")
-        common.write_rows(kept_path, kept.values())
-        common.write_rows(rejected_path, rejected.values())
-        with contextlib.ExitStack() as stack:
+        for task, e in by_task.items():
+            if found.get(task, {}).get("teacher") != "edited":
+                plan = common.number_steps(cls.abstract(e["instruction"], e["steps"]))
+                found[task] = verdict(task, plan, by, common.check_plan(plan, verbs, a.max_plan_steps))
+    todo = [e for task, e in by_task.items() if task not in found]
+    if todo and not prompts.teacher_text:
+        raise InputError(f"--prompts {a.prompts} has no teacher.txt, which --teacher {a.teacher} needs")
+    with contextlib.ExitStack() as stack:
+        if todo or edited:
+            append = stack.enter_context(common.Appender(log))
+            for r in edited:
+                append(r)
+        if todo:
+            tokens = sum(len(prompts.teacher(e["instruction"], conversation(e["steps"]))[0]["content"]) for e in todo) // 4
+            print(f"teacher {a.teacher}: {len(todo)} calls (up to {2 * len(a.temperatures)} each where a plan fails quality control), "
+                  f"about {tokens:,} prompt tokens and {150 * len(todo):,} generated tokens for one call each")
             teacher = stack.enter_context(common.open_model(a.teacher, a.teacher_url, a.concurrency, out / "logs"))
-            append_kept = stack.enter_context(common.Appender(kept_path))
-            append_rejected = stack.enter_context(common.Appender(rejected_path))
             bar = stack.enter_context(tqdm(total=len(todo), desc="seed plans"))
 
             async def work(e):
                 try:
                     plan, reason = await ask_teacher(teacher, prompts, verbs, e, explored.get(e["task"], ""), a)
                 except common.ContextOverflow:
-                    plan, reason = None, "the trajectory is longer than the teacher's context"
-                by = f"{a.teacher} {maker}"
-                if reason is None:
-                    kept[e["task"]] = row(e, plan, by)
-                    append_kept(kept[e["task"]])
-                else:
-                    rejected[e["task"]] = {"task": e["task"], "reason": reason, "plan": plan or "", "teacher": by}
-                    append_rejected(rejected[e["task"]])
+                    plan, reason = "", "the trajectory is longer than the teacher's context"
+                found[e["task"]] = verdict(e["task"], plan, by, reason)
+                append(found[e["task"]])
                 bar.update()
 
             await asyncio.gather(*[work(e) for e in todo])
 
-    ordered = [kept[e["task"]] for e in trajectories if e["task"] in kept]
-    common.write_rows(rejected_path, [rejected[e["task"]] for e in trajectories if e["task"] in rejected])
-    common.write_rows(kept_path, ordered)
-    print(f"seed plans: {len(ordered)} kept, {len(rejected)} rejected"
-          + (f" (see {rejected_path}; edit a row's plan and run this stage again)" if rejected else ""))
-    return {r["task"]: r["plan"] for r in ordered}
+    kept = [found[task] for task in by_task if found[task]["reason"] is None]
+    common.write_rows(rejected_path, [found[task] for task in by_task if found[task]["reason"]])
+    print(f"seed plans: {len(kept)} kept, {len(by_task) - len(kept)} rejected"
+          + (f" (see {rejected_path}; edit a row's plan and run this stage again)" if len(kept) < len(by_task) else ""))
+    return [{"task": r["task"], "plan": r["plan"], "teacher": r["teacher"], "messages": [
+        *prompts.planner(by_task[r["task"]]["instruction"]), {"role": "assistant", "content": common.plan_reply(r["plan"])}]} for r in kept]
 
 
 def agent_conversations(a: Args, trajectories: list[dict], plans: dict[str, str], prompts) -> None:
@@ -223,10 +222,11 @@ def main(a: Args) -> None:
 
     async def stage():
         trajectories = await expert_trajectories(a)
-        plans = await seed_plans(a, trajectories, explored, prompts)
-        agent_conversations(a, trajectories, plans, prompts)
-        if not plans:
+        rows = await seed_plans(a, trajectories, explored, prompts)
+        if not rows:
             raise InputError("no seed plan passed quality control: see seed_plans.rejected.jsonl for the reasons")
+        agent_conversations(a, trajectories, {r["task"]: r["plan"] for r in rows}, prompts)
+        common.write_rows(Path(a.out) / "seed_plans.jsonl", rows)  # last: to make, the stage is done when this file is there
 
     asyncio.run(stage())
 

@@ -132,8 +132,8 @@ async def score_plans(a: Args, plans: list[dict], prompts, pool) -> dict[tuple, 
     path, agent_id = Path(a.out) / "rollouts.jsonl", common.model_id(a.agent, a.agent_url)
     setting = common.digest(agent_id, prompts.agent_text, prompts.examples, a.agent_temperature, a.agent_tokens,
                             a.observation_chars, a.max_steps, a.window, a.seed)
-    rows = [r for r in common.read_shards(path, ("task", "plan", "rollout", "reward", "setting"), missing_ok=True)
-            if r["setting"] == setting]
+    rows = [r for r in common.read_shards(path, ("task", "plan", "rollout", "reward", "setting", "end"), missing_ok=True)
+            if r["setting"] == setting and r["end"] != "crash"]
     done = common.finished(rows, "task", "plan", "rollout")
     unique = list(dict.fromkeys((p["task"], p["plan"]) for p in plans if p["plan"]))
 
@@ -322,7 +322,8 @@ def explore(a: ExploreArgs) -> None:
     agent_id = common.model_id(a.agent, a.agent_url)
     setting = common.digest(agent_id, prompts.agent_text, prompts.examples, a.agent_temperature, a.agent_tokens, a.observation_chars,
                             a.max_steps, a.seed)
-    rows = [r for r in common.read_rows(path, ("task", "rollout", "reward", "setting"), missing_ok=True) if r["setting"] == setting]
+    rows = [r for r in common.read_rows(path, ("task", "rollout", "reward", "setting", "end"), missing_ok=True)
+            if r["setting"] == setting and r["end"] != "crash"]
     done = common.finished(rows, "task", "rollout")
     jobs = [{"task": e["task"], "plan": None, "rollout": n, "agent": agent_id, "setting": setting}
             for e in experts for n in range(a.n) if (e["task"], n) not in done]

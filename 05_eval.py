@@ -144,7 +144,10 @@ async def greedy_plans(a: Args, tasks: list[str], pool) -> dict[str, str | None]
                 keep(setting, task, common.parse_plan(reply.text))
 
             for setting in [s for s in todo if s.endswith(".jsonl")]:
-                written = common.finished(common.read_rows(setting, ("task", "plan")), "task")
+                rows = common.read_rows(setting, ("task", "plan"))
+                written = common.finished(rows, "task")
+                if several := [r["task"] for r in rows if written[r["task"],]["plan"] != r["plan"]]:
+                    raise InputError(f"{setting} has several plans for {several[0]}: keep the one to be followed")
                 if absent := [t for t in todo[setting] if (t,) not in written]:
                     raise InputError(f"{setting} has no plan for {absent[0]} and {len(absent) - 1} other tasks of --splits")
                 for task in todo[setting]:
@@ -177,12 +180,14 @@ def cells_of(a: Args, ids: dict[str, str | None], splits: dict[str, list[str]]) 
     """The cells of this run: every agent with every plan setting, insertion and split; without a plan there is
     nothing to insert. `agent_id` names all that makes an agent's episodes but the plan and where it stands."""
     cells, prompts = [], common.Prompts(a.prompts or a.env)
+    files = [Path(s) for s in a.plans if s.endswith(".jsonl")]
+    file_names = {str(f): f.name if [g.name for g in files].count(f.name) == 1 else str(f) for f in files}
     for agent in a.agents:
         name, url = split_url(agent)
         agent_id = common.digest(common.model_id(name, url), prompts.agent_text, prompts.examples, a.agent_temperature, a.agent_tokens,
-                                 a.observation_chars, a.max_steps, a.window)
+                                 a.observation_chars, a.max_steps, a.window, *([a.seed] if a.agent_temperature else []))
         cells += [{"env": a.env, "agent": name, "agent_id": agent_id, "insert": insert, "split": split, "tasks": tasks,
-                   "plans": Path(setting).name if setting.endswith(".jsonl") else setting, "plans_id": ids[setting],
+                   "plans": file_names.get(setting, setting), "plans_id": ids[setting],
                    "setting_id": common.digest(agent_id, insert)}
                   for setting in a.plans for insert in (a.insert if setting != "none" else ["instruction"])
                   for split, tasks in splits.items()]
@@ -232,14 +237,15 @@ def with_episodes(out: str, cells: list[dict]) -> list[dict]:
     return found
 
 
-def asked_cells(out: str) -> list[dict]:
-    """All cells that were ever asked for; of the same agent, plans, insertion and split the newest. Cells of an agent as
-    it was before it was trained again, or asked in another way, are not compared with those of now."""
-    fields = ("agent", "agent_id", "plans", "insert", "split", "tasks")
+def asked_cells(out: str) -> tuple[list[dict], int]:
+    """All cells that were ever asked for, of the same agent, plans, insertion and split the newest; and how many are left
+    out because their agent or plans were trained again since, or are asked in another way now."""
+    fields = ("agent", "agent_id", "plans", "plans_id", "insert", "split", "tasks")
     rows = common.read_rows(Path(out) / "eval" / "cells.jsonl", fields, missing_ok=True)
-    newest = {r["agent"]: r["agent_id"] for r in rows}
-    cells = [r for r in common.finished(rows, "agent", "plans", "insert", "split").values() if r["agent_id"] == newest[r["agent"]]]
-    return sorted(cells, key=lambda c: (list(newest).index(c["agent"]), rank(c)))
+    agents, plans = {r["agent"]: r["agent_id"] for r in rows}, {r["plans"]: r["plans_id"] for r in rows}
+    every = common.finished(rows, "agent", "plans", "insert", "split").values()
+    cells = [r for r in every if r["agent_id"] == agents[r["agent"]] and r["plans_id"] == plans[r["plans"]]]
+    return sorted(cells, key=lambda c: (list(agents).index(c["agent"]), rank(c))), len(every) - len(cells)
 
 
 # ---- statistics ----------------------------------------------------------------------------------
@@ -385,12 +391,13 @@ def setting_name(plans: str) -> str:
     return NAMES.get(plans, plans)
 
 
-def overview(results: list[dict]) -> Table:
+def overview(results: list[dict], outdated: int) -> Table:
     """Every cell with all that was counted."""
     table = Table("results", "All cells", ["agent", "plans", "insertion", "split", "tasks", "episodes",
                                            *(f"{label} (x100)" for label, _ in METRICS.values()),
                                            "steps", "format errors", "context overflows", "ends"],
-                  note="Mean [95% bootstrap interval over tasks]. Reward per step: reward over steps taken, per task, then averaged.")
+                  note="Mean [95% bootstrap interval over tasks]. Reward per step: reward over steps taken, per task, then averaged."
+                       + (f" Left out: {outdated} cells of agents or plans as they were before they were made again." if outdated else ""))
     for r in results:
         ends = ", ".join(f"{k} {v}" for k, v in sorted(r["ends"].items()))
         table.rows.append([short(r["agent"]), setting_name(r["plans"]), "" if r["plans"] == "none" else r["insert"], r["split"],
@@ -530,6 +537,8 @@ def sample_counts(results: list[dict], path: Path) -> None:
     """Figure 5: average reward over M at the largest N, and over N at the largest M, of all splits together."""
     pattern, last = TABLES["fig5"][2], results[-1]["split"]
     rows = [(tuple(map(int, pattern.fullmatch(r["plans"]).groups())), r) for r in results if r["reward"] and r["split"] == last]
+    if not rows:
+        return
     figure, panels = axes(8, columns=2)
     for fixed, axis in enumerate(reversed(panels)):  # fixed 0: M stays, N varies
         most = max(mn[fixed] for mn, _ in rows)
@@ -588,7 +597,7 @@ def judge(a: JudgeArgs) -> None:
         raise InputError(f"--plans takes two settings to compare, not {' '.join(a.plans)}")
     texts: dict[str, dict] = {}
     for setting in a.plans:
-        for cell in with_episodes(a.out, [c for c in asked_cells(a.out) if c["plans"] == setting]):
+        for cell in with_episodes(a.out, [c for c in asked_cells(a.out)[0] if c["plans"] == setting]):
             texts.setdefault(setting, {}).update({t: p for t, p in cell["texts"].items() if p})
         if not texts.get(setting):
             raise InputError(f"--plans {setting}: {a.out} has no plans of it; evaluate it first")
@@ -665,12 +674,13 @@ def packed(value) -> str:
 def report_html(cells: list[dict], tables: list[Table], figures: list[Path], chunk: int = 40) -> str:
     """One page that needs nothing else (data/report.html): an index of tasks with the reward under each cell, and the
     conversations in compressed blocks of `chunk` tasks, each opened when one of its tasks is looked at."""
-    names = [{"agent": short(c["agent"]), "plans": setting_name(c["plans"]), "insert": c["insert"]} for c in cells]
-    columns = list({json.dumps(n): n for n in names}.values())
+    keys = [(c["agent"], c["plans"], c["insert"]) for c in cells]
+    columns = list(dict.fromkeys(keys))
+    names = [{"agent": short(agent), "plans": setting_name(plans), "insert": insert} for agent, plans, insert in columns]
     by_task: dict[tuple, dict] = {}
-    for cell, name in zip(cells, names, strict=True):
+    for cell, key in zip(cells, keys, strict=True):
         for task, row in cell["episodes"].items():
-            by_task.setdefault((cell["env"], cell["split"], task), {})[columns.index(name)] = row, cell["texts"].get(task)
+            by_task.setdefault((cell["env"], cell["split"], task), {})[columns.index(key)] = row, cell["texts"].get(task)
     index, blocks = [], []
     for start in range(0, len(by_task), chunk):
         block = []
@@ -688,13 +698,14 @@ def report_html(cells: list[dict], tables: list[Table], figures: list[Path], chu
     scripts = "".join(f'<script type="text/plain" id="block{i}">{b}</script>\n' for i, b in enumerate(blocks))
     title = " ".join(dict.fromkeys(c["env"] for c in cells))
     return common.fill((common.DATA / "report.html").read_text(), title=html.escape(title), tables="".join(t.html() for t in tables),
-                       figures=pictures, index=packed({"columns": columns, "tasks": index, "chunk": chunk}),
+                       figures=pictures, index=packed({"columns": names, "tasks": index, "chunk": chunk}),
                        blocks=scripts)
 
 
 def write_report(out: str, seed: int) -> str:
     """Tables, figures and report of all that was played; the text of results.md."""
-    folder, cells = Path(out), with_episodes(out, asked_cells(out))
+    folder, (asked, outdated) = Path(out), asked_cells(out)
+    cells = with_episodes(out, asked)
     if not cells:
         raise InputError(f"{out} has no evaluation to report: run 05_eval.py --out {out} first")
     results, differences = summarise(cells, seed)
@@ -712,8 +723,8 @@ def write_report(out: str, seed: int) -> str:
     for name, draw in pictures.items():
         if (name in tables or name == "results") and (name == "fig6" or any(r["reward"] for r in shown[name])):
             draw(folder / f"{name}.png")
-            figures.append(folder / f"{name}.png")
-    every = [overview(results), gains(results, differences), *tables.values()]
+            figures += [folder / f"{name}.png"] * (folder / f"{name}.png").exists()
+    every = [overview(results, outdated), gains(results, differences), *tables.values()]
     for name, table in tables.items():
         common.write_text(folder / f"{name}.md", f"{table.markdown()}\n```latex\n{table.latex()}```\n")
     text = f"# {cells[0]['env']}\n\n" + "\n".join(t.markdown() for t in every)
@@ -783,7 +794,7 @@ def main(a: Args) -> None:
             ids = await greedy_plans(a, list(dict.fromkeys(t for ts in splits.values() for t in ts)), pool)
             if a.plans_only:
                 return
-            cells, known = cells_of(a, ids, splits), asked_cells(a.out)
+            cells, (known, _) = cells_of(a, ids, splits), asked_cells(a.out)
             if new := [c for c in cells if c not in known]:
                 with common.Appender(Path(a.out) / "eval" / "cells.jsonl") as append:
                     for cell in new:

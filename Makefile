@@ -44,7 +44,7 @@ COMMON := --env $(ENV) --out $(R) $(ENV_ARGS)
 AGENT_FILE := $(if $(AGENT_SFT_ARGS),$(R)/agent/config.json)
 
 .PHONY: help setup demo all test lint stages data bench-env bench-rollout bench-train estimate
-.PRECIOUS: $(R)/%.jsonl $(R)/%/config.json $(R)/results.md $(R)/fig5/%.pairs.jsonl $(R)/fig5/%/config.json
+.PRECIOUS: $(R)/%.jsonl $(R)/%/config.json $(R)/eval/done $(R)/fig5/%.pairs.jsonl $(R)/fig5/%/config.json
 
 help:
 	@echo "make demo            the whole method, small, on this machine: table and picture in runs/demo-$(ENV)/ (ENV: sciworld, alfworld, webshop)"
@@ -106,14 +106,14 @@ data: | .venv/ready
 # ---- the stages --------------------------------------------------------------------------------
 
 all: stages
-stages: $(R)/results.md
+stages: $(R)/eval/done
 
 .PHONY: seed sft score dpo eval
 seed: $(R)/seed_plans.jsonl
 sft: $(R)/sft/config.json
 score: $(R)/pairs.jsonl
 dpo: $(R)/mpo/config.json
-eval: $(R)/results.md
+eval: $(R)/eval/done
 
 # the rejected plans are a prerequisite because a person may edit them
 $(R)/seed_plans.jsonl: 01_seed_plans.py $(wildcard $(R)/seed_plans.rejected.jsonl) $(MODEL_FILES) | .venv/ready
@@ -138,8 +138,10 @@ $(R)/mpo/config.json: 04_dpo.py $(R)/pairs.jsonl | .venv/ready
 $(R)/rft/config.json: 02_sft.py $(R)/pairs.jsonl | .venv/ready
 	$(BIN) $(LAUNCH) 02_sft.py --model $(R)/sft --data $(R)/best_plans.jsonl --out $(R)/rft --seed $(SEED) $(RFT_ARGS) $(TRAIN_ARGS)
 
-$(R)/results.md: 05_eval.py $(R)/sft/config.json $(R)/mpo/config.json $(AGENT_FILE) | .venv/ready
+# not results.md, which a report in the middle of an evaluation writes as well
+$(R)/eval/done: 05_eval.py $(R)/sft/config.json $(R)/mpo/config.json $(AGENT_FILE) | .venv/ready
 	$(EVALUATE) --plans none sft mpo
+	touch $@
 
 # ---- the paper's tables and figures: each plays what is missing, then writes all that can be written ----------
 
@@ -152,21 +154,21 @@ EVERY_AGENT = $(AGENT) $(patsubst %/config.json,%,$(filter-out %/agent-knowagent
 table2 table6: private AGENTS = $(EVERY_AGENT)
 
 .PHONY: table2 table3 table4 table6 fig3 fig4 fig5 fig6 report
-table2 table6: $(R)/results.md
+table2 table6: $(R)/eval/done
 	$(EVALUATE) --plans none mpo
 	if [ -e $(R)/agent-knowagent/config.json ]; then \
 	  $(EVALUATE) --agents $(R)/agent-knowagent --prompts $(ENV)-knowagent --plans none; fi
 	if [ -e $(R)/agent-wkm/config.json ]; then $(EVALUATE) --agents $(R)/agent-wkm --prompts $(ENV)-wkm --plans wkm; fi
-table3: $(R)/results.md $(R)/rft/config.json
+table3: $(R)/eval/done $(R)/rft/config.json
 	$(EVALUATE) --plans none sft $(if $(filter rules,$(TEACHER)),,gpt) rft mpo
-table4: $(R)/results.md
+table4: $(R)/eval/done
 	$(EVALUATE) --plans none mpo --insert instruction thought observation
-fig3: $(R)/results.md
+fig3: $(R)/eval/done
 	$(EVALUATE) --plans none sft mpo
-fig4: $(R)/results.md
+fig4: $(R)/eval/done
 	$(if $(word 2,$(AGENTS)),,$(error fig4 compares agents: make fig4 AGENTS="small medium large"))
 	$(EVALUATE) --plans none mpo
-fig6: $(R)/results.md
+fig6: $(R)/eval/done
 	$(BIN) python 05_eval.py judge --out $(R) --judge $(JUDGE) --plans sft mpo --seed $(SEED) $(JUDGE_ARGS)
 report: | .venv/ready
 	$(BIN) python 05_eval.py report --out $(R) --seed $(SEED)
@@ -215,7 +217,7 @@ $(R)/agent-wkm/config.json: 02_sft.py $(R)/wkm-seed/seed_plans.jsonl
 
 # figure 5: pairs of every smaller M and N from the rollouts that are there, a planner and an evaluation of each
 FIG5 = $(shell for m in $$(seq 2 $(M)); do echo m$${m}n$(N); done; for n in $$(seq 1 $$(($(N) - 1))); do echo m$(M)n$$n; done)
-fig5: $(R)/results.md
+fig5: $(R)/eval/done
 	for point in $(FIG5); do $(MAKE) $(R)/fig5/$$point/config.json || exit; done
 	$(EVALUATE) --plans none $$(cd $(R) && ls -d fig5/m*n*/config.json | xargs -n 1 dirname)
 

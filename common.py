@@ -188,8 +188,10 @@ def read_shards(path, required: tuple = (), missing_ok: bool = False) -> list[di
 
 def read_merged(path, required: tuple = ()) -> list[dict]:
     """Rows of `path` or, where only shards of it are there, of all of them; one must not be missing."""
-    shards = shards_of(path)
-    if Path(path).exists() or not shards:
+    path, shards = Path(path), shards_of(path)
+    if path.exists() or not shards:
+        if newer := [p for ps in shards.values() for p in ps.values() if p.stat().st_mtime > path.stat().st_mtime]:
+            raise InputError(f"{newer[0]} is newer than {path}: delete what is out of date")
         return read_rows(path, required)
     n, found = max(shards.items())
     if missing := [i for i in range(n) if i not in found]:
@@ -224,13 +226,14 @@ def seed_of(*parts) -> int:
 def model_id(model: str, url: str | None = None) -> str:
     """Names a model in result rows, so that rows of a retrained checkpoint are not taken for the old
     one's: a local directory by name and by a digest of samples of its weights, what a server at `url`
-    serves by the name it gives, else the name itself."""
+    serves by the name it gives (that of `model` where it has it, else of its first), else the name itself."""
     if url:
         import urllib.request
 
         try:
             with urllib.request.urlopen(f"{url.split(',')[0].rstrip('/')}/models", timeout=30) as answer:
-                return json.loads(answer.read())["data"][0]["id"]
+                names = [m["id"] for m in json.loads(answer.read())["data"]]
+                return model if model in names else names[0]
         except (KeyError, IndexError, TypeError):
             return model  # a server that does not say
         except (OSError, ValueError) as e:
@@ -992,7 +995,7 @@ class Shop:
     goals.npy         goals in the benchmark's order: product, its instruction, combination of options, price ceiling
     bm25/             BM25 weights (bm25s); words.npy digests of the words they are for, sorted, and their numbers"""
 
-    RESULTS, VERSION = 50, 1
+    RESULTS, VERSION, LONGEST = 50, 2, 1 << 26  # LONGEST: characters of one element of a data file; more of it is broken
     WORD = re.compile(r"\w+")
     STOP = set("a an and are as at be but by for if in into is it no not of on or such that the their then there these they this "
                "to was will with".split())
@@ -1087,8 +1090,8 @@ class Shop:
                             at = stop
                             return found
                     except ValueError as e:
-                        if end or len(text) - at > 1 << 26:  # no value is as long as that
-                            raise InputError(f"{path} is not JSON, or not whole ({e.msg}): fetch it again") from None
+                        if end or len(text) - at > Shop.LONGEST:
+                            raise InputError(f"{path} is not whole JSON ({e.msg}): fetch it again") from None
                     more()
 
             if skip(" \t\r\n\ufeff") != kind:
@@ -1131,7 +1134,8 @@ class Shop:
         prices = prices[:2] or [100.0]  # the benchmark's price of what has none
         options, offered = {}, row.get("customization_options")
         for option, contents in offered.items() if isinstance(offered, dict) else ():
-            values = [cls.text(c["value"]) for c in contents if isinstance(c, dict) and c.get("value")] if isinstance(contents, list) else []
+            contents = contents if isinstance(contents, list) else []
+            values = [cls.text(c["value"]) for c in contents if isinstance(c, dict) and c.get("value")]
             values = [" ".join(v.replace("/", " | ").lower().split()) for v in values if v]
             if values:
                 options[cls.text(option).lower()] = list(dict.fromkeys(values))
@@ -1673,8 +1677,8 @@ class RayWorker:
         self.env, self.sessions, self.live, self.actor = env, sessions, 0, None
 
     @staticmethod
-    def connect() -> None:
-        """Join the cluster, or start one."""
+    def connect(workers: int) -> None:
+        """Join the cluster, or start one; a CPU a worker."""
         try:
             import aiohttp_cors  # noqa: F401  without it a cluster that starts here does not come up
             import ray
@@ -1684,6 +1688,8 @@ class RayWorker:
             env = {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "0"} | {
                 k: os.environ[k] for k in ("ALFWORLD_DATA", "WEBSHOP_DATA", "WEBSHOP_GOALS", "XDG_CACHE_HOME") if k in os.environ}
             ray.init(os.environ.get("RAY_ADDRESS") or "local", log_to_driver=False, logging_level="ERROR", runtime_env={"env_vars": env})
+        if workers > (cpus := int(ray.cluster_resources().get("CPU", 0))):
+            raise InputError(f"--workers {workers}: the Ray cluster has {cpus} CPUs, and a worker takes one")
 
     async def start(self):
         if self.actor is None:
@@ -1733,11 +1739,13 @@ class EnvPool:
 
     def __init__(self, env: str, workers: int, sessions: int = 64, ray: bool = False):
         self.shares_tasks, self.homes = environment(env).shares_tasks, {}
+        if min(workers, sessions) < 1:
+            raise InputError("--workers and --concurrency must be at least 1")
         environment(env).prepare()
         self.workers = [(RayWorker if ray else Worker)(env, max(1, sessions // workers)) for _ in range(workers)]
         self.count = 0
         if ray:
-            RayWorker.connect()
+            RayWorker.connect(workers)
 
     async def __aenter__(self):
         return self
@@ -1768,6 +1776,26 @@ class EnvPool:
             worker.live -= 1
             if process:
                 worker.close(process, number)
+
+
+    async def each(self, tasks: list[str], method: str, keep, deadline: float = 600.0) -> None:
+        """`keep(task, result)` of a method of the environment for every task, as many at a time as there are workers.
+        Tried again where a worker ends, three times in all."""
+        queue = iter(tasks)
+
+        async def work():
+            for task in queue:
+                for left in (2, 1, 0):
+                    try:
+                        async with self.session(task) as env:
+                            result = await env(method, task, deadline=deadline)
+                        break
+                    except (WorkerDied, RuntimeError) as e:
+                        if not left:
+                            raise InputError(f"{method} of {task} failed three times: {e}") from None
+                keep(task, result)
+
+        await asyncio.gather(*[work() for _ in self.workers])
 
 
 def worker_main(env: str, sessions: str) -> None:
@@ -1810,21 +1838,17 @@ async def list_tasks(pool: EnvPool, env: str, split: str, tasks_file: str | None
             tasks = await session("tasks", split, deadline=600)
     if types:
         tasks = [t for t in tasks if task_type(t) in types]
+    if limit is not None and limit < 1:
+        raise InputError("--limit must be at least 1")
     if not tasks:
         raise InputError(f"no tasks left of the {split} split with these --tasks / --types")
-    return tasks[:limit] if limit is not None else tasks
+    return list(dict.fromkeys(tasks))[:limit]
 
 
 async def instructions(pool: EnvPool, tasks: list[str]) -> dict[str, str]:
-    """{task: u}, what the planner is asked with; as many at a time as there are workers."""
-    out, queue = {}, iter(tasks)
-
-    async def work():
-        for task in queue:
-            async with pool.session(task) as env:
-                out[task] = await env("reset", task)
-
-    await asyncio.gather(*[work() for _ in pool.workers])
+    """{task: u}, what the planner is asked with."""
+    out = {}
+    await pool.each(tasks, "reset", out.__setitem__)
     return out
 
 
@@ -1845,13 +1869,14 @@ class Reply:
 
 
 class Model:
-    """One chat model behind one or more OpenAI-compatible servers (`url`: addresses with commas between).
+    """One chat model behind one or more OpenAI-compatible servers (`url`: addresses with commas between; `name` None: the
+    first that they have).
 
     `url` None is OpenAI itself, or `OPENAI_BASE_URL`; the key comes from `OPENAI_API_KEY`. A server
     of ours on loopback needs none. Retries (429, 5xx, lost connections, silence) with growing pauses
     are the client's own: a server may be gone for a minute; one that stays away raises `InputError`."""
 
-    def __init__(self, name: str | None = None, url: str | None = None, concurrency: int = 64, timeout: float = 300.0):
+    def __init__(self, name: str | None, url: str | None = None, concurrency: int = 64, timeout: float = 300.0):
         import httpx
         import openai
 
@@ -1948,21 +1973,31 @@ def check_model_dir(model: str) -> None:
 
 @contextlib.contextmanager
 def serve(models: list[str], log_dir="logs", tensor_parallel: int = 1, max_model_len: int = 8192, wait: float = 900.0):
-    """Serve local models on loopback with OpenAI's protocol; yields one base URL a model.
+    """Serve local models on loopback with OpenAI's protocol; yields the address of each, for `Model`.
 
-    vLLM where it is installed (prefix caching on; on GPUs as many replicas of `tensor_parallel` GPUs
-    each as there is room for), else `transformers serve`. The servers start together. Their process
-    groups are ended in any case: at exit, on an error, on Ctrl-C, and by a watchdog when this process
-    is killed. Raises `InputError` with the end of the server's log
-    when one ends early or is not healthy within `wait` seconds."""
+    vLLM where it is installed (prefix caching on; on GPUs as many replicas of `tensor_parallel` GPUs each as there is
+    room for, each with an address, so that a conversation can stay where its prefix is cached), else `transformers
+    serve`. Their process groups are ended in any case: at exit, on an error, on Ctrl-C, and by a watchdog when this
+    process is killed. Raises `InputError` with the end of the server's log when one ends early or is not healthy within
+    `wait` seconds."""
+    from importlib.util import find_spec
+
+    for model in models:
+        check_model_dir(model)
+    vllm = bool(find_spec("vllm")) and os.environ.get("MPO_SERVER", "vllm") == "vllm"  # MPO_SERVER=transformers: the other one
+    gpus = visible_gpus() if vllm else []
+    if tensor_parallel < 1 or (gpus and tensor_parallel > len(gpus)):
+        raise InputError(f"--tensor_parallel {tensor_parallel}: must be from 1 to the number of GPUs, which is {len(gpus)}")
+    replicas = [gpus[i : i + tensor_parallel] for i in range(0, len(gpus) - tensor_parallel + 1, tensor_parallel)] or [[]]
     servers = []
     try:
         for model in models:
-            check_model_dir(model)
-            servers.append(_start_server(model, len(models), tensor_parallel, max_model_len, Path(log_dir)))
+            servers += [_start_server(model, vllm, gpus, 1 / len(models), max_model_len, Path(log_dir)) for gpus in replicas]
+            for server in servers if gpus else []:  # one model after another: vLLM takes what it finds free
+                _wait_healthy(server, wait)
         for server in servers:
             _wait_healthy(server, wait)
-        yield [server.url for server in servers]
+        yield [",".join(s.url for s in servers[i : i + len(replicas)]) for i in range(0, len(servers), len(replicas))]
     finally:
         for server in servers:
             with contextlib.suppress(ProcessLookupError):
@@ -1980,45 +2015,52 @@ def serve(models: list[str], log_dir="logs", tensor_parallel: int = 1, max_model
 @contextlib.contextmanager
 def open_model(name: str, url: str | None, concurrency: int, log_dir, tensor_parallel: int = 1, max_model_len: int = 8192):
     """A `Model` to ask: behind `url` where one is given, served for the time of the `with` where `name`
-    is local (a directory or a Hugging Face name `owner/model`), else one of OpenAI or OPENAI_BASE_URL."""
-    if not url and (os.sep in name or Path(name).is_dir()):
+    is local (a directory or a Hugging Face name `owner/model`), else one of OpenAI or OPENAI_BASE_URL; there `api:` marks
+    a name with a slash."""
+    if not url and is_local(name):
         with serve([name], log_dir, tensor_parallel, max_model_len) as [served]:
             yield Model(name, served, concurrency)
     else:
-        yield Model(None if url else name, url, concurrency)
+        yield Model(model_id(name, url) if url else name.removeprefix("api:"), url, concurrency)
+
+
+def is_local(name: str) -> bool:
+    return Path(name).is_dir() or (os.sep in name and not name.startswith("api:"))
 
 
 def check_model(name: str, url: str | None) -> None:
     """Say what is wrong with a model before work is spent on it: a directory that is not complete, or
     no key for an API."""
-    if not url:
+    if not url and is_local(name):
         check_model_dir(name)
-        if os.sep not in name and not Path(name).is_dir():
-            Model(name)
+    elif not url:
+        Model(name)
 
 
 # ends the server's process group when the pipe to this process closes, however it closes
 WATCHDOG = "import os,sys; sys.stdin.read(); os.killpg(int(sys.argv[1]), 9)"
 
 
-def _start_server(model, share, tensor_parallel, max_model_len, log_dir):
-    from importlib.util import find_spec
+def visible_gpus() -> list[str]:
+    """The names by which CUDA_VISIBLE_DEVICES knows the GPUs."""
+    import torch
 
+    count, named = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",")[:count] if named else [str(i) for i in range(count)]
+
+
+def _start_server(model, vllm, gpus, share, max_model_len, log_dir):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     env = dict(os.environ, TOKENIZERS_PARALLELISM="false")
-    if find_spec("vllm") and os.environ.get("MPO_SERVER", "vllm") == "vllm":  # MPO_SERVER=transformers: the other one
-        import torch
-
+    if vllm:
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--served-model-name",
                    model, "--host", "127.0.0.1", "--port", str(port), "--dtype", "bfloat16", "--max-model-len",
                    str(max_model_len), "--generation-config", "vllm", "--enable-prefix-caching"]
-        gpus = torch.cuda.device_count()
         if gpus:
-            command += ["--tensor-parallel-size", str(tensor_parallel), "--data-parallel-size",
-                        str(max(1, gpus // tensor_parallel)), "--gpu-memory-utilization",
-                        f"{0.9 / share:.2f}"]
+            command += ["--tensor-parallel-size", str(len(gpus)), "--gpu-memory-utilization", f"{0.9 * share:.2f}"]
+            env["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
         else:
             # without chunks: a seeded request whose prompt is split ends vLLM's CPU engine
             # ("CPU Generator does not use offset", seen with 0.32.0)
@@ -2181,7 +2223,7 @@ async def rollouts(jobs: list[dict], model: Model, pool: EnvPool, env: str, c: R
 
 def mean(values) -> float:
     values = list(values)
-    return sum(values) / len(values) if values else 0.0
+    return math.fsum(values) / len(values) if values else 0.0  # exact: the order of equal rewards makes no difference
 
 
 # ------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ def expert(task, steps, solved=True) -> dict:
 
 def tried(task, reward, steps, rollout=0, end="steps") -> dict:
     return {"task": task, "rollout": rollout, "reward": reward, "success": reward == 1.0, "end": end, "steps": steps,
-            "instruction": f"Do {task}."}
+            "setting": "now", "instruction": f"Do {task}."}
 
 
 def test_trajectory_pairs():
@@ -155,6 +155,7 @@ def test_task_knowledge_from_expert_against_failure(seeded, tmp_path, chat_serve
 
     server = chat_server(reply)
     failures = [tried(t, 0.1 * i, [[f"Action: wrong {i}", "No."]], i) for i in (2, 1) for t in TASKS[1:]]
+    failures.insert(0, {**tried(TASKS[0], 0.0, [["Action: older", "No."]]), "setting": "of the agent before it was trained again"})
     failed = write_jsonl(tmp_path / "explore.jsonl", [*failures, tried(TASKS[0], 1.0, [["Action: right", "Yes."]])])
     out = tmp_path / "wkm-seed"
     args = ["--env", "sciworld", "--workers", 1, "--out", out, "--tasks", seeded.parent / "tasks.json", "--plan_share", 1,

@@ -87,12 +87,13 @@ def test_missing_episodes_are_said_not_averaged(known):
 
 
 def test_the_newest_cell_counts(known):
-    """A planner that was trained again: its new plans have no episodes yet."""
+    """A planner that was trained again: its new plans have no episodes yet, and what its old ones earned is no longer shown."""
     with (known / "eval" / "cells.jsonl").open("a") as f:
         f.write(json.dumps(cell("mpo", "seen", SEEN) | {"plans_id": "another"}) + "\n")
-    ev.write_report(str(known), 0)
+    text = ev.write_report(str(known), 0)
     found = {(r["plans"], r["split"]): r for r in json.loads((known / "results.json").read_text())["results"]}
-    assert found["mpo", "seen"]["missing"] == 2 and found["mpo", "unseen"]["missing"] == 0
+    assert found["mpo", "seen"]["missing"] == 2 and not {("mpo", "unseen"), ("mpo", "all")} & set(found)
+    assert "Left out: 1 cells" in text
 
 
 def test_an_agent_that_was_trained_again_is_another(known):

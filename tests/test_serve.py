@@ -98,9 +98,32 @@ def test_server_that_ends_early_shows_its_log(tiny_model, tmp_path, monkeypatch)
             raise AssertionError("it has ended")
 
 
+def test_gpus_are_shared_out(tiny_model, tmp_path, monkeypatch):
+    """Every replica has its own GPUs and address; the second model starts when the first one's memory is taken."""
+    started, healthy, popen = [], [], subprocess.Popen
+
+    def start(command, **options):
+        if "vllm.entrypoints.openai.api_server" in command:
+            started.append((options["env"]["CUDA_VISIBLE_DEVICES"], command[command.index("--gpu-memory-utilization") + 1],
+                            command[command.index("--tensor-parallel-size") + 1]))
+            command = ["sleep", "60"]
+        return popen(command, **options)
+
+    monkeypatch.delenv("MPO_SERVER", raising=False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+    monkeypatch.setattr(common.subprocess, "Popen", start)
+    monkeypatch.setattr(common, "visible_gpus", lambda: ["4", "5", "6", "7", "9"])
+    monkeypatch.setattr(common, "_wait_healthy", lambda server, wait: healthy.append(len(started)))
+    with common.serve([tiny_model, tiny_model], tmp_path, tensor_parallel=2) as urls:
+        assert [len(set(url.split(","))) for url in urls] == [2, 2] and not set(urls[0].split(",")) & set(urls[1].split(","))
+    assert started == [(gpus, "0.45", "2") for gpus in ("4,5", "6,7", "4,5", "6,7")] and healthy[:2] == [2, 2]
+    with pytest.raises(InputError, match="--tensor_parallel 6: must be from 1 to the number of GPUs, which is 5"):
+        common.serve([tiny_model], tmp_path, tensor_parallel=6).__enter__()
+
+
 def test_killed_parent_leaves_no_server(tiny_model, tmp_path):
-    code = ("import sys, time, common\n"
-            "s = common._start_server(sys.argv[1], 1, 1, 1024, common.Path(sys.argv[2]))\n"
+    code = ("import sys, time, common\nfrom importlib.util import find_spec\n"
+            "s = common._start_server(sys.argv[1], bool(find_spec('vllm')), [], 1, 1024, common.Path(sys.argv[2]))\n"
             "print(s.process.pid, s.watchdog.pid, flush=True)\ntime.sleep(60)")
     parent = subprocess.Popen([sys.executable, "-c", code, tiny_model, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:

@@ -103,6 +103,8 @@ def test_reward_of_the_right_purchase(shop):
     ({"options": ["dark oak", "40 inch"]}, ["white | grey", "60 inch"], 3 / 4),  # 60 inch is near enough to 40 inch
     ({"options": ["light grey"]}, ["white | grey"], 1),  # both are some grey
     ({"options": ["snow white"]}, ["white | grey"], 2 / 3),  # the first of several basic colours, in the order of the alphabet
+    ({"options": ["lightgrey"]}, ["white | grey"], 1),  # a colour is found inside a word
+    ({"options": ["dark heather walnut"]}, ["dark oak"], 1),  # "dark" is one of the benchmark's colours
 ])
 def test_reward_rule_by_rule(shop, change, chosen, expected):
     begin(shop, "B000000001", **{"options": [], **change})
@@ -171,8 +173,10 @@ def test_pages(shop):
     assert u.startswith("Find me a desk of solid wood with color: ") and ", and price lower than " in u and u.endswith("0.00 dollars")
     assert shop.available() == "Available actions: search[keywords]"
     text = shop.step("Search[ Pine  shelf ]")[0]
-    assert text.startswith(f"Instruction: [SEP] {u} [SEP] Back to Search [SEP] Page 1 (Total results: 25) [SEP] Next > [SEP] B0000001")
-    assert text.count("$20.0") == 10 and "< Prev" not in text and "click[next >]" in text
+    available, page = text.split("\n")
+    assert available.startswith("Available actions: click[back to search], click[next >], click[b0000001")
+    assert page.startswith(f"Instruction: [SEP] {u} [SEP] Back to Search [SEP] Page 1 (Total results: 25) [SEP] Next > [SEP] B0000001")
+    assert text.count("$20.0") == 10 and "< Prev" not in text
     second = shop.step("click[Next >]")[0]
     assert "Page 2" in second and "< Prev [SEP] Next >" in second
     assert "Next >" not in shop.step("click[next >]")[0]
@@ -261,10 +265,39 @@ def test_splits(tmp_path, monkeypatch, shop):
     assert env.shop.goal(7)["options"] == ["red"]
     monkeypatch.setenv("WEBSHOP_GOALS", "attributes")
     Shop.open.cache_clear()
-    assert len(WebShop().shop.goals) == 0
+    with pytest.raises(InputError, match=r"items_ins_v2\.json has no goal for the products in items_shuffle\.json$"):
+        WebShop()
+    monkeypatch.delenv("WEBSHOP_GOALS")
+    with pytest.raises(InputError, match="has no goal .*WEBSHOP_GOALS=attributes"):
+        use(tmp_path / "other", monkeypatch, [product("B000000001", "Desk")], {}, human={"B999999999": many["B000000001"]})
 
 
-def test_a_stream_is_read_as_json_is(tmp_path):
+def test_malformed_instructions_of_people(tmp_path, monkeypatch):
+    human = {"B000000001": None, "B000000002": [
+        "not an object", {"instruction": "Find it", "instruction_attributes": "wood"}, {"instruction_attributes": ["wood"]},
+        {"instruction": "Find me a desk.", "instruction_attributes": ["wood"], "instruction_options": None}]}
+    products = [product(a, "Desk", customization_options={"color": [{"value": "red"}]}) for a in human]
+    env = use(tmp_path / "data", monkeypatch, products, {}, human=human)
+    goals = [env.shop.goal(i) for i in range(len(env.shop.goals))]
+    assert sorted(g["text"].split(",")[0] for g in goals) == ["", "Find me a desk"] and all(g["options"] == [] for g in goals)
+
+
+def test_equal_products_are_listed_in_the_catalogues_order(tmp_path, monkeypatch):
+    env = use(tmp_path / "data", monkeypatch, [product(f"B{i:09}", "Oak desk" if i % 3 else "Oak desk, oak top") for i in range(900)],
+              {"B000000001": {"instruction": "Find it", "instruction_attributes": ["x"]}})
+    alike = [i for i in range(900) if i % 3]
+    assert env.shop.search("desk") == alike[:50] and env.shop.search("oak desk")[:50] != alike[:50]
+
+
+def test_a_run_folder_is_of_one_catalogue(tmp_path, monkeypatch, shop):
+    common.check_data("webshop", tmp_path / "run")
+    common.check_data("webshop", tmp_path / "run")
+    use(tmp_path / "other", monkeypatch, PRODUCTS[:-1])
+    with pytest.raises(InputError, match="rows of other webshop data.*another run folder"):
+        common.check_data("webshop", tmp_path / "run")
+
+
+def test_a_stream_is_read_as_json_is(tmp_path, monkeypatch):
     rows = [{"a": i, "b": ["x" * (i % 977), 1.5, None, "é\U0001f600"]} for i in range(20_000)]  # 10 MB: several chunks
     path = tmp_path / "rows.json"
     for value, expected in ((rows, rows), ({str(i): r for i, r in enumerate(rows)}, [(str(i), r) for i, r in enumerate(rows)]), ([], []),
@@ -277,6 +310,10 @@ def test_a_stream_is_read_as_json_is(tmp_path):
         path.write_text(whole[:cut])
         with pytest.raises(InputError, match=r"rows\.json"):
             list(Shop.stream(path, "["))
+    monkeypatch.setattr(Shop, "LONGEST", 1 << 20)
+    path.write_text(json.dumps(rows[:100])[:-1] + ', {"a" 1}, ' + json.dumps(rows * 3)[1:])  # 30 MB after the fault
+    with pytest.raises(InputError, match=r"rows\.json is not whole JSON"):
+        list(Shop.stream(path, "["))
 
 
 def test_malformed_products(tmp_path, monkeypatch, capfd):
