@@ -29,7 +29,7 @@ class Args:
     warmup_ratio: float = arg(0.0, "share of the steps with linear warm-up, before the cosine (paper: none named)")
     lr_scheduler: str = arg("cosine", "shape of the learning rate after the warm-up: cosine (paper), linear or constant")
     weight_decay: float = arg(0.0, "AdamW weight decay")
-    max_grad_norm: float = arg(1.0, "gradients are clipped to this norm")
+    max_grad_norm: float = arg(1.0, "gradients are clipped to this norm, 0: not at all")
     max_length: int = arg(4096, "longer rows are left out, and counted")
     micro_tokens: int = arg(8192, "tokens of a micro-batch on one process; lower it when memory is short")
     precision: str = arg("bf16", "bf16: float32 weights and optimizer state, computed with in bf16; fp32: all float32")
@@ -102,7 +102,8 @@ def main(a: Args) -> None:
     plan = [step for epoch in range(a.epochs)
             for step in common.plan_epoch([len(ids) for ids, _ in rows], a.batch_size, micro_tokens, world, a.seed, epoch)]
     wrapped, optimizer = common.distribute(wrapped, accelerator, a)
-    made_from = {**asdict(a), "out": "", "log_with": "", "model": common.model_id(a.model), "rows": common.digest(every)}
+    made_from = {**asdict(a), "model": common.model_id(a.model), "template": tokenizer.chat_template,
+                 "rows": common.digest(common.read_rows(a.data)[: a.limit])}
     run = common.Training(a.out, accelerator, wrapped, optimizer, made_from, len(plan), a.save_steps)
 
     bar = tqdm(range(run.start, len(plan)), initial=run.start, total=len(plan), desc="sft", disable=not accelerator.is_main_process)

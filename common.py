@@ -2251,7 +2251,12 @@ def load_model(name: str):
             module.p = 0.0
         elif hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.0
-    return model.eval(), tokenizer
+    with torch.no_grad():
+        ids = torch.arange(8)[None]
+        whole, ours = model.eval()(input_ids=ids).logits[0].float(), logits_of(model, model.get_decoder()(ids).last_hidden_state[0]).float()
+    if not torch.allclose(whole, ours, rtol=0.05, atol=0.05 * whole.std().item()):
+        raise InputError(f"{name}: {model.config.model_type} models do more to their logits than training knows; choose another model")
+    return model, tokenizer
 
 
 def tokenize(messages: list[dict], tokenizer, where: str) -> tuple[list[int], list[bool]]:
@@ -2298,7 +2303,7 @@ def plan_epoch(lengths: list[int], batch_size: int, micro_tokens: int, processes
     steps = []
     for i in range(0, len(order), batch_size):
         batch = sorted(order[i : i + batch_size], key=lambda r: -lengths[r])
-        count = -(-sum(min(lengths[r], micro_tokens) for r in batch) // max(1, micro_tokens)) or 1
+        count = -(-sum(min(lengths[r], micro_tokens) for r in batch) // micro_tokens) if micro_tokens else len(batch)
         while True:
             micros: list[list[int]] = [[] for _ in range(count + -count % processes)]
             filled = [0] * len(micros)
@@ -2308,7 +2313,7 @@ def plan_epoch(lengths: list[int], batch_size: int, micro_tokens: int, processes
                 filled[least] += lengths[row]
             if all(total <= micro_tokens or len(micro) == 1 for micro, total in zip(micros, filled, strict=True)):
                 break
-            count = len(micros) + 1
+            count = max(len(micros) + 1, len(micros) * 21 // 20)
         while len(micros) > processes and not any(micros[-processes:]):
             del micros[-processes:]
         steps.append(micros)
@@ -2368,6 +2373,9 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, se
     across pieces. An attention function of transformers, by the name of "packed"."""
     import torch
 
+    if unknown := [k for k in ("s_aux", "softcap", "position_bias", "indices", "block_indices") if kwargs.get(k) is not None]:
+        raise InputError(f"this model's attention takes {unknown[0]}, which training does not know: choose another model")
+
     def attend(q, k, v):
         offset = k.shape[2] - q.shape[2]
         groups = query.shape[1] // key.shape[1]
@@ -2411,19 +2419,15 @@ def target_log_probs(model, packed: bool = True):
         def __init__(self):
             super().__init__()
             self.model, self.packed = model, packed
+            self._no_split_modules, self.tie_weights = model._no_split_modules, model.tie_weights  # for a user's own FSDP
 
         def forward(self, ids, positions, sources, labels, segments, owners=None):
             assert packed or len(segments) == 1, "this model's sequences cannot be packed"
             hidden = model.get_decoder()(input_ids=ids, position_ids=positions, use_cache=False,
                                          **({"segments": segments} if packed else {})).last_hidden_state[0]
-            head, cap = model.get_output_embeddings(), getattr(model.config, "final_logit_softcapping", None)
 
             def log_probs(h, y):
-                logits = head(h)
-                logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-                if cap:
-                    logits = torch.tanh(logits / cap) * cap
-                return -torch.nn.functional.cross_entropy(logits, y, reduction="none")
+                return -torch.nn.functional.cross_entropy(logits_of(model, h), y, reduction="none")
 
             if not len(labels):
                 return log_probs(hidden[:1], ids[0, :1]) * 0
@@ -2433,12 +2437,22 @@ def target_log_probs(model, packed: bool = True):
     return TargetLogProbs()
 
 
+def logits_of(model, hidden):
+    """The output layer: (T, hidden size) -> (T, vocabulary), float32 or more."""
+    import torch
+
+    logits, cap = model.get_output_embeddings()(hidden), getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return torch.tanh(logits / cap) * cap if cap else logits
+
+
 def can_pack(model) -> bool:
     """Whether all that mixes a model's tokens is attention that `packed_attention` can take the place of."""
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     state_space = any(hasattr(config, k) for k in ("ssm_state_size", "mamba_d_state", "state_size", "linear_num_value_heads"))
-    return (kinds <= {"full_attention", "sliding_attention"} and model._supports_attention_backend and not state_space
+    sinks = any(hasattr(m, "sinks") for m in model.modules())
+    return (kinds <= {"full_attention", "sliding_attention"} and model._supports_attention_backend and not state_space and not sinks
             and not getattr(config, "attn_logit_softcapping", None))
 
 
@@ -2456,13 +2470,20 @@ def learning_rate(step: int, total: int, peak: float, warmup_ratio: float, shape
 
 
 def own_accelerate_config() -> bool:
-    """Whether the user's Accelerate configuration chose how to distribute: then it is left at that."""
-    return any(os.environ.get(f"ACCELERATE_USE_{k}", "").lower() in ("true", "1") for k in ("FSDP", "DEEPSPEED", "MEGATRON_LM"))
+    """Whether the user's Accelerate configuration sets FSDP up: then it is left at that."""
+    fsdp, *others = (os.environ.get(f"ACCELERATE_USE_{k}", "").lower() in ("true", "1") for k in ("FSDP", "DEEPSPEED", "MEGATRON_LM"))
+    if any(others):
+        raise InputError("this loop does not run under DeepSpeed or Megatron, it shards the model itself: take an Accelerate "
+                         "configuration with FSDP, or without either (accelerate launch --config_file)")
+    return fsdp
 
 
 def make_accelerator(precision: str, log_with: str | None = None, out: str = ""):
     """Accelerate, for the processes, devices and trackers; precision itself is up to `distribute`."""
-    from accelerate import Accelerator
+    from datetime import timedelta
+
+    import torch
+    from accelerate import Accelerator, InitProcessGroupKwargs
     from accelerate.utils import LoggerType
 
     if precision not in ("bf16", "fp32"):
@@ -2472,7 +2493,9 @@ def make_accelerator(precision: str, log_with: str | None = None, out: str = "")
         raise InputError(f"unknown --log_with {log_with!r}: one of {', '.join(trackers)}")
     try:
         return Accelerator(mixed_precision="bf16" if precision == "bf16" and own_accelerate_config() else "no",
-                           log_with=log_with, project_dir=f"{out}.logs" if log_with else None)
+                           cpu=torch.backends.mps.is_available(),  # FSDP2 does not run on Apple's GPUs
+                           kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))],  # one process writes the model
+                           log_with=log_with, project_dir=f"{Path(out)}.logs" if log_with else None)
     except (ImportError, ValueError) as e:
         raise InputError(f"--log_with {log_with}: {e}") from None
 
@@ -2541,40 +2564,53 @@ def prepare_model(model, a):
             apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
         except ImportError:
             raise InputError("--liger needs a GPU and liger-kernel: pip install liger-kernel") from None
+    used = {id(p) for module in (model.get_decoder(), model.get_output_embeddings()) for p in module.parameters()}
+    for p in model.parameters():  # a vision tower has no part in this
+        p.requires_grad_(p.requires_grad and id(p) in used)
     return model
 
 
 def clip_gradients(wrapped, accelerator, limit: float) -> float:
-    """Scale all gradients together to at most this norm; returns the norm before."""
-    norm = accelerator.clip_grad_norm_(wrapped.parameters(), limit)
+    """Scale all gradients together to at most this norm (0: leave them); returns the norm before."""
+    norm = accelerator.clip_grad_norm_(wrapped.parameters(), limit or math.inf)
     return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
 
 class Training:
     """Checkpoints, metrics and the final model of one training run, in `out`.partial/ until it is done.
 
-    A run that was killed goes on at its last checkpoint if it has the same settings and data; else it
-    starts over. The finished model replaces `out` in one rename."""
+    A run that was killed goes on at its last checkpoint if it has the same settings, but for the `FREE` ones, and data; else
+    it starts over. The finished model replaces `out` in one rename."""
+
+    FREE = ("out", "log_with", "micro_tokens", "gradient_checkpointing", "compile", "liger", "save_steps")  # change no result
 
     def __init__(self, out: str, accelerator, wrapped, optimizer, settings: dict, total: int, save_steps: int):
         from accelerate.utils import broadcast_object_list
 
-        self.out, self.partial = Path(out), Path(f"{out}.partial")
+        self.out = Path(out)
+        self.partial = self.out.with_name(f"{self.out.name}.partial")
         self.accelerator, self.wrapped, self.optimizer, self.total, self.save_steps = accelerator, wrapped, optimizer, total, save_steps
-        self.key, self.start, self.log = digest(settings), 0, []
-        state = self.partial / "state.json"
+        self.key, self.start, self.log = digest({k: v for k, v in settings.items() if k not in self.FREE}), 0, []
+        if self.out.exists() and not (self.out.is_dir() and (list(self.out.glob("*config.json")) or not any(self.out.iterdir()))):
+            raise InputError(f"--out {out} is there and is not a model, which the new one would take the place of: choose another")
+        state, metrics = self.partial / "state.json", self.partial / "metrics.jsonl"
+        if accelerator.is_main_process:
+            self.append = Appender(metrics)  # from here on a second run on the same folder is refused
         [saved] = broadcast_object_list([json.loads(state.read_text()) if state.exists() else {}])
         if saved.get("settings") == self.key:
             self._load(self.partial / saved["checkpoint"])
             self.start = saved["step"]
-            self.log = read_rows(self.partial / "metrics.jsonl")[: self.start]
+            self.log = read_rows(metrics)[: self.start]
             accelerator.print(f"going on from step {self.start} of {total} ({self.partial})")
+        elif saved:
+            accelerator.print(f"starting over: {self.partial} is of other settings or data")
         if accelerator.is_main_process:
-            if not self.start:
-                shutil.rmtree(self.partial, ignore_errors=True)
-            self.partial.mkdir(parents=True, exist_ok=True)
-            write_rows(self.partial / "metrics.jsonl", self.log)
-            self.append = Appender(self.partial / "metrics.jsonl")
+            for path in self.partial.iterdir() if not self.start else []:
+                if path != metrics:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            self.append.file.truncate(0)
+            for row in self.log:
+                self.append(row)
         if accelerator.log_with:
             accelerator.init_trackers(self.out.name, {k: v for k, v in settings.items() if isinstance(v, int | float | str)})
         accelerator.wait_for_everyone()
@@ -2606,6 +2642,7 @@ class Training:
             folder = self.partial / f"step-{done}"
             temporary = folder.with_name(folder.name + ".tmp")
             self._save(temporary)
+            self.accelerator.wait_for_everyone()
             if self.accelerator.is_main_process:
                 shutil.rmtree(folder, ignore_errors=True)
                 temporary.rename(folder)
@@ -2625,7 +2662,10 @@ class Training:
         from torch.distributed.checkpoint.state_dict import get_state_dict
 
         model, optimizer = get_state_dict(self.wrapped, self.optimizer)
-        dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=folder)
+        try:
+            dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=folder)
+        except dcp.api.CheckpointException as e:  # a full disk, for one
+            raise next((error for error, _ in e.failures.values() if isinstance(error, OSError)), RuntimeError(str(e))) from None
 
     def _load(self, folder: Path) -> None:
         if own_accelerate_config():
@@ -2663,7 +2703,7 @@ class Training:
                     shutil.rmtree(final)
                     plain.save_pretrained(final)
             else:
-                missing, unknown = plain.load_state_dict({k: v.to(plain.dtype) for k, v in weights.items()}, strict=False)
+                missing, unknown = plain.load_state_dict(weights, strict=False)
                 plain.tie_weights()
                 assert not unknown and set(missing) <= set(getattr(plain, "all_tied_weights_keys", None) or {}), (missing, unknown)
                 plain.save_pretrained(final)
@@ -2672,7 +2712,9 @@ class Training:
             plot_curves(self.log, final / "curves.png")
             write_text(final / "README.md", card)
             del plain, weights
-            if self.out.exists():
+            if self.out.is_symlink():
+                self.out.unlink()
+            elif self.out.exists():
                 shutil.rmtree(self.out)
             final.rename(self.out)
             for file in self.out.glob("*config.json"):

@@ -16,6 +16,7 @@ from conftest import ROOT, check_run, make_model, save_model, script_env, stage,
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import common
 from common import InputError, can_pack, learning_rate, pack, plan_epoch, read_rows, shared_prefix, target_log_probs, tokenize
 
 sft, dpo = stage("02_sft"), stage("04_dpo")
@@ -472,6 +473,51 @@ def test_tracker(tmp_path, tiny_model, talks):
     assert [v.value for v in read.Scalars("loss")] == pytest.approx(losses(out), rel=1e-4)
 
 
+def test_out_is_a_model_or_nothing(tmp_path, tiny_model, talks):
+    """The model takes the place of an older one, wherever the slash stands, and never of a run folder or a file."""
+    args = {"model": tiny_model, "data": str(talks), "epochs": 1}
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "rollouts.jsonl").write_text("{}\n")
+    for out in (run, run / "rollouts.jsonl"):
+        with pytest.raises(InputError, match="is there and is not a model"):
+            sft.main(sft.Args(**args, out=str(out)))
+    for _ in range(2):
+        sft.main(sft.Args(**args, out=f"{run}/sft/"))
+        assert (run / "sft" / "model.safetensors").exists() and sorted(p.name for p in run.iterdir()) == ["rollouts.jsonl", "sft"]
+
+
+def test_settings_that_change_no_result_keep_the_checkpoints(tmp_path, tiny_model, talks, monkeypatch, capsys):
+    """Memory was short: with smaller micro-batches it goes on; with another learning rate it says that it starts over."""
+    def stop(self, done, *_):
+        if done == 3:
+            self.append.__exit__()  # as the end of a process would
+            raise KeyboardInterrupt
+
+    args = {"model": tiny_model, "data": str(talks), "out": str(tmp_path / "sft"), "epochs": 6, "batch_size": 2, "save_steps": 2}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(common.Training, "check", stop)
+        sft.main(sft.Args(**args))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(common.Training, "check", stop)
+        sft.main(sft.Args(**args, micro_tokens=100, gradient_checkpointing=True))
+    assert "going on from step 2" in capsys.readouterr().out
+    sft.main(sft.Args(**args, lr=2e-5))
+    assert "starting over" in capsys.readouterr().out and [r["step"] for r in read_rows(tmp_path / "sft" / "metrics.jsonl")][:2] == [1, 2]
+
+
+def test_a_second_training_on_the_same_folder_is_refused(tmp_path, tiny_model, talks):
+    with common.Appender(tmp_path / "sft.partial" / "metrics.jsonl"), pytest.raises(InputError, match="written by another run"):
+        sft.main(sft.Args(model=tiny_model, data=str(talks), out=str(tmp_path / "sft"), epochs=1))
+
+
+def test_logits_that_are_more_than_the_output_layer_are_refused(tmp_path, tokenizer, talks):
+    """Cohere's and Granite's are scaled: their log-probabilities would be wrong without a word."""
+    model = str(save_model(tmp_path / "granite", tokenizer, kind="granite", logits_scaling=8.0))
+    with pytest.raises(InputError, match="granite models do more to their logits"):
+        sft.main(sft.Args(model=model, data=str(talks), out=str(tmp_path / "sft"), epochs=1))
+
+
 @pytest.mark.parametrize("script", ["02_sft.py", "04_dpo.py"])
 def test_accelerate_launch(tmp_path, tiny_model, talks, preferences, script):
     """The command of the README, as far as a machine without a GPU takes it (Accelerate starts one process there)."""
@@ -483,17 +529,19 @@ def test_accelerate_launch(tmp_path, tiny_model, talks, preferences, script):
     assert losses(tmp_path / "out")
 
 
+@pytest.mark.parametrize("precision", [{"precision": "fp32"}, {"precision": "bf16", "gradient_checkpointing": True}], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("script", ["02_sft.py", "04_dpo.py"])
-def test_two_processes_train_as_one_does(tmp_path, tiny_model, talks, preferences, script):
+def test_two_processes_train_as_one_does(tmp_path, tiny_model, talks, preferences, script, precision):
     """Sharded over two processes (FSDP2 on gloo). Small micro-batches, an odd number of rows: one has less to do, at times nothing.
     torchrun, because `accelerate launch --cpu --num_processes 2` starts one process only."""
     module, data = (sft, talks) if script == "02_sft.py" else (dpo, preferences)
-    settings = {"model": tiny_model, "data": str(data), "batch_size": 3, "micro_tokens": 64, "lr": 1e-3, "epochs": 2, "precision": "fp32"}
+    settings = {"model": tiny_model, "data": str(data), "batch_size": 3, "micro_tokens": 64, "lr": 1e-3, "epochs": 2, **precision}
     module.main(module.Args(**settings, out=str(tmp_path / "one")))
     args = [str(x) for k, v in {**settings, "out": tmp_path / "two"}.items() for x in (f"--{k}", v)]
     result = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script, *args],
                             cwd=ROOT, env=script_env(ACCELERATE_USE_CPU="true"), capture_output=True, text=True, timeout=200)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
+    exact = precision["precision"] == "fp32"
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4 if exact else 0.02)
     one, two = (load_file(tmp_path / out / "model.safetensors") for out in ("one", "two"))
-    assert one.keys() == two.keys() and all((one[k] - two[k]).abs().max() < 1e-4 for k in one)
+    assert one.keys() == two.keys() and all((one[k] - two[k]).abs().max() < (1e-4 if exact else 0.02) for k in one)
