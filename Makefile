@@ -47,13 +47,13 @@ AGENT_FILE := $(if $(AGENT_SFT_ARGS),$(R)/agent/config.json)
 .PRECIOUS: $(R)/%.jsonl $(R)/%/config.json $(R)/eval/done $(R)/fig5/%.pairs.jsonl $(R)/fig5/%/config.json
 
 help:
-	@echo "make demo            the whole method, small, on this machine: table and picture in runs/demo-$(ENV)/ (ENV: sciworld, alfworld, webshop)"
+	@echo "make demo            the whole method, small, on this machine: table and picture in runs/demo-$(ENV)/ (ENV: sciworld, alfworld, webshop with WEBSHOP_DATA=FOLDER)"
 	@echo "make test            unit tests and smoke tests of every stage on tiny models"
 	@echo "make all ENV=sciworld   the paper's settings, for a machine with 8 GPUs (ENV: sciworld, alfworld, webshop); RUN=name for another run folder"
 	@echo "make seed | sft | score | dpo | eval ENV=...   one stage and what it needs"
 	@echo "make table2 | table3 | table4 | table6 | fig3 | fig4 | fig5 | fig6 ENV=...   a table or figure of the paper: AGENTS=..., JUDGE=..."
 	@echo "make agent-sft | agent-eto ENV=... ROUNDS=1   train the agent: on the expert's trajectories, then by exploration (ETO)"
-	@echo "make agent-knowagent | agent-wkm ENV=...   the paper's other guided agents, as far as the README says"
+	@echo "make agent-knowagent | agent-wkm ENV=...   the paper's other guided agents, in part: see the README"
 	@echo "make report ENV=...  tables, figures and report.html of all that was evaluated"
 	@echo "make data            fetch ALFWorld's games (ENV=alfworld needs them)"
 	@echo "make estimate ENV=alfworld GPUS=8   what make all would do and take"
