@@ -144,11 +144,11 @@ async def score_plans(a: Args, plans: list[dict], prompts, pool) -> dict[tuple, 
         """(task, plan, rollout) to play next: all that are missing, or a round of the adaptive choice."""
         if not a.adaptive:
             return [(*key, n) for key in unique for n in range(a.n) if (*key, n) not in done]
-        out, found = [], scored()
-        for task in dict.fromkeys(t for t, _ in unique):
-            rewards = {plan: [r["reward"] for r in found[t, plan]] for t, plan in unique if t == task}
-            out += [(task, plan, next(n for n in range(a.n) if (task, plan, n) not in done)) for plan in undecided(rewards, a.n)]
-        return out
+        rewards: dict[str, dict] = {}
+        for (task, plan), rows in scored().items():
+            rewards.setdefault(task, {})[plan] = [r["reward"] for r in rows]
+        return [(task, plan, next(n for n in range(a.n) if (task, plan, n) not in done))
+                for task, of_plans in rewards.items() for plan in undecided(of_plans, a.n)]
 
     retries = 0
     if todo := wanted():
@@ -217,14 +217,20 @@ def quality(rows: list[dict], n: int, allow_partial: bool = False) -> float | No
     return mean(good) if good and (allow_partial or len(good) >= n) else None
 
 
+def scored_plans(plans: list[dict], scores: dict[tuple, float | None]) -> dict[str, list[dict]]:
+    """{task: its plans that have a Q(p)}"""
+    out: dict[str, list[dict]] = {}
+    for p in plans:
+        if scores.get((p["task"], p["plan"])) is not None:
+            out.setdefault(p["task"], []).append(p)
+    return out
+
+
 def contrastive_pairs(plans: list[dict], scores: dict[tuple, float | None], prompts) -> list[dict]:
     """(u, p_w, p_l) for each task: its plans of highest and lowest Q(p); tasks whose plans are all of one
     quality are skipped (equation 7). Among equals the plan sampled first is taken."""
     pairs = []
-    for task in dict.fromkeys(p["task"] for p in plans):
-        rows = [p for p in plans if p["task"] == task and scores.get((task, p["plan"])) is not None]
-        if not rows:
-            continue
+    for task, rows in scored_plans(plans, scores).items():
         best = max(rows, key=lambda p: scores[task, p["plan"]])
         worst = min(rows, key=lambda p: scores[task, p["plan"]])
         q_best, q_worst = scores[task, best["plan"]], scores[task, worst["plan"]]
@@ -240,10 +246,9 @@ def best_plans(plans: list[dict], scores: dict[tuple, float | None], prompts) ->
     """Rows of SFT on each task's plan of highest Q(p), for planners trained by rejection sampling (RFT, paper
     table 3); a task whose plans all earned nothing has no plan to imitate."""
     rows = []
-    for task in dict.fromkeys(p["task"] for p in plans):
-        own = [p for p in plans if p["task"] == task and scores.get((task, p["plan"]))]
-        if own:
-            best = max(own, key=lambda p: scores[task, p["plan"]])
+    for task, own in scored_plans(plans, scores).items():
+        best = max(own, key=lambda p: scores[task, p["plan"]])
+        if scores[task, best["plan"]]:
             rows.append({"task": task, "q": scores[task, best["plan"]], "plan": best["plan"], "messages": [
                 *prompts.planner(best["instruction"]), {"role": "assistant", "content": common.plan_reply(best["plan"])}]})
     return rows

@@ -154,14 +154,10 @@ async def greedy_plans(a: Args, tasks: list[str], pool) -> dict[str, str | None]
                     if not isinstance(plan := written[task,]["plan"], str | None):
                         raise InputError(f"{setting}: the plan for {task} must be text, or null for none")
                     keep(setting, task, plan)
-            if "gpt" in todo:
-                with common.open_model(a.teacher, None, a.concurrency, Path(a.out) / "logs", a.tensor_parallel, a.max_model_len) as model:
-                    await asyncio.gather(*[ask(model, "gpt", t) for t in todo["gpt"]])
-            ours = [s for s in todo if s != "gpt" and not s.endswith(".jsonl")]
-            for two in (ours[i : i + 2] for i in range(0, len(ours), 2)):  # servers start side by side, and share the memory
-                with common.serve([planner_of(a, s) for s in two], Path(a.out) / "logs", a.tensor_parallel, a.max_model_len) as urls:
-                    models = {s: common.Model(planner_of(a, s), url, a.concurrency) for s, url in zip(two, urls, strict=True)}
-                    await asyncio.gather(*[ask(models[s], s, t) for s in two for t in todo[s]])
+            for setting in [s for s in todo if planner_of(a, s)]:
+                with common.open_model(planner_of(a, setting), None, a.concurrency, Path(a.out) / "logs", a.tensor_parallel,
+                                       a.max_model_len) as model:
+                    await asyncio.gather(*[ask(model, setting, t) for t in todo[setting]])
     for s in ids:
         if missing := s != "none" and sum(done[ids[s], t]["plan"] is None for t in tasks):
             print(f"{s}: {missing} of {len(tasks)} replies held no plan; the agents play those tasks without one")

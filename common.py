@@ -1972,8 +1972,8 @@ def check_model_dir(model: str) -> None:
 
 
 @contextlib.contextmanager
-def serve(models: list[str], log_dir="logs", tensor_parallel: int = 1, max_model_len: int = 8192, wait: float = 900.0):
-    """Serve local models on loopback with OpenAI's protocol; yields the address of each, for `Model`.
+def serve(model: str, log_dir="logs", tensor_parallel: int = 1, max_model_len: int = 8192, wait: float = 900.0):
+    """Serve a local model on loopback with OpenAI's protocol; yields its address, for `Model`.
 
     vLLM where it is installed (prefix caching on; on GPUs as many replicas of `tensor_parallel` GPUs each as there is
     room for, each with an address, so that a conversation can stay where its prefix is cached), else `transformers
@@ -1982,22 +1982,19 @@ def serve(models: list[str], log_dir="logs", tensor_parallel: int = 1, max_model
     `wait` seconds."""
     from importlib.util import find_spec
 
-    for model in models:
-        check_model_dir(model)
+    check_model_dir(model)
     vllm = bool(find_spec("vllm")) and os.environ.get("MPO_SERVER", "vllm") == "vllm"  # MPO_SERVER=transformers: the other one
     gpus = visible_gpus() if vllm else []
     if tensor_parallel < 1 or (gpus and tensor_parallel > len(gpus)):
         raise InputError(f"--tensor_parallel {tensor_parallel}: must be from 1 to the number of GPUs, which is {len(gpus)}")
-    replicas = [gpus[i : i + tensor_parallel] for i in range(0, len(gpus) - tensor_parallel + 1, tensor_parallel)] or [[]]
     servers = []
     try:
-        for model in models:
-            servers += [_start_server(model, vllm, gpus, 1 / len(models), max_model_len, Path(log_dir)) for gpus in replicas]
-            for server in servers if gpus else []:  # one model after another: vLLM takes what it finds free
-                _wait_healthy(server, wait)
+        for i in range(max(1, len(gpus) // tensor_parallel)):
+            own = gpus[i * tensor_parallel : (i + 1) * tensor_parallel]
+            servers.append(_start_server(model, vllm, own, max_model_len, Path(log_dir)))
         for server in servers:
             _wait_healthy(server, wait)
-        yield [",".join(s.url for s in servers[i : i + len(replicas)]) for i in range(0, len(servers), len(replicas))]
+        yield ",".join(server.url for server in servers)
     finally:
         for server in servers:
             with contextlib.suppress(ProcessLookupError):
@@ -2018,7 +2015,7 @@ def open_model(name: str, url: str | None, concurrency: int, log_dir, tensor_par
     is local (a directory or a Hugging Face name `owner/model`), else one of OpenAI or OPENAI_BASE_URL; there `api:` marks
     a name with a slash."""
     if not url and is_local(name):
-        with serve([name], log_dir, tensor_parallel, max_model_len) as [served]:
+        with serve(name, log_dir, tensor_parallel, max_model_len) as served:
             yield Model(name, served, concurrency)
     else:
         yield Model(model_id(name, url) if url else name.removeprefix("api:"), url, concurrency)
@@ -2049,7 +2046,7 @@ def visible_gpus() -> list[str]:
     return named.split(",")[:count] if named else [str(i) for i in range(count)]
 
 
-def _start_server(model, vllm, gpus, share, max_model_len, log_dir):
+def _start_server(model, vllm, gpus, max_model_len, log_dir):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -2059,7 +2056,7 @@ def _start_server(model, vllm, gpus, share, max_model_len, log_dir):
                    model, "--host", "127.0.0.1", "--port", str(port), "--dtype", "bfloat16", "--max-model-len",
                    str(max_model_len), "--generation-config", "vllm", "--enable-prefix-caching"]
         if gpus:
-            command += ["--tensor-parallel-size", str(len(gpus)), "--gpu-memory-utilization", f"{0.9 * share:.2f}"]
+            command += ["--tensor-parallel-size", str(len(gpus)), "--gpu-memory-utilization", "0.9"]
             env["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
         else:
             # without chunks: a seeded request whose prompt is split ends vLLM's CPU engine

@@ -219,7 +219,7 @@ def bench_vllm(a) -> tuple:
         task.cancel()
         return rows, seconds, seen
 
-    with common.serve([a.model], ROOT / "logs", max_model_len=4096) as [url]:
+    with common.serve(a.model, ROOT / "logs", max_model_len=4096) as url:
         rows, seconds, seen = asyncio.run(main(url))
     idle = sum(x == 0 for x in seen) / len(seen)
     print(f"vLLM with {Path(a.model).name}: {len(rows)} episodes in {seconds:.0f} s, {60 * len(rows) / seconds:.0f} episodes/min\n"

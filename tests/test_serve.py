@@ -60,7 +60,7 @@ def test_serve_answers_and_is_gone_afterwards(tiny_model, tmp_path, monkeypatch)
         messages = [{"role": "user", "content": "Boil water."}]
         return await asyncio.gather(*[model.ask(messages, t, 8, seed=1) for t in (0.0, 0.0, 0.7)])
 
-    with common.serve([tiny_model], tmp_path / "logs", wait=200) as [url]:
+    with common.serve(tiny_model, tmp_path / "logs", wait=200) as url:
         replies = asyncio.run(ask(url))
         pgid = servers[0].process.pid
         assert group(pgid) and url.startswith("http://127.0.0.1:")
@@ -75,15 +75,16 @@ def test_server_ends_on_an_error(tiny_model, tmp_path, monkeypatch):
     servers = capture_servers(monkeypatch)
     monkeypatch.setattr(common, "_wait_healthy", lambda server, wait: None)
     with pytest.raises(KeyboardInterrupt):
-        with common.serve([tiny_model, tiny_model], tmp_path / "logs"):
+        with common.serve(tiny_model, tmp_path / "logs"):
+            assert group(servers[0].process.pid)
             raise KeyboardInterrupt
-    assert len(servers) == 2 and not any(group(s.process.pid) for s in servers)
+    assert not group(servers[0].process.pid)
 
 
 def test_server_that_is_never_healthy(tiny_model, tmp_path, monkeypatch):
     servers = capture_servers(monkeypatch)
     with pytest.raises(InputError, match=r"not healthy after 1 s; the end of .*server-tiny-\d+\.log"):
-        with common.serve([tiny_model], tmp_path / "logs", wait=1.0):
+        with common.serve(tiny_model, tmp_path / "logs", wait=1.0):
             raise AssertionError("it cannot be healthy yet")
     assert not group(servers[0].process.pid)
 
@@ -94,18 +95,17 @@ def test_server_that_ends_early_shows_its_log(tiny_model, tmp_path, monkeypatch)
     fake = [sys.executable, "-c", "print('line', 1); print('no room for the model'); raise SystemExit(3)"]
     monkeypatch.setattr(common.subprocess, "Popen", lambda command, **k: start(fake if "serve" in command else command, **k))
     with pytest.raises(InputError, match=r"(?s)ended; the end of .*\.log:\nline 1\nno room for the model"):
-        with common.serve([tiny_model], tmp_path / "logs"):
+        with common.serve(tiny_model, tmp_path / "logs"):
             raise AssertionError("it has ended")
 
 
 def test_gpus_are_shared_out(tiny_model, tmp_path, monkeypatch):
-    """Every replica has its own GPUs and address; the second model starts when the first one's memory is taken."""
+    """Every replica has its own GPUs and address; all start before the first is waited for."""
     started, healthy, popen = [], [], subprocess.Popen
 
     def start(command, **options):
         if "vllm.entrypoints.openai.api_server" in command:
-            started.append((options["env"]["CUDA_VISIBLE_DEVICES"], command[command.index("--gpu-memory-utilization") + 1],
-                            command[command.index("--tensor-parallel-size") + 1]))
+            started.append((options["env"]["CUDA_VISIBLE_DEVICES"], command[command.index("--tensor-parallel-size") + 1]))
             command = ["sleep", "60"]
         return popen(command, **options)
 
@@ -114,16 +114,16 @@ def test_gpus_are_shared_out(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr(common.subprocess, "Popen", start)
     monkeypatch.setattr(common, "visible_gpus", lambda: ["4", "5", "6", "7", "9"])
     monkeypatch.setattr(common, "_wait_healthy", lambda server, wait: healthy.append(len(started)))
-    with common.serve([tiny_model, tiny_model], tmp_path, tensor_parallel=2) as urls:
-        assert [len(set(url.split(","))) for url in urls] == [2, 2] and not set(urls[0].split(",")) & set(urls[1].split(","))
-    assert started == [(gpus, "0.45", "2") for gpus in ("4,5", "6,7", "4,5", "6,7")] and healthy[:2] == [2, 2]
+    with common.serve(tiny_model, tmp_path, tensor_parallel=2) as url:
+        assert len(set(url.split(","))) == 2
+    assert started == [("4,5", "2"), ("6,7", "2")] and healthy == [2, 2]
     with pytest.raises(InputError, match="--tensor_parallel 6: must be from 1 to the number of GPUs, which is 5"):
-        common.serve([tiny_model], tmp_path, tensor_parallel=6).__enter__()
+        common.serve(tiny_model, tmp_path, tensor_parallel=6).__enter__()
 
 
 def test_killed_parent_leaves_no_server(tiny_model, tmp_path):
     code = ("import sys, time, common\nfrom importlib.util import find_spec\n"
-            "s = common._start_server(sys.argv[1], bool(find_spec('vllm')), [], 1, 1024, common.Path(sys.argv[2]))\n"
+            "s = common._start_server(sys.argv[1], bool(find_spec('vllm')), [], 1024, common.Path(sys.argv[2]))\n"
             "print(s.process.pid, s.watchdog.pid, flush=True)\ntime.sleep(60)")
     parent = subprocess.Popen([sys.executable, "-c", code, tiny_model, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
