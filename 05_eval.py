@@ -176,14 +176,14 @@ def cells_of(a: Args, ids: dict[str, str | None], splits: dict[str, list[str]]) 
     """The cells of this run: every agent with every plan setting, insertion and split; without a plan there is
     nothing to insert. `agent_id` names all that makes an agent's episodes but the plan and where it stands."""
     cells, prompts = [], common.Prompts(a.prompts or a.env)
-    files = [Path(s) for s in a.plans if s.endswith(".jsonl")]
-    file_names = {str(f): f.name if [g.name for g in files].count(f.name) == 1 else str(f) for f in files}
+    names = {s: Path(s).name for s in a.plans if s.endswith(".jsonl")}
+    names = {s: name if list(names.values()).count(name) == 1 else s for s, name in names.items()}
     for agent in a.agents:
         name, url = split_url(agent)
         agent_id = common.digest(common.model_id(name, url), prompts.agent_text, prompts.examples, a.agent_temperature, a.agent_tokens,
                                  a.observation_chars, a.max_steps, a.window, *([a.seed] if a.agent_temperature else []))
         cells += [{"env": a.env, "agent": name, "agent_id": agent_id, "insert": insert, "split": split, "tasks": tasks,
-                   "plans": file_names.get(setting, setting), "plans_id": ids[setting],
+                   "plans": names.get(setting, setting), "plans_id": ids[setting],
                    "setting_id": common.digest(agent_id, insert)}
                   for setting in a.plans for insert in (a.insert if setting != "none" else ["instruction"])
                   for split, tasks in splits.items()]

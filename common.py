@@ -1777,7 +1777,6 @@ class EnvPool:
             if process:
                 worker.close(process, number)
 
-
     async def each(self, tasks: list[str], method: str, keep, deadline: float = 600.0) -> None:
         """`keep(task, result)` of a method of the environment for every task, as many at a time as there are workers.
         Tried again where a worker ends, three times in all."""
@@ -1795,7 +1794,12 @@ class EnvPool:
                             raise InputError(f"{method} of {task} failed three times: {e}") from None
                 keep(task, result)
 
-        await asyncio.gather(*[work() for _ in self.workers])
+        running = [asyncio.create_task(work()) for _ in self.workers]
+        try:
+            await asyncio.gather(*running)
+        finally:
+            for task in running:
+                task.cancel()
 
 
 def worker_main(env: str, sessions: str) -> None:
@@ -2251,7 +2255,7 @@ def load_model(name: str):
     with torch.no_grad():
         ids = torch.arange(8)[None]
         whole, ours = model.eval()(input_ids=ids).logits[0].float(), logits_of(model, model.get_decoder()(ids).last_hidden_state[0]).float()
-    if not torch.allclose(whole, ours, rtol=0.05, atol=0.05 * whole.std().item()):
+    if not torch.allclose(whole, ours, rtol=0.05, atol=0.05 * whole.std().item(), equal_nan=True):
         raise InputError(f"{name}: {model.config.model_type} models do more to their logits than training knows; choose another model")
     return model, tokenizer
 
