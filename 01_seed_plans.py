@@ -136,21 +136,21 @@ async def seed_plans(a: Args, trajectories: list[dict], explored: dict[str, str]
     def verdict(task, plan, teacher, reason=None) -> dict:
         return {"task": task, "plan": plan, "teacher": teacher, "reason": reason}
 
-    def current(r) -> bool:
-        """Whether a row is of this teacher, or a person's."""
-        return r["task"] in by_task and (r["teacher"] == "edited" or maker in r["teacher"].split()[1:])
+    def ours(teacher: str) -> bool:
+        """Whether a plan is of this teacher, or a person's."""
+        return teacher == "edited" or maker in teacher.split()[1:]
 
-    found, edited = {}, []  # {task: its verdict}
-    for r in common.read_rows(log, ("task", "plan", "teacher", "reason"), missing_ok=True):
-        if current(r) and (r["reason"] is None or r["teacher"].endswith(asked)):
-            found[r["task"]] = r
+    history = common.read_rows(log, ("task", "plan", "teacher", "reason"), missing_ok=True)
+    written = {(r["task"], r["teacher"]): r["plan"] for r in history}
+    found = {r["task"]: r for r in history if ours(r["teacher"]) and (r["reason"] is None or r["teacher"].endswith(asked))}
+    edited = []  # found: {task: the verdict on its plan}
     for r in common.read_rows(out / "seed_plans.jsonl", ("task", "plan", "teacher"), missing_ok=True):
-        if current(r) and (known := found.get(r["task"], r))["plan"] != r["plan"]:
+        if written.get((r["task"], r["teacher"]), r["plan"]) != r["plan"]:
             edited.append(verdict(r["task"], r["plan"], "edited"))
-        elif current(r):
-            found[r["task"]] = verdict(r["task"], r["plan"], known["teacher"])
+        elif ours(r["teacher"]):
+            found.setdefault(r["task"], verdict(r["task"], r["plan"], r["teacher"]))
     for r in common.read_rows(rejected_path, ("task", "plan", "teacher", "reason"), missing_ok=True):
-        if r["task"] in by_task and (r["task"] not in found or found[r["task"]]["reason"]):
+        if r["task"] not in found or found[r["task"]]["reason"]:
             plan = common.parse_plan(f"<meta_plan>\n{r['plan']}\n</meta_plan>")
             if common.check_plan(plan, verbs, a.max_plan_steps) is None:
                 edited.append(verdict(r["task"], plan, "edited"))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import check_run, run_script, start_script
+from conftest import check_run, run_script, start_script, write_jsonl
 
 from common import plan_reply, read_rows
 
@@ -261,6 +261,45 @@ def test_paid_teacher(run_folder, tasks, chat_server):
     assert edited["messages"][1]["content"] == plan_reply(edited["plan"])
     check_run(*args, env=env)
     assert len(server.requests) == asked and read_rows(out / "seed_plans.jsonl")[2] == edited
+
+
+def test_a_paid_plan_is_never_lost(run_folder, tasks, chat_server):
+    """Killed in the middle of the teacher's work, the stage is not done, and goes on; a run with fewer tasks or by rules forgets
+    nothing of what was paid for or edited."""
+    answered = threading.Event()
+
+    def reply(messages, body):
+        if answered.is_set() and not (out / "second").exists():
+            time.sleep(60)
+        answered.set()
+        return plan_reply(PLAN)
+
+    server, out = chat_server(reply), run_folder
+    (out / "seed_plans.jsonl").unlink()
+    env = {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": server.url}
+    args = ["01_seed_plans.py", *ENV, "--out", out, "--teacher", "gpt-test", "--tasks", tasks]
+    process = start_script(*args, "--concurrency", 1, **env)
+    try:
+        end = time.time() + 60
+        while not (out / "teacher_plans.jsonl").exists() or not read_rows(out / "teacher_plans.jsonl"):
+            assert process.poll() is None and time.time() < end
+            time.sleep(0.05)
+    finally:
+        process.kill()
+        process.wait()
+    paid = read_rows(out / "teacher_plans.jsonl")
+    assert len(paid) == 1 and not (out / "seed_plans.jsonl").exists(), "to make, the stage is not done"
+    (out / "second").touch()
+    check_run(*args, env=env)
+    plans, before = read_rows(out / "seed_plans.jsonl"), len(server.requests)
+    [u] = [r["instruction"] for r in read_rows(out / "trajectories.jsonl") if r["task"] == paid[0]["task"]]
+    assert len(plans) == len(TASKS) and sum(u in b["messages"][0]["content"] for b in server.requests) == 1, "asked for once"
+    write_jsonl(out / "seed_plans.jsonl", [*plans[:-1], {**plans[-1], "plan": "Step 1: wait"}])
+    for fewer in (["--limit", 1], ["--limit", 2, "--teacher", "rules"], []):
+        check_run(*args, *fewer, env=env)
+    assert len(server.requests) == before
+    again = read_rows(out / "seed_plans.jsonl")
+    assert [r["plan"] for r in again] == [PLAN] * (len(TASKS) - 1) + ["Step 1: wait"] and again[-1]["teacher"] == "edited"
 
 
 def test_teacher_whose_context_is_too_short(run_folder, tasks, chat_server):
