@@ -2332,7 +2332,7 @@ def pack(groups: list[list[tuple]], device) -> dict:
     a common beginning is there once for each of its sequences."""
     import torch
 
-    ids, positions, targets, segments, number = [], [], [], Segments(), 0
+    ids, positions, targets, pieces, number = [], [], [], [], 0
     for group in groups:
         start, n = len(ids), shared_prefix(group)
         ids += group[0][0][:n]
@@ -2347,16 +2347,20 @@ def pack(groups: list[list[tuple]], device) -> dict:
             positions += range(n, len(sequence))
             rests.append(len(sequence) - n)
             number += 1
-        segments.append((n, rests))
+        pieces.append((n, rests))
     if not ids:  # a process without rows must still take part in the collectives
-        ids, positions, segments = [0], [0], Segments([(0, [1])])
+        ids, positions, pieces = [0], [0], [(0, [1])]
     sources, labels, owners = ([t[i] for t in targets] for i in range(3))
     out = {"ids": [ids], "positions": [positions], "sources": sources, "labels": labels, "owners": owners}
-    return {k: torch.tensor(v, dtype=torch.long, device=device) for k, v in out.items()} | {"segments": segments}
+    return {k: torch.tensor(v, dtype=torch.long, device=device) for k, v in out.items()} | {"segments": Segments(pieces)}
 
 
-class Segments(list):
-    """[(length of a common beginning, [lengths of the rests])]: how a packed sequence is divided."""
+class Segments:
+    """How a packed sequence is divided: `pieces` [(length of a common beginning, [lengths of the rests])]. Not a list, on
+    whose length compiled layers would depend."""
+
+    def __init__(self, pieces: list):
+        self.pieces = pieces
 
 
 def shared_prefix(group: list[tuple]) -> int:
@@ -2388,10 +2392,10 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, se
                 mask = mask.triu(offset - sliding_window + 1)
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling)
 
-    segments = segments or [(0, [query.shape[2]])]
-    lengths = [n for start, rests in segments for n in (start, *rests)]
+    divided = segments.pieces if segments else [(0, [query.shape[2]])]
+    lengths = [n for start, rests in divided for n in (start, *rests)]
     pieces, out = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True), []
-    for n, rests in segments:
+    for n, rests in divided:
         first = next(pieces)
         out += [attend(*first)] if n else []
         for _ in rests:
@@ -2423,7 +2427,7 @@ def target_log_probs(model, packed: bool = True):
             self._no_split_modules, self.tie_weights = model._no_split_modules, model.tie_weights  # for a user's own FSDP
 
         def forward(self, ids, positions, sources, labels, segments, owners=None):
-            assert packed or len(segments) == 1, "this model's sequences cannot be packed"
+            assert packed or len(segments.pieces) == 1, "this model's sequences cannot be packed"
             hidden = model.get_decoder()(input_ids=ids, position_ids=positions, use_cache=False,
                                          **({"segments": segments} if packed else {})).last_hidden_state[0]
 

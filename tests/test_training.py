@@ -2,6 +2,8 @@
 
 import json
 import math
+import random
+import shutil
 import subprocess
 import sys
 import time
@@ -225,7 +227,7 @@ def test_pack():
     first, second = ([1, 2, 3, 4], [False, False, True, True]), ([1, 2, 9], [False, False, True])
     out = pack([[first, second], [second]], CPU)
     assert out["ids"].tolist() == [[1, 2, 3, 4, 9, 1, 2, 9]] and out["positions"].tolist() == [[0, 1, 2, 3, 2, 0, 1, 2]]
-    assert out["segments"] == [(2, [2, 1]), (0, [3])]
+    assert out["segments"].pieces == [(2, [2, 1]), (0, [3])]
     targets = list(zip(*(out[k].tolist() for k in ("sources", "labels", "owners")), strict=True))
     assert targets == [(1, 3, 0), (2, 4, 0), (1, 9, 1), (6, 9, 2)]
 
@@ -471,6 +473,23 @@ def test_tracker(tmp_path, tiny_model, talks):
     [folder] = {f.parent for f in Path(f"{out}.logs").rglob("events.*") if "hparams" not in f.name and f.parent.name == "sft"}
     read = events.EventAccumulator(str(folder)).Reload()
     assert [v.value for v in read.Scalars("loss")] == pytest.approx(losses(out), rel=1e-4)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on the CPU")
+def test_compiled_layers_are_the_same_and_compiled_once(tokenizer):
+    """Micro-batches of other numbers of rows and other lengths do not make them compile again."""
+    from torch._dynamo.utils import counters
+
+    eager, compiled = (target_log_probs(make_model(tokenizer)) for _ in range(2))
+    for layer in compiled.model.get_decoder().layers:
+        layer.compile(dynamic=True)
+    draw, frames = random.Random(0), []
+    for rows in (3, 2, 4, 1, 5, 2, 6, 7, 8, 9, 10):
+        lengths = [draw.randint(20, 60) for _ in range(rows)]
+        batch = pack([[([draw.randrange(500) for _ in range(n)], [False] * 10 + [True] * (n - 10))] for n in lengths], CPU)
+        assert torch.allclose(eager(**batch), compiled(**batch), atol=1e-4)
+        frames.append(counters["frames"]["ok"])
+    assert frames[-1] == frames[2] > 0
 
 
 def test_out_is_a_model_or_nothing(tmp_path, tiny_model, talks):
