@@ -47,6 +47,8 @@ class Args:
     observation_chars: int = arg(0, "cut observations in agent_sft.jsonl at this length, 0: never")
     workers: int = arg(2, "environment worker processes")
     concurrency: int = arg(32, "teacher requests at once")
+    tensor_parallel: int = arg(1, "GPUs of one replica of a teacher that is served")
+    max_model_len: int = arg(8192, "context of a teacher that is served, tokens")
     seed: int = arg(0, "random seed")
 
 
@@ -175,7 +177,8 @@ async def seed_plans(a: Args, trajectories: list[dict], explored: dict[str, str]
             tokens = sum(len(prompts.teacher(e["instruction"], conversation(e["steps"]))[0]["content"]) for e in todo) // 4
             print(f"teacher {a.teacher}: {len(todo)} calls (up to {2 * len(a.temperatures)} each where a plan fails quality control), "
                   f"about {tokens:,} prompt tokens and {150 * len(todo):,} generated tokens for one call each")
-            teacher = stack.enter_context(common.open_model(a.teacher, a.teacher_url, a.concurrency, out / "logs"))
+            teacher = stack.enter_context(common.open_model(a.teacher, a.teacher_url, a.concurrency, out / "logs", a.tensor_parallel,
+                                                            a.max_model_len))
             bar = stack.enter_context(tqdm(total=len(todo), desc="seed plans"))
 
             async def work(e):

@@ -1888,7 +1888,7 @@ class Model:
         if url is None and not key:
             raise InputError(f"asking {name} needs an API key: set OPENAI_API_KEY (and OPENAI_BASE_URL for a server "
                              "other than OpenAI's)")
-        self.name, self.url, self.slots = name, url, asyncio.Semaphore(concurrency)
+        self.name, self.url, self.slots = name, url, asyncio.Semaphore(max(1, concurrency))
         self.retries = int(os.environ.get("MPO_MAX_RETRIES", 16))  # 16: pauses of 80 to 100 s in all
         self.deadline = 3 * timeout  # seconds for one completion, retries and all
         self.clients = [openai.AsyncOpenAI(
