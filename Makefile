@@ -256,7 +256,7 @@ demo_alfworld := M=4 N=1 \
   EVAL_ARGS="--limit 24 --max_steps 20 --max_model_len 3072 $(DEMO_SERVE)"
 
 demo_webshop := M=4 N=1 \
-  ENV_ARGS="--prompts webshop-brief --observation_chars 1200 --workers 2" \
+  ENV_ARGS="--prompts webshop-brief --observation_chars 800 --workers 2" \
   SEED_PLANS_ARGS="--limit 40 --plan_share 0.9" \
   AGENT_SFT_ARGS="--lr 3e-4 --epochs 2 --warmup_ratio 0.05" \
   SFT_ARGS="--lr 2e-4 --epochs 2 --warmup_ratio 0.05" \
