@@ -1,5 +1,6 @@
 """Training: the losses against a float64 reference, the schedule, the batches, and both scripts for real."""
 
+import errno
 import json
 import math
 import random
@@ -490,6 +491,32 @@ def test_compiled_layers_are_the_same_and_compiled_once(tokenizer):
         assert torch.allclose(eager(**batch), compiled(**batch), atol=1e-4)
         frames.append(counters["frames"]["ok"])
     assert frames[-1] == frames[2] > 0
+
+
+def test_deepspeed_is_refused(tmp_path, tiny_model, talks, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(InputError, match="does not run under DeepSpeed"):
+        sft.main(sft.Args(model=tiny_model, data=str(talks), out=str(tmp_path / "sft"), epochs=1))
+
+
+def test_a_full_disk_at_a_checkpoint_is_said(tmp_path, tiny_model, talks, monkeypatch):
+    """The checkpoint library wraps what went wrong; `run_stage` makes one line of the OSError inside."""
+    import torch.distributed.checkpoint as dcp
+
+    def full(*_, **__):
+        raise dcp.api.CheckpointException("failed", {0: (OSError(errno.ENOSPC, "No space left on device"), None)})
+
+    monkeypatch.setattr(dcp, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        sft.main(sft.Args(model=tiny_model, data=str(talks), out=str(tmp_path / "sft"), batch_size=2, save_steps=1))
+
+
+def test_gradients_are_clipped_to_a_norm_or_left_alone():
+    for limit, expected in ((1.0, 1.0), (10.0, 5.0), (0.0, 5.0)):
+        layer = torch.nn.Linear(2, 1, bias=False)
+        layer.weight.grad = torch.tensor([[3.0, 4.0]])
+        assert common.clip_gradients(layer, Accelerator(cpu=True), limit) == pytest.approx(5.0)
+        assert layer.weight.grad.norm().item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_out_is_a_model_or_nothing(tmp_path, tiny_model, talks):
