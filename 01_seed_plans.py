@@ -144,8 +144,9 @@ async def seed_plans(a: Args, trajectories: list[dict], explored: dict[str, str]
 
     history = common.read_rows(log, ("task", "plan", "teacher", "reason"), missing_ok=True)
     written = {(r["task"], r["teacher"]): r["plan"] for r in history}
+    # {task: the verdict on its plan}
     found = {r["task"]: r for r in history if ours(r["teacher"]) and (r["reason"] is None or r["teacher"].endswith(asked))}
-    edited = []  # found: {task: the verdict on its plan}
+    edited = []
     for r in common.read_rows(out / "seed_plans.jsonl", ("task", "plan", "teacher"), missing_ok=True):
         if written.get((r["task"], r["teacher"]), r["plan"]) != r["plan"]:
             edited.append(verdict(r["task"], r["plan"], "edited"))

@@ -531,10 +531,7 @@ def lines(results: list[dict], path: Path) -> None:
 
 def sample_counts(results: list[dict], path: Path) -> None:
     """Figure 5: average reward over M at the largest N, and over N at the largest M, of all splits together."""
-    pattern, last = TABLES["fig5"][2], results[-1]["split"]
-    rows = [(tuple(map(int, pattern.fullmatch(r["plans"]).groups())), r) for r in results if r["reward"] and r["split"] == last]
-    if not rows:
-        return
+    rows = [(tuple(map(int, TABLES["fig5"][2].fullmatch(r["plans"]).groups())), r) for r in results if r["reward"]]
     figure, panels = axes(8, columns=2)
     for fixed, axis in enumerate(reversed(panels)):  # fixed 0: M stays, N varies
         most = max(mn[fixed] for mn, _ in rows)
@@ -710,6 +707,7 @@ def write_report(out: str, seed: int) -> str:
     if judgements:
         tables["fig6"] = judged_table(compared, judgements)
     shown = {name: chosen(results, *TABLES[name][2:]) for name in ("fig3", "fig4", "fig5")}
+    shown["fig5"] = [r for r in shown["fig5"] if r["split"] == shown["fig5"][-1]["split"]]
     shown["results"] = chosen(results, re.compile(r"(?!fig5/).*"), ("instruction",))
     pictures = {"results": lambda path: bars(shown["results"], "reward", path),
                 "fig3": lambda path: bars(shown["fig3"], "reward_per_step", path),
@@ -719,7 +717,7 @@ def write_report(out: str, seed: int) -> str:
     for name, draw in pictures.items():
         if (name in tables or name == "results") and (name == "fig6" or any(r["reward"] for r in shown[name])):
             draw(folder / f"{name}.png")
-            figures += [folder / f"{name}.png"] * (folder / f"{name}.png").exists()
+            figures.append(folder / f"{name}.png")
     every = [overview(results, outdated), gains(results, differences), *tables.values()]
     for name, table in tables.items():
         common.write_text(folder / f"{name}.md", f"{table.markdown()}\n```latex\n{table.latex()}```\n")

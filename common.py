@@ -152,6 +152,11 @@ class Appender:
                 self.file.truncate(len(content) - len(tail))
         self.file.flush()
 
+    def keep(self, rows: int) -> None:
+        """Cut the file off after its first `rows` rows."""
+        self.file.seek(0)
+        self.file.truncate(sum(len(self.file.readline()) for _ in range(rows)))
+
     def __call__(self, row: dict) -> None:
         self.file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
         self.file.flush()
@@ -2252,9 +2257,12 @@ def load_model(name: str):
             module.p = 0.0
         elif hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.0
+    seen = []
+    hook = model.get_decoder().register_forward_hook(lambda module, inputs, output: seen.append(output.last_hidden_state[0]))
     with torch.no_grad():
-        ids = torch.arange(8)[None]
-        whole, ours = model.eval()(input_ids=ids).logits[0].float(), logits_of(model, model.get_decoder()(ids).last_hidden_state[0]).float()
+        whole = model.eval()(input_ids=torch.arange(8)[None]).logits[0].float()
+        ours = logits_of(model, seen[0]).float()
+    hook.remove()
     if not torch.allclose(whole, ours, rtol=0.05, atol=0.05 * whole.std().item(), equal_nan=True):
         raise InputError(f"{name}: {model.config.model_type} models do more to their logits than training knows; choose another model")
     return model, tokenizer
@@ -2587,7 +2595,7 @@ class Training:
     A run that was killed goes on at its last checkpoint if it has the same settings, but for the `FREE` ones, and data; else
     it starts over. The finished model replaces `out` in one rename."""
 
-    FREE = ("out", "log_with", "micro_tokens", "gradient_checkpointing", "compile", "liger", "save_steps")  # change no result
+    FREE = ("out", "log_with", "micro_tokens", "gradient_checkpointing", "compile", "liger", "save_steps")  # change rounding at most
 
     def __init__(self, out: str, accelerator, wrapped, optimizer, settings: dict, total: int, save_steps: int):
         from accelerate.utils import broadcast_object_list
@@ -2609,13 +2617,12 @@ class Training:
             accelerator.print(f"going on from step {self.start} of {total} ({self.partial})")
         elif saved:
             accelerator.print(f"starting over: {self.partial} is of other settings or data")
+        accelerator.wait_for_everyone()  # all have read what the main process cuts off
         if accelerator.is_main_process:
             for path in self.partial.iterdir() if not self.start else []:
                 if path != metrics:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
-            self.append.file.truncate(0)
-            for row in self.log:
-                self.append(row)
+            self.append.keep(self.start)
         if accelerator.log_with:
             accelerator.init_trackers(self.out.name, {k: v for k, v in settings.items() if isinstance(v, int | float | str)})
         accelerator.wait_for_everyone()

@@ -323,6 +323,9 @@ def test_a_plan_for_a_task_in_words(chat_server):
     server = chat_server(lambda m, body: common.plan_reply("Step 1: find it\nStep 2: " + re.search("task is.*", m[0]["content"])[0]))
     printed = check_run("05_eval.py", "plan", "--planner", server.url, "--env", "alfworld", "Your task is to put a mug in/on desk.")
     assert printed.strip() == "Step 1: find it\nStep 2: task is to put a mug in/on desk."
+    env = {"OPENAI_API_KEY": "k", "OPENAI_BASE_URL": server.url}
+    check_run("05_eval.py", "plan", "--planner", "api:vendor/model", "Your task is to wait.", env=env)
+    assert server.requests[-1]["model"] == "vendor/model", "a vendor's name with a slash is not taken for a local model"
     result = run_script("05_eval.py", "plan", "--planner", server.url)
     assert result.returncode == 2 and "say what the task is" in result.stderr
     result = run_script("05_eval.py", "report", "--out", "runs/not-there")
