@@ -86,6 +86,20 @@ def test_missing_episodes_are_said_not_averaged(known):
     assert [d["split"] for d in differences] == ["unseen"]
 
 
+def test_figure_5_waits_for_all_its_episodes(tmp_path):
+    """Cells of figure 5 whose last split lacks an episode: the report is written, without the figure."""
+    settings = ("fig5/m2n1", "fig5/m4n1")
+    plans = {(s, t): f"Step 1: do {t} {s}" for s in settings for t in SEEN + UNSEEN}
+    rows = [episode(t, plan, 1.0, 2) for (s, t), plan in plans.items()]
+    cells = [cell(s, split, tasks) for s in settings for split, tasks in (("seen", SEEN), ("unseen", UNSEEN))]
+    out = write_run(tmp_path / "run", cells, plans, [r for r in rows if r["task"] != UNSEEN[1]])
+    ev.write_report(str(out), 0)
+    assert (out / "fig5.md").exists() and not (out / "fig5.png").exists()
+    write_jsonl(out / "eval" / "rollouts.jsonl", rows)
+    ev.write_report(str(out), 0)
+    assert (out / "fig5.png").exists()
+
+
 def test_the_newest_cell_counts(known):
     """A planner that was trained again: its new plans have no episodes yet, and what its old ones earned is no longer shown."""
     with (known / "eval" / "cells.jsonl").open("a") as f:
