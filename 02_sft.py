@@ -32,6 +32,7 @@ class Args:
     max_grad_norm: float = arg(1.0, "gradients are clipped to this norm, 0: not at all")
     max_length: int = arg(4096, "longer rows are left out, and counted")
     micro_tokens: int = arg(8192, "tokens of a micro-batch on one process; lower it when memory is short")
+    share_prefix: bool = arg(True, "compute what rows of a micro-batch begin with alike once; exact")
     precision: str = arg("bf16", "bf16: float32 weights and optimizer state, computed with in bf16; fp32: all float32")
     gradient_checkpointing: bool = arg(False, "compute activations again in the backward pass: less memory, a third slower")
     compile: bool = arg(False, "torch.compile the decoder layers: faster steps after a slow first one")
@@ -76,11 +77,13 @@ def held_out_loss(wrapped, rows: list[tuple], a: Args, accelerator) -> float:
     import torch
 
     total = torch.zeros((), device=accelerator.device)
-    [micros] = common.plan_epoch([len(ids) for ids, _ in rows], len(rows), a.micro_tokens if wrapped.packed else 0,
+    share, micro_tokens = (a.share_prefix, a.micro_tokens) if wrapped.packed else (False, 0)
+    [micros] = common.plan_epoch(common.trie_paths([[row] for row in rows], share), len(rows), micro_tokens,
                                  accelerator.num_processes, a.seed, 0)
     with torch.no_grad():
         for micro in micros[accelerator.process_index :: accelerator.num_processes]:
-            total += sft_loss(wrapped(**common.pack([[rows[i]] for i in micro], accelerator.device)), sum(sum(t) for _, t in rows))
+            batch = common.pack([rows[i] for i in micro], accelerator.device, share)
+            total += sft_loss(wrapped(**batch), sum(sum(targets) for _, targets in rows))
     return accelerator.reduce(total, "sum").item()
 
 
@@ -98,9 +101,10 @@ def main(a: Args) -> None:
         raise InputError(f"--eval_share {a.eval_share} leaves no row to train on")
 
     wrapped = common.target_log_probs(common.prepare_model(model, a))
-    micro_tokens = a.micro_tokens if wrapped.packed else 0  # 0: a micro-batch is one row
+    share, micro_tokens = (a.share_prefix, a.micro_tokens) if wrapped.packed else (False, 0)  # 0: a micro-batch is one row
+    paths = common.trie_paths([[row] for row in rows], share)
     plan = [step for epoch in range(a.epochs)
-            for step in common.plan_epoch([len(ids) for ids, _ in rows], a.batch_size, micro_tokens, world, a.seed, epoch)]
+            for step in common.plan_epoch(paths, a.batch_size, micro_tokens, world, a.seed, epoch)]
     wrapped, optimizer = common.distribute(wrapped, accelerator, a)
     made_from = {**asdict(a), "model": common.model_id(a.model), "template": tokenizer.chat_template,
                  "rows": common.digest(common.read_rows(a.data)[: a.limit])}
@@ -113,7 +117,7 @@ def main(a: Args) -> None:
         target_tokens, tokens = sum(sum(rows[i][1]) for i in batch), sum(len(rows[i][0]) for i in batch)
         total = torch.zeros((), device=device)
         for micro in common.micro_batches(wrapped, plan[step][rank::world], accelerator):
-            loss = sft_loss(wrapped(**common.pack([[rows[i]] for i in micro], device)), target_tokens)
+            loss = sft_loss(wrapped(**common.pack([rows[i] for i in micro], device, share)), target_tokens)
             accelerator.backward(loss * world)  # the processes' gradients are averaged: world makes it a sum
             total += loss.detach()
         norm = common.clip_gradients(wrapped, accelerator, a.max_grad_norm)

@@ -36,8 +36,8 @@ class Args:
     max_length: int = arg(4096, "pairs with a longer side are left out, and counted")
     micro_tokens: int = arg(8192, "tokens of a micro-batch on one process; lower it when memory is short")
     precision: str = arg("bf16", "bf16: float32 weights and optimizer state, computed with in bf16; fp32: all float32")
-    share_prefix: bool = arg(True, "run a pair as one sequence with its prompt once; exact, and off by itself where the model does "
-                             "not allow it")
+    share_prefix: bool = arg(True, "compute what sequences of a micro-batch begin with alike, a pair's prompt first of all, once; "
+                             "exact, and off by itself where the model does not allow it")
     gradient_checkpointing: bool = arg(False, "compute activations again in the backward pass: less memory, a third slower")
     compile: bool = arg(False, "torch.compile the decoder layers: faster steps after a slow first one")
     liger: bool = arg(False, "liger-kernel's norms, rotary embedding and activation, on a GPU (pip install liger-kernel)")
@@ -88,23 +88,17 @@ def load_pairs(a: Args, tokenizer) -> tuple[list[tuple], list]:
 
 def pair_log_probs(wrapped, pairs: list, share_prefix: bool, device):
     """log pi(p|u) of chosen and rejected: (P, 2), each summed over its target tokens in float32. With
-    `share_prefix` a pair's prompt is there once: the same numbers for less work, as prompts are longer
-    than plans."""
+    `share_prefix` a prompt is there once: the same numbers for less work, as prompts are longer than plans."""
     import torch
 
-    groups = [list(pair) for pair in pairs] if share_prefix else [[side] for pair in pairs for side in pair]
+    sides = [side for pair in pairs for side in pair]
     # where sequences cannot be packed they run one by one: a micro-batch is one pair then, or none
-    packs = [common.pack(part, device) for part in ([groups] if wrapped.packed else [groups[:1], groups[1:]])]
+    packs = [common.pack(part, device, share_prefix) for part in ([sides] if wrapped.packed else [sides[:1], sides[1:]])]
     log_probs = torch.cat([wrapped(**p) for p in packs])
     owners = torch.cat([p["owners"] + i for i, p in enumerate(packs)])
     if not pairs:
         return log_probs.sum() * log_probs.new_zeros(1, 2)
     return log_probs.new_zeros(2 * len(pairs)).index_add(0, owners, log_probs).view(-1, 2)
-
-
-def pair_length(pair: tuple, share_prefix: bool) -> int:
-    """Tokens that a pair takes in a micro-batch."""
-    return sum(len(ids) for ids, _ in pair) - (common.shared_prefix(list(pair)) if share_prefix else 0)
 
 
 def log_probs_without_gradient(wrapped, pairs: list, share_prefix: bool, a: Args, accelerator):
@@ -113,7 +107,7 @@ def log_probs_without_gradient(wrapped, pairs: list, share_prefix: bool, a: Args
     import torch
 
     out = torch.zeros(len(pairs), 2, dtype=torch.float64, device=accelerator.device)
-    [micros] = common.plan_epoch([pair_length(p, share_prefix) for p in pairs], len(pairs), a.micro_tokens if wrapped.packed else 0,
+    [micros] = common.plan_epoch(common.trie_paths(pairs, share_prefix), len(pairs), a.micro_tokens if wrapped.packed else 0,
                                  accelerator.num_processes, a.seed, 0)
     mine = micros[accelerator.process_index :: accelerator.num_processes]
     with torch.no_grad():
@@ -151,9 +145,9 @@ def main(a: Args) -> None:
 
     wrapped = common.target_log_probs(common.prepare_model(model, a))
     share_prefix = a.share_prefix and wrapped.packed
-    lengths = [pair_length(every[i], share_prefix) for i in train]
+    paths = common.trie_paths([every[i] for i in train], share_prefix)
     plan = [[[train[i] for i in micro] for micro in step] for epoch in range(a.epochs)
-            for step in common.plan_epoch(lengths, a.batch_size, a.micro_tokens if wrapped.packed else 0, world, a.seed, epoch)]
+            for step in common.plan_epoch(paths, a.batch_size, a.micro_tokens if wrapped.packed else 0, world, a.seed, epoch)]
     wrapped, optimizer = common.distribute(wrapped, accelerator, a)
     made_from = {**asdict(a), "model": common.model_id(a.model), "template": tokenizer.chat_template,
                  "pairs": common.digest(common.read_merged(a.data)[: a.limit])}

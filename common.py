@@ -17,6 +17,7 @@ environment workers start at once.
 from __future__ import annotations
 
 import asyncio
+import bisect
 import collections
 import contextlib
 import copy
@@ -2300,90 +2301,129 @@ def held_out(tasks: list, share: float) -> list[bool]:
     return [seed_of("held out", task) < share * 2**31 for task in tasks]
 
 
-def plan_epoch(lengths: list[int], batch_size: int, micro_tokens: int, processes: int, seed: int, epoch: int) -> list[list[list[int]]]:
+SHARED = 16  # tokens of a trie's node: sequences have beginnings in common in steps of so many
+
+
+def trie_paths(groups: list[list[tuple]], share_prefix: bool = True) -> list[list[tuple[list[int], int]]]:
+    """Groups of sequences (ids, mask) as paths in one trie of `SHARED` tokens a node: ([node numbers], length) each. Sequences
+    that begin alike have their first nodes in common; without `share_prefix` none has."""
+    trie, roots = {}, itertools.count(-1, -1)
+
+    def path(ids, node):
+        for i in range(0, len(ids), SHARED):
+            node = trie.setdefault((node, tuple(ids[i : i + SHARED])), len(trie))
+            yield node
+
+    return [[(list(path(ids, None if share_prefix else next(roots))), len(ids)) for ids, _ in group] for group in groups]
+
+
+def shared_tokens(paths: list[tuple[list[int], int]], known) -> list[int]:
+    """How many first tokens of each sequence a packed one with the nodes `known` and the sequences before it has already. A
+    beginning of less than a fifth of a sequence is not counted: attention over one that is elsewhere cannot skip
+    what is above the diagonal, which costs more than so short a one saves."""
+    out, own = [], set()
+    for nodes, length in paths:
+        first_new = bisect.bisect(nodes, False, key=lambda node: node not in known and node not in own)
+        common = min(SHARED * first_new, length)
+        out.append(common if 5 * common >= length else 0)
+        own.update(nodes)
+    return out
+
+
+def plan_epoch(rows: list, batch_size: int, micro_tokens: int, processes: int, seed: int, epoch: int) -> list[list[list[int]]]:
     """The batches of one epoch: [optimizer step][micro-batch] -> row indices.
 
-    Rows are shuffled by (seed, epoch) alone, cut into batches of `batch_size`, and each batch is spread
-    over as few micro-batches as hold at most `micro_tokens` tokens each, evenly; a longer row is alone.
-    Every process computes this same plan and takes micro-batches rank, rank + processes, ...; their
-    number is a multiple of `processes`, some may be empty."""
-    order = list(range(len(lengths)))
+    Rows, each as its `trie_paths`, are shuffled by (seed, epoch) alone, cut into batches of `batch_size`, and each batch is
+    spread over as few micro-batches as hold at most `micro_tokens` tokens each, evenly, with rows that begin
+    alike together; a longer row is alone. Every process computes this same plan and takes micro-batches rank,
+    rank + processes, ...; their number is a multiple of `processes`, some may be empty."""
+    def tokens(row: int, known=()) -> int:
+        return sum(length for _, length in rows[row]) - sum(shared_tokens(rows[row], known))
+
+    def fill(batch: list[int], count: int, capacity: float) -> list[list[int]] | None:
+        """Each row to where it adds least, of such places to the emptiest; None if it is nowhere within the capacity."""
+        micros, filled, known = [[] for _ in range(count)], [0] * count, [set() for _ in range(count)]
+        for row in batch:
+            added = [tokens(row, nodes) for nodes in known]
+            fits = [m for m in range(count) if not micros[m] or filled[m] + added[m] <= capacity]
+            if not fits:
+                return None
+            m = min(fits, key=lambda m: (added[m], filled[m]))
+            micros[m].append(row)
+            filled[m] += added[m]
+            known[m].update(node for nodes, _ in rows[row] for node in nodes)
+        return micros
+
+    order, steps = list(range(len(rows))), []
     random.Random(f"{seed} {epoch}").shuffle(order)
-    steps = []
     for i in range(0, len(order), batch_size):
-        batch = sorted(order[i : i + batch_size], key=lambda r: -lengths[r])
-        count = -(-sum(min(lengths[r], micro_tokens) for r in batch) // micro_tokens) if micro_tokens else len(batch)
-        while True:
-            micros: list[list[int]] = [[] for _ in range(count + -count % processes)]
-            filled = [0] * len(micros)
-            for row in batch:
-                least = filled.index(min(filled))
-                micros[least].append(row)
-                filled[least] += lengths[row]
-            if all(total <= micro_tokens or len(micro) == 1 for micro, total in zip(micros, filled, strict=True)):
-                break
-            count = max(len(micros) + 1, len(micros) * 21 // 20)
+        batch, total, known = order[i : i + batch_size], 0, set()
+        for row in batch:
+            total += min(tokens(row, known), micro_tokens)
+            known.update(node for nodes, _ in rows[row] for node in nodes)
+        batch.sort(key=lambda row: -tokens(row))
+        count, micros = -(-total // micro_tokens) if micro_tokens else len(batch), None
+        while not micros:
+            count += -count % processes
+            capacity = total / count
+            while not (micros := fill(batch, count, min(capacity, micro_tokens))) and capacity < micro_tokens:
+                capacity = 1.05 * capacity
+            count = max(count + 1, count * 21 // 20)
         while len(micros) > processes and not any(micros[-processes:]):
             del micros[-processes:]
         steps.append(micros)
     return steps
 
 
-def pack(groups: list[list[tuple]], device) -> dict:
-    """Groups of sequences (ids, mask) as one long sequence without padding. What all sequences of a group
-    begin with is there once: common beginning, rest of the first, rest of the second. Each rest has the
-    positions that it would have alone, and `packed_attention` shows it its own beginning only, so the result
-    is that of single sequences, for the work of fewer tokens.
+def pack(sequences: list[tuple], device, share_prefix: bool = True) -> dict:
+    """Sequences (ids, mask) as one long sequence without padding. What a sequence begins with like one before it is not
+    there again (`share_prefix`): its rest has the positions that it would have alone, and `packed_attention` shows it its
+    beginning, where that is, and itself, so the result is that of single sequences, for the work of fewer tokens.
 
     {"ids", "positions": (1, T); "sources", "labels", "owners": (N,) for N targets: the index of the token
     whose output predicts it, its id, and its sequence's number; "segments": how T is divided}. A target in
     a common beginning is there once for each of its sequences."""
     import torch
 
-    ids, positions, targets, pieces, number = [], [], [], [], 0
-    for group in groups:
-        start, n = len(ids), shared_prefix(group)
-        ids += group[0][0][:n]
-        positions += range(n)
-        rests = []
-        for sequence, mask in group:
-            rest = len(ids)
-            targets += [(start + i - 1, sequence[i], number) for i in range(1, n) if mask[i]]
-            targets += [(rest + i - n - 1 if i > n else start + n - 1, sequence[i], number)
-                        for i in range(max(1, n), len(sequence)) if mask[i]]
-            ids += sequence[n:]
-            positions += range(n, len(sequence))
-            rests.append(len(sequence) - n)
-            number += 1
-        pieces.append((n, rests))
+    ids, positions, targets, places, starts = [], [], [], [], {}
+    [paths] = trie_paths([sequences], share_prefix)
+    for number, ((sequence, mask), (nodes, length)) in enumerate(zip(sequences, paths, strict=True)):
+        [shared] = shared_tokens([(nodes, length)], starts)
+        where = [starts[nodes[i // SHARED]] + i % SHARED for i in range(shared)] + list(range(len(ids), len(ids) + length - shared))
+        starts.update((node, where[i * SHARED]) for i, node in enumerate(nodes) if i * SHARED >= shared)
+        ids += sequence[shared:]
+        positions += range(shared, length)
+        targets += [(where[i - 1], sequence[i], number) for i in range(1, length) if mask[i]]
+        places.append((where, length - shared))
     if not ids:  # a process without rows must still take part in the collectives
-        ids, positions, pieces = [0], [0], [(0, [1])]
+        ids, positions, places = [0], [0], [([0], 1)]
     sources, labels, owners = ([t[i] for t in targets] for i in range(3))
     out = {"ids": [ids], "positions": [positions], "sources": sources, "labels": labels, "owners": owners}
-    return {k: torch.tensor(v, dtype=torch.long, device=device) for k, v in out.items()} | {"segments": Segments(pieces)}
+    return {k: torch.tensor(v, dtype=torch.long, device=device) for k, v in out.items()} | {"segments": Segments(places)}
 
 
 class Segments:
-    """How a packed sequence is divided: `pieces` [(length of a common beginning, [lengths of the rests])]. Not a list, on
-    whose length compiled layers would depend."""
+    """How a packed sequence is divided, from the places of each sequence's tokens in it and how many of these it added:
+    `own`, the lengths of what each added; `cuts`, the lengths of pieces that no sequence begins or ends within; `seen`, which of
+    these each sequence is. Not a list, on whose length compiled layers would depend."""
 
-    def __init__(self, pieces: list):
-        self.pieces = pieces
-
-
-def shared_prefix(group: list[tuple]) -> int:
-    """How many tokens the sequences (ids, mask) of a group begin with alike, one less than the shortest at
-    most; 0 for a group of one."""
-    if len(group) == 1:
-        return 0
-    most = min(len(ids) for ids, _ in group) - 1
-    return next((i for i in range(most) if len({(ids[i], mask[i]) for ids, mask in group}) > 1), most)
+    def __init__(self, places: list[tuple[list[int], int]]):
+        places = [(where, own) for where, own in places if own]  # the others are there already, whole
+        spans = []
+        for where, _ in places:
+            breaks = [0, *(i for i in range(1, len(where)) if where[i] != where[i - 1] + 1), len(where)]
+            spans.append([(where[a], where[b - 1] + 1) for a, b in itertools.pairwise(breaks)])
+        borders = sorted({border for span in spans for piece in span for border in piece})
+        number = {border: i for i, border in enumerate(borders)}
+        self.own = [own for _, own in places]
+        self.cuts = [b - a for a, b in itertools.pairwise(borders)]
+        self.seen = [[i for a, b in span for i in range(number[a], number[b])] for span in spans]
 
 
 def packed_attention(module, query, key, value, attention_mask, scaling=None, segments=None, sliding_window=None, **kwargs):
-    """Causal attention of a packed sequence, query (1, H, T, D), key and value (1, K, T, D) -> (1, T, H, D): a rest sees
-    its common beginning and itself. Piece by piece, so that torch's fused kernels run and nothing is computed
-    across pieces. An attention function of transformers, by the name of "packed"."""
+    """Causal attention of a packed sequence, query (1, H, T, D), key and value (1, K, T, D) -> (1, T, H, D): what a
+    sequence added sees its common beginning and itself. One after the other, so that torch's fused kernels run and
+    nothing is computed across sequences. An attention function of transformers, by the name of "packed"."""
     import torch
 
     if unknown := [k for k in ("s_aux", "softcap", "position_bias", "indices", "block_indices") if kwargs.get(k) is not None]:
@@ -2400,15 +2440,10 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, se
                 mask = mask.triu(offset - sliding_window + 1)
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling)
 
-    divided = segments.pieces if segments else [(0, [query.shape[2]])]
-    lengths = [n for start, rests in divided for n in (start, *rests)]
-    pieces, out = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True), []
-    for n, rests in divided:
-        first = next(pieces)
-        out += [attend(*first)] if n else []
-        for _ in rests:
-            q, k, v = next(pieces)
-            out.append(attend(q, *(torch.cat([a, b], 2) if n else b for a, b in ((first[1], k), (first[2], v)))))
+    segments = segments or Segments([(range(query.shape[2]), query.shape[2])])
+    keys, values = key.split(segments.cuts, dim=2), value.split(segments.cuts, dim=2)
+    out = [attend(q, *(torch.cat([x[i] for i in seen], 2) if len(seen) > 1 else x[seen[0]] for x in (keys, values)))
+           for q, seen in zip(query.split(segments.own, dim=2), segments.seen, strict=True)]
     return torch.cat(out, 2).transpose(1, 2).contiguous(), None
 
 
@@ -2435,7 +2470,7 @@ def target_log_probs(model, packed: bool = True):
             self._no_split_modules, self.tie_weights = model._no_split_modules, model.tie_weights  # for a user's own FSDP
 
         def forward(self, ids, positions, sources, labels, segments, owners=None):
-            assert packed or len(segments.pieces) == 1, "this model's sequences cannot be packed"
+            assert packed or len(segments.own) == 1, "this model's sequences cannot be packed"
             hidden = model.get_decoder()(input_ids=ids, position_ids=positions, use_cache=False,
                                          **({"segments": segments} if packed else {})).last_hidden_state[0]
 
@@ -2595,7 +2630,8 @@ class Training:
     A run that was killed goes on at its last checkpoint if it has the same settings, but for the `FREE` ones, and data; else
     it starts over. The finished model replaces `out` in one rename."""
 
-    FREE = ("out", "log_with", "micro_tokens", "gradient_checkpointing", "compile", "liger", "save_steps")  # change rounding at most
+    # these change rounding at most
+    FREE = ("out", "log_with", "micro_tokens", "share_prefix", "gradient_checkpointing", "compile", "liger", "save_steps")
 
     def __init__(self, out: str, accelerator, wrapped, optimizer, settings: dict, total: int, save_steps: int):
         from accelerate.utils import broadcast_object_list

@@ -1,6 +1,7 @@
 """Agents with training: expert trajectories as conversations, exploration, pairs of whole trajectories (ETO)."""
 
 import json
+import os
 import re
 
 import pytest
@@ -59,8 +60,10 @@ def test_only_what_the_agent_says_is_trained_on(tmp_path, tokenizer, capsys):
     for (ids, targets), side in zip(pair, ("chosen", "rejected"), strict=True):
         text = tokenizer.decode([i for i, t in zip(ids, targets, strict=True) if t])
         assert text == "".join(f"{m['content']}<|im_end|>" for m in rows[0][side] if m["role"] == "assistant")
-    shared = tokenizer.decode(pair[0][0][: common.shared_prefix(list(pair))])
-    assert "Action: open<|im_end|>" in shared and "Observation: open!" in shared and "take" not in shared and "wait" not in shared
+    alike = os.path.commonprefix([ids for ids, _ in pair])
+    assert "Observation: open!" in tokenizer.decode(alike) and "take" not in tokenizer.decode(alike)
+    packed = common.pack(pair, "cpu")["ids"].numel()
+    assert sum(len(ids) for ids, _ in pair) - packed == len(alike) // 16 * 16, "what both begin with, in steps of 16 tokens"
     assert "1 pairs are longer than --max_length 200 and left out" in capsys.readouterr().out
 
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
-from common import InputError, can_pack, learning_rate, pack, plan_epoch, read_rows, shared_prefix, target_log_probs, tokenize
+from common import InputError, can_pack, learning_rate, pack, plan_epoch, read_rows, target_log_probs, tokenize, trie_paths
 
 sft, dpo = stage("02_sft"), stage("04_dpo")
 CPU, BETA = torch.device("cpu"), 0.1
@@ -88,10 +88,15 @@ def assert_same(loss, grads, expected_loss, expected_grads, atol=1e-9):
         torch.testing.assert_close(grad, expected_grads[name], rtol=1e-6, atol=atol, msg=name)
 
 
-def micro_batches(lengths, micros):
-    """The first plan_epoch of these lengths that has that many micro-batches."""
+def of_lengths(*lengths) -> list:
+    """Rows of so many tokens that begin unlike, for plan_epoch."""
+    return [[(range(10_000 * i, 10_000 * i + -(-n // common.SHARED)), n)] for i, n in enumerate(lengths)]
+
+
+def micro_batches(rows, micros):
+    """The first plan_epoch of these rows that has that many micro-batches."""
     for micro_tokens in range(1, 10_000):
-        [plan] = plan_epoch(lengths, len(lengths), micro_tokens, 1, 0, 0)
+        [plan] = plan_epoch(rows, len(rows), micro_tokens, 1, 0, 0)
         if len(plan) == micros:
             return plan
     raise AssertionError(f"no plan of {micros} micro-batches")
@@ -104,11 +109,11 @@ def test_sft_loss_equals_reference(double, tokenizer, micros):
     expected_grads = gradients(double, expected)
 
     rows = [tokenize(talk, tokenizer, "test") for talk in TALKS]
-    plan, wrapped, total = micro_batches([len(ids) for ids, _ in rows], micros), target_log_probs(double), 0.0
+    plan, wrapped, total = micro_batches(trie_paths([[row] for row in rows]), micros), target_log_probs(double), 0.0
     double.zero_grad()
     target_tokens = sum(sum(targets) for _, targets in rows)
     for micro in plan:
-        loss = sft.sft_loss(wrapped(**pack([[rows[i]] for i in micro], CPU)), target_tokens)
+        loss = sft.sft_loss(wrapped(**pack([rows[i] for i in micro], CPU)), target_tokens)
         loss.backward()
         total += loss.item()
     assert_same(total, gradients(double), expected.item(), expected_grads)
@@ -131,7 +136,7 @@ def test_dpo_loss_equals_reference(double, tokenizer, micros, share):
     expected_grads = gradients(double, expected)
 
     pairs = [tuple(tokenize(p["prompt"] + p[side], tokenizer, "test") for side in ("chosen", "rejected")) for p in PAIRS]
-    plan = micro_batches([dpo.pair_length(pair, share) for pair in pairs], micros)
+    plan = micro_batches(trie_paths(pairs, share), micros)
     wrapped, reference, total, seen = target_log_probs(double), target_log_probs(frozen), 0.0, {}
     double.zero_grad()
     for micro in plan:
@@ -171,7 +176,9 @@ def test_a_shared_prefix_changes_nothing(tokenizer, config):
              (talk("u" * 80, "a"), talk("u" * 80, "b " * 60)),
              (talk("Task", "look", "A pot.", "take it", "Done."), talk("Task", "look", "A pot.", "go away", "Well.", "wait")),
              (talk("Task", "same"), talk("Task", "same")), (talk("one", "x"), talk("other", "y"))]
-    assert shared_prefix(list(pairs[2])) > len(talk("Task", "look")[0]), "sides that differ late share their first turns"
+    saved = [sum(len(ids) for ids, _ in pair) - pack(pair, CPU)["ids"].numel() for pair in pairs]
+    assert all(saved[:4]) and saved[2] > len(talk("Task", "look")[0]), "sides that differ late share their first turns"
+    assert saved[3] == len(pairs[3][0][0]), "and sides that are the same all of it"
     weights, results = torch.tensor([0.7, -1.3]), []
     for share in (True, False):
         model.zero_grad()
@@ -182,8 +189,48 @@ def test_a_shared_prefix_changes_nothing(tokenizer, config):
     torch.testing.assert_close(shared, separate, rtol=1e-5, atol=1e-5)
     for one, two in zip(shared_grads, separate_grads, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
-    saved = [dpo.pair_length(p, True) / (len(p[0][0]) + len(p[1][0])) for p in pairs]
-    assert all(s < 1 for s in saved)
+
+
+def test_rows_share_what_they_begin_with(tokenizer):
+    """Rows that begin alike, at several depths, the same row twice and one that another begins with: losses and gradients are
+    those of rows alone, to 1e-5 in float32, also where the model's window is shorter than what is shared."""
+    draw = random.Random(0)
+    [a, b, c, d] = ([draw.randrange(4, 500) for _ in range(n)] for n in (70, 40, 33, 90))
+    rows = [a + b + c, a + b + d, a + d, b + c, a + b + c, a + b, a[:20] + d, d, a + b + d[:50] + c]
+    rows = [(ids, [False] * 5 + [True] * (len(ids) - 5)) for ids in rows]
+    for window in ({}, {"kind": "mistral", "sliding_window": 32}):
+        model, results = make_model(tokenizer, "float32", seed=3, **window), []
+        for share in (True, False):
+            model.zero_grad()
+            batch = pack(rows, CPU, share)
+            values = target_log_probs(model)(**batch)
+            (values * torch.sin(batch["owners"] + 1.0)).sum().backward()
+            results.append((batch["ids"].numel(), values.detach(), [p.grad.clone() for p in model.parameters()]))
+        (tokens, shared, shared_grads), (every, separate, separate_grads) = results
+        # a, b, c, d, d, b, c, d, d, d[:50], c and up to 15 tokens that differ from the end of a node on
+        assert every == sum(len(ids) for ids, _ in rows) and tokens < 0.75 * every
+        torch.testing.assert_close(shared, separate, rtol=1e-5, atol=1e-5)
+        for one, two in zip(shared_grads, separate_grads, strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_that_begin_alike_are_planned_together():
+    """What a plan counts for a micro-batch is what packing makes of it, and rows of one kind meet in it."""
+    draw = random.Random(1)
+    kinds = [[draw.randrange(500) for _ in range(200)] for _ in range(4)]
+    rows = [(kinds[i % 4] + [draw.randrange(500) for _ in range(draw.randint(10, 90))], None) for i in range(32)]
+    rows = [(ids, [False] * 200 + [True] * (len(ids) - 200)) for ids, _ in rows]
+    paths, shortest = trie_paths([[row] for row in rows]), sum(len(ids) for ids, _ in rows) - 7 * 4 * 192
+    for processes, budget in ((4, 10_000), (1, 1000), (2, 500)):
+        [plan] = plan_epoch(paths, 32, budget, processes, 0, 0)
+        packed = [pack([rows[i] for i in micro], CPU)["ids"].numel() for micro in plan]
+        assert max(packed) <= budget
+        if budget >= 1000:
+            assert sum(packed) == shortest and all(len({i % 4 for i in micro}) == 1 for micro in plan)
+    draw = [[draw.randrange(4) for _ in range(draw.randint(1, 60))] for _ in range(64)]  # and where beginnings are short
+    rows = [(ids, [True] * len(ids)) for ids in draw]
+    [plan] = plan_epoch(trie_paths([rows[i : i + 2] for i in range(0, 64, 2)]), 32, 150, 2, 0, 0)
+    assert all(pack([s for i in micro for s in rows[2 * i : 2 * i + 2]], CPU)["ids"].numel() <= 150 for micro in plan)
 
 
 def test_dpo_loss_by_hand():
@@ -208,8 +255,8 @@ def test_a_process_without_rows_takes_part(double):
 def test_packing_changes_nothing(double, tokenizer, packed):
     """Rows in one sequence, and one after the other with the model's own attention."""
     rows = [tokenize(talk, tokenizer, "test") for talk in TALKS]
-    expected = torch.cat([target_log_probs(double, packed)(**pack([[row]], CPU)) for row in rows])
-    together = target_log_probs(double)(**pack([[row] for row in rows], CPU))
+    expected = torch.cat([target_log_probs(double, packed)(**pack([row], CPU)) for row in rows])
+    together = target_log_probs(double)(**pack(rows, CPU))
     torch.testing.assert_close(together, expected, rtol=1e-9, atol=1e-12)
 
 
@@ -225,12 +272,18 @@ def test_packing_with_a_sliding_window(tokenizer):
 
 
 def test_pack():
-    first, second = ([1, 2, 3, 4], [False, False, True, True]), ([1, 2, 9], [False, False, True])
-    out = pack([[first, second], [second]], CPU)
-    assert out["ids"].tolist() == [[1, 2, 3, 4, 9, 1, 2, 9]] and out["positions"].tolist() == [[0, 1, 2, 3, 2, 0, 1, 2]]
-    assert out["segments"].pieces == [(2, [2, 1]), (0, [3])]
+    """By hand; what sequences have in common is counted in steps of 16 tokens."""
+    begin = list(range(100, 118))
+    sequences = [(begin + [1, 2], [False] * 18 + [True] * 2), (begin[:16] + [9], [False] * 15 + [True] * 2), ([7, 8], [False, True])]
+    out = pack(sequences, CPU)
+    assert out["ids"].tolist() == [begin + [1, 2] + [9] + [7, 8]]
+    assert out["positions"].tolist() == [[*range(20), 16, 0, 1]]
+    segments = out["segments"]
+    assert segments.own == [20, 1, 2] and segments.cuts == [16, 4, 1, 2] and segments.seen == [[0, 1], [0, 2], [3]]
     targets = list(zip(*(out[k].tolist() for k in ("sources", "labels", "owners")), strict=True))
-    assert targets == [(1, 3, 0), (2, 4, 0), (1, 9, 1), (6, 9, 2)]
+    assert targets == [(17, 1, 0), (18, 2, 0), (14, 115, 1), (15, 9, 1), (21, 8, 2)]
+    apart = pack(sequences, CPU, share_prefix=False)
+    assert apart["ids"].tolist() == [begin + [1, 2] + begin[:16] + [9] + [7, 8]] and apart["segments"].seen == [[0], [1], [2]]
 
 
 @pytest.mark.parametrize("total, warmup_ratio", [(100, 0.03), (17, 0.1), (10, 0.0), (1, 0.03), (3, 1.0)])
@@ -255,28 +308,29 @@ def test_learning_rate_shape_is_checked():
 @pytest.mark.parametrize("processes", [1, 2, 3])
 def test_plan_epoch(processes):
     lengths, budget = [(37 * i) % 90 + 10 for i in range(50)], 200
-    steps = plan_epoch(lengths, 16, budget, processes, 7, 1)
+    rows = of_lengths(*lengths)
+    steps = plan_epoch(rows, 16, budget, processes, 7, 1)
     assert [sum(map(len, step)) for step in steps] == [16, 16, 16, 2]
     assert sorted(i for step in steps for micro in step for i in micro) == list(range(50)), "each row exactly once"
     for step in steps:
         assert len(step) % processes == 0, "as many micro-batches for every process"
         for micro in step:
             assert not micro or sum(lengths[i] for i in micro) <= budget
-    assert steps == plan_epoch(lengths, 16, budget, processes, 7, 1)
-    orders = {str(plan_epoch(lengths, 16, budget, processes, seed, epoch)) for seed in (7, 8) for epoch in (1, 2)}
+    assert steps == plan_epoch(rows, 16, budget, processes, 7, 1)
+    orders = {str(plan_epoch(rows, 16, budget, processes, seed, epoch)) for seed in (7, 8) for epoch in (1, 2)}
     assert len(orders) == 4, "another order for another seed or epoch"
 
 
 def test_plan_epoch_batches_do_not_depend_on_the_machine():
-    lengths = [(37 * i) % 90 + 10 for i in range(50)]
-    plans = [plan_epoch(lengths, 8, budget, processes, 0, 0) for budget in (10, 200, 10_000) for processes in (1, 2, 8)]
+    rows = of_lengths(*((37 * i) % 90 + 10 for i in range(50)))
+    plans = [plan_epoch(rows, 8, budget, processes, 0, 0) for budget in (10, 200, 10_000) for processes in (1, 2, 8)]
     batches = [[sorted(i for micro in step for i in micro) for step in plan] for plan in plans]
     assert all(b == batches[0] for b in batches)
 
 
 def test_a_row_above_the_budget_is_alone():
-    assert plan_epoch([500, 3, 3], 3, 10, 1, 0, 0) in ([[[0], [1, 2]]], [[[0], [2, 1]]])
-    assert plan_epoch([5, 4, 3], 3, 0, 1, 0, 0) == [[[0], [1], [2]]], "a budget of nothing: every row alone"
+    assert plan_epoch(of_lengths(500, 3, 3), 3, 10, 1, 0, 0) in ([[[0], [1, 2]]], [[[0], [2, 1]]])
+    assert plan_epoch(of_lengths(5, 4, 3), 3, 0, 1, 0, 0) == [[[0], [1], [2]]], "a budget of nothing: every row alone"
 
 
 # ---- the scripts ---------------------------------------------------------------------------------
@@ -487,7 +541,7 @@ def test_compiled_layers_are_the_same_and_compiled_once(tokenizer):
     draw, frames = random.Random(0), []
     for rows in (3, 2, 4, 1, 5, 2, 6, 7, 8, 9, 10):
         lengths = [draw.randint(20, 60) for _ in range(rows)]
-        batch = pack([[([draw.randrange(500) for _ in range(n)], [False] * 10 + [True] * (n - 10))] for n in lengths], CPU)
+        batch = pack([([draw.randrange(500) for _ in range(n)], [False] * 10 + [True] * (n - 10)) for n in lengths], CPU)
         assert torch.allclose(eager(**batch), compiled(**batch), atol=1e-4)
         frames.append(counters["frames"]["ok"])
     assert frames[-1] == frames[2] > 0

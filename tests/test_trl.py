@@ -83,10 +83,10 @@ def settings(folder) -> dict:
             "disable_tqdm": True}
 
 
-def in_order(rows: list, lengths: list[int], epochs: int) -> list:
+def in_order(rows: list, groups: list, epochs: int) -> list:
     """The rows as our loop meets them, one optimizer step after the other."""
-    return [rows[i] for epoch in range(epochs) for step in common.plan_epoch(lengths, BATCH, 256, 1, 0, epoch) for micro in step
-            for i in micro]
+    return [rows[i] for epoch in range(epochs) for step in common.plan_epoch(common.trie_paths(groups), BATCH, 256, 1, 0, epoch)
+            for micro in step for i in micro]
 
 
 def ours(base, out, data, **more) -> dict:
@@ -103,9 +103,9 @@ def test_sft_is_trl_sft(tmp_path, base, monkeypatch):
     data = write_jsonl(tmp_path / "rows.jsonl", [{"messages": r["prompt"] + r["completion"]} for r in rows])
     args = sft.Args(**ours(base, tmp_path / "sft", data))
     steps = recorded_training(sft, args, monkeypatch)
-    lengths = [len(ids) for ids, _ in sft.load_rows(args, common.load_model(base)[1])[0]]
+    groups = [[row] for row in sft.load_rows(args, common.load_model(base)[1])[0]]
     AcceleratorState._reset_state(True)
-    compare(SFTTrainer, SFTConfig(**settings(tmp_path / "trl")), in_order(rows, lengths, 5), base, tmp_path / "sft", steps)
+    compare(SFTTrainer, SFTConfig(**settings(tmp_path / "trl")), in_order(rows, groups, 5), base, tmp_path / "sft", steps)
     SFTTrainer(str(tmp_path / "sft"), args=SFTConfig(**settings(tmp_path / "again")), train_dataset=Dataset.from_list(rows))  # it loads
 
 
@@ -119,7 +119,7 @@ def test_dpo_is_trl_dpo(tmp_path, base, monkeypatch):
     data = write_jsonl(tmp_path / "pairs.jsonl", rows)
     args = dpo.Args(**ours(base, tmp_path / "dpo", data, beta=0.3))
     steps = recorded_training(dpo, args, monkeypatch)
-    lengths = [dpo.pair_length(pair, True) for pair in dpo.load_pairs(args, common.load_model(base)[1])[0]]
+    groups = dpo.load_pairs(args, common.load_model(base)[1])[0]
     AcceleratorState._reset_state(True)
-    compare(DPOTrainer, DPOConfig(**settings(tmp_path / "trl"), beta=0.3), in_order(rows, lengths, 5), base, tmp_path / "dpo", steps,
+    compare(DPOTrainer, DPOConfig(**settings(tmp_path / "trl"), beta=0.3), in_order(rows, groups, 5), base, tmp_path / "dpo", steps,
             ref_model=AutoModelForCausalLM.from_pretrained(base))
