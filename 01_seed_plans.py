@@ -178,8 +178,7 @@ async def seed_plans(a: Args, trajectories: list[dict], explored: dict[str, str]
             tokens = sum(len(prompts.teacher(e["instruction"], conversation(e["steps"]))[0]["content"]) for e in todo) // 4
             print(f"teacher {a.teacher}: {len(todo)} calls (up to {2 * len(a.temperatures)} each where a plan fails quality control), "
                   f"about {tokens:,} prompt tokens and {150 * len(todo):,} generated tokens for one call each")
-            teacher = stack.enter_context(common.open_model(a.teacher, a.teacher_url, a.concurrency, out / "logs", a.tensor_parallel,
-                                                            a.max_model_len))
+            teacher = stack.enter_context(common.open_model(a.teacher, a.teacher_url, a))
             bar = stack.enter_context(tqdm(total=len(todo), desc="seed plans"))
 
             async def work(e):

@@ -100,18 +100,13 @@ async def sample_plans(a: Args, tasks: list[str], prompts, pool) -> list[dict]:
     todo = [(task, m) for task in tasks for m in range(a.m) if (task, m) not in done]
     if todo:
         u = await common.instructions(pool, list(dict.fromkeys(t for t, _ in todo)))
-        with common.Appender(own) as append, \
-                common.open_model(a.planner, a.planner_url, a.concurrency, Path(a.out) / "logs", a.tensor_parallel,
-                                  a.max_model_len) as planner, tqdm(total=len(todo), desc="sample plans") as bar:
+        with common.Appender(own) as append, common.open_model(a.planner, a.planner_url, a) as planner, \
+                tqdm(total=len(todo), desc="sample plans") as bar:
 
             async def sample(task, m):
                 for attempt in range(3):
                     seed = common.seed_of(a.seed, task, m, attempt)
-                    try:
-                        reply = await planner.ask(prompts.planner(u[task]), a.plan_temperature, a.plan_tokens, seed)
-                    except common.ContextOverflow:
-                        raise InputError(f"the planner's prompt for {task} is longer than its context "
-                                         f"(--max_model_len {a.max_model_len})") from None
+                    reply = await planner.ask(prompts.planner(u[task]), a.plan_temperature, a.plan_tokens, seed)
                     if plan := common.parse_plan(reply.text):
                         break
                 done[task, m] = {"task": task, "m": m, "plan": plan, "instruction": u[task], "planner": planner_id, "setting": setting}
@@ -152,8 +147,7 @@ async def score_plans(a: Args, plans: list[dict], prompts, pool) -> dict[tuple, 
 
     retries = 0
     if todo := wanted():
-        with common.Appender(common.shard_path(path, a.shard)) as append, common.open_model(
-                a.agent, a.agent_url, a.concurrency, Path(a.out) / "logs", a.tensor_parallel, a.max_model_len) as agent:
+        with common.Appender(common.shard_path(path, a.shard)) as append, common.open_model(a.agent, a.agent_url, a) as agent:
             c = common.RolloutConfig(prompts, a.agent_temperature, a.agent_tokens, a.observation_chars, a.seed,
                                      max_steps=a.max_steps, window=a.window)
 
@@ -335,8 +329,7 @@ def explore(a: ExploreArgs) -> None:
 
     async def play() -> None:
         async with common.EnvPool(a.env, a.workers, a.concurrency) as pool:
-            with common.Appender(path) as append, common.open_model(
-                    a.agent, a.agent_url, a.concurrency, Path(a.out) / "logs", a.tensor_parallel, a.max_model_len) as agent:
+            with common.Appender(path) as append, common.open_model(a.agent, a.agent_url, a) as agent:
                 c = common.RolloutConfig(prompts, a.agent_temperature, a.agent_tokens, a.observation_chars, a.seed, max_steps=a.max_steps)
 
                 def keep(row):

@@ -28,6 +28,7 @@ import tempfile
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import List, Optional
 
 from tqdm import tqdm
@@ -136,11 +137,7 @@ async def greedy_plans(a: Args, tasks: list[str], pool) -> dict[str, str | None]
                 bar.update()
 
             async def ask(model, setting, task):
-                try:
-                    reply = await model.ask(prompts[setting].planner(u[task]), 0.0, a.plan_tokens)
-                except common.ContextOverflow:
-                    raise InputError(f"the planner's prompt for {task} is longer than its context "
-                                     f"(--max_model_len {a.max_model_len})") from None
+                reply = await model.ask(prompts[setting].planner(u[task]), 0.0, a.plan_tokens)
                 keep(setting, task, common.parse_plan(reply.text))
 
             for setting in [s for s in todo if s.endswith(".jsonl")]:
@@ -155,8 +152,7 @@ async def greedy_plans(a: Args, tasks: list[str], pool) -> dict[str, str | None]
                         raise InputError(f"{setting}: the plan for {task} must be text, or null for none")
                     keep(setting, task, plan)
             for setting in [s for s in todo if planner_of(a, s)]:
-                with common.open_model(planner_of(a, setting), None, a.concurrency, Path(a.out) / "logs", a.tensor_parallel,
-                                       a.max_model_len) as model:
+                with common.open_model(planner_of(a, setting), None, a) as model:
                     await asyncio.gather(*[ask(model, setting, t) for t in todo[setting]])
     for s in ids:
         if missing := s != "none" and sum(done[ids[s], t]["plan"] is None for t in tasks):
@@ -208,8 +204,7 @@ async def play(a: Args, cells: list[dict], pool) -> None:
         if not jobs:
             continue
         name, url = split_url(agent)
-        with common.Appender(path) as append, common.open_model(
-                name, url, a.concurrency, Path(a.out) / "logs", a.tensor_parallel, a.max_model_len) as model:
+        with common.Appender(path) as append, common.open_model(name, url, a) as model:
             for insert in dict.fromkeys(i for i, _ in jobs):
                 c = common.RolloutConfig(prompts, a.agent_temperature, a.agent_tokens, a.observation_chars, a.seed, max_steps=a.max_steps,
                                          window=a.window, insert=insert)
@@ -605,17 +600,13 @@ def judge(a: JudgeArgs) -> None:
     todo = [(t, *order) for t in both for order in (a.plans, a.plans[::-1]) if (t, order[0]) not in done]
 
     async def ask_all() -> None:
-        with common.Appender(path) as append, tqdm(total=len(todo), desc="judgements") as bar, common.open_model(
-                name, url, a.concurrency, Path(a.out) / "logs", a.tensor_parallel, a.max_model_len) as model:
+        with common.Appender(path) as append, tqdm(total=len(todo), desc="judgements") as bar, common.open_model(name, url, a) as model:
 
             async def ask(task, first, second):
                 text = common.fill(prompt, task=u[task], first=texts[first][task], second=texts[second][task])
                 for attempt in range(3):  # again, a little less sure of itself, when the answer is not what was asked for
-                    try:
-                        seed = common.seed_of(task, first, attempt)
-                        reply = await model.ask([{"role": "user", "content": text}], 0.3 * attempt, a.tokens, seed)
-                    except common.ContextOverflow:
-                        raise InputError(f"the judge's prompt for {task} is longer than its context") from None
+                    reply = await model.ask([{"role": "user", "content": text}], 0.3 * attempt, a.tokens,
+                                            common.seed_of(task, first, attempt))
                     if answer := parse_judgement(reply.text):
                         break
                 append({"task": task, "plans": a.plans, "first": first, "answer": answer, "reply": reply.text, "judge": name,
@@ -747,7 +738,8 @@ def write_plan(a: PlanArgs) -> None:
     common.check_model(name, url)
 
     async def ask() -> str:
-        with tempfile.TemporaryDirectory() as logs, common.open_model(name, url, 1, logs, 1, a.max_model_len) as model:
+        with tempfile.TemporaryDirectory() as out, common.open_model(name, url, SimpleNamespace(
+                out=out, concurrency=1, tensor_parallel=1, max_model_len=a.max_model_len)) as model:
             return (await model.ask(prompts.planner(a.text), 0.0, a.plan_tokens)).text
 
     reply = asyncio.run(ask())

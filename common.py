@@ -1783,29 +1783,43 @@ class EnvPool:
             if process:
                 worker.close(process, number)
 
+    async def use(self, task: str, play, attempts: int = 3, again=lambda: None):
+        """What `play(session)` returns, a session for the task given; where its worker ends, `again()` and on another one.
+        Raises what ended the last of the attempts."""
+        for left in reversed(range(attempts)):
+            try:
+                async with self.session(task) as env:
+                    return await play(env)
+            except (WorkerDied, RuntimeError):
+                if not left:
+                    raise
+                again()
+
     async def each(self, tasks: list[str], method: str, keep, deadline: float = 600.0) -> None:
-        """`keep(task, result)` of a method of the environment for every task, as many at a time as there are workers.
-        Tried again where a worker ends, three times in all."""
-        queue = iter(tasks)
+        """`keep(task, result)` of a method of the environment for every task, as many at a time as there are workers."""
+        async def work(task):
+            try:
+                keep(task, await self.use(task, lambda env: env(method, task, deadline=deadline)))
+            except (WorkerDied, RuntimeError) as e:
+                raise InputError(f"{method} of {task} failed three times: {e}") from None
 
-        async def work():
-            for task in queue:
-                for left in (2, 1, 0):
-                    try:
-                        async with self.session(task) as env:
-                            result = await env(method, task, deadline=deadline)
-                        break
-                    except (WorkerDied, RuntimeError) as e:
-                        if not left:
-                            raise InputError(f"{method} of {task} failed three times: {e}") from None
-                keep(task, result)
+        await side_by_side(work, tasks, len(self.workers))
 
-        running = [asyncio.create_task(work()) for _ in self.workers]
-        try:
-            await asyncio.gather(*running)
-        finally:
-            for task in running:
-                task.cancel()
+
+async def side_by_side(work, items, most: int) -> None:
+    """`work(item)` for all items in order, `most` at a time; when one fails the others end."""
+    queue = iter(items)
+
+    async def lane():
+        for item in queue:
+            await work(item)
+
+    lanes = [asyncio.create_task(lane()) for _ in range(most)]
+    try:
+        await asyncio.gather(*lanes)
+    finally:
+        for task in lanes:
+            task.cancel()
 
 
 def worker_main(env: str, sessions: str) -> None:
@@ -1867,7 +1881,7 @@ async def instructions(pool: EnvPool, tasks: list[str]) -> dict[str, str]:
 # ------------------------------------------------------------------------------------------------
 
 
-class ContextOverflow(Exception):
+class ContextOverflow(InputError):
     """The prompt is longer than the model's context."""
 
 
@@ -1936,7 +1950,8 @@ class Model:
                 raise InputError(f"{self.where()} has no model {self.name!r}") from None
             except openai.BadRequestError as e:
                 if re.search(r"context.{0,20}length|maximum.{0,40}tokens|too long|too many tokens", str(e), re.I):
-                    raise ContextOverflow(str(e)) from None
+                    raise ContextOverflow(f"a prompt does not fit into the context of {self.where()} (--max_model_len): "
+                                          f"{str(e)[:300]}") from None
                 raise InputError(f"{self.where()} refused a request: {str(e)[:300]}") from None
             except openai.APIConnectionError:
                 raise InputError(f"{self.where()} cannot be reached (gave up after {self.retries + 1} tries); finished rows are kept, "
@@ -2020,15 +2035,15 @@ def serve(model: str, log_dir="logs", tensor_parallel: int = 1, max_model_len: i
 
 
 @contextlib.contextmanager
-def open_model(name: str, url: str | None, concurrency: int, log_dir, tensor_parallel: int = 1, max_model_len: int = 8192):
-    """A `Model` to ask: behind `url` where one is given, served for the time of the `with` where `name`
-    is local (a directory or a Hugging Face name `owner/model`), else one of OpenAI or OPENAI_BASE_URL; there `api:` marks
-    a name with a slash."""
+def open_model(name: str, url: str | None, a):
+    """A `Model` to ask, with the settings of a stage's Args: behind `url` where one is given, served for the time of
+    the `with` where `name` is local (a directory or a Hugging Face name `owner/model`), else one of OpenAI or
+    OPENAI_BASE_URL; there `api:` marks a name with a slash."""
     if not url and is_local(name):
-        with serve(name, log_dir, tensor_parallel, max_model_len) as served:
-            yield Model(name, served, concurrency)
+        with serve(name, Path(a.out) / "logs", a.tensor_parallel, a.max_model_len) as served:
+            yield Model(name, served, a.concurrency)
     else:
-        yield Model(model_id(name, url) if url else name.removeprefix("api:"), url, concurrency)
+        yield Model(model_id(name, url) if url else name.removeprefix("api:"), url, a.concurrency)
 
 
 def is_local(name: str) -> bool:
@@ -2189,43 +2204,29 @@ async def rollouts(jobs: list[dict], model: Model, pool: EnvPool, env: str, c: R
     "crash" and its error. Returns the number of retries."""
     from tqdm import tqdm
 
-    cls, queue, start = environment(env), iter(jobs), time.time()
-    retries = failed = 0
-    total = 0.0  # reward of all that did not fail
-
-    async def play(job):
-        nonlocal retries
-        for attempt in range(attempts):
-            try:
-                async with pool.session(job["task"]) as session:
-                    return await episode(session, model, cls, job["task"], job["plan"], job["rollout"], c)
-            except (WorkerDied, RuntimeError) as e:
-                retries += attempt + 1 < attempts
-                error = str(e)
-        return {"instruction": None, "reward": 0.0, "success": False, "end": "crash", "steps": [], "error": error}
+    cls, start, again = environment(env), time.time(), []
+    failed, total = 0, 0.0  # reward of all that did not fail
 
     with tqdm(total=len(jobs), desc=desc, unit="ep", smoothing=0.05) as bar:
 
-        async def work():
+        async def work(job):
             nonlocal failed, total
-            for job in queue:
-                began = time.time()
-                row = await play(job)
-                append({**job, **row, "seconds": round(time.time() - began, 2)})
-                failed, total = failed + (row["end"] == "crash"), total + row["reward"]
-                done, seconds = bar.n + 1, time.time() - start
-                bar.set_postfix_str(
-                    f"{60 * done / seconds:.0f} ep/min, {model.completion_tokens / seconds:.0f} tok/s, reward "
-                    f"{total / max(1, done - failed):.3f}, {failed} failed" + (f", {retries} retries" if retries else ""), refresh=False)
-                bar.update()
+            began = time.time()
+            try:
+                row = await pool.use(job["task"], lambda session: episode(
+                    session, model, cls, job["task"], job["plan"], job["rollout"], c), attempts, lambda: again.append(job))
+            except (WorkerDied, RuntimeError) as e:
+                row = {"instruction": None, "reward": 0.0, "success": False, "end": "crash", "steps": [], "error": str(e)}
+            append({**job, **row, "seconds": round(time.time() - began, 2)})
+            failed, total = failed + (row["end"] == "crash"), total + row["reward"]
+            done, seconds = bar.n + 1, time.time() - start
+            bar.set_postfix_str(
+                f"{60 * done / seconds:.0f} ep/min, {model.completion_tokens / seconds:.0f} tok/s, reward "
+                f"{total / max(1, done - failed):.3f}, {failed} failed" + (f", {len(again)} retries" if again else ""), refresh=False)
+            bar.update()
 
-        tasks = [asyncio.create_task(work()) for _ in range(min(concurrency, len(jobs)))]
-        try:
-            await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
-    return retries
+        await side_by_side(work, jobs, min(concurrency, len(jobs)))
+    return len(again)
 
 
 def mean(values) -> float:

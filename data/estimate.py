@@ -48,14 +48,8 @@ async def measure(a) -> dict:
     cls, prompts = common.environment(a.env), common.Prompts(a.prompts or a.env)
     async with common.EnvPool(a.env, 2) as pool:
         splits = {s: await common.list_tasks(pool, a.env, s, None, a.types, None) for s in ("train", *cls.tests())}
-        found, queue = [], iter(splits["train"][: a.sample])
-
-        async def work():
-            for task in queue:
-                async with pool.session(task) as env:
-                    found.append((task, await env("expert", task, deadline=600)))
-
-        await asyncio.gather(work(), work())
+        found = []
+        await pool.each(splits["train"][: a.sample], "expert", lambda *result: found.append(result))
     solved = [(t, e) for t, e in found if e]
     mean = common.mean
     steps = [step for _, e in solved for step in e["steps"]]

@@ -104,13 +104,11 @@ def render(env: str, e: dict) -> str:
 async def main(env: str) -> None:
     async with common.EnvPool(env, 2) as pool:
         tasks = await common.list_tasks(pool, env, "train", None, None, None)
-        examples = {}
-        for kind in dict.fromkeys(map(common.task_type, tasks)):
-            found = []
-            for task in [t for t in tasks if common.task_type(t) == kind][:TRIES]:
-                async with pool.session() as session:
-                    found.append(await session("expert", task, deadline=600))
-            best = min((e for e in found if e), key=lambda e: abs(len(e["steps"]) - BEST[env]), default=None)
+        examples, found = {}, {}
+        kinds = {kind: [t for t in tasks if common.task_type(t) == kind][:TRIES] for kind in map(common.task_type, tasks)}
+        await pool.each([t for some in kinds.values() for t in some], "expert", found.__setitem__)
+        for kind, some in kinds.items():
+            best = min((found[t] for t in some if found[t]), key=lambda e: abs(len(e["steps"]) - BEST[env]), default=None)
             if best and 4 <= len(best["steps"]) <= LONGEST:
                 examples[kind] = render(env, best)
                 print(kind, len(best["steps"]), "steps")
