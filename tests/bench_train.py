@@ -4,7 +4,8 @@ Same model, same rows (planner prompts of 400-700 tokens, plans of 60-150, that 
 seed plans and pairs of a run), float32 weights and AdamW state, bf16 computation,
 batches of --batch, each run in a process of its own, runs alternate. TRL runs without gradient checkpointing, with the --micros as
 micro-batches in rows (DPO: pairs), in turn, and compiled with the one that was faster; the fastest counts, for memory as well. Ours
-runs with checkpointing, not compiled; for SFT's share of the matrix rate also the other way round ("speed").
+runs with checkpointing, not compiled; for SFT's share of the matrix rate also the other way round ("speed"), and twice the steps, as
+the first ones still compile.
 TRL's reference log-probabilities are computed before, as ours are. A rate is the median over all steps but a run's first;
 memory is the peak of the process (CPU) or of the allocator (GPU).
 """
@@ -150,7 +151,7 @@ def main() -> None:
     parser.add_argument("--micro_tokens", type=int, default=4096, help="our micro-batches")
     parser.add_argument("--packed_tokens", type=int, default=2048, help="TRL's packed sequences")
     parser.add_argument("--micros", type=int, nargs="+", default=[1, 2], help="TRL's micro-batches")
-    parser.add_argument("--speed_tokens", type=int, default=2700, help="our micro-batches without checkpointing")
+    parser.add_argument("--speed_tokens", type=int, default=6000, help="our micro-batches without checkpointing")
     parser.add_argument("--child", choices=["sft", "dpo"], help=argparse.SUPPRESS)
     for name in ("trl", "packing", "compile", "no_checkpointing"):
         parser.add_argument(f"--{name}", action="store_true", help=argparse.SUPPRESS)
@@ -181,7 +182,7 @@ def main() -> None:
             sft = [{"messages": r["prompt"] + r["chosen"]} for r in dpo]
         for name, rows in (("sft", sft), ("dpo", dpo)):
             (Path(folder) / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-        speed = ["--compile", "--no_checkpointing", "--micro_tokens", a.speed_tokens]
+        speed = ["--compile", "--no_checkpointing", "--micro_tokens", a.speed_tokens, "--steps", 2 * a.steps]
         kinds = {f"{side} {stage} {more}".strip(): ["--child", stage, *args] for stage in ("sft", "dpo") for side, more, args in [
             ("ours", "", []), *([("ours", "speed", speed), ("trl", "packed", ["--trl", "--packing"])] if stage == "sft" else []),
             *[("trl", f"micro {m}", ["--trl", "--micro", m]) for m in a.micros], ("trl", "micro compiled", ["--trl", "--compile"])]}
