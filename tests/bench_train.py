@@ -117,7 +117,7 @@ def run_trl(a, folder: Path) -> dict:
                 "save_strategy": "no", "logging_steps": 1, "optim": "adamw_torch_fused", "torch_compile": a.compile}
     if a.packing:  # as many tokens a step: rows of one step are packed into sequences of --packed_tokens
         settings |= {"packing": True, "max_length": a.packed_tokens, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1,
-                     "num_train_epochs": 1 + (a.steps - 1) // 2}
+                     "num_train_epochs": 1 + a.steps // 2}
     model = AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.float32)
     classes = {"sft": (SFTTrainer, SFTConfig), "dpo": (DPOTrainer, DPOConfig)}[a.child]
     if a.child == "dpo":
