@@ -77,12 +77,11 @@ def held_out_loss(wrapped, rows: list[tuple], a: Args, accelerator) -> float:
     import torch
 
     total = torch.zeros((), device=accelerator.device)
-    share, micro_tokens = (a.share_prefix, a.micro_tokens) if wrapped.packed else (False, 0)
-    [micros] = common.plan_epoch(common.trie_paths([[row] for row in rows], share), len(rows), micro_tokens,
-                                 accelerator.num_processes, a.seed, 0)
+    paths = common.trie_paths([[row] for row in rows], a.share_prefix)
+    [micros] = common.plan_epoch(paths, len(rows), a.micro_tokens, accelerator.num_processes, a.seed, 0)
     with torch.no_grad():
         for micro in micros[accelerator.process_index :: accelerator.num_processes]:
-            batch = common.pack([rows[i] for i in micro], accelerator.device, share)
+            batch = common.pack([rows[i] for i in micro], accelerator.device, a.share_prefix)
             total += sft_loss(wrapped(**batch), sum(sum(targets) for _, targets in rows))
     return accelerator.reduce(total, "sum").item()
 
@@ -101,10 +100,11 @@ def main(a: Args) -> None:
         raise InputError(f"--eval_share {a.eval_share} leaves no row to train on")
 
     wrapped = common.target_log_probs(common.prepare_model(model, a))
-    share, micro_tokens = (a.share_prefix, a.micro_tokens) if wrapped.packed else (False, 0)  # 0: a micro-batch is one row
-    paths = common.trie_paths([[row] for row in rows], share)
+    if not wrapped.packed:
+        a.share_prefix, a.micro_tokens = False, 0  # a micro-batch is one row
+    paths = common.trie_paths([[row] for row in rows], a.share_prefix)
     plan = [step for epoch in range(a.epochs)
-            for step in common.plan_epoch(paths, a.batch_size, micro_tokens, world, a.seed, epoch)]
+            for step in common.plan_epoch(paths, a.batch_size, a.micro_tokens, world, a.seed, epoch)]
     wrapped, optimizer = common.distribute(wrapped, accelerator, a)
     made_from = {**asdict(a), "model": common.model_id(a.model), "template": tokenizer.chat_template,
                  "rows": common.digest(common.read_rows(a.data)[: a.limit])}
@@ -117,7 +117,7 @@ def main(a: Args) -> None:
         target_tokens, tokens = sum(sum(rows[i][1]) for i in batch), sum(len(rows[i][0]) for i in batch)
         total = torch.zeros((), device=device)
         for micro in common.micro_batches(wrapped, plan[step][rank::world], accelerator):
-            loss = sft_loss(wrapped(**common.pack([rows[i] for i in micro], device, share)), target_tokens)
+            loss = sft_loss(wrapped(**common.pack([rows[i] for i in micro], device, a.share_prefix)), target_tokens)
             accelerator.backward(loss * world)  # the processes' gradients are averaged: world makes it a sum
             total += loss.detach()
         norm = common.clip_gradients(wrapped, accelerator, a.max_grad_norm)

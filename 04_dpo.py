@@ -101,31 +101,31 @@ def pair_log_probs(wrapped, pairs: list, share_prefix: bool, device):
     return log_probs.new_zeros(2 * len(pairs)).index_add(0, owners, log_probs).view(-1, 2)
 
 
-def log_probs_without_gradient(wrapped, pairs: list, share_prefix: bool, a: Args, accelerator):
+def log_probs_without_gradient(wrapped, pairs: list, a: Args, accelerator):
     """(len(pairs), 2): log pi of chosen and rejected; every process computes its share. Before training it is
     the reference's, afterwards the held-out pairs'."""
     import torch
 
     out = torch.zeros(len(pairs), 2, dtype=torch.float64, device=accelerator.device)
-    [micros] = common.plan_epoch(common.trie_paths(pairs, share_prefix), len(pairs), a.micro_tokens if wrapped.packed else 0,
-                                 accelerator.num_processes, a.seed, 0)
+    [micros] = common.plan_epoch(common.trie_paths(pairs, a.share_prefix), len(pairs), a.micro_tokens, accelerator.num_processes,
+                                 a.seed, 0)
     mine = micros[accelerator.process_index :: accelerator.num_processes]
     with torch.no_grad():
         for micro in tqdm(mine, desc="log-probabilities", disable=not accelerator.is_main_process, leave=False):
-            log_probs = pair_log_probs(wrapped, [pairs[i] for i in micro], share_prefix, accelerator.device)
+            log_probs = pair_log_probs(wrapped, [pairs[i] for i in micro], a.share_prefix, accelerator.device)
             if micro:
                 out[micro] = log_probs.to(out.dtype)
     return accelerator.reduce(out, "sum")
 
 
-def stored_reference(run, wrapped, pairs: list, share_prefix: bool, a: Args, accelerator):
+def stored_reference(run, wrapped, pairs: list, a: Args, accelerator):
     """(len(pairs), 2): log pi_ref of all pairs, computed once before training and kept with the checkpoints."""
     import torch
 
     file = run.partial / "reference.pt"
     if run.start:
         return torch.load(file, weights_only=True).to(accelerator.device)
-    out = log_probs_without_gradient(wrapped, pairs, share_prefix, a, accelerator)
+    out = log_probs_without_gradient(wrapped, pairs, a, accelerator)
     if accelerator.is_main_process:
         torch.save(out.cpu(), file)
     return out
@@ -144,15 +144,16 @@ def main(a: Args) -> None:
         raise InputError(f"--eval_share {a.eval_share} leaves no pair to train on")
 
     wrapped = common.target_log_probs(common.prepare_model(model, a))
-    share_prefix = a.share_prefix and wrapped.packed
-    paths = common.trie_paths([every[i] for i in train], share_prefix)
+    if not wrapped.packed:
+        a.share_prefix, a.micro_tokens = False, 0  # a micro-batch is one pair, its sides one after the other
+    paths = common.trie_paths([every[i] for i in train], a.share_prefix)
     plan = [[[train[i] for i in micro] for micro in step] for epoch in range(a.epochs)
-            for step in common.plan_epoch(paths, a.batch_size, a.micro_tokens if wrapped.packed else 0, world, a.seed, epoch)]
+            for step in common.plan_epoch(paths, a.batch_size, a.micro_tokens, world, a.seed, epoch)]
     wrapped, optimizer = common.distribute(wrapped, accelerator, a)
     made_from = {**asdict(a), "model": common.model_id(a.model), "template": tokenizer.chat_template,
                  "pairs": common.digest(common.read_merged(a.data)[: a.limit])}
     run = common.Training(a.out, accelerator, wrapped, optimizer, made_from, len(plan), a.save_steps)
-    reference = stored_reference(run, wrapped, every, share_prefix, a, accelerator)
+    reference = stored_reference(run, wrapped, every, a, accelerator)
 
     def measured(policy, rows: list[int]):
         """(losses, the six sums that are logged) of these pairs."""
@@ -166,7 +167,7 @@ def main(a: Args) -> None:
         batch = [i for micro in plan[step] for i in micro]
         tokens, sums = sum(len(ids) for i in batch for ids, _ in every[i]), torch.zeros(6, device=device)
         for micro in common.micro_batches(wrapped, plan[step][rank::world], accelerator):
-            policy = pair_log_probs(wrapped, [every[i] for i in micro], share_prefix, device)
+            policy = pair_log_probs(wrapped, [every[i] for i in micro], a.share_prefix, device)
             loss = policy.sum() * 0
             if micro:
                 losses, more = measured(policy, micro)
@@ -182,7 +183,7 @@ def main(a: Args) -> None:
         metrics |= {"reward_margin": metrics["reward_chosen"] - metrics["reward_rejected"], "lr": lr, "grad_norm": norm,
                     "tokens_per_second": tokens / (time.time() - began)}
         if kept and (step + 1) % (len(plan) // a.epochs) == 0:
-            policy = log_probs_without_gradient(wrapped, [every[i] for i in kept], share_prefix, a, accelerator)
+            policy = log_probs_without_gradient(wrapped, [every[i] for i in kept], a, accelerator)
             loss, accuracy, chosen, rejected = (measured(policy, kept)[1][:4] / len(kept)).tolist()
             metrics |= {"eval_loss": loss, "eval_reward_accuracy": accuracy, "eval_reward_margin": chosen - rejected}
         line = run.step(step + 1, metrics)

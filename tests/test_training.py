@@ -155,8 +155,8 @@ def test_dpo_loss_equals_reference(double, tokenizer, micros, share):
 def test_reference_log_probs_are_those_of_the_model(double, tokenizer):
     pairs = [tuple(tokenize(p["prompt"] + p[side], tokenizer, "test") for side in ("chosen", "rejected")) for p in PAIRS]
     for micro_tokens, share in ((64, True), (100_000, True), (64, False), (100_000, False)):
-        args = dpo.Args(micro_tokens=micro_tokens)
-        out = dpo.log_probs_without_gradient(target_log_probs(double), pairs, share, args, Accelerator(cpu=True))
+        args = dpo.Args(micro_tokens=micro_tokens, share_prefix=share)
+        out = dpo.log_probs_without_gradient(target_log_probs(double), pairs, args, Accelerator(cpu=True))
         for row, pair in zip(out.tolist(), PAIRS, strict=True):
             expected = [reference_log_prob(double, pair["prompt"] + pair[side], tokenizer)[0].item() for side in ("chosen", "rejected")]
             assert row == pytest.approx(expected, rel=1e-6)
