@@ -35,7 +35,7 @@ class Args:
     share_prefix: bool = arg(True, "compute what rows of a micro-batch begin with alike once; exact")
     precision: str = arg("bf16", "bf16: float32 weights and optimizer state, computed with in bf16; fp32: all float32")
     gradient_checkpointing: bool = arg(False, "compute activations again in the backward pass: less memory, a third slower")
-    compile: bool = arg(False, "torch.compile the decoder layers: faster steps after a slow first one")
+    compile: bool = arg(False, "torch.compile the decoder layers and the output layer: faster steps after slow first ones")
     liger: bool = arg(False, "liger-kernel's norms, rotary embedding and activation, on a GPU (pip install liger-kernel)")
     lora_rank: int = arg(0, "train adapters of this rank instead of all weights (pip install peft), 0: all weights (paper)")
     lora_merge: bool = arg(True, "merge the adapters into the model at the end, as every next stage expects; else write them alone")

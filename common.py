@@ -2454,10 +2454,10 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, se
 @functools.cache
 def cpu_attention():
     """Causal attention on a CPU in bf16: (query (1, H, T, D), key and value (1, K, N, D), scale) -> (1, H, T, D), the queries
-    those of the last T of N positions. Torch's forward pass, and a backward pass of half the time of torch's: matrix
-    products in bf16 of all heads together, for `BLOCK` queries at a time and what they see (Dao 2023, FlashAttention-2, algorithm 2).
-    log P = scores - lse and dS / P = dP - delta are one product each, with lse and delta as two more columns: what is rounded to
-    bf16 is the small difference, not its two sides."""
+    those of the last T of N positions. Torch's forward pass, and a backward pass in about half of the time of torch's: all heads
+    together, `BLOCK` queries at a time with what they see (Dao 2023, FlashAttention-2, algorithm 2), in matrix products of bf16.
+    log P = scores - lse and dS / P = dP - delta are one product each, with lse and delta as two more columns: what is rounded
+    to bf16 is the small difference, not its two sides."""
     import torch
 
     BLOCK, COLUMNS = 192, 16  # a multiple of 16 columns is a third faster than two
@@ -2491,20 +2491,20 @@ def cpu_attention():
             minus = torch.zeros(K, N, COLUMNS, dtype=k.dtype)
             minus[..., :2] = -1
             keys, values = torch.cat([k[0], minus], -1), torch.cat([v[0], minus], -1)
-            queries = grouped(q * ctx.scale, lse[0, ..., None])
+            queries = grouped(q, lse[0, ..., None] / ctx.scale)
             grads = grouped(grad, (grad[0].float() * out[0]).sum(-1, keepdim=True))
             dq, (dk, dv) = torch.empty_like(queries[..., :D]), torch.zeros(2, K, N, D)
             count = -(-T // BLOCK)
             for first, last in itertools.pairwise(T * i // count for i in range(count + 1)):
                 seen, size = N - T + last, last - first
                 qs, gs = (x[:, :, first:last].flatten(1, 2) for x in (queries, grads))
-                p = (qs @ keys[:, :seen].mT).exp_()
+                p = (qs @ keys[:, :seen].mT).mul_(ctx.scale).exp_()
                 p.unflatten(1, (-1, size))[..., seen - size :].tril_()
                 ds = (gs @ values[:, :seen].mT).mul_(p)
                 dv[:, :seen] += p.mT @ gs[..., :D]
                 dk[:, :seen] += ds.mT @ qs[..., :D]
                 dq[:, :, first:last] = (ds @ keys[:, :seen, :D]).unflatten(1, (-1, size))
-            return dq.view(1, H, T, D) * ctx.scale, dk[None].to(k.dtype), dv[None].to(v.dtype), None
+            return dq.view(1, H, T, D) * ctx.scale, (dk[None] * ctx.scale).to(k.dtype), dv[None].to(v.dtype), None
 
     return Attention.apply
 
@@ -2529,6 +2529,7 @@ def target_log_probs(model, packed: bool = True):
         def __init__(self):
             super().__init__()
             self.model, self.packed = model, packed
+            self.log_probs = lambda h, y: -torch.nn.functional.cross_entropy(logits_of(model, h), y, reduction="none")
             self._no_split_modules, self.tie_weights = model._no_split_modules, model.tie_weights  # for a user's own FSDP
 
         def forward(self, ids, positions, sources, labels, segments, owners=None):
@@ -2536,12 +2537,9 @@ def target_log_probs(model, packed: bool = True):
             hidden = model.get_decoder()(input_ids=ids, position_ids=positions, use_cache=False,
                                          **({"segments": segments} if packed else {})).last_hidden_state[0]
 
-            def log_probs(h, y):
-                return -torch.nn.functional.cross_entropy(logits_of(model, h), y, reduction="none")
-
             if not len(labels):
-                return log_probs(hidden[:1], ids[0, :1]) * 0
-            return torch.cat([checkpoint(log_probs, hidden[s], y, use_reentrant=False)
+                return self.log_probs(hidden[:1], ids[0, :1]) * 0
+            return torch.cat([checkpoint(self.log_probs, hidden[s], y, use_reentrant=False)
                               for s, y in zip(sources.split(CHUNK), labels.split(CHUNK), strict=True)])
 
     return TargetLogProbs()
@@ -2627,8 +2625,9 @@ def distribute(wrapped, accelerator, a):
         model.train()  # checkpointing is skipped in eval mode
     layers = model.get_decoder().layers
     if a.compile:
-        for layer in layers:
-            layer.compile(dynamic=True)
+        for layer in layers:  # not with dynamic=True: a head's size would be open as well, which makes slow code
+            layer.compile()
+        wrapped.log_probs = torch.compile(wrapped.log_probs)
     optimizer = functools.partial(torch.optim.AdamW, lr=a.lr, weight_decay=a.weight_decay, fused=True)
     own = own_accelerate_config()
     if not own and not dist.is_initialized():
