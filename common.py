@@ -2433,7 +2433,7 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, se
     def attend(q, k, v):
         offset = k.shape[2] - q.shape[2]
         windowed = sliding_window and k.shape[2] > sliding_window
-        if q.device.type == "cpu" and q.dtype == torch.bfloat16 and not windowed:
+        if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape == v.shape and not windowed:
             return cpu_attention()(q, k, v, scaling or q.shape[-1] ** -0.5)
         groups = query.shape[1] // key.shape[1]
         k, v = (x.repeat_interleave(groups, 1) if groups > 1 else x for x in (k, v))

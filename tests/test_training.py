@@ -572,6 +572,16 @@ def test_attention_in_bf16_on_a_cpu(heads, queries, keys):
     assert all(x < 0.008 and x < 2 * y for x, y in zip(ours, torchs_own, strict=True)), (ours, torchs_own)
 
 
+def test_values_of_another_size_than_keys():
+    """As with multi-head latent attention: torch's own attention takes these."""
+    q, k, v = (torch.randn(1, 2, 20, n).bfloat16().requires_grad_() for n in (16, 16, 24))
+    out, _ = common.packed_attention(None, q, k, v, None)
+    out.float().sum().backward()
+    expected = torch.nn.functional.scaled_dot_product_attention(*(x.detach().float() for x in (q, k, v)), is_causal=True)
+    torch.testing.assert_close(out.detach().float(), expected.transpose(1, 2), atol=0.05, rtol=0.05)
+    assert v.grad.shape == v.shape
+
+
 def test_deepspeed_is_refused(tmp_path, tiny_model, talks, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with pytest.raises(InputError, match="does not run under DeepSpeed"):
