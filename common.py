@@ -2791,6 +2791,7 @@ class Training:
         """Write the model in Hugging Face format, in the dtype of `base`, with tokenizer, chat template,
         metrics.jsonl, curves.png and a model card, then put it in place of `out`. Adapters are merged
         into `base` with `merge`, else written alone."""
+        import torch
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
         from transformers import AutoModelForCausalLM
 
@@ -2832,6 +2833,8 @@ class Training:
             shutil.rmtree(self.partial)
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
+        if torch.distributed.is_initialized():  # what is left of a group can abort its process at exit
+            torch.distributed.destroy_process_group()
 
 
 def plot_curves(log: list[dict], path) -> None:
