@@ -83,6 +83,12 @@ def run_stage(main, args_class, words: str | None = None):
     except KeyboardInterrupt:
         print("interrupted: finished rows are kept, run the same command to go on", file=sys.stderr)
         raise SystemExit(130) from None
+    dist = sys.modules.get("torch.distributed")
+    if dist and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        # one of several training processes, with all done: gloo's threads can abort it while the interpreter ends
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2791,7 +2797,6 @@ class Training:
         """Write the model in Hugging Face format, in the dtype of `base`, with tokenizer, chat template,
         metrics.jsonl, curves.png and a model card, then put it in place of `out`. Adapters are merged
         into `base` with `merge`, else written alone."""
-        import torch
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
         from transformers import AutoModelForCausalLM
 
@@ -2833,8 +2838,6 @@ class Training:
             shutil.rmtree(self.partial)
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
-        if torch.distributed.is_initialized():  # what is left of a group can abort its process at exit
-            torch.distributed.destroy_process_group()
 
 
 def plot_curves(log: list[dict], path) -> None:
