@@ -85,7 +85,7 @@ def run_stage(main, args_class, words: str | None = None):
         raise SystemExit(130) from None
     dist = sys.modules.get("torch.distributed")
     if dist and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        # one of several training processes, with all done: gloo's threads can abort it while the interpreter ends
+        # one of several training processes, with all done: gloo's threads can abort it while the interpreter ends (pytorch#190489)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)

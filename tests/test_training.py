@@ -532,7 +532,7 @@ def test_tracker(tmp_path, tiny_model, talks):
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on the CPU")
 def test_compiled_layers_are_the_same_and_compiled_twice(tokenizer):
-    """For one length, and when a second comes for any: other numbers of rows and other lengths do not make them compile again."""
+    """For one length, and when a second comes for others: other numbers of rows and lengths as small do not make them compile again."""
     from torch._dynamo.utils import counters
 
     eager, compiled = (target_log_probs(make_model(tokenizer)) for _ in range(2))
