@@ -139,4 +139,4 @@ def main(a: Args) -> None:
 
 
 if __name__ == "__main__":
-    common.run_stage(main, Args)
+    common.run_stage(main, Args, training=True)

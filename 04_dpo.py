@@ -196,4 +196,4 @@ def main(a: Args) -> None:
 
 
 if __name__ == "__main__":
-    common.run_stage(main, Args)
+    common.run_stage(main, Args, training=True)

@@ -57,10 +57,11 @@ def arg(default, text: str):
     return dataclasses.field(default=default, metadata={"help": text})
 
 
-def run_stage(main, args_class, words: str | None = None):
+def run_stage(main, args_class, words: str | None = None, training: bool = False):
     """Parse the command line into `args_class`, call `main(args)`, and turn what the user can mend
     (`InputError`, a full or read-only disk, Ctrl-C) into one line and an exit status. `words`: the setting
-    that takes what is said without a flag."""
+    that takes what is said without a flag. `training`: leave without the interpreter's own end, where a
+    thread of gloo that still lets go of a finished collective's tensors aborts the process (pytorch#179291)."""
     from transformers import HfArgumentParser
 
     parser = HfArgumentParser(args_class, description=sys.modules[args_class.__module__].__doc__, allow_abbrev=False)
@@ -83,9 +84,7 @@ def run_stage(main, args_class, words: str | None = None):
     except KeyboardInterrupt:
         print("interrupted: finished rows are kept, run the same command to go on", file=sys.stderr)
         raise SystemExit(130) from None
-    dist = sys.modules.get("torch.distributed")
-    if dist and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        # one of several training processes, with all done: gloo's threads can abort it while the interpreter ends (pytorch#190489)
+    if training:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
