@@ -52,7 +52,7 @@ def sft_loss(log_probs, target_tokens: int):
     return -log_probs.sum() / target_tokens
 
 
-def load_rows(a: Args, tokenizer) -> tuple[list[tuple], list]:
+def load_rows(a: Args, tokenizer, say=print) -> tuple[list[tuple], list]:
     """([(token ids, target mask)], [(task, line)]) of the rows that are not longer than --max_length."""
     rows, origins, too_long = [], [], 0
     for i, row in enumerate(common.read_rows(a.data, ("messages",))[: a.limit], 1):
@@ -66,7 +66,7 @@ def load_rows(a: Args, tokenizer) -> tuple[list[tuple], list]:
             rows.append((ids, targets))
             origins.append((row.get("task", i), i))
     if too_long:
-        print(f"{too_long} rows are longer than --max_length {a.max_length} and left out")
+        say(f"{too_long} rows are longer than --max_length {a.max_length} and left out")
     if not rows:
         raise InputError(f"{a.data} has no row to train on" + (f": all are longer than --max_length {a.max_length}" if too_long else ""))
     return rows, origins
@@ -92,7 +92,7 @@ def main(a: Args) -> None:
     accelerator = common.make_accelerator(a.precision, a.log_with, a.out)
     world, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
     model, tokenizer = common.load_model(a.model)
-    every, origins = load_rows(a, tokenizer)
+    every, origins = load_rows(a, tokenizer, accelerator.print)
     held = common.held_out([task for task, _ in origins], a.eval_share)
     rows, kept = ([row for row, out in zip(every, held, strict=True) if out == side] for side in (False, True))
     lines = [line for (_, line), out in zip(origins, held, strict=True) if not out]

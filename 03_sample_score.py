@@ -57,7 +57,7 @@ class Args:
     workers: int = arg(16, "environment worker processes")
     concurrency: int = arg(256, "episodes in flight")
     tensor_parallel: int = arg(1, "GPUs of one replica of a served model")
-    max_model_len: int = arg(8192, "context of a served model, tokens")
+    max_model_len: int = arg(8192, "context of a served model, tokens; what a shorter one ended is played again")
     window: int = arg(0, "when a conversation passes the agent's context: turns to keep, with the task; 0: the episode ends")
     pairs: Optional[str] = arg(None, "another file for the pairs; with smaller --m and --n than were played: figure 5's, no new rollouts")
     adaptive: bool = arg(False, "spend rollouts only where they can still change which plan is best or worst")
@@ -85,7 +85,7 @@ class ExploreArgs:
     workers: int = arg(16, "environment worker processes")
     concurrency: int = arg(256, "episodes in flight")
     tensor_parallel: int = arg(1, "GPUs of one replica of a served model")
-    max_model_len: int = arg(8192, "context of a served model, tokens")
+    max_model_len: int = arg(8192, "context of a served model, tokens; what a shorter one ended is played again")
     seed: int = arg(0, "random seed of the rollouts")
 
 
@@ -120,48 +120,55 @@ async def sample_plans(a: Args, tasks: list[str], prompts, pool) -> list[dict]:
     return plans
 
 
-async def score_plans(a: Args, plans: list[dict], prompts, pool) -> dict[tuple, list[dict]]:
-    """{(task, plan): its rollouts}, N of them (equation 5) or, with --adaptive, as many as it took. Equal
-    plans of one task are scored once. Jobs of one task and plan stand together: their prompts share a
-    prefix, which the server's cache and the environment's tables know."""
-    path, agent_id = Path(a.out) / "rollouts.jsonl", common.model_id(a.agent, a.agent_url)
+async def play(a: Args | ExploreArgs, keys: list[tuple], prompts, pool, path: Path, shard: str | None = None, window: int = 0,
+               choose=None) -> dict[tuple, list[dict]]:
+    """{(task, plan): its rollouts} of these keys, N of them (equation 5). With `choose`, rounds of one more for each plan
+    that choose({plan: its rewards so far}, N) names for a task, until it names none. Jobs of one task and plan stand
+    together: their prompts share a prefix, which the server's cache and the environment's tables know."""
+    agent_id = common.model_id(a.agent, a.agent_url)
     setting = common.digest(agent_id, prompts.agent_text, prompts.examples, a.agent_temperature, a.agent_tokens,
-                            a.observation_chars, a.max_steps, a.window, a.seed)
-    rows = [r for r in common.read_shards(path, ("task", "plan", "rollout", "reward", "setting", "end"), missing_ok=True)
-            if r["setting"] == setting and r["end"] != "crash"]
-    done = common.finished(rows, "task", "plan", "rollout")
-    unique = list(dict.fromkeys((p["task"], p["plan"]) for p in plans if p["plan"]))
+                            a.observation_chars, a.max_steps, window, a.seed)
+    rows = common.read_shards(path, ("task", "plan", "rollout", "reward", "setting", "end"), missing_ok=True)
+    done = common.finished((r for r in rows if r["setting"] == setting and common.is_whole(r, a.max_model_len)), "task", "plan", "rollout")
 
-    def scored() -> dict[tuple, list[dict]]:
-        return {key: [done[*key, n] for n in range(a.n) if (*key, n) in done] for key in unique}
+    def found() -> dict[tuple, list[dict]]:
+        return {key: [done[*key, n] for n in range(a.n) if (*key, n) in done] for key in keys}
 
     def wanted() -> list[tuple]:
-        """(task, plan, rollout) to play next: all that are missing, or a round of the adaptive choice."""
-        if not a.adaptive:
-            return [(*key, n) for key in unique for n in range(a.n) if (*key, n) not in done]
+        """(task, plan, rollout) to play next."""
+        if not choose:
+            return [(*key, n) for key in keys for n in range(a.n) if (*key, n) not in done]
         rewards: dict[str, dict] = {}
-        for (task, plan), rows in scored().items():
+        for (task, plan), rows in found().items():
             rewards.setdefault(task, {})[plan] = [r["reward"] for r in rows]
         return [(task, plan, next(n for n in range(a.n) if (task, plan, n) not in done))
-                for task, of_plans in rewards.items() for plan in undecided(of_plans, a.n)]
+                for task, of_plans in rewards.items() for plan in choose(of_plans, a.n)]
 
     retries = 0
     if todo := wanted():
-        with common.Appender(common.shard_path(path, a.shard)) as append, common.open_model(a.agent, a.agent_url, a) as agent:
+        with common.Appender(common.shard_path(path, shard)) as append, common.open_model(a.agent, a.agent_url, a) as agent:
             c = common.RolloutConfig(prompts, a.agent_temperature, a.agent_tokens, a.observation_chars, a.seed,
-                                     max_steps=a.max_steps, window=a.window)
+                                     max_steps=a.max_steps, window=window)
 
             def keep(row):
                 append(row)
                 done[row["task"], row["plan"], row["rollout"]] = row
 
             while todo:
-                jobs = [{"task": t, "plan": p, "rollout": n, "agent": agent_id, "setting": setting} for t, p, n in todo]
+                jobs = [{"task": t, "plan": p, "rollout": n, "agent": agent_id, "max_model_len": a.max_model_len, "setting": setting}
+                        for t, p, n in todo]
                 retries += await common.rollouts(jobs, agent, pool, a.env, c, a.concurrency, keep)
                 todo = wanted()
     if retries:
         print(f"{retries} episodes were started again because their environment worker ended")
-    found = scored()
+    return found()
+
+
+async def score_plans(a: Args, plans: list[dict], prompts, pool) -> dict[tuple, list[dict]]:
+    """{(task, plan): its rollouts}, N of them or, with --adaptive, as many as it took. Equal plans of one task are
+    scored once."""
+    unique = list(dict.fromkeys((p["task"], p["plan"]) for p in plans if p["plan"]))
+    found = await play(a, unique, prompts, pool, Path(a.out) / "rollouts.jsonl", a.shard, a.window, undecided if a.adaptive else None)
     ends = Counter(r["end"] for rs in found.values() for r in rs)
     print(f"rollouts: {sum(ends.values())} of {len(unique)} plans"
           + (f" ({sum(ends.values()) / max(1, a.n * len(unique)):.0%} of {a.n} each)" if a.adaptive else "")
@@ -311,36 +318,19 @@ def trajectory_pairs(experts: list[dict], explored: dict[str, list[dict]], promp
 
 
 def explore(a: ExploreArgs) -> None:
-    prompts, path = common.Prompts(a.prompts or a.env), Path(a.out) / "explore.jsonl"
+    prompts = common.Prompts(a.prompts or a.env)
     common.check_model(a.agent, a.agent_url)
     experts = common.read_rows(a.experts, ("task", "instruction", "steps", "reward", "solved"))
     experts = [e for e in experts if not a.types or common.task_type(e["task"]) in a.types][: a.limit]
     if not experts:
         raise InputError(f"{a.experts} has no task of these --types")
     common.check_data(a.env, a.out)
-    agent_id = common.model_id(a.agent, a.agent_url)
-    setting = common.digest(agent_id, prompts.agent_text, prompts.examples, a.agent_temperature, a.agent_tokens, a.observation_chars,
-                            a.max_steps, a.seed)
-    rows = [r for r in common.read_rows(path, ("task", "rollout", "reward", "setting", "end"), missing_ok=True)
-            if r["setting"] == setting and r["end"] != "crash"]
-    done = common.finished(rows, "task", "rollout")
-    jobs = [{"task": e["task"], "plan": None, "rollout": n, "agent": agent_id, "setting": setting}
-            for e in experts for n in range(a.n) if (e["task"], n) not in done]
 
-    async def play() -> None:
+    async def stage():
         async with common.EnvPool(a.env, a.workers, a.concurrency) as pool:
-            with common.Appender(path) as append, common.open_model(a.agent, a.agent_url, a) as agent:
-                c = common.RolloutConfig(prompts, a.agent_temperature, a.agent_tokens, a.observation_chars, a.seed, max_steps=a.max_steps)
+            return await play(a, [(e["task"], None) for e in experts], prompts, pool, Path(a.out) / "explore.jsonl")
 
-                def keep(row):
-                    append(row)
-                    done[row["task"], row["rollout"]] = row
-
-                await common.rollouts(jobs, agent, pool, a.env, c, a.concurrency, keep, desc="exploration")
-
-    if jobs:
-        asyncio.run(play())
-    explored = {e["task"]: [done[e["task"], n] for n in range(a.n)] for e in experts}
+    explored = {task: rows for (task, _), rows in asyncio.run(stage()).items()}
     pairs = trajectory_pairs(experts, explored, prompts, a.observation_chars)
     everything = [r for rs in explored.values() for r in rs]
     common.write_rows(Path(a.out) / "won.jsonl", [

@@ -62,7 +62,7 @@ def dpo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejecte
     return -F.logsigmoid(chosen_rewards - rejected_rewards), chosen_rewards.detach(), rejected_rewards.detach()
 
 
-def load_pairs(a: Args, tokenizer) -> tuple[list[tuple], list]:
+def load_pairs(a: Args, tokenizer, say=print) -> tuple[list[tuple], list]:
     """([(chosen, rejected)], [(task, line)]); each side is (token ids, target mask) of prompt and reply."""
     pairs, origins, too_long = [], [], 0
     for i, row in enumerate(common.read_merged(a.data, ("prompt", "chosen", "rejected"))[: a.limit], 1):
@@ -80,7 +80,7 @@ def load_pairs(a: Args, tokenizer) -> tuple[list[tuple], list]:
             pairs.append(tuple(sides))
             origins.append((row.get("task", i), i))
     if too_long:
-        print(f"{too_long} pairs are longer than --max_length {a.max_length} and left out")
+        say(f"{too_long} pairs are longer than --max_length {a.max_length} and left out")
     if not pairs:
         raise InputError(f"{a.data} has no pair to train on")
     return pairs, origins
@@ -137,7 +137,7 @@ def main(a: Args) -> None:
     accelerator = common.make_accelerator(a.precision, a.log_with, a.out)
     world, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
     model, tokenizer = common.load_model(a.model)
-    every, origins = load_pairs(a, tokenizer)
+    every, origins = load_pairs(a, tokenizer, accelerator.print)
     held = common.held_out([task for task, _ in origins], a.eval_share)
     train, kept = ([i for i, out in enumerate(held) if out == side] for side in (False, True))
     if not train:

@@ -22,6 +22,7 @@ import base64
 import gzip
 import html
 import json
+import os
 import re
 import sys
 import tempfile
@@ -67,7 +68,7 @@ class Args:
     window: int = arg(0, "when a conversation passes the agent's context: turns to keep, with the task; 0: the episode ends")
     ray: bool = arg(False, "environment workers as actors of a Ray cluster (RAY_ADDRESS), not as processes of this machine")
     tensor_parallel: int = arg(1, "GPUs of one replica of a served model")
-    max_model_len: int = arg(8192, "context of a served model, tokens")
+    max_model_len: int = arg(8192, "context of a served model, tokens; what a shorter one ended is played again")
     seed: int = arg(0, "random seed of the bootstrap")
 
 
@@ -193,13 +194,14 @@ async def play(a: Args, cells: list[dict], pool) -> None:
     wanted: dict[str, list] = {agent: [] for agent in a.agents}
     names = {split_url(agent)[0]: agent for agent in a.agents}
     seen = set()
-    for cell in with_episodes(a.out, cells):
+    for cell in with_episodes(a.out, cells, a.max_model_len):
         for task, row in cell["episodes"].items():
             key = (cell["setting_id"], task, cell["texts"].get(task))
             if row is None and key not in seen:
                 seen.add(key)
                 wanted[names[cell["agent"]]].append((cell["insert"], {"task": task, "plan": key[2], "rollout": 0, "agent": cell["agent"],
-                                                                      "insert": cell["insert"], "setting_id": cell["setting_id"]}))
+                                                                      "insert": cell["insert"], "setting_id": cell["setting_id"],
+                                                                      "max_model_len": a.max_model_len}))
     for agent, jobs in wanted.items():
         if not jobs:
             continue
@@ -212,13 +214,13 @@ async def play(a: Args, cells: list[dict], pool) -> None:
                                       desc=f"evaluation, {Path(name).name}" + (f", {insert}" if insert != "instruction" else ""))
 
 
-def with_episodes(out: str, cells: list[dict]) -> list[dict]:
+def with_episodes(out: str, cells: list[dict], max_model_len: int = 0) -> list[dict]:
     """Each cell with "texts", {task: its plan or None}, and "episodes", {task: its row, or None where it has not
-    been played to its end}."""
+    been played to its end or, in a context of `max_model_len` tokens, might go on}."""
     folder = Path(out) / "eval"
     plans = common.finished(common.read_rows(folder / "plans.jsonl", ("setting_id", "task", "plan"), missing_ok=True), "setting_id", "task")
     rows = common.read_rows(folder / "rollouts.jsonl", ("task", "plan", "reward", "setting_id"), missing_ok=True)
-    played = common.finished((r for r in rows if r["end"] != "crash"), "setting_id", "task", "plan")
+    played = common.finished((r for r in rows if common.is_whole(r, max_model_len)), "setting_id", "task", "plan")
     found = []
     for cell in cells:
         texts = {t: plans[cell["plans_id"], t]["plan"] for t in cell["tasks"] if (cell["plans_id"], t) in plans}
@@ -391,15 +393,17 @@ def overview(results: list[dict], outdated: int) -> Table:
                        + (f" Left out: {outdated} cells of agents or plans as they were before they were made again." if outdated else ""))
     for r in results:
         ends = ", ".join(f"{k} {v}" for k, v in sorted(r["ends"].items()))
-        table.rows.append([short(r["agent"]), setting_name(r["plans"]), "" if r["plans"] == "none" else r["insert"], r["split"],
+        table.rows.append([short(r["agent"], results), setting_name(r["plans"]), "" if r["plans"] == "none" else r["insert"], r["split"],
                            str(r["tasks"]), str(r["episodes"]), *(cell_text(r, name) for name in METRICS), f"{r['steps']:.1f}",
                            str(r["format_errors"]), str(r["context_overflows"]), ends])
     return table
 
 
-def short(agent: str) -> str:
-    """An agent's name without the folders before it."""
-    return Path(agent).name
+def short(agent: str, cells: list[dict]) -> str:
+    """An agent's name with no more of the folders before it than tell it from the other agents of `cells`."""
+    others, parts = {c["agent"] for c in cells} - {agent}, Path(agent).parts
+    same = [len(os.path.commonprefix([Path(other).parts[::-1], parts[::-1]])) for other in others]
+    return str(Path(*parts[-1 - max(same, default=0) :]))
 
 
 def gains(results: list[dict], differences: list[dict]) -> Table:
@@ -409,7 +413,7 @@ def gains(results: list[dict], differences: list[dict]) -> Table:
                   note="Paired bootstrap over tasks: mean [95% interval], two-sided p, not corrected for their number.")
     for d in differences:
         name, over = (setting_name(c["plans"]) + (f", {c['insert']}" if c["insert"] != "instruction" else "") for c in (d, d["over"]))
-        table.rows.append([short(d["agent"]), d["split"], name, over, str(d["tasks"])]
+        table.rows.append([short(d["agent"], results), d["split"], name, over, str(d["tasks"])]
                           + [text for m in ("reward", "success") for text in (show(d[m], "+"), f"{d[m]['p']:.4f}")])
     return table
 
@@ -441,7 +445,7 @@ def paper_tables(results: list[dict], differences: list[dict]) -> dict[str, Tabl
             table.head.append(f"gain {base}, {splits[-1]}" if len(splits) > 1 else f"gain {base}")
         for k in keys:
             gain = against.get((*k, splits[-1], *other(k)))
-            table.rows.append([short(k[0]), k[2] if name == "table4" else setting_name(k[1]),
+            table.rows.append([short(k[0], results), k[2] if name == "table4" else setting_name(k[1]),
                                *(cell_text(found.get((*k, s)), metric) for s in splits),
                                *([f"{show(gain, '+')}, p {gain['p']:.4f}" if gain else ""] if with_gain else [])])
         tables[name] = table
@@ -500,7 +504,7 @@ def bars(results: list[dict], metric: str, path: Path) -> None:
             axis.text(xi, 0, f"{m:.0f}" if metric != "reward_per_step" else f"{m:.1f}", ha="center", va="bottom", fontsize=8,
                       color="black" if setting == "none" else "white")
     several = len({agent for agent, _ in groups}) > 1
-    axis.set_xticks(range(len(groups)), [f"{short(agent)}\n{split}" if several else split for agent, split in groups])
+    axis.set_xticks(range(len(groups)), [f"{short(agent, rows)}\n{split}" if several else split for agent, split in groups])
     axis.set_ylabel(f"{METRICS[metric][0]} x 100")
     axis.set_ylim(bottom=0)
     axis.legend(frameon=False, ncols=len(settings), loc="upper center", bbox_to_anchor=(0.5, 1.12), fontsize=8)
@@ -518,7 +522,7 @@ def lines(results: list[dict], path: Path) -> None:
             axis.errorbar([agents.index(r["agent"]) for r in own], [100 * r["reward"]["mean"] for r in own],
                           yerr=errors([r["reward"] for r in own]), fmt="o-", capsize=3, color=colours([setting])[setting],
                           label=setting_name(setting))
-        axis.set_xticks(range(len(agents)), [short(agent) for agent in agents], rotation=20, ha="right")
+        axis.set_xticks(range(len(agents)), [short(agent, rows) for agent in agents], rotation=20, ha="right")
         axis.set(title=split, ylabel="average reward x 100")
     panels[0].legend(frameon=False)
     save(figure, path)
@@ -533,7 +537,7 @@ def sample_counts(results: list[dict], path: Path) -> None:
         for agent, colour in colours(dict.fromkeys(r["agent"] for _, r in rows)).items():
             own = sorted(((mn[1 - fixed], r["reward"]) for mn, r in rows if mn[fixed] == most and r["agent"] == agent), key=lambda v: v[0])
             axis.errorbar([x for x, _ in own], [100 * c["mean"] for _, c in own], yerr=errors([c for _, c in own]), fmt="o-", capsize=3,
-                          color=colour, label=short(agent))
+                          color=colour, label=short(agent, results))
         axis.set(xlabel=f"{'NM'[fixed]}, {'MN'[fixed]} = {most}", ylabel="average reward x 100")
         axis.set_xticks(sorted({mn[1 - fixed] for mn, _ in rows if mn[fixed] == most}))
     panels[0].legend(frameon=False)
@@ -660,7 +664,7 @@ def report_html(cells: list[dict], tables: list[Table], figures: list[Path], chu
     conversations in compressed blocks of `chunk` tasks, each opened when one of its tasks is looked at."""
     keys = [(c["agent"], c["plans"], c["insert"]) for c in cells]
     columns = list(dict.fromkeys(keys))
-    names = [{"agent": short(agent), "plans": setting_name(plans), "insert": insert} for agent, plans, insert in columns]
+    names = [{"agent": short(agent, cells), "plans": setting_name(plans), "insert": insert} for agent, plans, insert in columns]
     by_task: dict[tuple, dict] = {}
     for cell, key in zip(cells, keys, strict=True):
         for task, row in cell["episodes"].items():

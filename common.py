@@ -2199,6 +2199,11 @@ async def episode(env, model: Model, cls, task: str, plan: str | None, rollout: 
             "prompt_tokens": tokens_in, "completion_tokens": tokens_out}
 
 
+def is_whole(row: dict, max_model_len: int) -> bool:
+    """Whether an episode need not be played again: it did not crash, and no context shorter than `max_model_len` ended it."""
+    return row["end"] != "crash" and (row["end"] != "context" or row.get("max_model_len", max_model_len) >= max_model_len)
+
+
 async def rollouts(jobs: list[dict], model: Model, pool: EnvPool, env: str, c: RolloutConfig, concurrency: int,
                    append, desc: str = "rollouts", attempts: int = 3) -> int:
     """Play every job {"task", "plan", "rollout", ...}, `concurrency` episodes at a time, and append each

@@ -194,6 +194,11 @@ def test_bootstrap_covers(monkeypatch):
     assert 0.92 <= covered / 400 <= 0.98 and 0.02 <= small / 400 <= 0.085
 
 
+def test_agents_of_one_folder_name_are_told_apart():
+    cells = [{"agent": a} for a in ("runs/a/agent", "runs/b/agent", "org/Model-1B", "agent", "http-served")]
+    assert [ev.short(c["agent"], cells) for c in cells] == ["a/agent", "b/agent", "Model-1B", "agent", "http-served"]
+
+
 # ---- the judge -----------------------------------------------------------------------------------
 
 

@@ -292,6 +292,42 @@ def test_window_keeps_a_long_conversation_going(chat_server):
     assert last[0] == server.requests[0]["messages"][0] and len(last) == 5 and last[-1]["content"].startswith("Observation: ")
 
 
+@pytest.mark.parametrize("script", ["03_sample_score.py", "05_eval.py"])
+def test_what_a_short_context_ended_is_played_again_in_a_longer_one(tmp_path, chat_server, script):
+    """Only that, and only when --max_model_len is raised."""
+    room, out = [1], tmp_path / "run"  # messages that fit
+
+    def reply(messages, body):
+        if len(messages) > room[0] and "animal" in messages[0]["content"][-400:]:
+            return 400, "This model's maximum context length is 100 tokens, your prompt is too long"
+        return player(messages, body)
+
+    server = chat_server(reply)
+    args = arguments(out, server.url, [["find-non-living-thing", 0], ["find-animal", 0]], "--pairs", tmp_path / "pairs.jsonl")
+    file = out / "rollouts.jsonl"
+    if script == "05_eval.py":
+        args = ["--env", "sciworld", "--workers", 1, "--out", out, "--tasks", tmp_path / "run-tasks.json", "--agents", server.url,
+                "--plans", "none", "--max_steps", 3]
+        file = out / "eval" / "rollouts.jsonl"
+
+    def ends(max_model_len: int) -> list[tuple]:
+        """(task, end) of the rows that this run adds."""
+        before = len(read_rows(file, missing_ok=True))
+        check_run(script, *args, "--max_model_len", max_model_len)
+        return [(r["task"].split("/")[0], r["end"]) for r in read_rows(file)[before:]]
+
+    first = ends(100)
+    assert set(first) == {("find-non-living-thing", "steps"), ("find-animal", "context")}
+    again = [end for end in first if end[1] == "context"]
+    room[0] = 3
+    assert ends(100) == [] and ends(200) == again, "it is not long enough yet"
+    room[0] = 99
+    assert ends(200) == [] and ends(300) == [("find-animal", "steps")] * len(again) and ends(300) == ends(100) == []
+    if script == "05_eval.py":
+        [result] = json.loads((out / "results.json").read_text())["results"]
+        assert result["context_overflows"] == 0 and result["ends"] == {"steps": 2}
+
+
 def test_ray_workers(chat_server):
     """Environment workers on a local Ray cluster play the same episodes; one that is killed is replaced."""
     pytest.importorskip("aiohttp_cors", reason="Ray is optional: pip install 'ray[default]'")

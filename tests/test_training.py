@@ -673,12 +673,12 @@ def test_two_processes_train_as_one_does(tmp_path, tiny_model, talks, preference
     settings = {"model": tiny_model, "data": str(data), "batch_size": 3, "micro_tokens": 64, "lr": 1e-3, "epochs": 2, **precision}
     module.main(module.Args(**settings, out=str(tmp_path / "one")))
     args = [str(x) for k, v in {**settings, "out": tmp_path / "two"}.items() for x in (f"--{k}", v)]
-    (tmp_path / "sitecustomize.py").write_text("import atexit, os\nif 'RANK' in os.environ: atexit.register(print, 'the interpreter ends')\n")
+    (tmp_path / "sitecustomize.py").write_text("import atexit, os\nif 'RANK' in os.environ: atexit.register(print, 'interpreter ends')\n")
     result = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script, *args],
                             cwd=ROOT, env=script_env(ACCELERATE_USE_CPU="true", PYTHONPATH=str(tmp_path)), capture_output=True, text=True,
                             timeout=200)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "the interpreter ends" not in result.stdout, "there a thread of gloo may abort one of the two, at times"
+    assert "interpreter ends" not in result.stdout, "there a thread of gloo may abort one of the two, at times"
     exact = precision["precision"] == "fp32"
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4 if exact else 0.02)
     one, two = (load_file(tmp_path / out / "model.safetensors") for out in ("one", "two"))
