@@ -40,6 +40,7 @@ class Args:
                              "exact, and off by itself where the model does not allow it")
     gradient_checkpointing: bool = arg(False, "compute activations again in the backward pass: less memory, a third slower")
     compile: bool = arg(False, "torch.compile the decoder layers and the output layer: faster steps after slow first ones")
+    flex: bool = arg(False, "attention of a whole micro-batch in one kernel, flex attention's, on a GPU; else sequence by sequence")
     liger: bool = arg(False, "liger-kernel's norms, rotary embedding and activation, on a GPU (pip install liger-kernel)")
     lora_rank: int = arg(0, "train adapters of this rank instead of all weights (pip install peft), 0: all weights (paper)")
     lora_merge: bool = arg(True, "merge the adapters into the model at the end, as every next stage expects; else write them alone")
@@ -143,7 +144,7 @@ def main(a: Args) -> None:
     if not train:
         raise InputError(f"--eval_share {a.eval_share} leaves no pair to train on")
 
-    wrapped = common.target_log_probs(common.prepare_model(model, a))
+    wrapped = common.target_log_probs(common.prepare_model(model, a), flex=a.flex)
     if not wrapped.packed:
         a.share_prefix, a.micro_tokens = False, 0  # a micro-batch is one pair, its sides one after the other
     paths = common.trie_paths([every[i] for i in train], a.share_prefix)

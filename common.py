@@ -2429,12 +2429,33 @@ class Segments:
         self.own = [own for _, own in places]
         self.cuts = [b - a for a, b in itertools.pairwise(borders)]
         self.seen = [[i for a, b in span for i in range(number[a], number[b])] for span in spans]
+        self.first = [len(where) - own for where, own in places]  # the position of the first token that each added
+        self.block_mask = functools.lru_cache(self._block_mask)  # of all layers
+
+    def _block_mask(self, device, window: int | None):
+        """The same for flex attention: a token sees those of its sequence's pieces that are not behind it, nor `window` before it."""
+        import torch
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        sees = torch.zeros(len(self.own), len(self.cuts), dtype=torch.bool)
+        for row, pieces in zip(sees, self.seen, strict=True):
+            row[pieces] = True
+        position = torch.cat([torch.arange(first, first + own) for first, own in zip(self.first, self.own, strict=True)]).to(device)
+        sequence, piece = (torch.arange(len(n)).repeat_interleave(torch.tensor(n)).to(device) for n in (self.own, self.cuts))
+        sees = sees.to(device)
+
+        def visible(batch, head, q, k):
+            back = position[q] - position[k]
+            return sees[sequence[q], piece[k]] & (back >= 0) & (back < (window or len(position)))
+
+        return create_block_mask(visible, None, None, len(position), len(position), device=device, _compile=device.type == "cuda")
 
 
-def packed_attention(module, query, key, value, attention_mask, scaling=None, segments=None, sliding_window=None, **kwargs):
+def packed_attention(module, query, key, value, attention_mask, scaling=None, segments=None, sliding_window=None, flex=False, **kwargs):
     """Causal attention of a packed sequence, query (1, H, T, D), key and value (1, K, T, D) -> (1, T, H, D): what a
     sequence added sees its common beginning and itself. One after the other, so that torch's fused kernels run and
-    nothing is computed across sequences. An attention function of transformers, by the name of "packed"."""
+    nothing is computed across sequences, or (`flex`) all in one of flex attention's. An attention function of transformers, by
+    the names of "packed" and "packed_flex"."""
     import torch
 
     if unknown := [k for k in ("s_aux", "softcap", "position_bias", "indices", "block_indices") if kwargs.get(k) is not None]:
@@ -2455,6 +2476,10 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, se
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling)
 
     segments = segments or Segments([(range(query.shape[2]), query.shape[2])])
+    if flex:
+        from transformers.integrations.flex_attention import flex_attention_forward
+
+        return flex_attention_forward(module, query, key, value, segments.block_mask(query.device, sliding_window), scaling)[0], None
     keys, values = key.split(segments.cuts, dim=2), value.split(segments.cuts, dim=2)
     out = [attend(q, *(torch.cat([x[i] for i in seen], 2) if len(seen) > 1 else x[seen[0]] for x in (keys, values)))
            for q, seen in zip(query.split(segments.own, dim=2), segments.seen, strict=True)]
@@ -2519,12 +2544,12 @@ def cpu_attention():
     return Attention.apply
 
 
-def target_log_probs(model, packed: bool = True):
+def target_log_probs(model, packed: bool = True, flex: bool = False):
     """Wrap a causal language model: forward(**pack(...)) -> (N,) the log-probability of each target given
     what precedes it, in float32. The logits of `CHUNK` targets at a time are all that ever exists of
     the (T, vocabulary) tensor; they are computed again for backward.
 
-    `packed` False, or a model that `can_pack` refuses: its own attention, one sequence at a time."""
+    `packed` False, or a model that `can_pack` refuses: its own attention, one sequence at a time. `flex`: flex attention."""
     import torch
     from torch.utils.checkpoint import checkpoint
     from transformers import AttentionInterface
@@ -2532,8 +2557,9 @@ def target_log_probs(model, packed: bool = True):
     CHUNK = 512
     packed = packed and can_pack(model)
     if packed:
-        AttentionInterface.register("packed", torch.compiler.disable(packed_attention))
-        model.set_attn_implementation("packed")
+        name = "packed_flex" if flex else "packed"
+        AttentionInterface.register(name, torch.compiler.disable(functools.partial(packed_attention, flex=flex)))
+        model.set_attn_implementation(name)
 
     class TargetLogProbs(torch.nn.Module):
         def __init__(self):
@@ -2629,6 +2655,8 @@ def distribute(wrapped, accelerator, a):
     import torch.distributed as dist
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+    if a.flex and accelerator.device.type != "cuda":
+        raise InputError("--flex needs a GPU: flex attention has no training on other devices")
     model = wrapped.model
     if a.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -2702,7 +2730,7 @@ class Training:
     it starts over. The finished model replaces `out` in one rename."""
 
     # these change rounding at most
-    FREE = ("out", "log_with", "micro_tokens", "share_prefix", "gradient_checkpointing", "compile", "liger", "save_steps")
+    FREE = ("out", "log_with", "micro_tokens", "share_prefix", "gradient_checkpointing", "compile", "flex", "liger", "save_steps")
 
     def __init__(self, out: str, accelerator, wrapped, optimizer, settings: dict, total: int, save_steps: int):
         from accelerate.utils import broadcast_object_list

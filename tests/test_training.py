@@ -162,12 +162,19 @@ def test_reference_log_probs_are_those_of_the_model(double, tokenizer):
             assert row == pytest.approx(expected, rel=1e-6)
 
 
+def flex_attention_on_a_cpu(monkeypatch) -> None:
+    """Its kernels for training are a GPU's, and it refuses to train here; not compiled, it can."""
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *tensors: None)
+
+
+@pytest.mark.parametrize("flex", [False, True], ids=["", "flex"])
 @pytest.mark.parametrize("config", [{}, {"tie_word_embeddings": False}])
-def test_a_shared_prefix_changes_nothing(tokenizer, config):
+def test_a_shared_prefix_changes_nothing(tokenizer, config, flex, monkeypatch):
     """In float32: log-probabilities of a pair as one sequence with its prompt once are those of two sequences to 1e-5, and so
     are the gradients; for plans, for sides that begin alike, and for conversations of several turns."""
     model = make_model(tokenizer, "float32", seed=3, **config)
     assert can_pack(model)
+    flex_attention_on_a_cpu(monkeypatch)
 
     def talk(*turns):
         return tokenize([{"role": ["user", "assistant"][i % 2], "content": t} for i, t in enumerate(turns)], tokenizer, "test")
@@ -182,8 +189,9 @@ def test_a_shared_prefix_changes_nothing(tokenizer, config):
     weights, results = torch.tensor([0.7, -1.3]), []
     for share in (True, False):
         model.zero_grad()
-        values = dpo.pair_log_probs(target_log_probs(model), pairs, share, CPU)
-        (values @ weights).sum().backward()
+        with torch.compiler.set_stance("force_eager"):
+            values = dpo.pair_log_probs(target_log_probs(model, flex=flex and share), pairs, share, CPU)
+            (values @ weights).sum().backward()
         results.append((values.detach(), [p.grad.clone() for p in model.parameters()]))
     (shared, shared_grads), (separate, separate_grads) = results
     torch.testing.assert_close(shared, separate, rtol=1e-5, atol=1e-5)
@@ -191,9 +199,11 @@ def test_a_shared_prefix_changes_nothing(tokenizer, config):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
 
 
-def test_rows_share_what_they_begin_with(tokenizer):
+@pytest.mark.parametrize("flex", [False, True], ids=["", "flex"])
+def test_rows_share_what_they_begin_with(tokenizer, flex, monkeypatch):
     """Rows that begin alike, at several depths, the same row twice and one that another begins with: losses and gradients are
     those of rows alone, to 1e-5 in float32, also where the model's window is shorter than what is shared."""
+    flex_attention_on_a_cpu(monkeypatch)
     draw = random.Random(0)
     [a, b, c, d] = ([draw.randrange(4, 500) for _ in range(n)] for n in (70, 40, 33, 90))
     rows = [a + b + c, a + b + d, a + d, b + c, a + b + c, a + b, a[:20] + d, d, a + b + d[:50] + c]
@@ -203,8 +213,9 @@ def test_rows_share_what_they_begin_with(tokenizer):
         for share in (True, False):
             model.zero_grad()
             batch = pack(rows, CPU, share)
-            values = target_log_probs(model)(**batch)
-            (values * torch.sin(batch["owners"] + 1.0)).sum().backward()
+            with torch.compiler.set_stance("force_eager"):
+                values = target_log_probs(model, flex=flex and share)(**batch)
+                (values * torch.sin(batch["owners"] + 1.0)).sum().backward()
             results.append((batch["ids"].numel(), values.detach(), [p.grad.clone() for p in model.parameters()]))
         (tokens, shared, shared_grads), (every, separate, separate_grads) = results
         # a, b, c, d, d, b, c, d, d, d[:50], c and up to 15 tokens that differ from the end of a node on
@@ -580,6 +591,11 @@ def test_values_of_another_size_than_keys():
     expected = torch.nn.functional.scaled_dot_product_attention(*(x.detach().float() for x in (q, k, v)), is_causal=True)
     torch.testing.assert_close(out.detach().float(), expected.transpose(1, 2), atol=0.05, rtol=0.05)
     assert v.grad.shape == v.shape
+
+
+def test_flex_needs_a_gpu(tmp_path, tiny_model, talks):
+    with pytest.raises(InputError, match="--flex needs a GPU"):
+        sft.main(sft.Args(model=tiny_model, data=str(talks), out=str(tmp_path / "sft"), flex=True))
 
 
 def test_deepspeed_is_refused(tmp_path, tiny_model, talks, monkeypatch):
