@@ -28,12 +28,12 @@ from common import InputError, arg
 
 @dataclass
 class Args:
-    env: str = arg("sciworld", "environment: " + ", ".join(common.ENVIRONMENTS))
+    env: str = arg("sciworld", "environment: a folder of data/, or a path")
     out: str = arg("runs/sciworld", "run folder")
     teacher: str = arg("gpt-4o", "who abstracts trajectories into plans (paper: gpt-4o): a model of an OpenAI-compatible "
                        "API, a local model to serve, or `rules`, which needs no model")
     teacher_url: Optional[str] = arg(None, "OpenAI-compatible server that already serves the teacher")
-    prompts: Optional[str] = arg(None, "folder of prompt texts in data/ (default: the environment's name)")
+    prompts: Optional[str] = arg(None, "prompt folder: one of the environment's, or a path (default: the environment's own)")
     tasks: Optional[str] = arg(None, "JSON file of tasks, [[type, variation], ...] (default: the train split by rule)")
     types: Optional[List[str]] = arg(None, "only tasks of these types")
     limit: Optional[int] = arg(None, "only the first N tasks")
@@ -216,7 +216,7 @@ def agent_conversations(a: Args, trajectories: list[dict], plans: dict[str, str]
 
 def main(a: Args) -> None:
     common.environment(a.env)
-    prompts = common.Prompts(a.prompts or a.env)
+    prompts = common.Prompts(a.env, a.prompts)
     if a.teacher != "rules":
         common.check_model(a.teacher, a.teacher_url)
     explored = explored_trajectories(a)

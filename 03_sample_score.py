@@ -35,7 +35,7 @@ from common import InputError, arg, mean
 
 @dataclass
 class Args:
-    env: str = arg("sciworld", "environment: " + ", ".join(common.ENVIRONMENTS))
+    env: str = arg("sciworld", "environment: a folder of data/, or a path")
     out: str = arg("runs/sciworld", "run folder")
     planner: str = arg("runs/sciworld/sft", "the SFT meta planner")
     agent: str = arg("meta-llama/Llama-3.1-8B-Instruct",
@@ -48,7 +48,7 @@ class Args:
     agent_temperature: float = arg(0.7, "temperature of the agent (paper: 0.7)")
     plan_tokens: int = arg(512, "tokens of a plan at most")
     agent_tokens: int = arg(256, "tokens of an agent's reply at most")
-    prompts: Optional[str] = arg(None, "folder of prompt texts in data/ (default: the environment's name)")
+    prompts: Optional[str] = arg(None, "prompt folder: one of the environment's, or a path (default: the environment's own)")
     observation_chars: int = arg(0, "cut observations at this length, 0: never")
     max_steps: Optional[int] = arg(None, "steps of an episode at most (default: the environment's; ALFWorld 30, ScienceWorld by task type)")
     tasks: Optional[str] = arg(None, "JSON file of tasks, [[type, variation], ...] (default: the train split by rule)")
@@ -69,7 +69,7 @@ class Args:
 
 @dataclass
 class ExploreArgs:
-    env: str = arg("sciworld", "environment: " + ", ".join(common.ENVIRONMENTS))
+    env: str = arg("sciworld", "environment: a folder of data/, or a path")
     out: str = arg("runs/sciworld/eto1", "folder of this round")
     agent: str = arg("runs/sciworld/agent", "the agent that explores, and is to be trained: a local model")
     agent_url: Optional[str] = arg(None, "OpenAI-compatible server that already serves the agent; several with commas between")
@@ -77,7 +77,7 @@ class ExploreArgs:
     n: int = arg(1, "rollouts per task (ETO: 1)")
     agent_temperature: float = arg(0.7, "temperature of the agent")
     agent_tokens: int = arg(256, "tokens of an agent's reply at most")
-    prompts: Optional[str] = arg(None, "folder of prompt texts in data/ (default: the environment's name)")
+    prompts: Optional[str] = arg(None, "prompt folder: one of the environment's, or a path (default: the environment's own)")
     observation_chars: int = arg(0, "cut observations at this length, 0: never")
     max_steps: Optional[int] = arg(None, "steps of an episode at most (default: the environment's; ALFWorld 30, ScienceWorld by task type)")
     types: Optional[List[str]] = arg(None, "only tasks of these types")
@@ -259,7 +259,7 @@ def main(a: Args) -> None:
     if a.m < 2 or a.n < 1:
         raise InputError("--m must be at least 2 (a best and a worst plan) and --n at least 1")
     part, parts = common.shard_of(a.shard)
-    prompts = common.Prompts(a.prompts or a.env)
+    prompts = common.Prompts(a.env, a.prompts)
     common.check_model(a.planner, a.planner_url)
     common.check_model(a.agent, a.agent_url)
     common.check_data(a.env, a.out)
@@ -318,7 +318,7 @@ def trajectory_pairs(experts: list[dict], explored: dict[str, list[dict]], promp
 
 
 def explore(a: ExploreArgs) -> None:
-    prompts = common.Prompts(a.prompts or a.env)
+    prompts = common.Prompts(a.env, a.prompts)
     common.check_model(a.agent, a.agent_url)
     experts = common.read_rows(a.experts, ("task", "instruction", "steps", "reward", "solved"))
     experts = [e for e in experts if not a.types or common.task_type(e["task"]) in a.types][: a.limit]

@@ -44,7 +44,7 @@ DIMENSIONS = ("correctness", "followability", "standardization")  # paper 5.6
 
 @dataclass
 class Args:
-    env: str = arg("sciworld", "environment: " + ", ".join(common.ENVIRONMENTS))
+    env: str = arg("sciworld", "environment: a folder of data/, or a path")
     out: str = arg("runs/sciworld", "run folder")
     agents: List[str] = arg(["meta-llama/Llama-3.1-8B-Instruct"], "the agents: local models, models of an OpenAI-compatible API, or "
                             "URLs of servers (http://...; several of one model with commas between)")
@@ -57,7 +57,7 @@ class Args:
     agent_temperature: float = arg(0.0, "temperature of the agent (paper: 0; plans are greedy as well)")
     plan_tokens: int = arg(512, "tokens of a plan at most")
     agent_tokens: int = arg(256, "tokens of an agent's reply at most")
-    prompts: Optional[str] = arg(None, "folder of prompt texts in data/ (default: the environment's name)")
+    prompts: Optional[str] = arg(None, "prompt folder: one of the environment's, or a path (default: the environment's own)")
     observation_chars: int = arg(0, "cut observations at this length, 0: never")
     max_steps: Optional[int] = arg(None, "steps of an episode at most (default: the environment's; ALFWorld 30, ScienceWorld by task type)")
     tasks: Optional[str] = arg(None, "JSON file of tasks, [[type, variation], ...], instead of the splits by rule")
@@ -93,9 +93,9 @@ class ReportArgs:
 @dataclass
 class PlanArgs:
     planner: str = arg("runs/sciworld/mpo", "the planner: a local model, a model of an OpenAI-compatible API, or a server's URL")
-    env: str = arg("sciworld", "environment: " + ", ".join(common.ENVIRONMENTS))
+    env: str = arg("sciworld", "environment: a folder of data/, or a path")
     text: str = arg("", "the task, as the environment words it; also without the flag")
-    prompts: Optional[str] = arg(None, "folder of prompt texts in data/ (default: the environment's name)")
+    prompts: Optional[str] = arg(None, "prompt folder: one of the environment's, or a path (default: the environment's own)")
     plan_tokens: int = arg(512, "tokens of the plan at most")
     max_model_len: int = arg(8192, "context of a served model, tokens")
 
@@ -123,7 +123,7 @@ async def greedy_plans(a: Args, tasks: list[str], pool) -> dict[str, str | None]
     """Write the most likely plan of each setting's planner for each task, null where its reply holds none; returns
     {setting: plans_id}. The teacher gets the environment's own prompt, which explains the format; our planners know it."""
     path = Path(a.out) / "eval" / "plans.jsonl"
-    prompts = {s: common.Prompts(a.env if s == "gpt" else a.prompts or a.env) for s in a.plans}
+    prompts = {s: common.Prompts(a.env, None if s == "gpt" else a.prompts) for s in a.plans}
     ids = {s: plans_id(a, s, prompts[s]) for s in a.plans}
     done = common.finished(common.read_rows(path, ("setting_id", "task", "plan"), missing_ok=True), "setting_id", "task")
     todo = {s: missing for s in ids if s != "none" and (missing := [t for t in tasks if (ids[s], t) not in done])}
@@ -172,7 +172,7 @@ def split_url(agent: str) -> tuple[str, str | None]:
 def cells_of(a: Args, ids: dict[str, str | None], splits: dict[str, list[str]]) -> list[dict]:
     """The cells of this run: every agent with every plan setting, insertion and split; without a plan there is
     nothing to insert. `agent_id` names all that makes an agent's episodes but the plan and where it stands."""
-    cells, prompts = [], common.Prompts(a.prompts or a.env)
+    cells, prompts = [], common.Prompts(a.env, a.prompts)
     names = {s: Path(s).name for s in a.plans if s.endswith(".jsonl")}
     names = {s: name if list(names.values()).count(name) == 1 else s for s, name in names.items()}
     for agent in a.agents:
@@ -190,7 +190,7 @@ def cells_of(a: Args, ids: dict[str, str | None], splits: dict[str, list[str]]) 
 async def play(a: Args, cells: list[dict], pool) -> None:
     """Play the episodes that the cells lack. A task whose two settings have the same plan is played once: at
     temperature 0 it would be the same episode."""
-    path, prompts = Path(a.out) / "eval" / "rollouts.jsonl", common.Prompts(a.prompts or a.env)
+    path, prompts = Path(a.out) / "eval" / "rollouts.jsonl", common.Prompts(a.env, a.prompts)
     wanted: dict[str, list] = {agent: [] for agent in a.agents}
     names = {split_url(agent)[0]: agent for agent in a.agents}
     seen = set()
@@ -738,7 +738,7 @@ def write_plan(a: PlanArgs) -> None:
     if not a.text:
         raise InputError('say what the task is: python 05_eval.py plan --planner runs/sciworld/mpo "Your task is to ..."')
     common.environment(a.env)
-    prompts, (name, url) = common.Prompts(a.prompts or a.env), split_url(a.planner)
+    prompts, (name, url) = common.Prompts(a.env, a.prompts), split_url(a.planner)
     common.check_model(name, url)
 
     async def ask() -> str:
@@ -761,7 +761,7 @@ def main(a: Args) -> None:
     a.agents, a.plans, a.splits, a.insert = map(listed, (a.agents, a.plans, a.splits, a.insert))
     if wrong := [i for i in a.insert if i not in common.INSERTS]:
         raise InputError(f"--insert {wrong[0]}: one of {', '.join(common.INSERTS)}")
-    common.Prompts(a.prompts or a.env)
+    common.Prompts(a.env, a.prompts)
     for setting in a.plans:
         if setting == "gpt":
             common.check_model(a.teacher, None)

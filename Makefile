@@ -157,8 +157,8 @@ table2 table6: private AGENTS = $(EVERY_AGENT)
 table2 table6: $(R)/eval/done
 	$(EVALUATE) --plans none mpo
 	if [ -e $(R)/agent-knowagent/config.json ]; then \
-	  $(EVALUATE) --agents $(R)/agent-knowagent --prompts $(ENV)-knowagent --plans none; fi
-	if [ -e $(R)/agent-wkm/config.json ]; then $(EVALUATE) --agents $(R)/agent-wkm --prompts $(ENV)-wkm --plans wkm; fi
+	  $(EVALUATE) --agents $(R)/agent-knowagent --prompts knowagent --plans none; fi
+	if [ -e $(R)/agent-wkm/config.json ]; then $(EVALUATE) --agents $(R)/agent-wkm --prompts wkm --plans wkm; fi
 table3: $(R)/eval/done $(R)/rft/config.json
 	$(EVALUATE) --plans none sft $(if $(filter rules,$(TEACHER)),,gpt) rft mpo
 table4: $(R)/eval/done
@@ -198,7 +198,7 @@ $(foreach n,1 2 3 4 5,$(eval $(call ETO,$(n),$(if $(filter-out 1,$(n)),-eto$(she
 
 # KnowAgent: the prompt says what every action needs and does, and the agent learns from what it won with it
 $(R)/knowagent/won.jsonl: 03_sample_score.py $(R)/agent/config.json | .venv/ready
-	$(BIN) python 03_sample_score.py explore $(COMMON) --prompts $(ENV)-knowagent --out $(R)/knowagent --agent $(R)/agent \
+	$(BIN) python 03_sample_score.py explore $(COMMON) --prompts knowagent --out $(R)/knowagent --agent $(R)/agent \
 	  --experts $(R)/trajectories.jsonl --seed $(SEED) $(EXPLORE_ARGS)
 $(R)/agent-knowagent/config.json: 02_sft.py $(R)/knowagent/won.jsonl
 	$(BIN) $(LAUNCH) 02_sft.py --model $(R)/agent --data $(R)/knowagent/won.jsonl --out $(R)/agent-knowagent --seed $(SEED) \
@@ -207,7 +207,7 @@ $(R)/agent-knowagent/config.json: 02_sft.py $(R)/knowagent/won.jsonl
 # WKM: a teacher says what tells the expert's trajectories from the agent's failures; one model learns to write such task
 # knowledge, the agent learns to act with it in its prompt
 $(R)/wkm-seed/seed_plans.jsonl: 01_seed_plans.py $(R)/eto1/pairs.jsonl | .venv/ready
-	$(BIN) python 01_seed_plans.py $(COMMON) --prompts $(ENV)-wkm --out $(R)/wkm-seed --explored $(R)/eto1/explore.jsonl --teacher $(TEACHER) \
+	$(BIN) python 01_seed_plans.py $(COMMON) --prompts wkm --out $(R)/wkm-seed --explored $(R)/eto1/explore.jsonl --teacher $(TEACHER) \
 	  --seed $(SEED) $(SEED_PLANS_ARGS) --plan_share 1
 $(R)/wkm/config.json: 02_sft.py $(R)/wkm-seed/seed_plans.jsonl
 	$(BIN) $(LAUNCH) 02_sft.py --model $(PLANNER) --data $(R)/wkm-seed/seed_plans.jsonl --out $(R)/wkm --seed $(SEED) $(SFT_ARGS) $(TRAIN_ARGS)
@@ -235,7 +235,7 @@ DEMO_MODEL := models/SmolLM2-135M-Instruct
 DEMO_SERVE := --plan_tokens 128 --agent_tokens 32 --concurrency 32
 
 demo_sciworld := M=4 N=1 \
-  ENV_ARGS="--types find-animal find-living-thing find-plant --prompts sciworld-brief --observation_chars 400 --workers 2" \
+  ENV_ARGS="--types find-animal find-living-thing find-plant --prompts brief --observation_chars 400 --workers 2" \
   SEED_PLANS_ARGS="--limit 120 --plan_share 0.95" \
   AGENT_SFT_ARGS="--lr 3e-4 --epochs 2 --warmup_ratio 0.05" \
   SFT_ARGS="--lr 2e-4 --epochs 1 --warmup_ratio 0.05 --limit 40" \
@@ -245,7 +245,7 @@ demo_sciworld := M=4 N=1 \
   EVAL_ARGS="--limit 24 --max_model_len 2048 $(DEMO_SERVE)"
 
 demo_alfworld := M=4 N=1 \
-  ENV_ARGS="--types pick_and_place_simple look_at_obj_in_light --prompts alfworld-brief --observation_chars 400 --workers 2" \
+  ENV_ARGS="--types pick_and_place_simple look_at_obj_in_light --prompts brief --observation_chars 400 --workers 2" \
   SEED_PLANS_ARGS="--limit 160 --plan_share 0.9" \
   AGENT_SFT_ARGS="--lr 3e-4 --epochs 2 --warmup_ratio 0.05" \
   SFT_ARGS="--lr 2e-4 --epochs 2 --warmup_ratio 0.05 --limit 100" \
@@ -256,7 +256,7 @@ demo_alfworld := M=4 N=1 \
   EVAL_ARGS="--limit 24 --max_steps 20 --max_model_len 3072 $(DEMO_SERVE)"
 
 demo_webshop := M=4 N=1 \
-  ENV_ARGS="--prompts webshop-brief --observation_chars 800 --workers 2" \
+  ENV_ARGS="--prompts brief --observation_chars 800 --workers 2" \
   SEED_PLANS_ARGS="--limit 40 --plan_share 0.9" \
   AGENT_SFT_ARGS="--lr 3e-4 --epochs 2 --warmup_ratio 0.05" \
   SFT_ARGS="--lr 2e-4 --epochs 2 --warmup_ratio 0.05" \

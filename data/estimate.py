@@ -45,7 +45,7 @@ def tokens(text: str) -> float:
 
 async def measure(a) -> dict:
     """Tasks of each split, and the shapes of --sample of them as the expert plays."""
-    cls, prompts = common.environment(a.env), common.Prompts(a.prompts or a.env)
+    cls, prompts = common.environment(a.env), common.Prompts(a.env, a.prompts)
     async with common.EnvPool(a.env, 2) as pool:
         splits = {s: await common.list_tasks(pool, a.env, s, None, a.types, None) for s in ("train", *cls.tests())}
         found = []
@@ -163,7 +163,7 @@ def actual_hours(run: Path) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--env", default="sciworld", choices=list(common.ENVIRONMENTS))
+    parser.add_argument("--env", default="sciworld")
     parser.add_argument("--gpus", type=int, default=8)
     parser.add_argument("--m", type=int, default=5, help="plans a task")
     parser.add_argument("--n", type=int, default=5, help="rollouts a plan")
