@@ -15,12 +15,31 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from conftest import ROOT, check_run, make_model, save_model, script_env, stage, start_script, write_jsonl
+from conftest import (
+    ROOT,
+    check_run,
+    make_model,
+    save_model,
+    script_env,
+    stage,
+    start_script,
+    write_jsonl,
+)
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
-from common import InputError, can_pack, learning_rate, pack, plan_epoch, read_rows, target_log_probs, tokenize, trie_paths
+from common import (
+    InputError,
+    can_pack,
+    learning_rate,
+    pack,
+    plan_epoch,
+    read_rows,
+    target_log_probs,
+    tokenize,
+    trie_paths,
+)
 
 sft, dpo = stage("02_sft"), stage("04_dpo")
 CPU, BETA = torch.device("cpu"), 0.1
