@@ -98,7 +98,7 @@ async def sample_plans(a: Args, tasks: list[str], prompts, pool) -> list[dict]:
     done = common.finished((r for r in rows if r["setting"] == setting), "task", "m")
     todo = [(task, m) for task in tasks for m in range(a.m) if (task, m) not in done]
     if todo:
-        u = await common.instructions(pool, list(dict.fromkeys(t for t, _ in todo)))
+        u = await pool.each(list(dict.fromkeys(t for t, _ in todo)), "reset")
         with (common.Appender(path) as append,
               common.open_model(a.planner, a.planner_url, a) as planner,
               tqdm(total=len(todo), desc="sample plans") as bar):

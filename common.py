@@ -51,7 +51,7 @@ DATA = ROOT / "data"
 
 
 class InputError(Exception):
-    """An error that the user can fix: bad input, no server, a full disk. One line, exit status 2."""
+    """An error that the user can fix, such as bad input: one line, exit status 2."""
 
 
 def arg(default, text: str):
@@ -64,10 +64,9 @@ def arg(default, text: str):
 
 def run_stage(main, args_class, positional: str | None = None, training: bool = False):
     """Parse the command line into `args_class` and call `main(args)`. Errors that the user can fix
-    (`InputError`, a full or read-only disk, Ctrl-C) become one line and an exit status.
-
-    `positional`: the field that takes words without a flag. `training`: skip the interpreter's
-    shutdown, in which a thread of gloo can abort the process (pytorch#179291)."""
+    become one line and an exit status. `positional`: the field that takes words without a flag.
+    `training`: skip the interpreter's shutdown, where a thread of gloo can abort the process
+    (pytorch#179291)."""
     from transformers import HfArgumentParser
 
     class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -89,8 +88,8 @@ def run_stage(main, args_class, positional: str | None = None, training: bool = 
         if e.errno not in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT, errno.EEXIST,
                            errno.ENOTDIR):
             raise
-        parser.exit(2, f"error: cannot write {e.filename or 'the run folder'}: {e.strerror}. Free some "
-                       "space or choose another --out; finished rows are kept.\n")
+        parser.exit(2, f"error: cannot write {e.filename or 'the run folder'}: {e.strerror}. Free "
+                       "some space or choose another --out; finished rows are kept.\n")
     except KeyboardInterrupt:
         parser.exit(130, "interrupted: finished rows are kept, run the same command to resume\n")
     if training:
@@ -101,8 +100,8 @@ def run_stage(main, args_class, positional: str | None = None, training: bool = 
 
 @functools.cache
 def load_module(path: Path, name: str | None = None):
-    """The Python file `path` as a module, imported once. Its folder is its package, so it can import
-    its neighbours (`from .shop import Shop`)."""
+    """The Python file `path` as a module, imported once. Its folder is its package, so that it can
+    import its neighbours (`from .shop import Shop`)."""
     name = name or f"{path.parent.name}.{path.stem}"
     spec = importlib.util.spec_from_file_location(
         name, path, submodule_search_locations=[str(path.parent)])
@@ -116,9 +115,7 @@ def mean(values) -> float:
     return math.fsum(values) / len(values) if values else 0.0  # exact: independent of the order
 
 
-# --------------------------------------------------------------------------------------------------
-# 1. rows: every file between stages is JSONL, one complete row a line
-# --------------------------------------------------------------------------------------------------
+# ---- 1. rows: every file between stages is JSONL, one complete row a line ------------------------
 
 
 def read_rows(path, required: tuple = (), missing_ok: bool = False) -> list[dict]:
@@ -142,8 +139,8 @@ def read_rows(path, required: tuple = (), missing_ok: bool = False) -> list[dict
                 raise InputError(
                     f"{path}:{number}: invalid JSON ({e}); fix or delete that line") from None
             if not isinstance(row, dict) or any(k not in row for k in required):
-                raise InputError(f"{path}:{number}: each line must be a JSON object with the fields "
-                                 f"{', '.join(required)}")
+                raise InputError(f"{path}:{number}: each line must be a JSON object with the "
+                                 f"fields {', '.join(required)}")
             rows.append(row)
     return rows
 
@@ -172,26 +169,24 @@ class Appender:
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise InputError(f"{path} is being written by another run; wait for it or choose another "
-                             "--out") from None
+            raise InputError(f"{path} is being written by another run; wait for it or choose "
+                             "another --out") from None
         self.file.seek(0)
         content = self.file.read()
-        tail = content[content.rfind(b"\n") + 1 :]
-        if tail:
+        if tail := content[content.rfind(b"\n") + 1 :]:
             try:
                 json.loads(tail)
-                self.file.write(b"\n")  # a complete row that lacks only its newline
+                self(None)  # a complete row that lacks only its newline
             except ValueError:
                 self.file.truncate(len(content) - len(tail))
-        self.file.flush()
 
     def keep(self, rows: int) -> None:
         """Truncate the file after its first `rows` rows."""
         self.file.seek(0)
         self.file.truncate(sum(len(self.file.readline()) for _ in range(rows)))
 
-    def __call__(self, row: dict) -> None:
-        self.file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+    def __call__(self, row: dict | None) -> None:
+        self.file.write((json.dumps(row, ensure_ascii=False) if row else "").encode() + b"\n")
         self.file.flush()
 
     def __enter__(self):
@@ -218,9 +213,9 @@ def seed_of(*parts) -> int:
 
 
 def model_id(model: str, url: str | None = None) -> str:
-    """Identifies a model in rows, so that a retrained checkpoint is not taken for the old one: a
-    local directory by its name and a digest of samples of its weights; a server at `url` by the
-    model it serves (`model` if it has that, else its first); any other model by its name."""
+    """Identifies a model in rows, so that a retrained one is not taken for the old one: a local
+    directory by its name and a digest of samples of its weights; a server at `url` by the model it
+    serves (`model` if it has that, else its first); any other model by its name."""
     if url:
         server = url.split(",")[0].rstrip("/")
         try:
@@ -246,11 +241,8 @@ def model_id(model: str, url: str | None = None) -> str:
     return f"{path.name}-{h.hexdigest()[:12]}"
 
 
-# --------------------------------------------------------------------------------------------------
-# 2. prompts: messages for the planner and the agent, and parsing of their replies
-# --------------------------------------------------------------------------------------------------
+# ---- 2. prompts: messages for the planner and the agent, and parsing of their replies ------------
 
-PLAN_FORMAT = "<meta_plan>\n{plan}\n</meta_plan>"
 PLAN_LINE = "\n\nThis meta plan may help you with the task:\n{plan}"
 INSERTS = ("instruction", "thought", "observation")  # where the agent reads the plan (paper 5.2)
 NO_ACTION = 'Your reply holds no action. Write a line that starts with "Action:".'
@@ -262,14 +254,13 @@ def fill(text: str, **values: str) -> str:
 
 
 class Prompts:
-    """The prompt texts of an environment: the files of its folder, or of the prompt folder `name`: a
+    """The prompt texts of an environment, from its folder or from the prompt folder `name`: a
     subfolder of it (`brief`) or a path. Files that a prompt folder lacks are the environment's.
 
     planner.txt   {task} -> plan, zero-shot (paper 4.1 Evaluation; figures 7-9, no trajectory)
     teacher.txt   {task}, {conversation} -> plan (figures 7-9)
     agent.txt     {example}, {task}, {plan_line} (figures 10-12)
-    examples.json {task type: one-shot example}; without it {example} is empty
-    """
+    examples.json {task type: one-shot example}; without it {example} is empty"""
 
     def __init__(self, env: str, name: str | None = None):
         base = environment_folder(env)
@@ -292,15 +283,14 @@ class Prompts:
         return [{"role": "user", "content": fill(self.planner_text, task=u)}]
 
     def teacher(self, u: str, conversation: str, explored: str = "") -> list[dict]:
-        """Messages that ask the teacher to abstract the trajectory e of task u into a meta plan or,
-        with the trajectory `explored` of an agent that failed, to say what distinguishes them."""
+        """Messages that ask the teacher to abstract the trajectory e of task u into a meta plan,
+        or to compare it with the failed trajectory `explored` of an agent."""
         content = fill(self.teacher_text, task=u, conversation=conversation, explored=explored)
         return [{"role": "user", "content": content}]
 
     def agent(self, u: str, plan: str | None, task: str, insert: str = "instruction") -> list[dict]:
         """The first messages of an episode, a ~ pi_theta(.|u, p). The plan is part of the task
-        instruction, or the agent's first thought, or (`insert` "observation") is added to every
-        observation instead (paper 5.2)."""
+        instruction or the agent's first thought; or it is in every observation (paper 5.2)."""
         plan_line = PLAN_LINE.format(plan=plan) if plan and insert == "instruction" else ""
         example = self.examples.get(task_type(task), next(iter(self.examples.values()), ""))
         content = fill(self.agent_text, example=example, task=u, plan_line=plan_line)
@@ -314,12 +304,12 @@ class Prompts:
 
 def plan_reply(plan: str) -> str:
     """The planner's complete reply for a plan: SFT's target, DPO's chosen or rejected text."""
-    return PLAN_FORMAT.format(plan=plan)
+    return f"<meta_plan>\n{plan}\n</meta_plan>"
 
 
 def parse_plan(reply: str) -> str | None:
-    """The plan in a planner's reply, its steps renumbered from 1; None if there is none. The steps
-    stand between <meta_plan> tags; the closing tag may be missing."""
+    """The plan between the <meta_plan> tags of a reply, its steps renumbered from 1; None if there
+    is none. The closing tag may be missing."""
     match = re.search(r"<meta[ _]plan>(.*?)(?:</meta[ _]plan>|\Z)", reply, re.S | re.I)
     if not match:
         return None
@@ -346,9 +336,7 @@ def task_type(task: str) -> str:
     return task.rsplit("/", 1)[0]
 
 
-# --------------------------------------------------------------------------------------------------
-# 3. environments: the protocol of data/NAME/env.py, and the worker processes that run it
-# --------------------------------------------------------------------------------------------------
+# ---- 3. environments: the protocol of data/NAME/env.py, and the worker processes that run it -----
 
 
 class Environment:
@@ -363,7 +351,7 @@ class Environment:
     check(task)          class method: raises `InputError` if there is no such task
     abstract(u, steps)   static method: expert steps -> plan steps, for `--teacher rules`"""
 
-    SPLITS: dict  # train and the test splits (paper appendix A)
+    SPLITS: dict  # names of train and the test splits (paper appendix A)
     MAX_STEPS: dict[str, int]  # step limit of an episode, by task type
     VERBS: set[str]  # first words that quality control allows in a plan step
     FAILED: tuple[str, ...]  # prefixes of observations of invalid actions
@@ -376,7 +364,7 @@ class Environment:
 
     @classmethod
     def prepare(cls) -> None:
-        """Called once on a machine, before the workers start."""
+        """Called once per machine before the workers start."""
 
     @classmethod
     def version(cls) -> str:
@@ -384,7 +372,7 @@ class Environment:
         return ""
 
     def tasks(self, split: str) -> list[str]:
-        """The tasks of a split in a fixed order. Types alternate, so any first n are a fair sample."""
+        """The tasks of a split in a fixed order. Types alternate: any first n are a fair sample."""
         if split not in self.SPLITS:
             raise InputError(f"unknown split {split!r}: one of {', '.join(self.SPLITS)}")
         return interleaved(self.columns(split))
@@ -420,8 +408,7 @@ def environment_folder(name: str) -> Path:
 
 
 def environment(name: str) -> type[Environment]:
-    """The environment of a folder of data/, or of a path: the one `Environment` subclass in its
-    env.py."""
+    """The environment of a folder of data/ or a path: the `Environment` subclass in its env.py."""
     folder = environment_folder(name)
     module = load_module(folder / "env.py", f"environments.{folder.name}")
     found = [v for v in vars(module).values() if isinstance(v, type) and issubclass(v, Environment)
@@ -444,11 +431,7 @@ def check_data(env: str, out) -> None:
 
 
 class WorkerDied(InputError):
-    """The process of a session ended; the episode can be retried on another."""
-
-    def __init__(self, reason: str = "ended"):
-        super().__init__(f"an environment worker {reason}; finished rows are kept, run the same "
-                         "command to resume")
+    """The process of a session ended or hangs; the episode can be retried on another."""
 
 
 class Sessions:
@@ -458,8 +441,8 @@ class Sessions:
         self.env, self.sessions, self.live, self.free = env, sessions, {}, []
 
     def call(self, session: int, method: str, args: tuple):
-        """Call a method of a session's environment. A closed session's environment is reused.
-        `InputError` passes; other exceptions become `RuntimeError`, which any process can unpickle."""
+        """Call a method of a session's environment. Environments of closed sessions are reused.
+        Exceptions but `InputError` become `RuntimeError`, which any process can unpickle."""
         if method == "close":
             self.free += [self.live.pop(session)] if session in self.live else []
             return None
@@ -476,8 +459,8 @@ class Sessions:
 
 
 def _start_worker(env: str, sessions: int) -> None:
-    """Set up a worker process: a process group of its own (with its JVM), which ends when the parent
-    does, however that ends."""
+    """Set up a worker process: a process group of its own, which ends with the parent, however
+    that ends."""
     global _sessions
     os.setsid()
     parent = multiprocessing.parent_process()
@@ -493,14 +476,16 @@ def _call_session(*args):
 class Worker:
     """One worker process: an executor with a single process, started again after it has died."""
 
+    died: tuple = (BrokenExecutor, TimeoutError)  # what a call raises then
+
     def __init__(self, env: str, sessions: int):
         self.env, self.sessions, self.live, self.executor = env, sessions, 0, None
 
     def start(self):
-        """The executor, a new one if there is none alive. Identifies the process."""
+        """The executor, a new one if there is none alive."""
         if self.executor is None:
-            self.executor = ProcessPoolExecutor(
-                1, multiprocessing.get_context("spawn"), _start_worker, (self.env, self.sessions))
+            spawn, args = multiprocessing.get_context("spawn"), (self.env, self.sessions)
+            self.executor = ProcessPoolExecutor(1, spawn, _start_worker, args)
             self._pid = self.executor.submit(os.getpid)
         return self.executor
 
@@ -512,9 +497,6 @@ class Worker:
         """A future of `Sessions.call(*args)`."""
         return self.executor.submit(_call_session, *args)
 
-    def died(self, error: Exception) -> bool:
-        return isinstance(error, BrokenExecutor | TimeoutError)
-
     def kill(self) -> None:
         executor, self.executor = self.executor, None
         if executor:
@@ -525,50 +507,38 @@ class Worker:
 
 
 class RayWorker(Worker):
-    """The same as an actor on a Ray cluster, that of RAY_ADDRESS or a new one on this machine. The
+    """The same as an actor on a Ray cluster: that of RAY_ADDRESS, or a new one on this machine. The
     repository, its packages and the environment's data must be at the same paths on all nodes."""
+
+    def __init__(self, env: str, sessions: int):
+        import ray
+
+        super().__init__(env, sessions)
+        self.ray, self.died = ray, (ray.exceptions.RayActorError, TimeoutError)
+        if not ray.is_initialized():
+            variables = {k: os.environ[k] for k in environment(env).VARIABLES if k in os.environ}
+            ray.init(os.environ.get("RAY_ADDRESS") or "local", log_to_driver=False,
+                     logging_level="ERROR", runtime_env={"env_vars": {
+                         "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "0", **variables}})
 
     def start(self):
         if self.executor is None:
-            import ray
-
-            self.executor = ray.remote(num_cpus=1)(Sessions).remote(self.env, self.sessions)
+            actor = self.ray.remote(num_cpus=1)(Sessions)
+            self.executor = actor.remote(self.env, self.sessions)
         return self.executor
 
     def submit(self, *args):
         return self.executor.call.remote(*args).future()
 
-    def died(self, error: Exception) -> bool:
-        import ray
-
-        return isinstance(error, ray.exceptions.RayActorError | TimeoutError)
-
     def kill(self) -> None:
-        import ray
-
         actor, self.executor = self.executor, None
         if actor:
-            ray.kill(actor)
-
-    @staticmethod
-    def connect(env: str, workers: int) -> None:
-        """Join the cluster, or start one; each worker takes one CPU."""
-        import ray
-
-        if not ray.is_initialized():
-            variables = {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "0"} | {
-                k: os.environ[k] for k in environment(env).VARIABLES if k in os.environ}
-            ray.init(os.environ.get("RAY_ADDRESS") or "local", log_to_driver=False,
-                     logging_level="ERROR", runtime_env={"env_vars": variables})
-        cpus = int(ray.cluster_resources().get("CPU", 0))
-        if workers > cpus:
-            raise InputError(f"--workers {workers}: the Ray cluster has {cpus} CPUs, and each worker "
-                             "takes one")
+            self.ray.kill(actor)
 
 
 class EnvPool:
-    """Environment workers, processes of this machine or (`ray`) of a Ray cluster. A session lives on
-    one of them.
+    """Environment workers, processes of this machine or (`ray`) actors of a Ray cluster. A session
+    lives on one of them.
 
     async with EnvPool(env, workers=2) as pool:
         async with pool.session() as env:
@@ -582,8 +552,6 @@ class EnvPool:
         os.environ["PYTHONHASHSEED"] = "0"  # of the workers: simulators iterate over sets
         cls = environment(env)
         cls.prepare()
-        if ray:
-            RayWorker.connect(env, workers)
         kind = RayWorker if ray else Worker
         self.workers = [kind(env, max(1, sessions // workers)) for _ in range(workers)]
         self.shares_tasks, self.homes, self.numbers = cls.shares_tasks, {}, itertools.count()
@@ -597,8 +565,8 @@ class EnvPool:
 
     @contextlib.asynccontextmanager
     async def session(self, task: str | None = None):
-        """A session to play `task` in, on the least busy worker. If sessions of a process share work
-        on a task, the task's worker is preferred unless it is much busier."""
+        """A session to play `task` in, on the least busy worker. If the sessions of a process share
+        work on a task, the task's worker is preferred unless it is much busier."""
         worker = min(self.workers, key=lambda w: w.live)
         if task and self.shares_tasks:
             home = self.homes.get(task, worker)
@@ -608,18 +576,18 @@ class EnvPool:
         number, executor = next(self.numbers), worker.start()
 
         async def call(method, *args, deadline=120.0):
-            if worker.executor is not executor:
-                raise WorkerDied
             try:
+                if worker.executor is not executor:
+                    raise BrokenExecutor
                 future = asyncio.wrap_future(worker.submit(number, method, args))
                 return await asyncio.wait_for(future, deadline)
-            except Exception as e:
-                if not worker.died(e):
-                    raise
+            except (BrokenExecutor, *worker.died) as e:
                 if worker.executor is executor:
                     worker.kill()
-                raise WorkerDied(f"did not answer {method} within {deadline:.0f} s"
-                                 if isinstance(e, TimeoutError) else "ended") from None
+                what = (f"did not answer {method} within {deadline:.0f} s"
+                        if isinstance(e, TimeoutError) else "died")
+                raise WorkerDied(f"an environment worker {what}; finished rows are kept, run the "
+                                 "same command to resume") from None
 
         try:
             yield call
@@ -630,8 +598,8 @@ class EnvPool:
                     worker.submit(number, "close", ())
 
     async def use(self, task: str, play, attempts: int = 3, on_retry=lambda: None):
-        """The result of `play(session)` in a session for the task. If its worker dies, `on_retry()`
-        and another session; the last attempt's error is raised."""
+        """`play(session)` in a session for the task. If its worker dies, `on_retry()` and another
+        session; the last attempt's error is raised."""
         for left in reversed(range(attempts)):
             try:
                 async with self.session(task) as env:
@@ -641,16 +609,19 @@ class EnvPool:
                     raise
                 on_retry()
 
-    async def each(self, tasks: list[str], method: str, keep, deadline: float = 600.0) -> None:
-        """`keep(task, result)` of a method for every task, one task per worker at a time."""
+    async def each(self, tasks: list[str], method: str, keep=lambda *_: None) -> dict:
+        """{task: result} of a method, one task per worker at a time; `keep(task, result)` of each."""
+        results = {}
 
         async def work(task):
             try:
-                keep(task, await self.use(task, lambda env: env(method, task, deadline=deadline)))
+                results[task] = await self.use(task, lambda env: env(method, task, deadline=600.0))
             except (WorkerDied, RuntimeError) as e:
                 raise InputError(f"{method} of {task} failed three times: {e}") from None
+            keep(task, results[task])
 
         await run_concurrently(work, tasks, len(self.workers))
+        return results
 
 
 async def run_concurrently(work, items, limit: int) -> None:
@@ -698,16 +669,7 @@ async def list_tasks(pool: EnvPool, env: str, split: str, tasks_file: str | None
     return tasks[:limit]
 
 
-async def instructions(pool: EnvPool, tasks: list[str]) -> dict[str, str]:
-    """{task: u}, the planner's input."""
-    out = {}
-    await pool.each(tasks, "reset", out.__setitem__)
-    return out
-
-
-# --------------------------------------------------------------------------------------------------
-# 4. models: every model, local or not, is asked through the OpenAI chat protocol
-# --------------------------------------------------------------------------------------------------
+# ---- 4. models: every model, local or not, is asked through the OpenAI chat protocol -------------
 
 
 class ContextOverflow(InputError):
@@ -769,7 +731,7 @@ class Model:
 
         malformed = (IndexError, TypeError, ValueError, AttributeError,
                      openai.APIResponseValidationError)
-        tries = f"({self.retries + 1} tries); finished rows are kept, run the same command to resume"
+        tries = f"({self.retries + 1} tries); finished rows are kept, run it again to resume"
         async with self.slots:
             server = self._choose(home)
             self.in_flight[server] += 1
@@ -835,7 +797,7 @@ def check_model(name: str, url: str | None = None) -> None:
                 and not list(path.glob("*chat_template*"))):
             raise InputError(f"{name} has no chat template: use an instruction-tuned model")
     elif name.startswith((".", os.sep, "~")) or path.parts[0] in ("runs", "models"):
-        raise InputError(f"model directory {name} does not exist: run the stage that makes it first")
+        raise InputError(f"model directory {name} does not exist: run the stage that makes it")
 
 
 @contextlib.contextmanager
@@ -960,9 +922,7 @@ def _wait_healthy(server, wait: float) -> None:
             bar.update()
 
 
-# --------------------------------------------------------------------------------------------------
-# 5. rollouts: the agent acts in the environment
-# --------------------------------------------------------------------------------------------------
+# ---- 5. rollouts: the agent acts in the environment ----------------------------------------------
 
 
 @dataclasses.dataclass
@@ -991,8 +951,8 @@ async def episode(env, model: Model, cls, task: str, plan: str | None, rollout: 
     """One trajectory e ~ pi_theta(e|u, p) (paper equation 2) in one environment session.
 
     Returns {"instruction": u, "reward": r(u, e), "success", "end", "steps": [[reply, observation],
-    ...], "format_errors", "prompt_tokens", "completion_tokens"}. `end` is success, failure (the task
-    can no longer be completed), steps (the limit), errors (`max_failures`) or context. A reply
+    ...], "format_errors", "prompt_tokens", "completion_tokens"}. `end` is success, failure (the
+    task can no longer be completed), steps (the limit), errors (`max_failures`) or context. A reply
     without an action is a step whose observation says so."""
     u, home = await env("reset", task), {}
     messages = c.prompts.agent(u, plan, task, c.insert)
@@ -1030,12 +990,10 @@ async def episode(env, model: Model, cls, task: str, plan: str | None, rollout: 
 
 async def rollouts(jobs: list[dict], model: Model, pool: EnvPool, env: str, c: RolloutConfig,
                    concurrency: int, append, desc: str = "rollouts", attempts: int = 3) -> int:
-    """Play all jobs {"task", "plan", "rollout", ...}, `concurrency` episodes at a time; each finished
-    one is appended as the job plus the result of `episode`. Jobs with the same task and plan should
-    be adjacent: their prompts share a prefix, which the server caches.
-
-    An episode whose worker dies is retried; after `attempts` it is appended with end "crash" and its
-    error. Returns the number of retries."""
+    """Play all jobs {"task", "plan", "rollout", ...}, `concurrency` at a time; each finished one is
+    appended as the job plus the result of `episode`. Jobs of one task and plan should be adjacent:
+    their prompts share a prefix, which the server caches. An episode whose worker dies is retried;
+    after `attempts` it is appended with end "crash" and its error. Returns the number of retries."""
     from tqdm import tqdm
 
     cls, start, retries = environment(env), time.time(), []
@@ -1045,10 +1003,10 @@ async def rollouts(jobs: list[dict], model: Model, pool: EnvPool, env: str, c: R
 
         async def work(job):
             nonlocal failed, total
-            began, (task, plan, rollout) = time.time(), (job[k] for k in ("task", "plan", "rollout"))
+            began = time.time()
             try:
-                row = await pool.use(
-                    task, lambda session: episode(session, model, cls, task, plan, rollout, c),
+                row = await pool.use(job["task"], lambda session: episode(
+                    session, model, cls, job["task"], job["plan"], job["rollout"], c),
                     attempts, lambda: retries.append(job))
             except (WorkerDied, RuntimeError) as e:
                 row = {"instruction": None, "reward": 0.0, "success": False, "end": "crash",
@@ -1058,17 +1016,15 @@ async def rollouts(jobs: list[dict], model: Model, pool: EnvPool, env: str, c: R
             done, seconds = bar.n + 1, time.time() - start
             bar.set_postfix_str(
                 f"{60 * done / seconds:.0f} ep/min, {model.completion_tokens / seconds:.0f} tok/s, "
-                f"reward {total / max(1, done - failed):.3f}, {failed} failed, {len(retries)} retries",
-                refresh=False)
+                f"reward {total / max(1, done - failed):.3f}, {failed} failed, {len(retries)} "
+                "retries", refresh=False)
             bar.update()
 
         await run_concurrently(work, jobs, min(concurrency, len(jobs)))
     return len(retries)
 
 
-# --------------------------------------------------------------------------------------------------
-# 6. training: what the SFT and the DPO loop share
-# ------------------------------------------------------------------------------------------------
+# ---- 6. training: what the SFT and the DPO loop share --------------------------------------------
 
 
 def load_model(name: str):

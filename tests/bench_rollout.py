@@ -158,7 +158,7 @@ async def play(env: str, url: str, tasks: list[str], rollouts: int, workers: int
     rows = []
     c = RolloutConfig(prompts or Prompts(env), 0.7, tokens, 0, 0, **settings)
     async with EnvPool(env, workers, concurrency) as pool:
-        await common.instructions(pool, tasks[: 2 * workers])  # start the workers first
+        await pool.each(tasks[: 2 * workers], "reset")  # start the workers first
         jobs = [{"task": t, "plan": None, "rollout": i} for t in tasks for i in range(rollouts)]
         start = time.time()
         await common.rollouts(jobs, Model(model, url, concurrency), pool, env, c, concurrency,
@@ -175,7 +175,7 @@ def bench_stub(env: str, a) -> tuple:
     async def experts(tasks):
         found = {}
         async with EnvPool(env, 2) as pool:
-            await pool.each(tasks, "expert", found.__setitem__)
+            return await pool.each(tasks, "expert")
         return found
 
     cls, games, tasks = common.environment(env), {}, SCIWORLD
