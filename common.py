@@ -610,7 +610,8 @@ class EnvPool:
                 on_retry()
 
     async def each(self, tasks: list[str], method: str, keep=lambda *_: None) -> dict:
-        """{task: result} of a method, one task per worker at a time; `keep(task, result)` of each."""
+        """{task: result} of a method, one task per worker at a time; `keep(task, result)` of
+        each."""
         results = {}
 
         async def work(task):
@@ -993,7 +994,8 @@ async def rollouts(jobs: list[dict], model: Model, pool: EnvPool, env: str, c: R
     """Play all jobs {"task", "plan", "rollout", ...}, `concurrency` at a time; each finished one is
     appended as the job plus the result of `episode`. Jobs of one task and plan should be adjacent:
     their prompts share a prefix, which the server caches. An episode whose worker dies is retried;
-    after `attempts` it is appended with end "crash" and its error. Returns the number of retries."""
+    after `attempts` it is appended with end "crash" and its error. Returns the number of
+    retries."""
     from tqdm import tqdm
 
     cls, start, retries = environment(env), time.time(), []
@@ -1059,9 +1061,9 @@ def load_model(name: str):
 
 
 def tokenize(messages: list[dict], tokenizer, where: str) -> tuple[list[int], list[bool]]:
-    """A conversation as (token ids, target mask). Targets are what the model itself writes: the text of
-    every assistant message and the end token after it. The chat template writes the BOS, if there is
-    one, so the tokenizer adds none."""
+    """A conversation as (token ids, target mask). Targets are what the model itself writes: the
+    text of every assistant message and the end token after it. The chat template writes the BOS, if
+    there is one, so the tokenizer adds none."""
     if not isinstance(messages, list) or not messages or not all(
             isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages):
         raise InputError(f"{where}: a conversation must be a list of objects with `role` and `content`, both text")
@@ -1085,8 +1087,8 @@ def tokenize(messages: list[dict], tokenizer, where: str) -> tuple[list[int], li
 
 
 def held_out(tasks: list, share: float) -> list[bool]:
-    """For each row's task whether it is kept for the evaluation loss: decided by the task alone, about
-    `share` of all tasks."""
+    """For each row's task whether it is kept for the evaluation loss: decided by the task alone,
+    about `share` of all tasks."""
     return [seed_of("held out", task) < share * 2**31 for task in tasks]
 
 
@@ -1094,8 +1096,9 @@ SHARED = 16  # tokens of a trie's node: sequences have beginnings in common in s
 
 
 def trie_paths(groups: list[list[tuple]], share_prefix: bool = True) -> list[list[tuple[list[int], int]]]:
-    """Groups of sequences (ids, mask) as paths in one trie of `SHARED` tokens a node: ([node numbers], length) each. Sequences
-    that begin alike have their first nodes in common; without `share_prefix` none has."""
+    """Groups of sequences (ids, mask) as paths in one trie of `SHARED` tokens a node: ([node
+    numbers], length) each. Sequences that begin alike have their first nodes in common; without
+    `share_prefix` none has."""
     trie, roots = {}, itertools.count(-1, -1)
 
     def path(ids, node):
@@ -1107,9 +1110,10 @@ def trie_paths(groups: list[list[tuple]], share_prefix: bool = True) -> list[lis
 
 
 def shared_tokens(paths: list[tuple[list[int], int]], known) -> list[int]:
-    """How many first tokens of each sequence a packed one with the nodes `known` and the sequences before it has already. A
-    beginning of less than a fifth of a sequence is not counted: attention over one that is elsewhere cannot skip
-    what is above the diagonal; a fifth is about where, by timings on a CPU, that is made up for."""
+    """How many first tokens of each sequence a packed one with the nodes `known` and the sequences
+    before it has already. A beginning of less than a fifth of a sequence is not counted: attention
+    over one that is elsewhere cannot skip what is above the diagonal; a fifth is about where, by
+    timings on a CPU, that is made up for."""
     out, own = [], set()
     for nodes, length in paths:
         first_new = bisect.bisect(nodes, False, key=lambda node: node not in known and node not in own)
@@ -1122,15 +1126,17 @@ def shared_tokens(paths: list[tuple[list[int], int]], known) -> list[int]:
 def plan_epoch(rows: list, batch_size: int, micro_tokens: int, processes: int, seed: int, epoch: int) -> list[list[list[int]]]:
     """The batches of one epoch: [optimizer step][micro-batch] -> row indices.
 
-    Rows, each as its `trie_paths`, are shuffled by (seed, epoch) alone, cut into batches of `batch_size`, and each batch is
-    spread over as few micro-batches as hold at most `micro_tokens` tokens each, evenly, with rows that begin
-    alike together; a longer row is alone. Every process computes this same plan and takes micro-batches rank,
-    rank + processes, ...; their number is a multiple of `processes`, some may be empty."""
+    Rows, each as its `trie_paths`, are shuffled by (seed, epoch) alone, cut into batches of
+    `batch_size`, and each batch is spread over as few micro-batches as hold at most `micro_tokens`
+    tokens each, evenly, with rows that begin alike together; a longer row is alone. Every process
+    computes this same plan and takes micro-batches rank, rank + processes, ...; their number is a
+    multiple of `processes`, some may be empty."""
     def tokens(row: int, known=()) -> int:
         return sum(length for _, length in rows[row]) - sum(shared_tokens(rows[row], known))
 
     def fill(batch: list[int], count: int, capacity: float) -> list[list[int]] | None:
-        """Each row to where it adds least, of such places to the emptiest; None if it is nowhere within the capacity."""
+        """Each row to where it adds least, of such places to the emptiest; None if it is nowhere
+        within the capacity."""
         micros, filled, known = [[] for _ in range(count)], [0] * count, [set() for _ in range(count)]
         for row in batch:
             added = [tokens(row, nodes) for nodes in known]
@@ -1165,13 +1171,14 @@ def plan_epoch(rows: list, batch_size: int, micro_tokens: int, processes: int, s
 
 
 def pack(sequences: list[tuple], device, share_prefix: bool = True) -> dict:
-    """Sequences (ids, mask) as one long sequence without padding. What a sequence begins with like one before it is not
-    there again (`share_prefix`): its rest has the positions that it would have alone, and `packed_attention` shows it its
-    beginning, where that is, and itself, so the result is that of single sequences, for the work of fewer tokens.
+    """Sequences (ids, mask) as one long sequence without padding. What a sequence begins with like
+    one before it is not there again (`share_prefix`): its rest has the positions that it would have
+    alone, and `packed_attention` shows it its beginning, where that is, and itself, so the result
+    is that of single sequences, for the work of fewer tokens.
 
-    {"ids", "positions": (1, T); "sources", "labels", "owners": (N,) for N targets: the index of the token
-    whose output predicts it, its id, and its sequence's number; "segments": how T is divided}. A target in
-    a common beginning is there once for each of its sequences."""
+    {"ids", "positions": (1, T); "sources", "labels", "owners": (N,) for N targets: the index of the
+    token whose output predicts it, its id, and its sequence's number; "segments": how T is
+    divided}. A target in a common beginning is there once for each of its sequences."""
     import torch
 
     ids, positions, targets, places, starts = [], [], [], [], {}
@@ -1192,9 +1199,10 @@ def pack(sequences: list[tuple], device, share_prefix: bool = True) -> dict:
 
 
 class Segments:
-    """How a packed sequence is divided, from the places of each sequence's tokens in it and how many of these it added:
-    `own`, the lengths of what each added; `cuts`, the lengths of pieces that no sequence begins or ends within; `seen`, which of
-    these each sequence is. Not a list, on whose length compiled layers would depend."""
+    """How a packed sequence is divided, from the places of each sequence's tokens in it and how
+    many of these it added: `own`, the lengths of what each added; `cuts`, the lengths of pieces
+    that no sequence begins or ends within; `seen`, which of these each sequence is. Not a list, on
+    whose length compiled layers would depend."""
 
     def __init__(self, places: list[tuple[list[int], int]]):
         places = [(where, own) for where, own in places if own]  # the others are there already, whole
@@ -1211,7 +1219,8 @@ class Segments:
         self.block_mask = functools.lru_cache(self._block_mask)  # of all layers
 
     def _block_mask(self, device, window: int | None):
-        """The same for flex attention: a token sees those of its sequence's pieces that are not behind it, nor `window` before it."""
+        """The same for flex attention: a token sees those of its sequence's pieces that are not
+        behind it, nor `window` before it."""
         import torch
         from torch.nn.attention.flex_attention import create_block_mask
 
@@ -1230,10 +1239,11 @@ class Segments:
 
 
 def packed_attention(module, query, key, value, attention_mask, scaling=None, segments=None, sliding_window=None, flex=False, **kwargs):
-    """Causal attention of a packed sequence, query (1, H, T, D), key and value (1, K, T, D) -> (1, T, H, D): what a
-    sequence added sees its common beginning and itself. One after the other, so that torch's fused kernels run and
-    nothing is computed across sequences, or (`flex`) all in one of flex attention's. An attention function of transformers, by
-    the names of "packed" and "packed_flex"."""
+    """Causal attention of a packed sequence, query (1, H, T, D), key and value (1, K, T, D) -> (1,
+    T, H, D): what a sequence added sees its common beginning and itself. One after the other, so
+    that torch's fused kernels run and nothing is computed across sequences, or (`flex`) all in one
+    of flex attention's. An attention function of transformers, by the names of "packed" and
+    "packed_flex"."""
     import torch
 
     if unknown := [k for k in ("s_aux", "softcap", "position_bias", "indices", "block_indices") if kwargs.get(k) is not None]:
@@ -1266,11 +1276,12 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, se
 
 @functools.cache
 def cpu_attention():
-    """Causal attention on a CPU in bf16: (query (1, H, T, D), key and value (1, K, N, D), scale) -> (1, H, T, D), the queries
-    those of the last T of N positions. Torch's forward pass, and a backward pass in about half of the time of torch's: all heads
-    together, `BLOCK` queries at a time with what they see (Dao 2023, FlashAttention-2, algorithm 2), in matrix products of bf16.
-    log P = scores - lse and dS / P = dP - delta are one product each, with lse and delta as two more columns: what is rounded
-    to bf16 is the small difference, not its two sides."""
+    """Causal attention on a CPU in bf16: (query (1, H, T, D), key and value (1, K, N, D), scale) ->
+    (1, H, T, D), the queries those of the last T of N positions. Torch's forward pass, and a
+    backward pass in about half of the time of torch's: all heads together, `BLOCK` queries at a
+    time with what they see (Dao 2023, FlashAttention-2, algorithm 2), in matrix products of bf16.
+    log P = scores - lse and dS / P = dP - delta are one product each, with lse and delta as two
+    more columns: what is rounded to bf16 is the small difference, not its two sides."""
     import torch
 
     BLOCK, COLUMNS = 192, 16  # a multiple of 16 columns is a third faster than two
@@ -1323,11 +1334,12 @@ def cpu_attention():
 
 
 def target_log_probs(model, packed: bool = True, flex: bool = False):
-    """Wrap a causal language model: forward(**pack(...)) -> (N,) the log-probability of each target given
-    what precedes it, in float32. The logits of `CHUNK` targets at a time are all that ever exists of
-    the (T, vocabulary) tensor; they are computed again for backward.
+    """Wrap a causal language model: forward(**pack(...)) -> (N,) the log-probability of each target
+    given what precedes it, in float32. The logits of `CHUNK` targets at a time are all that ever
+    exists of the (T, vocabulary) tensor; they are computed again for backward.
 
-    `packed` False, or a model that `can_pack` refuses: its own attention, one sequence at a time. `flex`: flex attention."""
+    `packed` False, or a model that `can_pack` refuses: its own attention, one sequence at a time.
+    `flex`: flex attention."""
     import torch
     from torch.utils.checkpoint import checkpoint
     from transformers import AttentionInterface
@@ -1369,7 +1381,8 @@ def logits_of(model, hidden):
 
 
 def can_pack(model) -> bool:
-    """Whether all that mixes a model's tokens is attention that `packed_attention` can take the place of."""
+    """Whether all that mixes a model's tokens is attention that `packed_attention` can take the
+    place of."""
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     state_space = any(hasattr(config, k) for k in ("ssm_state_size", "mamba_d_state", "state_size", "linear_num_value_heads"))
@@ -1379,8 +1392,8 @@ def can_pack(model) -> bool:
 
 
 def learning_rate(step: int, total: int, peak: float, warmup_ratio: float, shape: str = "cosine") -> float:
-    """Learning rate of optimizer step 0 .. total - 1: linear warm-up over the first `warmup_ratio` of
-    all steps, then half a cosine to zero (paper 4.1), a line to zero, or constant."""
+    """Learning rate of optimizer step 0 .. total - 1: linear warm-up over the first `warmup_ratio`
+    of all steps, then half a cosine to zero (paper 4.1), a line to zero, or constant."""
     warmup = math.ceil(total * warmup_ratio)
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -1401,7 +1414,8 @@ def own_accelerate_config() -> bool:
 
 
 def make_accelerator(precision: str, log_with: str | None = None, out: str = ""):
-    """Accelerate, for the processes, devices and trackers; precision itself is up to `distribute`."""
+    """Accelerate, for the processes, devices and trackers; precision itself is up to
+    `distribute`."""
     from datetime import timedelta
 
     import torch
@@ -1423,12 +1437,13 @@ def make_accelerator(precision: str, log_with: str | None = None, out: str = "")
 
 
 def distribute(wrapped, accelerator, a):
-    """(wrapped, optimizer) for `a.precision`: with bf16, weights and optimizer state are float32 and the
-    computation is bf16.
+    """(wrapped, optimizer) for `a.precision`: with bf16, weights and optimizer state are float32
+    and the computation is bf16.
 
-    Every process holds its share of the float32 weights, gradients and AdamW's two averages (FSDP2, by decoder layer),
-    and gathers bf16 copies of a layer while that layer runs; a process alone is the same with a share of all.
-    Gradients are summed in float32. A user's own Accelerate configuration for FSDP or DeepSpeed wins."""
+    Every process holds its share of the float32 weights, gradients and AdamW's two averages (FSDP2,
+    by decoder layer), and gathers bf16 copies of a layer while that layer runs; a process alone is
+    the same with a share of all. Gradients are summed in float32. A user's own Accelerate
+    configuration for FSDP or DeepSpeed wins."""
     import torch
     import torch.distributed as dist
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -1465,8 +1480,8 @@ def distribute(wrapped, accelerator, a):
 
 
 def micro_batches(wrapped, micros: list, accelerator):
-    """The micro-batches of an optimizer step. A process alone keeps its bf16 weights from one to the next; where weights
-    are shared out, that would take the memory of a whole model."""
+    """The micro-batches of an optimizer step. A process alone keeps its bf16 weights from one to
+    the next; where weights are shared out, that would take the memory of a whole model."""
     for i, micro in enumerate(micros, 1):
         if accelerator.num_processes == 1 and hasattr(wrapped, "set_reshard_after_backward"):
             wrapped.set_reshard_after_backward(i == len(micros))
@@ -1474,7 +1489,8 @@ def micro_batches(wrapped, micros: list, accelerator):
 
 
 def prepare_model(model, a):
-    """The model with what `a.lora_rank` (Hu et al. 2021: adapters at all linear layers, the rest frozen) and `a.liger` ask for."""
+    """The model with what `a.lora_rank` (Hu et al. 2021: adapters at all linear layers, the rest
+    frozen) and `a.liger` ask for."""
     if a.lora_rank:
         try:
             from peft import LoraConfig, get_peft_model
@@ -1496,16 +1512,18 @@ def prepare_model(model, a):
 
 
 def clip_gradients(wrapped, accelerator, limit: float) -> float:
-    """Scale all gradients together to at most this norm (0: leave them); returns the norm before."""
+    """Scale all gradients together to at most this norm (0: leave them); returns the norm
+    before."""
     norm = accelerator.clip_grad_norm_(wrapped.parameters(), limit or math.inf)
     return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
 
 class Training:
-    """Checkpoints, metrics and the final model of one training run, in `out`.partial/ until it is done.
+    """Checkpoints, metrics and the final model of one training run, in `out`.partial/ until it is
+    done.
 
-    A run that was killed goes on at its last checkpoint if it has the same settings, but for the `FREE` ones, and data; else
-    it starts over. The finished model replaces `out` in one rename."""
+    A run that was killed goes on at its last checkpoint if it has the same settings, but for the
+    `FREE` ones, and data; else it starts over. The finished model replaces `out` in one rename."""
 
     # these change rounding at most
     FREE = ("out", "log_with", "micro_tokens", "share_prefix", "gradient_checkpointing", "compile", "flex", "liger", "save_steps")
@@ -1541,15 +1559,17 @@ class Training:
         accelerator.wait_for_everyone()
 
     def check(self, done: int, loss: float, norm: float, rows: list) -> None:
-        """Raise `InputError` before the weights take a step that they would not come back from: a loss or
-        gradient that is not finite, or a loss 10 times the highest of the first ten steps."""
+        """Raise `InputError` before the weights take a step that they would not come back from: a
+        loss or gradient that is not finite, or a loss 10 times the highest of the first ten
+        steps."""
         early = [row["loss"] for row in self.log[:10]]
         if not math.isfinite(loss + norm) or (len(early) == 10 and loss > 10 * max(early)):
             raise InputError(f"the loss is {loss:.4g} and the gradient's norm {norm:.4g} at step {done}: lower --lr, or look at "
                              f"rows {', '.join(map(str, sorted(rows)))} of the data, from 1; the last checkpoint is in {self.partial}")
 
     def step(self, done: int, metrics: dict) -> str:
-        """Log optimizer step `done` (1-based), checkpoint every `save_steps`; returns a line for the bar."""
+        """Log optimizer step `done` (1-based), checkpoint every `save_steps`; returns a line for
+        the bar."""
         import resource
 
         import torch
@@ -1604,9 +1624,9 @@ class Training:
         set_state_dict(self.wrapped, self.optimizer, model_state_dict=model, optim_state_dict=optimizer)
 
     def finish(self, base: str, tokenizer, merge: bool, card: str) -> None:
-        """Write the model in Hugging Face format, in the dtype of `base`, with tokenizer, chat template,
-        metrics.jsonl, curves.png and a model card, then put it in place of `out`. Adapters are merged
-        into `base` with `merge`, else written alone."""
+        """Write the model in Hugging Face format, in the dtype of `base`, with tokenizer, chat
+        template, metrics.jsonl, curves.png and a model card, then put it in place of `out`.
+        Adapters are merged into `base` with `merge`, else written alone."""
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
         from transformers import AutoModelForCausalLM
 
@@ -1651,7 +1671,8 @@ class Training:
 
 
 def plot_curves(log: list[dict], path) -> None:
-    """A picture of the metrics over the steps: loss and, of DPO, accuracy and margin; the held-out rows' beside them."""
+    """A picture of the metrics over the steps: loss and, of DPO, accuracy and margin; the held-out
+    rows' beside them."""
     import matplotlib
 
     matplotlib.use("Agg")

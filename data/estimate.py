@@ -5,8 +5,8 @@
 
 Counts (tasks, calls, episodes, optimizer steps) follow from the environment and the settings. They
 are exact, except that equal plans of a task are scored once. Shapes (tokens and steps) are measured
-on the expert's trajectories of --sample tasks or, with --run, on that run's rows. Rates are measured
-or assumed, as printed; set your own.
+on the expert's trajectories of --sample tasks or, with --run, on that run's rows. Rates are
+measured or assumed, as printed; set your own.
 """
 
 import argparse

@@ -2,8 +2,8 @@
 
 The paper's loop is rebuilt faithfully: 25 processes, each with one environment of the stock
 package, each asking for one action at a time. Both sides play the same tasks with the same actions,
-which a stub server returns after 50 ms at any load. Then our rollouts play with a real model on vLLM, and
-the share of time without any request in the server is measured.
+which a stub server returns after 50 ms at any load. Then our rollouts play with a real model on
+vLLM, and the share of time without any request in the server is measured.
 """
 
 import argparse
