@@ -65,14 +65,14 @@ def test_only_the_agents_turns_are_targets(tmp_path, tokenizer, capsys):
             {"task": "a/2", "prompt": prompt, "chosen": talk("win"),
              "rejected": talk(*["look around"] * 40)}]
     data = write_jsonl(tmp_path / "pairs.jsonl", rows)
-    [pair], _ = dpo.load_pairs(dpo.Args(data=str(data), max_length=200), tokenizer)
+    [(pair, *_)] = dpo.load_pairs(dpo.Args(data=str(data), max_length=200), tokenizer)
     for (ids, targets), side in zip(pair, ("chosen", "rejected"), strict=True):
         text = tokenizer.decode([i for i, t in zip(ids, targets, strict=True) if t])
         assert text == "".join(f"Action: {w}<|im_end|>" for w in said(rows[0][side]))
     shared = os.path.commonprefix([ids for ids, _ in pair])
     assert "Observation: open!" in tokenizer.decode(shared)
     assert "take" not in tokenizer.decode(shared)
-    assert "1 pairs are longer than --max_length 200" in capsys.readouterr().out
+    assert "skipped 1 pairs longer than --max_length 200" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
