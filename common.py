@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import bisect
 import contextlib
 import dataclasses
 import errno
@@ -410,7 +409,11 @@ def environment_folder(name: str) -> Path:
 def environment(name: str) -> type[Environment]:
     """The environment of a folder of data/ or a path: the `Environment` subclass in its env.py."""
     folder = environment_folder(name)
-    module = load_module(folder / "env.py", f"environments.{folder.name}")
+    try:
+        module = load_module(folder / "env.py", f"environments.{folder.name}")
+    except ImportError as e:
+        raise InputError(f"--env {name} needs the package {e.name}: pip install -r "
+                         f"{folder / 'requirements.txt'}") from None
     found = [v for v in vars(module).values() if isinstance(v, type) and issubclass(v, Environment)
              and v.__module__ == module.__name__]
     if len(found) != 1:
