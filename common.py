@@ -1156,8 +1156,7 @@ def mean(values) -> float:
 
 
 def load_model(name: str):
-    """(model, tokenizer): weights as they were saved, dropout off, safetensors only."""
-    import torch
+    """(model, tokenizer): weights in the dtype they were saved in, dropout off, safetensors only."""
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -1168,625 +1167,412 @@ def load_model(name: str):
     except (OSError, ValueError, SafetensorError) as e:
         raise InputError(f"cannot load {name}: {str(e).splitlines()[0]}") from None
     if not tokenizer.chat_template:
-        raise InputError(f"the tokenizer of {name} has no chat template: training rows are conversations")
-    model.config.use_cache = False
-    for module in model.modules():  # dropout off in any mode
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        elif hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0
-    seen = []
-    hook = model.get_decoder().register_forward_hook(lambda module, inputs, output: seen.append(output.last_hidden_state[0]))
-    with torch.no_grad():
-        whole = model.eval()(input_ids=torch.arange(8)[None]).logits[0].float()
-        ours = logits_of(model, seen[0]).float()
-    hook.remove()
-    if not torch.allclose(whole, ours, rtol=0.05, atol=0.05 * whole.std().item(), equal_nan=True):
-        raise InputError(f"{name}: {model.config.model_type} models do more to their logits than training knows; choose another model")
+        raise InputError(f"the tokenizer of {name} has no chat template: training needs one")
+    for module in model.modules():  # no dropout in train mode either
+        vars(module).update({k: 0.0 for k in ("p", "attention_dropout") if k in vars(module)})
+    choose_packing(model)
     return model, tokenizer
 
 
 def tokenize(messages: list[dict], tokenizer, where: str) -> tuple[list[int], list[bool]]:
-    """A conversation as (token ids, target mask). Targets are what the model itself writes: the text of
-    every assistant message and the end token after it. The chat template writes the BOS, if there is
-    one, so the tokenizer adds none."""
-    if not isinstance(messages, list) or not messages or not all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages):
-        raise InputError(f"{where}: a conversation must be a list of objects with `role` and `content`, both text")
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
-    spans = []
+    """A conversation as (token ids, target mask). Targets are what the model itself writes: the text
+    of each assistant message and the end token after it. The chat template writes the BOS token, if
+    any, so the tokenizer adds none. `where` names file and line in errors."""
+    if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) and all(
+            isinstance(m.get(k), str) for k in ("role", "content")) for m in messages):
+        raise InputError(f"{where}: a conversation must be a list of objects with `role` and "
+                         "`content`, both strings")
+    render = functools.partial(tokenizer.apply_chat_template, tokenize=False)
+    text, spans = render(messages), []
     for i, message in enumerate(messages):
         if message["role"] == "assistant":
-            before = tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True)
-            upto = tokenizer.apply_chat_template(messages[: i + 1], tokenize=False)
+            before = render(messages[:i], add_generation_prompt=True)
+            upto = render(messages[: i + 1])
             if not (upto.startswith(before) and text.startswith(upto)):
-                raise InputError(f"{where}: the model's chat template rewrites earlier turns of a conversation, so what "
-                                 "it is trained on is not what it will see; use a template that only appends")
+                raise InputError(f"{where}: the chat template rewrites earlier turns, so the model "
+                                 "would not see what it is trained on; use one that only appends")
             spans.append((len(before), len(upto.rstrip())))
     out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids, mask, s = out["input_ids"], [], 0
-    for begin, _ in out["offset_mapping"]:
-        while s < len(spans) and begin >= spans[s][1]:
-            s += 1
-        mask.append(s < len(spans) and begin >= spans[s][0])
-    return ids, mask
+    mask = [any(first <= begin < last for first, last in spans)
+            for begin, _ in out["offset_mapping"]]
+    return out["input_ids"], mask
 
 
-def held_out(tasks: list, share: float) -> list[bool]:
-    """For each row's task whether it is kept for the evaluation loss: decided by the task alone, about
-    `share` of all tasks."""
-    return [seed_of("held out", task) < share * 2**31 for task in tasks]
+def hold_out(rows: list[tuple], a) -> tuple[list[tuple], list[tuple]]:
+    """(training, held-out) rows of (sequences, task, line): the rows of about `a.eval_share` of the
+    tasks are held out, each task by its name alone."""
+    out = [seed_of("held out", task) < a.eval_share * 2**31 for _, task, _ in rows]
+    train, held = ([row for row, is_out in zip(rows, out, strict=True) if is_out == side]
+                   for side in (False, True))
+    if not train:
+        raise InputError(f"{a.data} has no row to train on (--max_length {a.max_length}, "
+                         f"--eval_share {a.eval_share})")
+    return train, held
 
 
-SHARED = 16  # tokens of a trie's node: sequences have beginnings in common in steps of so many
+def lengths(rows: list[tuple], share_prefix: bool = False) -> list[int]:
+    """Tokens of each row of (sequences, task, line), with what its sequences share once."""
+    return [len(pack([sequences], share_prefix)[0]) for sequences, *_ in rows]
 
 
-def trie_paths(groups: list[list[tuple]], share_prefix: bool = True) -> list[list[tuple[list[int], int]]]:
-    """Groups of sequences (ids, mask) as paths in one trie of `SHARED` tokens a node: ([node numbers], length) each. Sequences
-    that begin alike have their first nodes in common; without `share_prefix` none has."""
-    trie, roots = {}, itertools.count(-1, -1)
-
-    def path(ids, node):
-        for i in range(0, len(ids), SHARED):
-            node = trie.setdefault((node, tuple(ids[i : i + SHARED])), len(trie))
-            yield node
-
-    return [[(list(path(ids, None if share_prefix else next(roots))), len(ids)) for ids, _ in group] for group in groups]
-
-
-def shared_tokens(paths: list[tuple[list[int], int]], known) -> list[int]:
-    """How many first tokens of each sequence a packed one with the nodes `known` and the sequences before it has already. A
-    beginning of less than a fifth of a sequence is not counted: attention over one that is elsewhere cannot skip
-    what is above the diagonal; a fifth is about where, by timings on a CPU, that is made up for."""
-    out, own = [], set()
-    for nodes, length in paths:
-        first_new = bisect.bisect(nodes, False, key=lambda node: node not in known and node not in own)
-        common = min(SHARED * first_new, length)
-        out.append(common if 5 * common >= length else 0)
-        own.update(nodes)
-    return out
-
-
-def plan_epoch(rows: list, batch_size: int, micro_tokens: int, processes: int, seed: int, epoch: int) -> list[list[list[int]]]:
+def plan_epoch(lengths: list[int], batch_size: int, micro_tokens: int, processes: int, seed: int,
+               epoch: int) -> list[list[list[int]]]:
     """The batches of one epoch: [optimizer step][micro-batch] -> row indices.
 
-    Rows, each as its `trie_paths`, are shuffled by (seed, epoch) alone, cut into batches of `batch_size`, and each batch is
-    spread over as few micro-batches as hold at most `micro_tokens` tokens each, evenly, with rows that begin
-    alike together; a longer row is alone. Every process computes this same plan and takes micro-batches rank,
-    rank + processes, ...; their number is a multiple of `processes`, some may be empty."""
-    def tokens(row: int, known=()) -> int:
-        return sum(length for _, length in rows[row]) - sum(shared_tokens(rows[row], known))
-
-    def fill(batch: list[int], count: int, capacity: float) -> list[list[int]] | None:
-        """Each row to where it adds least, of such places to the emptiest; None if it is nowhere within the capacity."""
-        micros, filled, known = [[] for _ in range(count)], [0] * count, [set() for _ in range(count)]
-        for row in batch:
-            added = [tokens(row, nodes) for nodes in known]
-            fits = [m for m in range(count) if not micros[m] or filled[m] + added[m] <= capacity]
-            if not fits:
-                return None
-            m = min(fits, key=lambda m: (added[m], filled[m]))
-            micros[m].append(row)
-            filled[m] += added[m]
-            known[m].update(node for nodes, _ in rows[row] for node in nodes)
+    Rows are shuffled by (seed, epoch) alone and cut into batches. Each batch is spread over as few
+    micro-batches of at most `micro_tokens` tokens (or one row) as it fits in, the longest row first
+    into the emptiest one. Every process computes the same plan and runs micro-batches rank,
+    rank + processes, ...: their number is a multiple of `processes`; some may be empty."""
+    def split(batch: list[int]) -> list[list[int]]:
+        for count in range(processes, len(batch) + processes, processes):
+            micros, filled = [[] for _ in range(count)], [0] * count
+            for row in sorted(batch, key=lambda row: -lengths[row]):
+                emptiest = filled.index(min(filled))
+                micros[emptiest].append(row)
+                filled[emptiest] += lengths[row]
+            if all(n <= micro_tokens or len(m) == 1 for m, n in zip(micros, filled, strict=True)):
+                break
         return micros
 
-    order, steps = list(range(len(rows))), []
+    order = list(range(len(lengths)))
     random.Random(f"{seed} {epoch}").shuffle(order)
-    for i in range(0, len(order), batch_size):
-        batch, total, known = order[i : i + batch_size], 0, set()
-        for row in batch:
-            total += min(tokens(row, known), micro_tokens)
-            known.update(node for nodes, _ in rows[row] for node in nodes)
-        batch.sort(key=lambda row: -tokens(row))
-        count, micros = -(-total // micro_tokens) if micro_tokens else len(batch), None
-        while not micros:
-            count += -count % processes
-            capacity = total / count
-            while not (micros := fill(batch, count, min(capacity, micro_tokens))) and capacity < micro_tokens:
-                capacity = 1.05 * capacity
-            count = max(count + 1, count * 21 // 20)
-        while len(micros) > processes and not any(micros[-processes:]):
-            del micros[-processes:]
-        steps.append(micros)
-    return steps
+    return [split(order[i : i + batch_size]) for i in range(0, len(order), batch_size)]
 
 
-def pack(sequences: list[tuple], device, share_prefix: bool = True) -> dict:
-    """Sequences (ids, mask) as one long sequence without padding. What a sequence begins with like one before it is not
-    there again (`share_prefix`): its rest has the positions that it would have alone, and `packed_attention` shows it its
-    beginning, where that is, and itself, so the result is that of single sequences, for the work of fewer tokens.
+def pack(groups: list, share_prefix: bool = False, width: int = 1):
+    """Groups of sequences (ids, mask), SFT rows or the sides of DPO pairs, as one sequence.
 
-    {"ids", "positions": (1, T); "sources", "labels", "owners": (N,) for N targets: the index of the token
-    whose output predicts it, its id, and its sequence's number; "segments": how T is divided}. A target in
-    a common beginning is there once for each of its sequences."""
+    With `share_prefix`, a group's later sequences leave out the tokens they share with its first
+    (a pair's prompt); the rest keep their positions. `width`: pad sequences to a multiple of it.
+    Returns (ids, positions, targets, rows). `targets` has (index of the token whose output predicts
+    it, its id, its sequence's number) for each target of each sequence, in a shared prefix too;
+    `rows` has (tokens shared with the first, own tokens) for each sequence."""
+    ids, positions, targets, rows = [], [], [], []
+    for group in groups:
+        begin, first = len(ids), group[0][0]
+        for number, (sequence, mask) in enumerate(group):
+            shared = len(os.path.commonprefix([first, sequence])) if number and share_prefix else 0
+            shared = min(shared, len(sequence) - 1)
+            own = len(sequence) - shared
+            places = [*range(begin, begin + shared), *range(len(ids), len(ids) + own)]
+            targets += [(places[i - 1], sequence[i], len(rows))
+                        for i in range(1, len(sequence)) if mask[i]]
+            ids += sequence[shared:] + [0] * (-own % width)
+            positions += range(shared, len(sequence))
+            rows.append((shared, own))
+    return ids, positions, targets, rows
+
+
+def choose_packing(model) -> None:
+    """Set `model.packing`, how rows share a forward pass, and the attention that does it. "rows":
+    each layer is plain causal attention, computed by `row_attention`. "mask": windows, soft caps or
+    sinks; transformers masks other rows itself, by position ids that restart. "none": layers that
+    are not attention, or ignore position ids: one row (or pair) per micro-batch."""
     import torch
+    from transformers import AttentionInterface
 
-    ids, positions, targets, places, starts = [], [], [], [], {}
-    [paths] = trie_paths([sequences], share_prefix)
-    for number, ((sequence, mask), (nodes, length)) in enumerate(zip(sequences, paths, strict=True)):
-        [shared] = shared_tokens([(nodes, length)], starts)
-        where = [starts[nodes[i // SHARED]] + i % SHARED for i in range(shared)] + list(range(len(ids), len(ids) + length - shared))
-        starts.update((node, where[i * SHARED]) for i, node in enumerate(nodes) if i * SHARED >= shared)
-        ids += sequence[shared:]
-        positions += range(shared, length)
-        targets += [(where[i - 1], sequence[i], number) for i in range(1, length) if mask[i]]
-        places.append((where, length - shared))
-    if not ids:  # a process without rows must still take part in the collectives
-        ids, positions, places = [0], [0], [([0], 1)]
-    sources, labels, owners = ([t[i] for t in targets] for i in range(3))
-    out = {"ids": [ids], "positions": [positions], "sources": sources, "labels": labels, "owners": owners}
-    return {k: torch.tensor(v, dtype=torch.long, device=device) for k, v in out.items()} | {"segments": Segments(places)}
-
-
-class Segments:
-    """How a packed sequence is divided, from the places of each sequence's tokens in it and how many of these it added:
-    `own`, the lengths of what each added; `cuts`, the lengths of pieces that no sequence begins or ends within; `seen`, which of
-    these each sequence is. Not a list, on whose length compiled layers would depend."""
-
-    def __init__(self, places: list[tuple[list[int], int]]):
-        places = [(where, own) for where, own in places if own]  # the others are there already, whole
-        spans = []
-        for where, _ in places:
-            breaks = [0, *(i for i in range(1, len(where)) if where[i] != where[i - 1] + 1), len(where)]
-            spans.append([(where[a], where[b - 1] + 1) for a, b in itertools.pairwise(breaks)])
-        borders = sorted({border for span in spans for piece in span for border in piece})
-        number = {border: i for i, border in enumerate(borders)}
-        self.own = [own for _, own in places]
-        self.cuts = [b - a for a, b in itertools.pairwise(borders)]
-        self.seen = [[i for a, b in span for i in range(number[a], number[b])] for span in spans]
-        self.first = [len(where) - own for where, own in places]  # the position of the first token that each added
-        self.block_mask = functools.lru_cache(self._block_mask)  # of all layers
-
-    def _block_mask(self, device, window: int | None):
-        """The same for flex attention: a token sees those of its sequence's pieces that are not behind it, nor `window` before it."""
-        import torch
-        from torch.nn.attention.flex_attention import create_block_mask
-
-        sees = torch.zeros(len(self.own), len(self.cuts), dtype=torch.bool)
-        for row, pieces in zip(sees, self.seen, strict=True):
-            row[pieces] = True
-        position = torch.cat([torch.arange(first, first + own) for first, own in zip(self.first, self.own, strict=True)]).to(device)
-        sequence, piece = (torch.arange(len(n)).repeat_interleave(torch.tensor(n)).to(device) for n in (self.own, self.cuts))
-        sees = sees.to(device)
-
-        def visible(batch, head, q, k):
-            back = position[q] - position[k]
-            return sees[sequence[q], piece[k]] & (back >= 0) & (back < (window or len(position)))
-
-        return create_block_mask(visible, None, None, len(position), len(position), device=device, _compile=device.type == "cuda")
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    softcap = getattr(config, "attn_logit_softcapping", None)
+    sinks = any(name.endswith("sinks") for name, _ in model.named_parameters())
+    if (model._is_stateful or not model._supports_attention_backend
+            or not kinds <= {"full_attention", "sliding_attention"}):
+        model.packing = "none"
+    elif "sliding_attention" in kinds or getattr(config, "sliding_window", None) or softcap or sinks:
+        model.packing = "mask"
+    else:
+        model.packing = "rows"
+        AttentionInterface.register("rows", torch.compiler.disable(row_attention))
+        model.set_attn_implementation("rows")
+    if softcap:
+        model.set_attn_implementation("eager")  # SDPA ignores the soft cap
 
 
-def packed_attention(module, query, key, value, attention_mask, scaling=None, segments=None, sliding_window=None, flex=False, **kwargs):
-    """Causal attention of a packed sequence, query (1, H, T, D), key and value (1, K, T, D) -> (1, T, H, D): what a
-    sequence added sees its common beginning and itself. One after the other, so that torch's fused kernels run and
-    nothing is computed across sequences, or (`flex`) all in one of flex attention's. An attention function of transformers, by
-    the names of "packed" and "packed_flex"."""
+def row_attention(module, query, key, value, attention_mask, *, rows, scaling=None, **_):
+    """Causal attention row by row inside a pack, so that fused kernels run and nothing is computed
+    across rows (a dense mask takes three times as long). query (1, H, T, D), key and value
+    (1, K, T, D) -> (1, T, H, D). `rows.lengths` is `rows` of `pack`: a row attends to itself and
+    to what it shares with its group's first. An attention function of transformers."""
     import torch
+    from torch.nn.attention.bias import causal_lower_right
 
-    if unknown := [k for k in ("s_aux", "softcap", "position_bias", "indices", "block_indices") if kwargs.get(k) is not None]:
-        raise InputError(f"this model's attention takes {unknown[0]}, which training does not know: choose another model")
-
-    def attend(q, k, v):
-        offset = k.shape[2] - q.shape[2]
-        windowed = sliding_window and k.shape[2] > sliding_window
-        if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape == v.shape and not windowed:
-            return cpu_attention()(q, k, v, scaling or q.shape[-1] ** -0.5)
-        groups = query.shape[1] // key.shape[1]
-        k, v = (x.repeat_interleave(groups, 1) if groups > 1 else x for x in (k, v))
-        mask = None
-        if offset or windowed:
-            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(offset)
-            if windowed:
-                mask = mask.triu(offset - sliding_window + 1)
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling)
-
-    segments = segments or Segments([(range(query.shape[2]), query.shape[2])])
-    if flex:
-        from transformers.integrations.flex_attention import flex_attention_forward
-
-        return flex_attention_forward(module, query, key, value, segments.block_mask(query.device, sliding_window), scaling)[0], None
-    keys, values = key.split(segments.cuts, dim=2), value.split(segments.cuts, dim=2)
-    out = [attend(q, *(torch.cat([x[i] for i in seen], 2) if len(seen) > 1 else x[seen[0]] for x in (keys, values)))
-           for q, seen in zip(query.split(segments.own, dim=2), segments.seen, strict=True)]
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    split, out = [x.split([own for _, own in rows.lengths], 2) for x in (query, key, value)], []
+    for (shared, own), q, k, v in zip(rows.lengths, *split, strict=True):
+        if not shared:
+            keys, values = k, v
+        else:
+            k, v = torch.cat([keys[:, :, :shared], k], 2), torch.cat([values[:, :, :shared], v], 2)
+        out.append(torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=causal_lower_right(own, shared + own), scale=scaling))
     return torch.cat(out, 2).transpose(1, 2).contiguous(), None
 
 
-@functools.cache
-def cpu_attention():
-    """Causal attention on a CPU in bf16: (query (1, H, T, D), key and value (1, K, N, D), scale) -> (1, H, T, D), the queries
-    those of the last T of N positions. Torch's forward pass, and a backward pass in about half of the time of torch's: all heads
-    together, `BLOCK` queries at a time with what they see (Dao 2023, FlashAttention-2, algorithm 2), in matrix products of bf16.
-    log P = scores - lse and dS / P = dP - delta are one product each, with lse and delta as two more columns: what is rounded
-    to bf16 is the small difference, not its two sides."""
+def target_log_probs(model, groups: list, share_prefix: bool = False):
+    """(log-probability (N,), number of its sequence (N,)) of each target in `groups` given what
+    precedes it, in float32. Without rows, one of value and gradient zero: a process without rows
+    must still take part in the collectives."""
     import torch
 
-    BLOCK, COLUMNS = 192, 16  # a multiple of 16 columns is a third faster than two
-
-    def widened(x, column):
-        """[x, column in two parts of bf16, zeros]."""
-        first = column.bfloat16()
-        return torch.cat([x, first, (column - first).bfloat16(), x.new_zeros(*x.shape[:-1], COLUMNS - 2)], -1)
-
-    class Attention(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, q, k, v, scale):
-            offset, mask = k.shape[2] - q.shape[2], None
-            if offset:
-                mask = torch.full((q.shape[2], k.shape[2]), -math.inf, dtype=q.dtype).triu(1 + offset)
-            heads = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-            out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                q, *heads, 0.0, mask is None, attn_mask=mask, scale=scale)
-            ctx.save_for_backward(q, k, v, out, lse)
-            ctx.scale = scale
-            return out
-
-        @staticmethod
-        def backward(ctx, grad):
-            q, k, v, out, lse = ctx.saved_tensors
-            (H, T, D), (K, N, _) = q.shape[1:], k.shape[1:]
-
-            def grouped(x, column):  # by the key's head: (K, H / K, T, D + COLUMNS)
-                return widened(x[0], column).view(K, H // K, T, -1)
-
-            minus = torch.zeros(K, N, COLUMNS, dtype=k.dtype)
-            minus[..., :2] = -1
-            keys, values = torch.cat([k[0], minus], -1), torch.cat([v[0], minus], -1)
-            queries = grouped(q, lse[0, ..., None] / ctx.scale)
-            grads = grouped(grad, (grad[0].float() * out[0]).sum(-1, keepdim=True))
-            dq, (dk, dv) = torch.empty_like(queries[..., :D]), torch.zeros(2, K, N, D)
-            count = -(-T // BLOCK)
-            for first, last in itertools.pairwise(T * i // count for i in range(count + 1)):
-                seen, size = N - T + last, last - first
-                qs, gs = (x[:, :, first:last].flatten(1, 2) for x in (queries, grads))
-                p = (qs @ keys[:, :seen].mT).mul_(ctx.scale).exp_()
-                p.unflatten(1, (-1, size))[..., seen - size :].tril_()
-                ds = (gs @ values[:, :seen].mT).mul_(p)
-                dv[:, :seen] += p.mT @ gs[..., :D]
-                dk[:, :seen] += ds.mT @ qs[..., :D]
-                dq[:, :, first:last] = (ds @ keys[:, :seen, :D]).unflatten(1, (-1, size))
-            return dq.view(1, H, T, D) * ctx.scale, (dk[None] * ctx.scale).to(k.dtype), dv[None].to(v.dtype), None
-
-    return Attention.apply
-
-
-def target_log_probs(model, packed: bool = True, flex: bool = False):
-    """Wrap a causal language model: forward(**pack(...)) -> (N,) the log-probability of each target given
-    what precedes it, in float32. The logits of `CHUNK` targets at a time are all that ever exists of
-    the (T, vocabulary) tensor; they are computed again for backward.
-
-    `packed` False, or a model that `can_pack` refuses: its own attention, one sequence at a time. `flex`: flex attention."""
-    import torch
-    from torch.utils.checkpoint import checkpoint
-    from transformers import AttentionInterface
-
-    CHUNK = 512
-    packed = packed and can_pack(model)
-    if packed:
-        name = "packed_flex" if flex else "packed"
-        AttentionInterface.register(name, torch.compiler.disable(functools.partial(packed_attention, flex=flex)))
-        model.set_attn_implementation(name)
-
-    class TargetLogProbs(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.model, self.packed = model, packed
-            self.log_probs = lambda h, y: -torch.nn.functional.cross_entropy(logits_of(model, h), y, reduction="none")
-            self._no_split_modules, self.tie_weights = model._no_split_modules, model.tie_weights  # for a user's own FSDP
-
-        def forward(self, ids, positions, sources, labels, segments, owners=None):
-            assert packed or len(segments.own) == 1, "this model's sequences cannot be packed"
-            hidden = model.get_decoder()(input_ids=ids, position_ids=positions, use_cache=False,
-                                         **({"segments": segments} if packed else {})).last_hidden_state[0]
-
-            if not len(labels):
-                return self.log_probs(hidden[:1], ids[0, :1]) * 0
-            return torch.cat([checkpoint(self.log_probs, hidden[s], y, use_reentrant=False)
-                              for s, y in zip(sources.split(CHUNK), labels.split(CHUNK), strict=True)])
-
-    return TargetLogProbs()
-
-
-def logits_of(model, hidden):
-    """The output layer: (T, hidden size) -> (T, vocabulary), float32 or more."""
-    import torch
-
-    logits, cap = model.get_output_embeddings()(hidden), getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    kind, rest = model.packing, {"use_cache": False}
+    sequences = [sequence for group in groups for sequence in group]
+    width = max((len(ids) for ids, _ in sequences), default=2) if kind == "none" else 1
+    *packed, rows = pack(groups or [[([0, 0], [False, True])]], share_prefix, width)
+    ids, positions, targets = (torch.tensor(x, device=model.device) for x in packed)
+    sources, labels, owners = targets.unbind(1)
+    if kind == "none":
+        logits = model(input_ids=ids.view(-1, width), **rest).logits.flatten(0, 1)[sources]
+    else:
+        rest |= {"rows": SimpleNamespace(lengths=rows)} if kind == "rows" else {}
+        logits = model(input_ids=ids[None], position_ids=positions[None], logits_to_keep=sources,
+                       **rest).logits[0]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return torch.tanh(logits / cap) * cap if cap else logits
+    log_probs = -torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    return log_probs * bool(groups), owners
 
 
-def can_pack(model) -> bool:
-    """Whether all that mixes a model's tokens is attention that `packed_attention` can take the place of."""
-    config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    state_space = any(hasattr(config, k) for k in ("ssm_state_size", "mamba_d_state", "state_size", "linear_num_value_heads"))
-    sinks = any(hasattr(m, "sinks") for m in model.modules())
-    return (kinds <= {"full_attention", "sliding_attention"} and model._supports_attention_backend and not state_space and not sinks
-            and not getattr(config, "attn_logit_softcapping", None))
-
-
-def learning_rate(step: int, total: int, peak: float, warmup_ratio: float, shape: str = "cosine") -> float:
-    """Learning rate of optimizer step 0 .. total - 1: linear warm-up over the first `warmup_ratio` of
-    all steps, then half a cosine to zero (paper 4.1), a line to zero, or constant."""
+def learning_rate(step: int, total: int, peak: float, warmup_ratio: float, shape="cosine") -> float:
+    """Learning rate of optimizer step 0 .. total - 1: linear warm-up over the first `warmup_ratio`
+    of all steps, then half a cosine to zero (paper 4.1), a line to zero, or constant."""
     warmup = math.ceil(total * warmup_ratio)
-    if step < warmup:
-        return peak * (step + 1) / warmup
     done = (step - warmup) / max(1, total - warmup)
     shapes = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}
     if shape not in shapes:
         raise InputError(f"unknown --lr_scheduler {shape!r}: one of {', '.join(shapes)}")
-    return peak * shapes[shape]
+    return peak * (step + 1) / warmup if step < warmup else peak * shapes[shape]
 
 
-def own_accelerate_config() -> bool:
-    """Whether the user's Accelerate configuration sets FSDP up: then it is left at that."""
-    fsdp, *others = (os.environ.get(f"ACCELERATE_USE_{k}", "").lower() in ("true", "1") for k in ("FSDP", "DEEPSPEED", "MEGATRON_LM"))
-    if any(others):
-        raise InputError("this loop does not run under DeepSpeed or Megatron, it shards the model itself: take an Accelerate "
-                         "configuration with FSDP, or without either (accelerate launch --config_file)")
-    return fsdp
-
-
-def make_accelerator(precision: str, log_with: str | None = None, out: str = ""):
-    """Accelerate, for the processes, devices and trackers; precision itself is up to `distribute`."""
+def make_accelerator(a):
+    """Accelerate, for processes, devices and trackers only: `prepare_model` shards the model."""
     from datetime import timedelta
 
     import torch
     from accelerate import Accelerator, InitProcessGroupKwargs
-    from accelerate.utils import LoggerType
 
-    if precision not in ("bf16", "fp32"):
-        raise InputError(f"unknown --precision {precision!r}: bf16 or fp32")
-    trackers = [t.value for t in LoggerType if t.value != "all"]
-    if log_with and log_with not in trackers:
-        raise InputError(f"unknown --log_with {log_with!r}: one of {', '.join(trackers)}")
+    if a.precision not in ("bf16", "fp32"):
+        raise InputError(f"unknown --precision {a.precision!r}: bf16 or fp32")
+    for kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{kind}", "").lower() in ("true", "1"):
+            raise InputError(f"the Accelerate configuration turns on {kind}, but training shards "
+                             "the model itself: launch with a configuration without it")
+    wait = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # while one process writes the model
     try:
-        return Accelerator(mixed_precision="bf16" if precision == "bf16" and own_accelerate_config() else "no",
-                           cpu=torch.backends.mps.is_available(),  # FSDP2 does not run on Apple's GPUs
-                           kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))],  # one process writes the model
-                           log_with=log_with, project_dir=f"{Path(out)}.logs" if log_with else None)
+        return Accelerator(cpu=torch.backends.mps.is_available(),  # FSDP2 needs CUDA or a CPU
+                           kwargs_handlers=[wait], log_with=a.log_with,
+                           project_dir=f"{Path(a.out)}.logs" if a.log_with else None)
     except (ImportError, ValueError) as e:
-        raise InputError(f"--log_with {log_with}: {e}") from None
+        raise InputError(f"--log_with {a.log_with}: {e}") from None
 
 
-def distribute(wrapped, accelerator, a):
-    """(wrapped, optimizer) for `a.precision`: with bf16, weights and optimizer state are float32 and the
-    computation is bf16.
+def prepare_model(model, accelerator, a):
+    """(model, optimizer), ready to train with the settings `a`: attention, adapters, FSDP2.
 
-    Every process holds its share of the float32 weights, gradients and AdamW's two averages (FSDP2, by decoder layer),
-    and gathers bf16 copies of a layer while that layer runs; a process alone is the same with a share of all.
-    Gradients are summed in float32. A user's own Accelerate configuration for FSDP or DeepSpeed wins."""
+    With `a.lora_rank`, adapters at all linear layers are trained and the rest is frozen (Hu et al.
+    2021). Each process holds its share of the float32 weights, gradients and AdamW averages of each
+    decoder layer; with `a.precision` bf16 it gathers a layer's weights, while it runs, in bf16.
+    Gradients are summed in float32. A single process does the same with a share of all."""
     import torch
     import torch.distributed as dist
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    if a.flex and accelerator.device.type != "cuda":
-        raise InputError("--flex needs a GPU: flex attention has no training on other devices")
-    model = wrapped.model
-    if a.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.train()  # checkpointing is skipped in eval mode
-    layers = model.get_decoder().layers
-    if a.compile:
-        for layer in layers:  # not with dynamic=True: a head's size would be open as well, which makes slow code
-            layer.compile()
-        wrapped.log_probs = torch.compile(wrapped.log_probs)
-    optimizer = functools.partial(torch.optim.AdamW, lr=a.lr, weight_decay=a.weight_decay, fused=True)
-    own = own_accelerate_config()
-    if not own and not dist.is_initialized():
-        dist.init_process_group("nccl" if accelerator.device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
-    mesh = None if own else dist.init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if a.precision == "bf16" else None, reduce_dtype=torch.float32)
-    for module in [*layers, wrapped]:
-        for p in module.parameters():
-            if (p.requires_grad or a.precision == "fp32") and p.dtype != torch.float32:
-                p.data = p.data.float()
-        if not own:
-            fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=None if accelerator.num_processes > 1 else False)
-    if own:
-        prepared, optimizer = accelerator.prepare(wrapped, optimizer([p for p in wrapped.parameters() if p.requires_grad]))
-        prepared.packed = wrapped.packed
-        return prepared, optimizer
-    wrapped.to(accelerator.device)
-    return wrapped, optimizer([p for p in wrapped.parameters() if p.requires_grad])
-
-
-def micro_batches(wrapped, micros: list, accelerator):
-    """The micro-batches of an optimizer step. A process alone keeps its bf16 weights from one to the next; where weights
-    are shared out, that would take the memory of a whole model."""
-    for i, micro in enumerate(micros, 1):
-        if accelerator.num_processes == 1 and hasattr(wrapped, "set_reshard_after_backward"):
-            wrapped.set_reshard_after_backward(i == len(micros))
-        yield micro
-
-
-def prepare_model(model, a):
-    """The model with what `a.lora_rank` (Hu et al. 2021: adapters at all linear layers, the rest frozen) and `a.liger` ask for."""
     if a.lora_rank:
         try:
             from peft import LoraConfig, get_peft_model
         except ImportError:
             raise InputError("--lora_rank needs peft: pip install peft") from None
-        config = LoraConfig(r=a.lora_rank, lora_alpha=2 * a.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM")
-        model = get_peft_model(model, config)
-    if a.liger:
-        try:
-            from transformers.integrations.liger import apply_liger_kernel
+        model = get_peft_model(model, LoraConfig(
+            r=a.lora_rank, lora_alpha=2 * a.lora_rank, target_modules="all-linear",
+            task_type="CAUSAL_LM"))
+    if a.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()  # transformers skips checkpointing in eval mode
+    layers, processes = model.get_decoder().layers, accelerator.num_processes
+    if a.compile:
+        for layer in layers:
+            layer.compile()
+    device = accelerator.device.type
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", store=dist.HashStore(),
+                                rank=0, world_size=1)
+    bf16, trained = a.precision == "bf16", [p for p in model.parameters() if p.requires_grad]
+    for p in trained if bf16 else model.parameters():
+        p.data = p.data.float()
+    policy = MixedPrecisionPolicy(torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32)
+    for module in [*layers, model]:
+        fully_shard(module, mesh=dist.init_device_mesh(device, (processes,)), mp_policy=policy)
+    model.to(accelerator.device)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return model, torch.optim.AdamW(trained, lr=a.lr, weight_decay=a.weight_decay, fused=True)
 
-            apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
-        except ImportError:
-            raise InputError("--liger needs a GPU and liger-kernel: pip install liger-kernel") from None
-    used = {id(p) for module in (model.get_decoder(), model.get_output_embeddings()) for p in module.parameters()}
-    for p in model.parameters():  # a vision tower has no part in this
-        p.requires_grad_(p.requires_grad and id(p) in used)
-    return model
 
+def clip_gradients(model, limit: float) -> float:
+    """Scale all gradients together to at most this norm (0: no limit); returns the norm before."""
+    import torch
 
-def clip_gradients(wrapped, accelerator, limit: float) -> float:
-    """Scale all gradients together to at most this norm (0: leave them); returns the norm before."""
-    norm = accelerator.clip_grad_norm_(wrapped.parameters(), limit or math.inf)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit or math.inf)
     return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
 
 class Training:
-    """Checkpoints, metrics and the final model of one training run, in `out`.partial/ until it is done.
+    """Checkpoints, metrics and the final model of one training run, in `out`.partial/ until it ends.
 
-    A run that was killed goes on at its last checkpoint if it has the same settings, but for the `FREE` ones, and data; else
-    it starts over. The finished model replaces `out` in one rename."""
+    A killed run resumes from its last checkpoint if data and settings are the same, except for the
+    settings in `FREE`; else it starts over. The finished model replaces `out` in one rename."""
 
-    # these change rounding at most
-    FREE = ("out", "log_with", "micro_tokens", "share_prefix", "gradient_checkpointing", "compile", "flex", "liger", "save_steps")
+    # these change results by rounding at most
+    FREE = {"out", "log_with", "micro_tokens", "share_prefix", "gradient_checkpointing", "compile",
+            "save_steps"}
 
-    def __init__(self, out: str, accelerator, wrapped, optimizer, settings: dict, total: int, save_steps: int):
-        from accelerate.utils import broadcast_object_list
-
-        self.out = Path(out)
+    def __init__(self, a, accelerator, model, optimizer, tokenizer, total: int):
+        self.a, self.out, self.accelerator, self.model = a, Path(a.out), accelerator, model
+        self.optimizer, self.tokenizer, self.total = optimizer, tokenizer, total
+        self.start, self.log = 0, []
         self.partial = self.out.with_name(f"{self.out.name}.partial")
-        self.accelerator, self.wrapped, self.optimizer, self.total, self.save_steps = accelerator, wrapped, optimizer, total, save_steps
-        self.key, self.start, self.log = digest({k: v for k, v in settings.items() if k not in self.FREE}), 0, []
-        if self.out.exists() and not (self.out.is_dir() and (list(self.out.glob("*config.json")) or not any(self.out.iterdir()))):
-            raise InputError(f"--out {out} is there and is not a model, which the new one would take the place of: choose another")
+        settings = {**dataclasses.asdict(a), "model": model_id(a.model)}
+        self.key = digest({k: v for k, v in settings.items() if k not in self.FREE},
+                          tokenizer.chat_template, read_rows(a.data)[: a.limit])
+        if self.out.exists() and not (self.out.is_dir() and (
+                list(self.out.glob("*config.json")) or not any(self.out.iterdir()))):
+            raise InputError(f"--out {a.out} exists and is not a model: choose another")
         state, metrics = self.partial / "state.json", self.partial / "metrics.jsonl"
         if accelerator.is_main_process:
-            self.append = Appender(metrics)  # from here on a second run on the same folder is refused
-        [saved] = broadcast_object_list([json.loads(state.read_text()) if state.exists() else {}])
+            self.append = Appender(metrics)  # refuses a second run on the same folder
+        saved = json.loads(state.read_text()) if state.exists() else {}
         if saved.get("settings") == self.key:
             self._load(self.partial / saved["checkpoint"])
-            self.start = saved["step"]
-            self.log = read_rows(metrics)[: self.start]
-            accelerator.print(f"going on from step {self.start} of {total} ({self.partial})")
+            self.start, self.log = saved["step"], read_rows(metrics)[: saved["step"]]
+            accelerator.print(f"resuming from step {self.start} of {total} ({self.partial})")
         elif saved:
-            accelerator.print(f"starting over: {self.partial} is of other settings or data")
-        accelerator.wait_for_everyone()  # all have read what the main process cuts off
+            accelerator.print(f"starting over: {self.partial} has other settings or data")
+        accelerator.wait_for_everyone()  # all have read what the main process deletes
         if accelerator.is_main_process:
-            for path in self.partial.iterdir() if not self.start else []:
-                if path != metrics:
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            for path in set(self.partial.iterdir()) - {metrics} if not self.start else ():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
             self.append.keep(self.start)
         if accelerator.log_with:
-            accelerator.init_trackers(self.out.name, {k: v for k, v in settings.items() if isinstance(v, int | float | str)})
+            accelerator.init_trackers(self.out.name, {
+                k: v for k, v in settings.items() if isinstance(v, int | float | str)})
         accelerator.wait_for_everyone()
 
-    def check(self, done: int, loss: float, norm: float, rows: list) -> None:
-        """Raise `InputError` before the weights take a step that they would not come back from: a loss or
-        gradient that is not finite, or a loss 10 times the highest of the first ten steps."""
+    def check(self, done: int, loss: float, norm: float, lines: list) -> None:
+        """Raise `InputError`, before the weights are updated, if loss or gradient is not finite or
+        the loss is 10 times the highest of the first ten steps. `lines`: the batch's in the data."""
         early = [row["loss"] for row in self.log[:10]]
         if not math.isfinite(loss + norm) or (len(early) == 10 and loss > 10 * max(early)):
-            raise InputError(f"the loss is {loss:.4g} and the gradient's norm {norm:.4g} at step {done}: lower --lr, or look at "
-                             f"rows {', '.join(map(str, sorted(rows)))} of the data, from 1; the last checkpoint is in {self.partial}")
+            raise InputError(
+                f"the loss is {loss:.4g} and the gradient norm {norm:.4g} at step {done}: lower "
+                f"--lr, or look at lines {', '.join(map(str, sorted(lines)))} of {self.a.data}; "
+                f"the last checkpoint is in {self.partial}")
 
     def step(self, done: int, metrics: dict) -> str:
-        """Log optimizer step `done` (1-based), checkpoint every `save_steps`; returns a line for the bar."""
+        """Log optimizer step `done` (from 1), save a checkpoint every --save_steps steps; returns a
+        line for the progress bar."""
         import resource
 
         import torch
 
-        gpu = self.accelerator.device.type == "cuda"
-        metrics["memory_gb"] = (torch.cuda.max_memory_allocated() / 1e9 if gpu else
-                                resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9)
-        row = {"step": done, **{k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in metrics.items()}}
+        peak = (torch.cuda.max_memory_allocated() if self.accelerator.device.type == "cuda" else
+                resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        metrics["memory_gb"] = peak / 1e9
+        row = {"step": done, **{k: float(f"{v:.6g}") for k, v in metrics.items()}}
         self.log.append(row)
         if self.accelerator.is_main_process:
             self.append(row)
         if self.accelerator.log_with:
             self.accelerator.log(metrics, step=done)
-        if self.save_steps and done % self.save_steps == 0 and done < self.total:
-            folder = self.partial / f"step-{done}"
-            temporary = folder.with_name(folder.name + ".tmp")
-            self._save(temporary)
-            self.accelerator.wait_for_everyone()
-            if self.accelerator.is_main_process:
-                shutil.rmtree(folder, ignore_errors=True)
-                temporary.rename(folder)
-                write_text(self.partial / "state.json", json.dumps({"settings": self.key, "step": done, "checkpoint": folder.name}))
-                for old in self.partial.glob("step-*"):  # keep the last two
-                    if not old.name.endswith(".tmp") and int(old.name.split("-")[1]) <= done - 2 * self.save_steps:
-                        shutil.rmtree(old)
-            self.accelerator.wait_for_everyone()
-        return (f"loss {metrics['loss']:.3f}, lr {metrics['lr']:.1e}, {metrics['tokens_per_second']:.0f} tok/s, "
-                f"{metrics['memory_gb']:.1f} GB")
+        if self.a.save_steps and done % self.a.save_steps == 0 and done < self.total:
+            self._save(done)
+        return (f"loss {metrics['loss']:.3f}, lr {metrics['lr']:.1e}, "
+                f"{metrics['tokens_per_second']:.0f} tok/s, {metrics['memory_gb']:.1f} GB")
 
-    def _save(self, folder: Path) -> None:
-        if own_accelerate_config():
-            self.accelerator.save_state(str(folder))
-            return
-        import torch.distributed.checkpoint as dcp
+    def _state(self) -> dict:
         from torch.distributed.checkpoint.state_dict import get_state_dict
 
-        model, optimizer = get_state_dict(self.wrapped, self.optimizer)
+        return dict(zip(("model", "optimizer"), get_state_dict(self.model, self.optimizer),
+                        strict=True))
+
+    def _save(self, done: int) -> None:
+        import torch.distributed.checkpoint as dcp
+
+        folder, temporary = (self.partial / f"step-{done}{end}" for end in ("", ".tmp"))
         try:
-            dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=folder)
-        except dcp.api.CheckpointException as e:  # a full disk, for one
-            raise next((error for error, _ in e.failures.values() if isinstance(error, OSError)), RuntimeError(str(e))) from None
+            dcp.save(self._state(), checkpoint_id=temporary)
+        except dcp.api.CheckpointException as e:  # for example a full disk
+            raise next((error for error, _ in e.failures.values() if isinstance(error, OSError)),
+                       RuntimeError(str(e))) from None
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            shutil.rmtree(folder, ignore_errors=True)
+            temporary.rename(folder)
+            write_text(self.partial / "state.json", json.dumps(
+                {"settings": self.key, "step": done, "checkpoint": folder.name}))
+            shutil.rmtree(self.partial / f"step-{done - 2 * self.a.save_steps}", ignore_errors=True)
+        self.accelerator.wait_for_everyone()
 
     def _load(self, folder: Path) -> None:
-        if own_accelerate_config():
-            self.accelerator.load_state(str(folder))
-            return
         import torch.distributed.checkpoint as dcp
-        from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+        from torch.distributed.checkpoint.state_dict import set_state_dict
 
-        model, optimizer = get_state_dict(self.wrapped, self.optimizer)
-        dcp.load({"model": model, "optimizer": optimizer}, checkpoint_id=folder)
-        set_state_dict(self.wrapped, self.optimizer, model_state_dict=model, optim_state_dict=optimizer)
+        state = self._state()
+        dcp.load(state, checkpoint_id=folder)
+        set_state_dict(self.model, self.optimizer, model_state_dict=state["model"],
+                       optim_state_dict=state["optimizer"])
 
-    def finish(self, base: str, tokenizer, merge: bool, card: str) -> None:
-        """Write the model in Hugging Face format, in the dtype of `base`, with tokenizer, chat template,
-        metrics.jsonl, curves.png and a model card, then put it in place of `out`. Adapters are merged
-        into `base` with `merge`, else written alone."""
+    def finish(self, method: str) -> None:
+        """Write the model in Hugging Face format, in the base model's dtype, with tokenizer, chat
+        template, metrics.jsonl, curves.png and a model card, then put it in place of `out`. Adapters
+        are merged into the base model with --lora_merge, else written alone."""
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
         from transformers import AutoModelForCausalLM
 
-        if own_accelerate_config():
-            weights = self.accelerator.get_state_dict(self.wrapped)
-        else:
-            weights = get_model_state_dict(self.wrapped, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        a, final = self.a, self.partial / "final"
+        weights = get_model_state_dict(self.model, options=StateDictOptions(
+            full_state_dict=True, cpu_offload=True))
         if self.accelerator.is_main_process:
-            final, model = self.partial / "final", self.accelerator.unwrap_model(self.wrapped).model
             shutil.rmtree(final, ignore_errors=True)
-            weights = {k.removeprefix("model.").replace("_orig_mod.", ""): v for k, v in weights.items()}
-            plain = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
-            if hasattr(model, "peft_config"):
+            base = AutoModelForCausalLM.from_pretrained(a.model, dtype="auto")
+            if a.lora_rank:
                 from peft import PeftModel
 
-                model.save_pretrained(final, state_dict=weights)
-                if merge:
-                    plain = PeftModel.from_pretrained(plain, final).merge_and_unload()
+                self.model.save_pretrained(final, state_dict=weights)
+                base = PeftModel.from_pretrained(base, final)
+                if a.lora_merge:
                     shutil.rmtree(final)
-                    plain.save_pretrained(final)
+                    base = base.merge_and_unload()
             else:
-                missing, unknown = plain.load_state_dict(weights, strict=False)
-                plain.tie_weights()
-                assert not unknown and set(missing) <= set(getattr(plain, "all_tied_weights_keys", None) or {}), (missing, unknown)
-                plain.save_pretrained(final)
-            tokenizer.save_pretrained(final)
+                base.load_state_dict(weights)
+            base.save_pretrained(final)
+            self.tokenizer.save_pretrained(final)
             write_rows(final / "metrics.jsonl", self.log)
             plot_curves(self.log, final / "curves.png")
-            write_text(final / "README.md", card)
-            del plain, weights
+            write_text(final / "README.md", f"# {a.out}\n\n{a.model} after {method} on {a.data}.\n\n"
+                       f"Settings: `{json.dumps(dataclasses.asdict(a))}`\n\n"
+                       f"Last step: `{json.dumps(self.log[-1:])}`; all steps in metrics.jsonl and "
+                       "curves.png.\n")
             if self.out.is_symlink():
                 self.out.unlink()
             elif self.out.exists():
                 shutil.rmtree(self.out)
             final.rename(self.out)
             for file in self.out.glob("*config.json"):
-                os.utime(file)  # the file Make looks at
+                os.utime(file)  # Make looks at this file
             self.append.__exit__()
             shutil.rmtree(self.partial)
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
 
 
-def plot_curves(log: list[dict], path) -> None:
-    """A picture of the metrics over the steps: loss and, of DPO, accuracy and margin; the held-out rows' beside them."""
+def plot_curves(log: list[dict], path) -> None:  # moves to data/report/report.py
+    """Plot the metrics over the steps, training and held out."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    names = [k for k in ("loss", "reward_accuracy", "reward_margin", "lr", "grad_norm") if log and k in log[0]]
-    figure, axes = pyplot.subplots(1, max(1, len(names)), figsize=(4 * max(1, len(names)), 3), squeeze=False)
+    names = [k for k in ("loss", "reward_accuracy", "reward_margin", "lr", "grad_norm")
+             if log and k in log[0]]
+    figure, axes = pyplot.subplots(1, max(1, len(names)), figsize=(4 * max(1, len(names)), 3),
+                                   squeeze=False)
     for ax, name in zip(axes[0], names, strict=False):
         ax.plot([r["step"] for r in log], [r[name] for r in log], label="training")
         if held := [(r["step"], r[f"eval_{name}"]) for r in log if f"eval_{name}" in r]:
