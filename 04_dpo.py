@@ -1,14 +1,15 @@
 """Stage 4 (paper 3.3, equation 8): DPO on contrastive plan pairs.
 
-    python 04_dpo.py --model runs/sciworld/sft --data runs/sciworld/pairs.jsonl --out runs/sciworld/mpo
+    python 04_dpo.py --data runs/sciworld/pairs.jsonl --out runs/sciworld/mpo
     accelerate launch --num_processes 8 04_dpo.py ...          # all GPUs of a machine, FSDP2
 
 --data is JSONL with {"prompt": [...], "chosen": [...], "rejected": [...]}, lists of messages. The
 reference model is --model before the first step: its log-probabilities are computed once and stored
-with the checkpoints, so no second model is in memory. Writes --out: the model in Hugging Face format,
-metrics.jsonl (one row per optimizer step: loss, reward_accuracy, reward_chosen, reward_rejected,
-reward_margin, logp_chosen, logp_rejected, lr, grad_norm, tokens_per_second, memory_gb and, at the end
-of an epoch, eval_loss, eval_reward_accuracy, eval_reward_margin), curves.png and a model card.
+with the checkpoints, so no second model is in memory. Writes --out: the model in Hugging Face
+format, metrics.jsonl (one row per optimizer step: loss, reward_accuracy, reward_chosen,
+reward_rejected, reward_margin, logp_chosen, logp_rejected, lr, grad_norm, tokens_per_second,
+memory_gb and, at the end of an epoch, eval_loss, eval_reward_accuracy, eval_reward_margin),
+curves.png and a model card.
 """
 
 import collections
@@ -92,8 +93,8 @@ def load_pairs(a: Args, tokenizer, say=print) -> list[tuple]:
 
 
 def pair_log_probs(model, pairs: list[tuple], share_prefix: bool):
-    """log pi(p|u) of chosen and rejected, each summed over its target tokens: (P, 2), float32. Zeros
-    (1, 2) without pairs: such a process must still take part in the collectives."""
+    """log pi(p|u) of chosen and rejected, each summed over its target tokens: (P, 2), float32.
+    Zeros (1, 2) without pairs: such a process must still take part in the collectives."""
     log_probs, owners = common.target_log_probs(model, [sides for sides, *_ in pairs], share_prefix)
     sums = log_probs.new_zeros(2 * max(1, len(pairs)))
     return sums.index_add(0, owners, log_probs).view(-1, 2)

@@ -1,12 +1,12 @@
 """Speed and memory of the two training loops beside TRL: python tests/bench_train.py [--rounds 3]
 
 Same model, same rows (planner prompts of 400-700 tokens, plans of 60-150, which begin differently),
-float32 weights and AdamW state, bf16 computation, --batch rows or pairs per optimizer step. Each run
-is a process of its own and runs alternate. TRL runs without gradient checkpointing with each of
+float32 weights and AdamW state, bf16 computation, --batch rows or pairs per optimizer step. Each
+run is a process of its own and runs alternate. TRL runs without gradient checkpointing with each of
 --micros as its micro-batch in rows (DPO: pairs), and compiled with the faster of these; its fastest
 run counts, for memory too. For SFT it also runs with packing. TRL's reference log-probabilities are
-computed before training, as ours are. A rate is the median over all steps but the first of each run;
-memory is the peak of the process (CPU) or of the allocator (GPU).
+computed before training, as ours are. A rate is the median over all steps but the first of each
+run; memory is the peak of the process (CPU) or of the allocator (GPU).
 """
 
 import argparse

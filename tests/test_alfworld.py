@@ -15,7 +15,19 @@ import pytest
 from conftest import ROOT, check_run, run_script
 
 import common
-from common import NO_ACTION, AlfredGame, ALFWorld, EnvPool, InputError, Model, Prompts, RolloutConfig, check_plan, rollouts, task_type
+from common import (
+    NO_ACTION,
+    AlfredGame,
+    ALFWorld,
+    EnvPool,
+    InputError,
+    Model,
+    Prompts,
+    RolloutConfig,
+    check_plan,
+    rollouts,
+    task_type,
+)
 
 pytest.importorskip("alfworld")
 DATA = Path(os.environ.get("ALFWORLD_DATA") or "~/.cache/alfworld").expanduser()
