@@ -1,8 +1,7 @@
 """Stage 4 (paper 3.3, equation 8): DPO on contrastive plan pairs.
 
-    python 04_dpo.py --model runs/sciworld/sft --data runs/sciworld/pairs.jsonl --out
-    runs/sciworld/mpo accelerate launch --num_processes 8 04_dpo.py ...          # all GPUs of a
-    machine, FSDP2
+    python 04_dpo.py --data runs/sciworld/pairs.jsonl --out runs/sciworld/mpo
+    accelerate launch --num_processes 8 04_dpo.py ...          # all GPUs of a machine, FSDP2
 
 --data is JSONL with {"prompt": [...], "chosen": [...], "rejected": [...]}, lists of messages. The
 reference model is --model before the first step: its log-probabilities are computed once and stored
