@@ -39,10 +39,10 @@ class Args:
     gradient_checkpointing: bool = arg(False, "recompute activations in the backward pass: less "
                                        "memory, a third slower")
     compile: bool = arg(False, "torch.compile the decoder layers: slow first steps, then faster")
-    lora_rank: int = arg(0, "train adapters of this rank (pip install peft), 0: all weights (paper)")
+    lora_rank: int = arg(0, "train adapters of this rank, 0: all weights (paper)")
     lora_merge: bool = arg(True, "merge the adapters into the model at the end, as the next stages "
                            "expect; False: write them alone")
-    eval_share: float = arg(0.0, "share of tasks held out for a loss after each epoch (paper: none)")
+    eval_share: float = arg(0.0, "share of tasks held out for a loss per epoch (paper: none)")
     log_with: Optional[str] = arg(None, "also log to a tracker: tensorboard, wandb, trackio, ...")
     save_steps: int = arg(50, "optimizer steps between checkpoints, 0: none")
     limit: Optional[int] = arg(None, "use only the first N rows")
@@ -95,8 +95,6 @@ def main(a: Args) -> None:
     accelerator = common.make_accelerator(a)
     world, rank = accelerator.num_processes, accelerator.process_index
     model, tokenizer = common.load_model(a.model)
-    if model.packing == "none":
-        a.micro_tokens = 0  # one row per micro-batch
     rows, held = common.hold_out(load_rows(a, tokenizer, accelerator.print), a)
     plan = [step for epoch in range(a.epochs) for step in common.plan_epoch(
         common.lengths(rows), a.batch_size, a.micro_tokens, world, a.seed, epoch)]

@@ -46,7 +46,7 @@ class Args:
     gradient_checkpointing: bool = arg(False, "recompute activations in the backward pass: less "
                                        "memory, a third slower")
     compile: bool = arg(False, "torch.compile the decoder layers: slow first steps, then faster")
-    lora_rank: int = arg(0, "train adapters of this rank (pip install peft), 0: all weights (paper)")
+    lora_rank: int = arg(0, "train adapters of this rank, 0: all weights (paper)")
     lora_merge: bool = arg(True, "merge the adapters into the model at the end, as the next stages "
                            "expect; False: write them alone")
     eval_share: float = arg(0.0, "share of tasks held out for loss, accuracy and margin after each "
@@ -79,7 +79,8 @@ def load_pairs(a: Args, tokenizer, say=print) -> list[tuple]:
         sides = []
         for side in ("chosen", "rejected"):
             if not isinstance(row["prompt"], list) or not isinstance(row[side], list):
-                raise InputError(f"{a.data}:{line}: `prompt` and `{side}` must be lists of messages")
+                raise InputError(f"{a.data}:{line}: `prompt` and `{side}` must be lists of "
+                                 "messages")
             sides.append(common.tokenize(row["prompt"] + row[side], tokenizer, f"{a.data}:{line}"))
             if not any(sides[-1][1]):
                 raise InputError(f"{a.data}:{line}: `{side}` has no assistant message")
@@ -109,7 +110,8 @@ def log_probs_without_gradient(model, pairs: list[tuple], a: Args, accelerator):
     [micros] = common.plan_epoch(common.lengths(pairs, a.share_prefix), len(pairs), a.micro_tokens,
                                  accelerator.num_processes, 0, 0)
     mine = micros[accelerator.process_index :: accelerator.num_processes]
-    for micro in tqdm(mine, "log-probabilities", disable=not accelerator.is_main_process, leave=False):
+    quiet = not accelerator.is_main_process
+    for micro in tqdm(mine, "log-probabilities", disable=quiet, leave=False):
         with torch.no_grad():
             log_probs = pair_log_probs(model, [pairs[i] for i in micro], a.share_prefix)
         if micro:
@@ -145,8 +147,6 @@ def main(a: Args) -> None:
     world, rank = accelerator.num_processes, accelerator.process_index
     model, tokenizer = common.load_model(a.model)
     a.share_prefix = a.share_prefix and model.packing == "rows"
-    if model.packing == "none":
-        a.micro_tokens = 0  # one pair per micro-batch
     pairs, held = common.hold_out(load_pairs(a, tokenizer, accelerator.print), a)
     plan = [step for epoch in range(a.epochs) for step in common.plan_epoch(
         common.lengths(pairs, a.share_prefix), a.batch_size, a.micro_tokens, world, a.seed, epoch)]

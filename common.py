@@ -3,9 +3,9 @@
     1. rows          JSONL files: read, append, resume
     2. prompts       messages for the planner and the agent; parsing of plans and actions
     3. environments  the protocol of data/NAME/env.py, and the pool of worker processes
-    4. models        serve a local model; ask any model through the OpenAI chat protocol
-    5. rollouts      one episode; many episodes at once
-    6. training      what the SFT loop and the DPO loop share
+    4. rollouts      one episode; many episodes at once
+    5. training      what the SFT loop and the DPO loop share
+    6. models        asked through the OpenAI protocol, served if local (data/models.py)
 
 Symbols follow the paper: u a task instruction, p a meta plan, e a trajectory, r its reward in
 [0, 1], Q(p) the mean reward of N rollouts with plan p, M plans per task.
@@ -34,8 +34,6 @@ import random
 import re
 import shutil
 import signal
-import socket
-import subprocess
 import sys
 import threading
 import time
@@ -43,7 +41,6 @@ import urllib.request
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent
 DATA = ROOT / "data"
@@ -231,11 +228,9 @@ def model_id(model: str, url: str | None = None) -> str:
         return model
     h = hashlib.sha256()
     for file in sorted([*path.glob("*.safetensors"), path / "config.json"]):
-        size = file.stat().st_size
-        h.update(f"{file.name} {size}".encode())
         with file.open("rb") as f:
             for i in range(64):
-                f.seek(size * i // 64)
+                f.seek(file.stat().st_size * i // 64)
                 h.update(f.read(4096))
     return f"{path.name}-{h.hexdigest()[:12]}"
 
@@ -476,67 +471,60 @@ def _call_session(*args):
     return _sessions.call(*args)
 
 
-class Worker:
-    """One worker process: an executor with a single process, started again after it has died."""
-
-    died: tuple = (BrokenExecutor, TimeoutError)  # what a call raises then
-
-    def __init__(self, env: str, sessions: int):
-        self.env, self.sessions, self.live, self.executor = env, sessions, 0, None
-
-    def start(self):
-        """The executor, a new one if there is none alive."""
-        if self.executor is None:
-            spawn, args = multiprocessing.get_context("spawn"), (self.env, self.sessions)
-            self.executor = ProcessPoolExecutor(1, spawn, _start_worker, args)
-            self._pid = self.executor.submit(os.getpid)
-        return self.executor
-
-    @property
-    def pid(self) -> int:
-        return self._pid.result()
-
-    def submit(self, *args):
-        """A future of `Sessions.call(*args)`."""
-        return self.executor.submit(_call_session, *args)
-
-    def kill(self) -> None:
-        executor, self.executor = self.executor, None
-        if executor:
-            if self._pid.done() and not self._pid.exception():
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(self.pid, signal.SIGKILL)
-            executor.shutdown(wait=False, cancel_futures=True)
-
-
-class RayWorker(Worker):
-    """The same as an actor on a Ray cluster: that of RAY_ADDRESS, or a new one on this machine. The
-    repository, its packages and the environment's data must be at the same paths on all nodes."""
+class RayExecutor:
+    """An actor on a Ray cluster as an executor of `Sessions.call`. The cluster is that of
+    RAY_ADDRESS, or a new one on this machine. The repository, its packages and the environment's
+    data must be at the same paths on all nodes."""
 
     def __init__(self, env: str, sessions: int):
         import ray
 
-        super().__init__(env, sessions)
-        self.ray, self.died = ray, (ray.exceptions.RayActorError, TimeoutError)
         if not ray.is_initialized():
             variables = {k: os.environ[k] for k in environment(env).VARIABLES if k in os.environ}
             ray.init(os.environ.get("RAY_ADDRESS") or "local", log_to_driver=False,
                      logging_level="ERROR", runtime_env={"env_vars": {
                          "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "0", **variables}})
-
-    def start(self):
-        if self.executor is None:
-            actor = self.ray.remote(num_cpus=1)(Sessions)
-            self.executor = actor.remote(self.env, self.sessions)
-        return self.executor
+        self.ray, self.died = ray, (ray.exceptions.RayActorError, TimeoutError)
+        self.actor = ray.remote(num_cpus=1)(Sessions).remote(env, sessions)
 
     def submit(self, *args):
-        return self.executor.call.remote(*args).future()
+        return self.actor.call.remote(*args).future()
 
     def kill(self) -> None:
-        actor, self.executor = self.executor, None
-        if actor:
-            self.ray.kill(actor)
+        self.ray.kill(self.actor)
+
+
+class ProcessExecutor:
+    """A process of this machine as an executor of `Sessions.call`."""
+
+    died = (BrokenExecutor, TimeoutError)  # errors of a call when the process died or hangs
+
+    def __init__(self, env: str, sessions: int):
+        spawn = multiprocessing.get_context("spawn")
+        self.pool = ProcessPoolExecutor(1, spawn, _start_worker, (env, sessions))
+        self.pid = self.pool.submit(os.getpid)
+
+    def submit(self, *args):
+        return self.pool.submit(_call_session, *args)
+
+    def kill(self) -> None:
+        if self.pid.done() and not self.pid.exception():
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid.result(), signal.SIGKILL)
+        self.pool.shutdown(wait=False, cancel_futures=True)
+
+
+@dataclasses.dataclass
+class Worker:
+    """A slot of the pool: its executor, None before it starts and after it died, and the number of
+    its live sessions."""
+
+    executor: ProcessExecutor | RayExecutor | None = None
+    live: int = 0
+
+    @property
+    def pid(self) -> int:
+        return self.executor.pid.result()
 
 
 class EnvPool:
@@ -555,8 +543,9 @@ class EnvPool:
         os.environ["PYTHONHASHSEED"] = "0"  # of the workers: simulators iterate over sets
         cls = environment(env)
         cls.prepare()
-        kind = RayWorker if ray else Worker
-        self.workers = [kind(env, max(1, sessions // workers)) for _ in range(workers)]
+        kind = RayExecutor if ray else ProcessExecutor
+        self.start = functools.partial(kind, env, max(1, sessions // workers))
+        self.workers = [Worker() for _ in range(workers)]
         self.shares_tasks, self.homes, self.numbers = cls.shares_tasks, {}, itertools.count()
 
     async def __aenter__(self):
@@ -564,7 +553,13 @@ class EnvPool:
 
     async def __aexit__(self, *_):
         for worker in self.workers:
-            worker.kill()
+            self._kill(worker)
+
+    @staticmethod
+    def _kill(worker: Worker) -> None:
+        executor, worker.executor = worker.executor, None
+        if executor:
+            executor.kill()
 
     @contextlib.asynccontextmanager
     async def session(self, task: str | None = None):
@@ -576,17 +571,18 @@ class EnvPool:
             worker = home if home.live <= 2 * worker.live + 8 else worker
             self.homes[task] = worker
         worker.live += 1
-        number, executor = next(self.numbers), worker.start()
+        number, worker.executor = next(self.numbers), worker.executor or self.start()
+        executor = worker.executor
 
         async def call(method, *args, deadline=120.0):
             try:
                 if worker.executor is not executor:
                     raise BrokenExecutor
-                future = asyncio.wrap_future(worker.submit(number, method, args))
+                future = asyncio.wrap_future(executor.submit(number, method, args))
                 return await asyncio.wait_for(future, deadline)
-            except (BrokenExecutor, *worker.died) as e:
+            except (BrokenExecutor, *executor.died) as e:
                 if worker.executor is executor:
-                    worker.kill()
+                    self._kill(worker)
                 what = (f"did not answer {method} within {deadline:.0f} s"
                         if isinstance(e, TimeoutError) else "died")
                 raise WorkerDied(f"an environment worker {what}; finished rows are kept, run the "
@@ -598,7 +594,7 @@ class EnvPool:
             worker.live -= 1
             if worker.executor is executor:
                 with contextlib.suppress(BrokenExecutor):
-                    worker.submit(number, "close", ())
+                    executor.submit(number, "close", ())
 
     async def use(self, task: str, play, attempts: int = 3, on_retry=lambda: None):
         """`play(session)` in a session for the task. If its worker dies, `on_retry()` and another
@@ -657,10 +653,8 @@ async def list_tasks(pool: EnvPool, env: str, split: str, tasks_file: str | None
     if tasks_file:
         try:
             tasks = [f"{kind}/{v}" for kind, v in json.loads(Path(tasks_file).read_text())]
-        except FileNotFoundError:
-            raise InputError(f"--tasks {tasks_file} does not exist") from None
-        except (ValueError, TypeError) as e:
-            raise InputError(f"--tasks {tasks_file}: must be JSON of the form "
+        except (OSError, ValueError, TypeError) as e:
+            raise InputError(f"--tasks {tasks_file}: must be a JSON file of the form "
                              f'[["TYPE", VARIATION], ...] ({e})') from None
         for task in tasks:
             cls.check(task)
@@ -673,260 +667,7 @@ async def list_tasks(pool: EnvPool, env: str, split: str, tasks_file: str | None
     return tasks[:limit]
 
 
-# ---- 4. models: every model, local or not, is asked through the OpenAI chat protocol -------------
-
-
-class ContextOverflow(InputError):
-    """The prompt is longer than the model's context."""
-
-
-class Reply(NamedTuple):
-    text: str
-    prompt_tokens: int
-    completion_tokens: int
-
-
-class Model:
-    """A chat model behind one or more OpenAI-compatible servers (`url`: addresses separated by
-    commas).
-
-    `url` None is OpenAI, or `OPENAI_BASE_URL`, with the key in `OPENAI_API_KEY`. The client retries
-    429, 5xx, lost connections and timeouts with growing pauses; then `InputError` is raised."""
-
-    def __init__(self, name: str, url: str | None = None, concurrency: int = 64,
-                 timeout: float = 300.0):
-        import httpx
-        import openai
-
-        key = os.environ.get("OPENAI_API_KEY")
-        if url is None and not key:
-            raise InputError(f"asking {name} needs an API key: set OPENAI_API_KEY (and "
-                             "OPENAI_BASE_URL for a server other than OpenAI's)")
-        self.name, self.where = name, (
-            f"the model server {url or os.environ.get('OPENAI_BASE_URL', 'OpenAI')}")
-        self.slots = asyncio.Semaphore(max(1, concurrency))
-        self.retries = int(os.environ.get("MPO_MAX_RETRIES", 16))  # 16: pauses of 80-100 s in all
-        self.deadline = 3 * timeout  # seconds for one completion with its retries
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=concurrency)
-        self.clients = [openai.AsyncOpenAI(
-            base_url=u, api_key=key if url is None else "none", max_retries=self.retries,
-            timeout=openai.Timeout(timeout, connect=10.0),
-            http_client=openai.DefaultAsyncHttpxClient(limits=limits))
-            for u in (url.split(",") if url else [None])]
-        self.in_flight, self.assigned = [0] * len(self.clients), [0] * len(self.clients)
-        self.completion_tokens = 0  # generated so far
-
-    def _choose(self, home: dict | None) -> int:
-        """The server with the fewest requests in flight, or of those the fewest conversations. A
-        conversation (`home` is its memory) stays with the server that has its prefix in the cache,
-        unless that one is much busier."""
-        home = {} if home is None else home
-        least = min(range(len(self.clients)), key=lambda i: (self.in_flight[i], self.assigned[i]))
-        if "server" not in home or self.in_flight[home["server"]] > 2 * self.in_flight[least] + 4:
-            home["server"] = least
-            self.assigned[least] += 1
-        return home["server"]
-
-    async def ask(self, messages: list[dict], temperature: float = 0.0, max_tokens: int = 256,
-                  seed: int | None = None, home: dict | None = None) -> Reply:
-        """One completion. Raises `ContextOverflow` if the prompt does not fit, `InputError` if the
-        server refuses the key or the model, cannot be reached, or sends no completion."""
-        import openai
-
-        malformed = (IndexError, TypeError, ValueError, AttributeError,
-                     openai.APIResponseValidationError)
-        tries = f"({self.retries + 1} tries); finished rows are kept, run it again to resume"
-        async with self.slots:
-            server = self._choose(home)
-            self.in_flight[server] += 1
-            try:
-                async with asyncio.timeout(self.deadline):
-                    for left in reversed(range(self.retries + 1)):
-                        try:
-                            answer = await self.clients[server].chat.completions.create(
-                                model=self.name, messages=messages, temperature=temperature,
-                                max_tokens=max_tokens, seed=seed)
-                            text, usage = answer.choices[0].message.content or "", answer.usage
-                            break
-                        except malformed as e:  # which the client does not retry
-                            if not left:
-                                raise InputError(f"{self.where} sends answers without a completion "
-                                                 f"({type(e).__name__}) {tries}") from None
-            except TimeoutError:
-                raise InputError(
-                    f"{self.where} did not answer within {self.deadline:.0f} s {tries}") from None
-            except (openai.AuthenticationError, openai.PermissionDeniedError) as e:
-                raise InputError(f"{self.where} refused the API key ({e.status_code}): check "
-                                 "OPENAI_API_KEY") from None
-            except openai.NotFoundError:
-                raise InputError(f"{self.where} has no model {self.name!r}") from None
-            except openai.BadRequestError as e:
-                if re.search(r"context.{0,20}length|maximum.{0,40}tokens|too long|too many tokens",
-                             str(e), re.I):
-                    raise ContextOverflow(f"a prompt exceeds the context of {self.where} "
-                                          f"(--max_model_len): {str(e)[:300]}") from None
-                raise InputError(f"{self.where} refused a request: {str(e)[:300]}") from None
-            except openai.APIConnectionError:
-                raise InputError(f"{self.where} cannot be reached {tries}") from None
-            except openai.APIStatusError as e:
-                raise InputError(
-                    f"{self.where} answers {e.status_code}: {str(e)[:200]} {tries}") from None
-            finally:
-                self.in_flight[server] -= 1
-        counts = (usage.prompt_tokens, usage.completion_tokens) if usage else (0, 0)
-        self.completion_tokens += counts[1]
-        return Reply(text, *counts)
-
-
-def is_local(name: str) -> bool:
-    """Whether a model is a directory or a Hugging Face name `owner/model`; `api:` marks the name of
-    an API's model that has a slash."""
-    return Path(name).is_dir() or (os.sep in name and not name.startswith("api:"))
-
-
-def check_model(name: str, url: str | None = None) -> None:
-    """Raise `InputError` before any work if there is no key for an API's model, or if a local model
-    directory is missing or incomplete."""
-    path = Path(name)
-    if url:
-        return
-    if not is_local(name):
-        Model(name)
-    elif path.is_dir():
-        for file in ("config.json", "tokenizer_config.json"):
-            if not (path / file).exists():
-                raise InputError(f"{name} has no {file}: it must be a Hugging Face model directory "
-                                 "with config and tokenizer")
-        if ('"chat_template"' not in (path / "tokenizer_config.json").read_text()
-                and not list(path.glob("*chat_template*"))):
-            raise InputError(f"{name} has no chat template: use an instruction-tuned model")
-    elif name.startswith((".", os.sep, "~")) or path.parts[0] in ("runs", "models"):
-        raise InputError(f"model directory {name} does not exist: run the stage that makes it")
-
-
-@contextlib.contextmanager
-def open_model(name: str, url: str | None, a):
-    """A `Model` to ask, with the settings of a stage's Args: behind `url` if given; served for the
-    duration of the `with` if local; else of OpenAI or OPENAI_BASE_URL."""
-    if not url and is_local(name):
-        with serve(name, Path(a.out) / "logs", a.tensor_parallel, a.max_model_len) as served:
-            yield Model(name, served, a.concurrency)
-    else:
-        name = model_id(name, url) if url else name.removeprefix("api:")
-        yield Model(name, url, a.concurrency)
-
-
-@contextlib.contextmanager
-def serve(model: str, log_dir="logs", tensor_parallel: int = 1, max_model_len: int = 8192,
-          wait: float = 900.0):
-    """Serve a local model on loopback; yields the addresses, for `Model`. On GPUs there is one
-    server for every `tensor_parallel` GPUs. Servers end with the `with`, or with this process.
-    Raises `InputError` with the end of the log if a server ends early or is not healthy within
-    `wait` seconds."""
-    check_model(model)
-    gpus = visible_gpus()
-    if tensor_parallel < 1 or (gpus and tensor_parallel > len(gpus)):
-        raise InputError(f"--tensor_parallel {tensor_parallel}: must be between 1 and the number "
-                         f"of GPUs, {len(gpus)}")
-    servers = []
-    try:
-        for i in range(max(1, len(gpus) // tensor_parallel)):
-            own = gpus[i * tensor_parallel : (i + 1) * tensor_parallel]
-            servers.append(_start_server(model, own, max_model_len, Path(log_dir)))
-        for server in servers:
-            _wait_healthy(server, wait)
-        yield ",".join(f"{server.url}/v1" for server in servers)
-    finally:
-        for server in servers:
-            server.process.stdin.close()
-        for server in servers:
-            server.process.wait()
-
-
-def visible_gpus() -> list[str]:
-    """The GPUs' names in CUDA_VISIBLE_DEVICES."""
-    import torch
-
-    count, named = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
-    return named.split(",")[:count] if named else [str(i) for i in range(count)]
-
-
-def server_command(model: str, port: int, gpus: list[str], max_model_len: int) -> list[str]:
-    """The command line of a server: vLLM, or `transformers serve` if vLLM is not installed or
-    MPO_SERVER=transformers."""
-    address = ["--host", "127.0.0.1", "--port", str(port), "--dtype", "bfloat16"]
-    if os.environ.get("MPO_SERVER", "vllm") != "vllm" or not importlib.util.find_spec("vllm"):
-        return [str(Path(sys.executable).with_name("transformers")), "serve", model, *address]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model,
-               "--served-model-name", model, *address, "--max-model-len", str(max_model_len),
-               "--generation-config", "vllm", "--enable-prefix-caching"]
-    if gpus:
-        return [*command, "--tensor-parallel-size", str(len(gpus)),
-                "--gpu-memory-utilization", "0.9"]
-    # no chunked prefill: vLLM's CPU engine crashes on a seeded request whose prompt is split
-    # ("CPU Generator does not use offset", 0.32.0)
-    return [*command, "--enforce-eager", "--no-enable-chunked-prefill",
-            "--max-num-batched-tokens", str(max(8192, max_model_len))]
-
-
-# runs a server and ends its whole process group when the input closes, that is when the parent ends
-SUPERVISOR = """
-import os, subprocess, sys, threading
-server = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
-def end():
-    sys.stdin.read()
-    server.terminate()
-    try:
-        server.wait(10)
-    finally:
-        os.killpg(0, 9)
-threading.Thread(target=end, daemon=True).start()
-server.wait()
-os.killpg(0, 9)
-"""
-
-
-def _start_server(model: str, gpus: list[str], max_model_len: int, log_dir: Path):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    env = {"VLLM_CPU_KVCACHE_SPACE": "2", **os.environ, "TOKENIZERS_PARALLELISM": "false"}
-    if gpus:
-        env["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
-    log_dir.mkdir(parents=True, exist_ok=True)
-    log = log_dir / f"server-{Path(model).name}-{port}.log"
-    command = [sys.executable, "-c", SUPERVISOR, *server_command(model, port, gpus, max_model_len)]
-    with log.open("w") as f:
-        process = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=f, stderr=f,
-                                   start_new_session=True)
-    return SimpleNamespace(model=model, process=process, log=log, url=f"http://127.0.0.1:{port}")
-
-
-def _wait_healthy(server, wait: float) -> None:
-    from tqdm import tqdm
-
-    start = time.time()
-    with tqdm(desc=f"starting a server for {server.model}", bar_format="{desc}: {elapsed}",
-              leave=False) as bar:
-        while True:
-            with contextlib.suppress(OSError):
-                with urllib.request.urlopen(f"{server.url}/health", timeout=5) as answer:
-                    if answer.status == 200:
-                        return
-            ended = server.process.poll() is not None
-            if ended or time.time() - start > wait:
-                tail = "\n".join(server.log.read_text(errors="replace").splitlines()[-15:])
-                what = "ended" if ended else f"was not healthy after {wait:.0f} s"
-                raise InputError(
-                    f"the server of {server.model} {what}; the end of {server.log}:\n{tail}")
-            with contextlib.suppress(RuntimeError):  # without an event loop Ctrl-C raises by itself
-                if asyncio.current_task().cancelling():
-                    raise KeyboardInterrupt
-            time.sleep(0.3)
-            bar.update()
-
-
-# ---- 5. rollouts: the agent acts in the environment ----------------------------------------------
+# ---- 4. rollouts: the agent acts in the environment ----------------------------------------------
 
 
 @dataclasses.dataclass
@@ -1029,7 +770,7 @@ async def rollouts(jobs: list[dict], model: Model, pool: EnvPool, env: str, c: R
     return len(retries)
 
 
-# ---- 6. training: what the SFT loop and the DPO loop share ---------------------------------------
+# ---- 5. training: what the SFT loop and the DPO loop share ---------------------------------------
 
 
 def load_model(name: str):
@@ -1117,14 +858,14 @@ def plan_epoch(lengths: list[int], batch_size: int, micro_tokens: int, processes
     return [split(order[i : i + batch_size]) for i in range(0, len(order), batch_size)]
 
 
-def pack(groups: list, share_prefix: bool = False, width: int = 1):
+def pack(groups: list, share_prefix: bool = False):
     """Groups of sequences (ids, mask), SFT rows or the sides of DPO pairs, as one sequence.
 
     With `share_prefix`, a group's later sequences leave out the tokens they share with its first
-    (a pair's prompt); the rest keep their positions. `width`: pad sequences to a multiple of it.
-    Returns (ids, positions, targets, rows). `targets` has (index of the token whose output predicts
-    it, its id, its sequence's number) for each target of each sequence, in a shared prefix too;
-    `rows` has (tokens shared with the first, own tokens) for each sequence."""
+    (a pair's prompt); the rest keep their positions. Returns (ids, positions, targets, rows).
+    `targets` has (index of the token whose output predicts it, its id, its sequence's number) for
+    each target of each sequence, in a shared prefix too; `rows` has (tokens shared with the first,
+    own tokens) for each sequence."""
     ids, positions, targets, rows = [], [], [], []
     for group in groups:
         begin, first = len(ids), group[0][0]
@@ -1135,7 +876,7 @@ def pack(groups: list, share_prefix: bool = False, width: int = 1):
             places = [*range(begin, begin + shared), *range(len(ids), len(ids) + own)]
             targets += [(places[i - 1], sequence[i], len(rows))
                         for i in range(1, len(sequence)) if mask[i]]
-            ids += sequence[shared:] + [0] * (-own % width)
+            ids += sequence[shared:]
             positions += range(shared, len(sequence))
             rows.append((shared, own))
     return ids, positions, targets, rows
@@ -1143,9 +884,9 @@ def pack(groups: list, share_prefix: bool = False, width: int = 1):
 
 def choose_packing(model) -> None:
     """Set `model.packing`, how rows share a forward pass, and the attention that does it. "rows":
-    each layer is plain causal attention, computed by `row_attention`. "mask": windows, soft caps or
-    sinks; transformers masks other rows itself, by position ids that restart. "none": layers that
-    are not attention, or ignore position ids: one row (or pair) per micro-batch."""
+    every layer is plain causal attention, computed by `row_attention`. "mask": windows, soft caps
+    or sinks; transformers masks other rows itself, by position ids that restart. Raises
+    `InputError` for layers that are not attention, which would mix the rows."""
     import torch
     from transformers import AttentionInterface
 
@@ -1155,15 +896,16 @@ def choose_packing(model) -> None:
     sinks = any(name.endswith("sinks") for name, _ in model.named_parameters())
     if (model._is_stateful or not model._supports_attention_backend
             or not kinds <= {"full_attention", "sliding_attention"}):
-        model.packing = "none"
-    elif "sliding_attention" in kinds or getattr(config, "sliding_window", None) or softcap or sinks:
+        raise InputError(f"{config.model_type} models have layers that are not attention: rows "
+                         "cannot be packed, choose another model")
+    if "sliding_attention" in kinds or getattr(config, "sliding_window", None) or softcap or sinks:
         model.packing = "mask"
+        if softcap:
+            model.set_attn_implementation("eager")  # SDPA ignores the soft cap
     else:
         model.packing = "rows"
         AttentionInterface.register("rows", torch.compiler.disable(row_attention))
         model.set_attn_implementation("rows")
-    if softcap:
-        model.set_attn_implementation("eager")  # SDPA ignores the soft cap
 
 
 def row_attention(module, query, key, value, attention_mask, *, rows, scaling=None, **_):
@@ -1192,18 +934,12 @@ def target_log_probs(model, groups: list, share_prefix: bool = False):
     must still take part in the collectives."""
     import torch
 
-    kind, rest = model.packing, {"use_cache": False}
-    sequences = [sequence for group in groups for sequence in group]
-    width = max((len(ids) for ids, _ in sequences), default=2) if kind == "none" else 1
-    *packed, rows = pack(groups or [[([0, 0], [False, True])]], share_prefix, width)
+    *packed, rows = pack(groups or [[([0, 0], [False, True])]], share_prefix)
     ids, positions, targets = (torch.tensor(x, device=model.device) for x in packed)
     sources, labels, owners = targets.unbind(1)
-    if kind == "none":
-        logits = model(input_ids=ids.view(-1, width), **rest).logits.flatten(0, 1)[sources]
-    else:
-        rest |= {"rows": SimpleNamespace(lengths=rows)} if kind == "rows" else {}
-        logits = model(input_ids=ids[None], position_ids=positions[None], logits_to_keep=sources,
-                       **rest).logits[0]
+    more = {"rows": SimpleNamespace(lengths=rows)} if model.packing == "rows" else {}
+    logits = model(input_ids=ids[None], position_ids=positions[None], logits_to_keep=sources,
+                   use_cache=False, **more).logits[0]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     log_probs = -torch.nn.functional.cross_entropy(logits, labels, reduction="none")
     return log_probs * bool(groups), owners
@@ -1254,10 +990,8 @@ def prepare_model(model, accelerator, a):
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     if a.lora_rank:
-        try:
-            from peft import LoraConfig, get_peft_model
-        except ImportError:
-            raise InputError("--lora_rank needs peft: pip install peft") from None
+        from peft import LoraConfig, get_peft_model
+
         model = get_peft_model(model, LoraConfig(
             r=a.lora_rank, lora_alpha=2 * a.lora_rank, target_modules="all-linear",
             task_type="CAUSAL_LM"))
@@ -1305,7 +1039,6 @@ class Training:
     def __init__(self, a, accelerator, model, optimizer, tokenizer, total: int):
         self.a, self.out, self.accelerator, self.model = a, Path(a.out), accelerator, model
         self.optimizer, self.tokenizer, self.total = optimizer, tokenizer, total
-        self.start, self.log = 0, []
         self.partial = self.out.with_name(f"{self.out.name}.partial")
         settings = {**dataclasses.asdict(a), "model": model_id(a.model)}
         self.key = digest({k: v for k, v in settings.items() if k not in self.FREE},
@@ -1313,13 +1046,15 @@ class Training:
         if self.out.exists() and not (self.out.is_dir() and (
                 list(self.out.glob("*config.json")) or not any(self.out.iterdir()))):
             raise InputError(f"--out {a.out} exists and is not a model: choose another")
-        state, metrics = self.partial / "state.json", self.partial / "metrics.jsonl"
+        self.start, self.log, metrics = 0, [], self.partial / "metrics.jsonl"
         if accelerator.is_main_process:
             self.append = Appender(metrics)  # refuses a second run on the same folder
-        saved = json.loads(state.read_text()) if state.exists() else {}
-        if saved.get("settings") == self.key:
-            self._load(self.partial / saved["checkpoint"])
-            self.start, self.log = saved["step"], read_rows(metrics)[: saved["step"]]
+        accelerator.wait_for_everyone()
+        saved = {int(f.name[5:]): f for f in self.partial.glob("step-*") if f.name[5:].isdigit()}
+        if saved and (saved[max(saved)] / "settings").read_text() == self.key:
+            self.start = max(saved)
+            self._load(saved[self.start])
+            self.log = read_rows(metrics)[: self.start]
             accelerator.print(f"resuming from step {self.start} of {total} ({self.partial})")
         elif saved:
             accelerator.print(f"starting over: {self.partial} has other settings or data")
@@ -1372,6 +1107,7 @@ class Training:
                         strict=True))
 
     def _save(self, done: int) -> None:
+        """Write a checkpoint, then delete the one before."""
         import torch.distributed.checkpoint as dcp
 
         folder, temporary = (self.partial / f"step-{done}{end}" for end in ("", ".tmp"))
@@ -1382,11 +1118,10 @@ class Training:
                        RuntimeError(str(e))) from None
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            shutil.rmtree(folder, ignore_errors=True)
+            write_text(temporary / "settings", self.key)
             temporary.rename(folder)
-            write_text(self.partial / "state.json", json.dumps(
-                {"settings": self.key, "step": done, "checkpoint": folder.name}))
-            shutil.rmtree(self.partial / f"step-{done - 2 * self.a.save_steps}", ignore_errors=True)
+            for old in set(self.partial.glob("step-*")) - {folder}:
+                shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
 
     def _load(self, folder: Path) -> None:
@@ -1426,7 +1161,8 @@ class Training:
             write_rows(final / "metrics.jsonl", self.log)
             report = load_module(DATA / "report" / "report.py")
             report.plot_curves(self.log, final / "curves.png")
-            write_text(final / "README.md", f"# {a.out}\n\n{a.model} after {method} on {a.data}.\n\n"
+            write_text(final / "README.md",
+                       f"# {a.out}\n\n{a.model} after {method} on {a.data}.\n\n"
                        f"Settings: `{json.dumps(dataclasses.asdict(a))}`\n\n"
                        f"Last step: `{json.dumps(self.log[-1:])}`; all steps in metrics.jsonl and "
                        "curves.png.\n")
@@ -1435,9 +1171,16 @@ class Training:
             elif self.out.exists():
                 shutil.rmtree(self.out)
             final.rename(self.out)
-            for file in self.out.glob("*config.json"):
-                os.utime(file)  # Make looks at this file
             self.append.__exit__()
             shutil.rmtree(self.partial)
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
+
+
+# ---- 6. models
+# ------------------------------------------------------------------------------------
+
+# in a file of its own, which imports this one and so comes last
+_models = load_module(DATA / "models.py")
+ContextOverflow, Model, Reply = _models.ContextOverflow, _models.Model, _models.Reply
+check_model, open_model = _models.check_model, _models.open_model

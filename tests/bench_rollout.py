@@ -104,7 +104,8 @@ def paper_loop(url: str, tasks: list[str], games: dict[str, str], i: int) -> Non
     for task in itertools.islice(itertools.cycle(tasks), i, None):
         env = ALFWorld(games[task]) if games else ScienceWorld(task)
         u = env.reset()
-        u = u.split("\n\n", 1)[1] if games else " ".join(u.replace("Task Description:\n", "").split())
+        u = (u.split("\n\n", 1)[1] if games else
+             " ".join(u.replace("Task Description:\n", "").split()))
         messages = prompts.agent(u, None, task)
         for _ in range(100):
             reply = client.chat.completions.create(model="stub", messages=messages,
@@ -200,12 +201,13 @@ def bench_stub(env: str, a) -> tuple:
             stub.kill()
     wrong = sum(r["end"] != "success" for r in rows)
     ours = 60 * len(rows) / seconds
-    print(f"{env}: {len(tasks)} tasks, mean {common.mean(len(r['steps']) for r in rows):.1f} steps\n"
+    steps = common.mean(len(r["steps"]) for r in rows)
+    print(f"{env}: {len(tasks)} tasks, mean {steps:.1f} steps\n"
           f"  the paper's loop, {a.processes} processes: {paper:.0f} episodes/min\n"
           f"  ours, {a.workers} workers, {a.concurrency} in flight: {ours:.0f} episodes/min "
           f"({len(rows)}, {wrong} failed), {server['served'] / seconds:.0f} requests/s\n"
-          f"  server idle {server['idle'] / seconds:.1%}, at most {server['most']} requests at once; "
-          f"ratio {ours / paper:.1f}", flush=True)
+          f"  server idle {server['idle'] / seconds:.1%}, at most {server['most']} requests at "
+          f"once; ratio {ours / paper:.1f}", flush=True)
     return f"rollout_ratio_{env}", ours / paper, 10
 
 

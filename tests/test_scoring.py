@@ -195,7 +195,7 @@ def test_errors_of_the_environment_cross_processes():
 @pytest.mark.parametrize("content, error", [
     ('[["find-lamp", 3]', "tasks.json.*JSON"), ('{"find-lamp": 3}', "tasks.json.*JSON"),
     ("[3]", "tasks.json.*JSON"), ('[["find-unicorn", 3]]', "find-unicorn"), ("[]", "no tasks"),
-    (None, "tasks.json does not exist")])
+    (None, "tasks.json.*No such file")])
 def test_bad_task_files(tmp_path, content, error):
     path = tmp_path / "tasks.json"
     if content is not None:
@@ -268,7 +268,7 @@ def ask(url, name="scripted", **options):
 
 
 @pytest.mark.parametrize("reply, says", [
-    ((401, "bad key"), "OPENAI_API_KEY"), ((404, "no such model"), "no model 'scripted'"),
+    ((401, "bad key"), "OPENAI_API_KEY"), ((404, "no such model"), "a model 'scripted'"),
     ((429, "slow down"), "429"), ((500, "out of order"), "500"),
     ((400, "temperature is out of range"), "temperature"),
     ((400, "This model's maximum context length is 64 tokens."), "context"),

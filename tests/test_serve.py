@@ -13,7 +13,10 @@ import pytest
 from conftest import ROOT, script_env
 
 import common
-from common import InputError, Model, serve
+from common import InputError, Model
+
+serving = common.load_module(common.DATA / "models.py")
+serve = serving.serve
 
 # a server that is healthy after a moment and has a child of its own
 FAKE = """
@@ -36,10 +39,10 @@ def transformers_server(monkeypatch):
 
 def use(monkeypatch, code: str) -> list:
     """Let `serve` start this Python code instead of a server; the list of what it starts."""
-    servers, start = [], common._start_server
-    monkeypatch.setattr(common, "server_command",
+    servers, start = [], serving._start_server
+    monkeypatch.setattr(serving, "server_command",
                         lambda model, port, *_: [sys.executable, "-c", code, str(port)])
-    monkeypatch.setattr(common, "_start_server",
+    monkeypatch.setattr(serving, "_start_server",
                         lambda *args: servers.append(start(*args)) or servers[-1])
     return servers
 
@@ -90,15 +93,15 @@ def test_a_server_that_ends_early_shows_its_log(tiny_model, tmp_path, monkeypatc
 def test_gpus_are_divided_among_replicas(tiny_model, tmp_path, monkeypatch):
     """Each replica has its own GPUs and address; all are started before the first is awaited."""
     started, waited = [], []
-    monkeypatch.setattr(common, "visible_gpus", lambda: ["4", "5", "6", "7", "9"])
-    monkeypatch.setattr(common, "_wait_healthy", lambda *_: waited.append(len(started)))
-    start = common.subprocess.Popen
+    monkeypatch.setattr(serving, "visible_gpus", lambda: ["4", "5", "6", "7", "9"])
+    monkeypatch.setattr(serving, "_wait_healthy", lambda *_: waited.append(len(started)))
+    start = serving.subprocess.Popen
 
     def popen(command, env, **options):
         started.append(env["CUDA_VISIBLE_DEVICES"])
         return start([sys.executable, "-c", "import sys; sys.stdin.read()"], env=env, **options)
 
-    monkeypatch.setattr(common.subprocess, "Popen", popen)
+    monkeypatch.setattr(serving.subprocess, "Popen", popen)
     with serve(tiny_model, tmp_path, tensor_parallel=2) as url:
         assert len(set(url.split(","))) == 2
     assert started == ["4,5", "6,7"] and waited == [2, 2]
@@ -107,8 +110,9 @@ def test_gpus_are_divided_among_replicas(tiny_model, tmp_path, monkeypatch):
 
 
 def test_a_killed_parent_leaves_no_server(tmp_path):
-    code = (f"import sys, time, common\ncommon.server_command = lambda *a: ['sleep', '100']\n"
-            f"print(common._start_server('m', [], 9, common.Path({str(tmp_path)!r})).process.pid,"
+    code = (f"import time, common\ns = common.load_module(common.DATA / 'models.py')\n"
+            f"s.server_command = lambda *a: ['sleep', '100']\n"
+            f"print(s._start_server('m', [], 9, s.Path({str(tmp_path)!r})).process.pid,"
             " flush=True)\ntime.sleep(60)")
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE,
                               text=True)

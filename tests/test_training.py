@@ -1,5 +1,5 @@
-"""Training, without the scripts: packing, losses and gradients beside float64 references, schedule and
-micro-batches."""
+"""Training, without the scripts: packing, losses and gradients beside float64 references, schedule
+and micro-batches."""
 
 import math
 import random
@@ -50,8 +50,8 @@ TRAJECTORIES = {"prompt": TURNS[:1], "chosen": [*TURNS[1:], assistant("take it")
 
 
 def log_prob_alone(model, messages, tokenizer):
-    """(log pi of what the assistant says, number of targets): all logits of one row, one target after
-    the other. `model` has the library's own attention."""
+    """(log pi of what the assistant says, number of targets): all logits of one row, one target
+    after the other. `model` has the library's own attention."""
     ids, targets = tokenize(messages, tokenizer, "test")
     log_probs = torch.log_softmax(model(torch.tensor([ids])).logits[0], -1)
     total = sum(log_probs[i - 1, ids[i]] for i in range(1, len(ids)) if targets[i])
@@ -63,8 +63,8 @@ def as_rows(talks, tokenizer) -> list[list]:
 
 
 def as_pairs(pairs, tokenizer) -> list[tuple]:
-    return [([tokenize(p["prompt"] + p[side], tokenizer, "test") for side in ("chosen", "rejected")],
-             f"t{i}", i) for i, p in enumerate(pairs)]
+    return [([tokenize(p["prompt"] + p[side], tokenizer, "test")
+              for side in ("chosen", "rejected")], f"t{i}", i) for i, p in enumerate(pairs)]
 
 
 def gradients(model, loss) -> dict:
@@ -93,7 +93,6 @@ KINDS = [
     ("cohere", "rows", {"logit_scale": 0.3}),
     ("mistral", "mask", WINDOW),
     ("gemma2", "mask", {**WINDOW, "head_dim": 8, "attn_logit_softcapping": 0.5}),
-    ("gpt_oss", "mask", {**WINDOW, "head_dim": 8, "num_local_experts": 4}),
 ]
 
 
@@ -103,7 +102,9 @@ def test_packed_rows_equal_rows_alone(tokenizer, kind, packing, config, checkpoi
     """Log-probabilities and gradients in float64, in eval mode and in train mode with gradient
     checkpointing. The rows are longer than the window; a soft cap of 0.5 matters."""
     model = float64_model(tokenizer, kind=kind, **config)
-    model.set_attn_implementation("eager")  # SDPA would ignore Gemma 2's soft cap
+    # SDPA ignores Gemma 2's soft cap; eager attention has a softmax in float32
+    eager = kind == "gemma2"
+    model.set_attn_implementation("eager" if eager else "sdpa")
     expected = torch.stack([log_prob_alone(model, talk, tokenizer)[0] for talk in TALKS])
     weights = torch.sin(1 + torch.arange(len(TALKS), dtype=torch.float64))
     expected_grads = gradients(model, expected @ weights)
@@ -117,7 +118,8 @@ def test_packed_rows_equal_rows_alone(tokenizer, kind, packing, config, checkpoi
     assert log_probs.dtype == torch.float64
     together = torch.zeros_like(expected).index_add(0, owners, log_probs)
     torch.testing.assert_close(together, expected, rtol=0, atol=1e-10)
-    assert_same(gradients(model, together @ weights), expected_grads, atol=1e-7)
+    grads = gradients(model, together @ weights)
+    assert_same(grads, expected_grads, atol=1e-5 if eager else 1e-7)
 
 
 @pytest.mark.parametrize("kind, packing, config", [KINDS[0], KINDS[4], KINDS[5]],
@@ -138,24 +140,17 @@ def test_packed_rows_in_bf16(tokenizer, kind, packing, config):
     assert (packed - expected).abs().mean() < 1.2 * (alone - expected).abs().mean() < 0.1
 
 
-def test_models_without_attention_run_row_by_row(tokenizer):
-    """A state space model: a micro-batch is one row, or one pair as a padded batch."""
-    model = make_model(tokenizer, kind="mamba", state_size=4)
-    common.choose_packing(model)
-    assert model.packing == "none"
-    with torch.no_grad():
-        for pair, row in zip(PAIRS, as_pairs(PAIRS, tokenizer), strict=True):
-            values = dpo.pair_log_probs(model, [row], share_prefix=False)[0].tolist()
-            assert values == pytest.approx([log_prob_alone(
-                model, pair["prompt"] + pair[side], tokenizer)[0].item()
-                for side in ("chosen", "rejected")], abs=1e-3)
+def test_models_without_attention_are_refused(tokenizer):
+    """State space layers would mix the rows of a pack."""
+    with pytest.raises(InputError, match="mamba models have layers that are not attention"):
+        common.choose_packing(make_model(tokenizer, kind="mamba", state_size=4))
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
 def test_a_shared_prompt_changes_nothing(tokenizer, kind):
-    """Log-probabilities and gradients of pairs whose prompt is computed once, in float64: plans, long
-    prompts, trajectories with targets inside the shared prefix, equal sides, a side that begins like
-    the other, and sides without a common token."""
+    """Log-probabilities and gradients of pairs whose prompt is computed once, in float64: plans,
+    long prompts, trajectories with targets inside the shared prefix, equal sides, a side that
+    begins like the other, and sides without a common token."""
     pairs = as_pairs([*PAIRS, TRAJECTORIES, {"prompt": [user("u" * 80)], "chosen": [assistant("a")],
                                              "rejected": [assistant("b " * 60)]}], tokenizer)
     (first, mask), _ = pairs[0][0]
@@ -173,7 +168,8 @@ def test_a_shared_prompt_changes_nothing(tokenizer, kind):
         results.append((values.detach(), grads))
     for values, grads in results[1:]:
         torch.testing.assert_close(values, results[0][0], rtol=0, atol=1e-10)
-        assert_same(grads, results[0][1], atol=1e-6)
+        # with a mask, SDPA on a CPU keeps float32 for its backward pass
+        assert_same(grads, results[0][1], atol=1e-5)
 
     tokens = [sum(len(ids) for ids, _ in sides) for sides, *_ in pairs]
     shared = [before - after for before, after in
@@ -185,7 +181,8 @@ def test_a_shared_prompt_changes_nothing(tokenizer, kind):
 
 def test_pack():
     """By hand: prompt 10 11, replies 1 2 and 1 3 whose first token is a target of both sides."""
-    pair = [([10, 11, 1, 2], [False, False, True, True]), ([10, 11, 1, 3], [False, False, True, True])]
+    mask = [False, False, True, True]
+    pair = [([10, 11, 1, 2], mask), ([10, 11, 1, 3], mask)]
     ids, positions, targets, rows = pack([[([7, 8], [False, True])], pair], share_prefix=True)
     assert ids == [7, 8, 10, 11, 1, 2, 3] and positions == [0, 1, 0, 1, 2, 3, 3]
     assert targets == [(0, 8, 0), (3, 1, 1), (4, 2, 1), (3, 1, 2), (4, 3, 2)]

@@ -1,0 +1,262 @@
+"""Models, local or not: all are asked through the OpenAI chat protocol. A part of common.py."""
+
+import asyncio
+import contextlib
+import importlib.util
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from common import InputError, model_id
+
+
+class ContextOverflow(InputError):
+    """The prompt is longer than the model's context."""
+
+
+class Reply(NamedTuple):
+    text: str
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class Model:
+    """A chat model behind one or more OpenAI-compatible servers (`url`: addresses separated by
+    commas; None: OpenAI or `OPENAI_BASE_URL`, with the key in `OPENAI_API_KEY`). The client retries
+    429, 5xx, lost connections and timeouts with growing pauses; then `InputError` is raised."""
+
+    TOO_LONG = re.compile(r"context.{0,20}length|maximum.{0,40}tokens|too (long|many tokens)",
+                          re.I)
+
+    def __init__(self, name: str, url: str | None = None, concurrency: int = 64,
+                 timeout: float = 300.0):
+        import httpx
+        import openai
+
+        key = os.environ.get("OPENAI_API_KEY")
+        if url is None and not key:
+            raise InputError(f"asking {name} needs an API key: set OPENAI_API_KEY (and "
+                             "OPENAI_BASE_URL for a server other than OpenAI's)")
+        self.name = name
+        self.where = f"the model server {url or os.environ.get('OPENAI_BASE_URL', 'OpenAI')}"
+        self.slots = asyncio.Semaphore(max(1, concurrency))
+        self.retries = int(os.environ.get("MPO_MAX_RETRIES", 16))  # 16: pauses of 80-100 s in all
+        self.deadline = 3 * timeout  # seconds for one completion with its retries
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=concurrency)
+        self.clients = [openai.AsyncOpenAI(
+            base_url=u, api_key=key if url is None else "none", max_retries=self.retries,
+            timeout=openai.Timeout(timeout, connect=10.0),
+            http_client=openai.DefaultAsyncHttpxClient(limits=limits))
+            for u in (url.split(",") if url else [None])]
+        self.in_flight, self.assigned = [0] * len(self.clients), [0] * len(self.clients)
+        self.completion_tokens = 0  # generated so far
+
+    def _choose(self, home: dict | None) -> int:
+        """The server with the fewest requests in flight, or of those the fewest conversations. A
+        conversation (`home` is its memory) stays with the server that has its prefix in the cache,
+        unless that one is much busier."""
+        home = {} if home is None else home
+        least = min(range(len(self.clients)), key=lambda i: (self.in_flight[i], self.assigned[i]))
+        if "server" not in home or self.in_flight[home["server"]] > 2 * self.in_flight[least] + 4:
+            home["server"] = least
+            self.assigned[least] += 1
+        return home["server"]
+
+    async def ask(self, messages: list[dict], temperature: float = 0.0, max_tokens: int = 256,
+                  seed: int | None = None, home: dict | None = None) -> Reply:
+        """One completion. Raises `ContextOverflow` if the prompt does not fit, `InputError` if the
+        server refuses the key or the model, cannot be reached, or sends no completion."""
+        import openai
+
+        malformed = (IndexError, TypeError, ValueError, AttributeError,
+                     openai.APIResponseValidationError)
+        async with self.slots:
+            server = self._choose(home)
+            self.in_flight[server] += 1
+            try:
+                async with asyncio.timeout(self.deadline):
+                    for left in reversed(range(self.retries + 1)):
+                        try:
+                            answer = await self.clients[server].chat.completions.create(
+                                model=self.name, messages=messages, temperature=temperature,
+                                max_tokens=max_tokens, seed=seed)
+                            text, usage = answer.choices[0].message.content or "", answer.usage
+                            break
+                        except malformed:  # which the client does not retry
+                            if not left:
+                                raise
+            except (TimeoutError, openai.OpenAIError, *malformed) as e:
+                status, said = getattr(e, "status_code", None), str(e)[:300]
+                if status == 400 and self.TOO_LONG.search(said):
+                    raise ContextOverflow(f"a prompt exceeds the context of {self.where} "
+                                          f"(--max_model_len): {said}") from None
+                what = (f"answers {status}: {said}" if status and status >= 300 else
+                        "sends answers without a completion" if isinstance(e, malformed) else
+                        "cannot be reached or does not answer")
+                hint = {401: "check OPENAI_API_KEY", 403: "check OPENAI_API_KEY", 400: "",
+                        404: f"does it have a model {self.name!r}?"}.get(status, (
+                            f"after {self.retries + 1} tries; finished rows are kept, run the same "
+                            "command to resume"))
+                raise InputError(f"{self.where} {what}; {hint}") from None
+            finally:
+                self.in_flight[server] -= 1
+        counts = (usage.prompt_tokens, usage.completion_tokens) if usage else (0, 0)
+        self.completion_tokens += counts[1]
+        return Reply(text, *counts)
+
+
+def is_local(name: str) -> bool:
+    """Whether a model is a directory or a Hugging Face name `owner/model`; `api:` marks the name of
+    an API's model that has a slash."""
+    return Path(name).is_dir() or (os.sep in name and not name.startswith("api:"))
+
+
+def check_model(name: str, url: str | None = None) -> None:
+    """Raise `InputError` before any work if there is no key for an API's model, or if a local model
+    directory is missing or incomplete."""
+    path = Path(name)
+    if url:
+        return
+    if not is_local(name):
+        Model(name)
+    elif path.is_dir():
+        for file in ("config.json", "tokenizer_config.json"):
+            if not (path / file).exists():
+                raise InputError(f"{name} has no {file}: it must be a Hugging Face model directory")
+        if not (list(path.glob("*chat_template*"))
+                or '"chat_template"' in (path / "tokenizer_config.json").read_text()):
+            raise InputError(f"{name} has no chat template: use an instruction-tuned model")
+    elif name.startswith((".", os.sep, "~")) or path.parts[0] in ("runs", "models"):
+        raise InputError(f"model directory {name} does not exist: run the stage that makes it")
+
+
+@contextlib.contextmanager
+def open_model(name: str, url: str | None, a):
+    """A `Model` to ask, with the settings of a stage's Args: behind `url` if given; served for the
+    duration of the `with` if local; else of OpenAI or OPENAI_BASE_URL."""
+    if not url and is_local(name):
+        check_model(name)
+        with serve(name, Path(a.out) / "logs", a.tensor_parallel, a.max_model_len) as served:
+            yield Model(name, served, a.concurrency)
+    else:
+        name = model_id(name, url) if url else name.removeprefix("api:")
+        yield Model(name, url, a.concurrency)
+
+
+# ---- serving local models ----------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def serve(model: str, log_dir="logs", tensor_parallel: int = 1, max_model_len: int = 8192,
+          wait: float = 900.0):
+    """Serve a local model on loopback; yields the addresses, for `Model`. On GPUs there is one
+    server for every `tensor_parallel` GPUs. Servers end with the `with`, or with this process.
+    Raises `InputError` with the end of the log if a server ends early or is not healthy within
+    `wait` seconds."""
+    gpus = visible_gpus()
+    if tensor_parallel < 1 or (gpus and tensor_parallel > len(gpus)):
+        raise InputError(f"--tensor_parallel {tensor_parallel}: must be between 1 and the number "
+                         f"of GPUs, {len(gpus)}")
+    servers = []
+    try:
+        for i in range(max(1, len(gpus) // tensor_parallel)):
+            own = gpus[i * tensor_parallel : (i + 1) * tensor_parallel]
+            servers.append(_start_server(model, own, max_model_len, Path(log_dir)))
+        for server in servers:
+            _wait_healthy(server, wait)
+        yield ",".join(f"{server.url}/v1" for server in servers)
+    finally:
+        for server in servers:
+            server.process.stdin.close()
+        for server in servers:
+            server.process.wait()
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs' names in CUDA_VISIBLE_DEVICES."""
+    import torch
+
+    count, named = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",")[:count] if named else [str(i) for i in range(count)]
+
+
+def server_command(model: str, port: int, gpus: list[str], max_model_len: int) -> list[str]:
+    """The command line of a server: vLLM, or `transformers serve` if vLLM is not installed or
+    MPO_SERVER=transformers."""
+    address = ["--host", "127.0.0.1", "--port", str(port), "--dtype", "bfloat16"]
+    if os.environ.get("MPO_SERVER", "vllm") != "vllm" or not importlib.util.find_spec("vllm"):
+        return [str(Path(sys.executable).with_name("transformers")), "serve", model, *address]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model,
+               "--served-model-name", model, *address, "--max-model-len", str(max_model_len),
+               "--generation-config", "vllm", "--enable-prefix-caching"]
+    if gpus:
+        return [*command, "--tensor-parallel-size", str(len(gpus)),
+                "--gpu-memory-utilization", "0.9"]
+    # no chunked prefill: vLLM's CPU engine crashes on a seeded request whose prompt is split
+    # ("CPU Generator does not use offset", 0.32.0)
+    return [*command, "--enforce-eager", "--no-enable-chunked-prefill",
+            "--max-num-batched-tokens", str(max(8192, max_model_len))]
+
+
+# runs a server and ends its whole process group when the input closes, that is when the parent ends
+SUPERVISOR = """
+import os, subprocess, sys, threading
+server = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
+def end():
+    sys.stdin.read()
+    server.terminate()
+    try:
+        server.wait(10)
+    finally:
+        os.killpg(0, 9)
+threading.Thread(target=end, daemon=True).start()
+server.wait()
+os.killpg(0, 9)
+"""
+
+
+def _start_server(model: str, gpus: list[str], max_model_len: int, log_dir: Path):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    env = {"VLLM_CPU_KVCACHE_SPACE": "2", **os.environ, "TOKENIZERS_PARALLELISM": "false"}
+    if gpus:
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+    log_dir.mkdir(parents=True, exist_ok=True)
+    log = log_dir / f"server-{Path(model).name}-{port}.log"
+    command = [sys.executable, "-c", SUPERVISOR, *server_command(model, port, gpus, max_model_len)]
+    with log.open("w") as f:
+        process = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=f, stderr=f,
+                                   start_new_session=True)
+    return SimpleNamespace(model=model, process=process, log=log, url=f"http://127.0.0.1:{port}")
+
+
+def _wait_healthy(server, wait: float) -> None:
+    start = time.time()
+    with tqdm(desc=f"starting a server for {server.model}", bar_format="{desc}: {elapsed}",
+              leave=False) as bar:
+        while True:
+            with contextlib.suppress(OSError):
+                with urllib.request.urlopen(f"{server.url}/health", timeout=5) as answer:
+                    if answer.status == 200:
+                        return
+            ended = server.process.poll() is not None
+            if ended or time.time() - start > wait:
+                tail = "\n".join(server.log.read_text(errors="replace").splitlines()[-15:])
+                what = "ended" if ended else f"was not healthy after {wait:.0f} s"
+                raise InputError(
+                    f"the server of {server.model} {what}; the end of {server.log}:\n{tail}")
+            with contextlib.suppress(RuntimeError):  # without an event loop Ctrl-C raises by itself
+                if asyncio.current_task().cancelling():
+                    raise KeyboardInterrupt
+            time.sleep(0.3)
+            bar.update()
