@@ -36,8 +36,8 @@ class ScienceWorld(Environment):
         self.random, self.ids = self.jvm.new_random(), 0
         self.api = self._call(self.jvm.new_session)
 
-    def _call(self, function, *args):
-        """Call a function of the JVM with this session's random generator and object counter.
+    def _call(self, function):
+        """`function()`, which calls the JVM, with this session's random generator and counter.
 
         The simulator keeps both in static fields, which all sessions of a JVM share: the generator
         moves animals and mixes genes, the counter numbers objects. They are set before each call,
@@ -50,7 +50,7 @@ class ScienceWorld(Environment):
             self.jvm.random_field.set(self.jvm.random_holder, self.random)
             self.jvm.set_ids(self.ids)
             try:
-                return function(*args)
+                return function()
             finally:
                 self.ids = self.jvm.get_ids()
         except Py4JError as e:
@@ -95,12 +95,11 @@ class ScienceWorld(Environment):
     def columns(self, split: str) -> list[list[str]]:
         """A seeded sample of each type's variations in the simulator's own train, dev ("seen" in
         the paper) or test ("unseen") split."""
-        variations = {"train": self.api.getVariationsTrain, "seen": self.api.getVariationsDev,
-                      "unseen": self.api.getVariationsTest}[split]
+        name = {"train": "Train", "seen": "Dev", "unseen": "Test"}[split]
         columns = []
         for kind in self.MAX_STEPS:
-            self._call(self.api.load, kind, 0, self.SIMPLIFICATION, False)
-            numbers = list(variations())
+            self._call(lambda k=kind: self.api.load(k, 0, self.SIMPLIFICATION, False))
+            numbers = list(getattr(self.api, f"getVariations{name}")())
             random.Random(f"{kind} {split}").shuffle(numbers)
             columns.append([f"{kind}/{n}" for n in numbers[: self.SPLITS[split]]])
         return columns
@@ -112,21 +111,20 @@ class ScienceWorld(Environment):
                              f"TYPE one of {', '.join(cls.MAX_STEPS)}")
 
     def reset(self, task: str, gold: bool = False) -> str:
-        """Start `task`, return its instruction u. `gold`: the simulator also plans the gold
-        path."""
+        """Start `task`; returns its instruction u. `gold`: also plan the simulator's gold path."""
         self.check(task)
         kind, variation = task.rsplit("/", 1)
-        count = self._call(self.api.getTaskMaxVariations, kind)
+        count = self._call(lambda: self.api.getTaskMaxVariations(kind))
         if int(variation) >= count:
             raise InputError(f"unknown ScienceWorld task {task!r}: {kind} has {count} variations")
-        self._call(self.api.load, kind, int(variation), self.SIMPLIFICATION, gold)
+        self._call(lambda: self.api.load(kind, int(variation), self.SIMPLIFICATION, gold))
         self.best = 0.0
         return " ".join(self.api.getTaskDescription().split())
 
     def step(self, action: str) -> tuple[str, float, bool, bool]:
         """(observation, reward so far, done, success). Not `ScienceWorldEnv.step` of the package,
         which also lists all valid actions: 50-90 ms per step for text that nobody reads."""
-        observation = self._call(self.api.step, action)
+        observation = self._call(lambda: self.api.step(action))
         score, completed = self.api.getScore(), self.api.getCompleted()
         self.best = min(1.0, max(self.best, score))
         failed = score < 0  # a wrong focus: the simulator goes on, but the task cannot be completed
