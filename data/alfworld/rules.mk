@@ -1,0 +1,2 @@
+data: | .venv/ready
+	$(BIN) alfworld-download

@@ -1,0 +1,422 @@
+"""Tables, figures and the HTML page of an evaluation, and the curves of a training run.
+
+Reads what stage 5 computed: `cells` (rows of eval/cells.jsonl with `texts`, {task: plan}, and
+`episodes`, {task: row}), `results` (one per cell) and `differences` (two cells of an agent)."""
+
+import base64
+import gzip
+import html
+import json
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import common
+
+METRICS = {  # name: (label, value of an episode)
+    "reward": ("average reward", lambda r: r["reward"]),
+    "success": ("success rate", lambda r: float(r["success"])),
+    # paper 5.3
+    "reward_per_step": ("reward per step", lambda r: r["reward"] / max(1, len(r["steps"]))),
+}
+ORDER = ("none", "sft", "gpt", "rft", "mpo")  # of plan settings in tables
+NAMES = {"none": "no plan", "sft": "SFT", "gpt": "teacher, asked directly", "rft": "RFT",
+         "mpo": "MPO", "wkm": "WKM's knowledge"}
+COLOURS = {"none": "#b8bfc9", "sft": "#6aa5d8", "mpo": "#1f5fa8", "rft": "#e0a458",
+           "gpt": "#8c6bb1"}
+MORE_COLOURS = ["#5aa469", "#c0625e", "#3d8f9e", "#a08a5b"]
+FIG5 = re.compile(r"fig5/m(\d+)n(\d+)")
+INSTRUCTION = ("instruction",)
+# {name: (title, metric, plan settings, insertions)}; tables with fewer than two rows are skipped
+TABLES = {
+    "table2": ("Average reward with and without meta plans", "reward", ("none", "mpo", "wkm"),
+               INSTRUCTION),
+    "table3": ("How the planner is trained", "reward", ORDER, INSTRUCTION),
+    "table4": ("Where the agent reads the plan", "reward", ("mpo",), common.INSERTS),
+    "table6": ("Success rate with and without meta plans", "success", ("none", "mpo", "wkm"),
+               INSTRUCTION),
+    "fig3": ("Average reward per step", "reward_per_step", ("none", "sft", "mpo"), INSTRUCTION),
+    "fig4": ("Agents of several sizes", "reward", ("none", "mpo"), INSTRUCTION),
+    "fig5": ("How many plans M and rollouts N", "reward", FIG5, INSTRUCTION),
+}
+
+
+def rank(cell: dict) -> tuple:
+    """The position of a cell or result in tables."""
+    plans = cell["plans"]
+    position = ORDER.index(plans) if plans in ORDER else len(ORDER)
+    return position, plans, common.INSERTS.index(cell["insert"])
+
+
+def select(results: list[dict], plans, inserts) -> list[dict]:
+    """The results of these plan settings (names or a pattern) and insertions."""
+    matches = plans.fullmatch if isinstance(plans, re.Pattern) else plans.__contains__
+    return [r for r in results if matches(r["plans"]) and r["insert"] in inserts]
+
+
+def unique(rows, *fields) -> list:
+    """The distinct values of a field, or tuples of several, in order."""
+    values = [tuple(r[f] for f in fields) if len(fields) > 1 else r[fields[0]] for r in rows]
+    return list(dict.fromkeys(values))
+
+
+def setting_name(plans: str) -> str:
+    return NAMES.get(plans, plans)
+
+
+def short(agent: str, cells: list[dict]) -> str:
+    """An agent's name with only the parent folders that distinguish it from other agents."""
+    parts = Path(agent).parts
+    same = [len(os.path.commonprefix([Path(other).parts[::-1], parts[::-1]]))
+            for other in {c["agent"] for c in cells} - {agent}]
+    return str(Path(*parts[-1 - max(same, default=0) :]))
+
+
+# ---- tables --------------------------------------------------------------------------------------
+
+
+@dataclass
+class Table:
+    """Text cells under a head, for Markdown, LaTeX and HTML."""
+
+    title: str
+    head: list[str]
+    rows: list[list[str]] = field(default_factory=list)
+    note: str = ""
+
+    def markdown(self) -> str:
+        table = [[re.sub(r"([\\|])", r"\\\1", c) for c in row] for row in (self.head, *self.rows)]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |"
+                 for row in table]
+        lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
+        return f"## {self.title}\n\n" + "\n".join(lines) + f"\n\n{self.note}\n"
+
+    def latex(self) -> str:
+        def line(row):
+            cells = (c.replace("\\", r"\textbackslash ") for c in row)
+            return " & ".join(re.sub(r"([&%$#_{}])", r"\\\1", c) for c in cells) + r" \\"
+
+        return "\n".join([
+            rf"% {self.title}", rf"\begin{{tabular}}{{{'l' * len(self.head)}}}", r"\toprule",
+            line(self.head), r"\midrule", *map(line, self.rows), r"\bottomrule",
+            r"\end{tabular}"]) + "\n"
+
+    def html(self) -> str:
+        head, *rows = ["<tr>" + "".join(f"<t{tag}>{html.escape(c)}</t{tag}>" for c in row) + "</tr>"
+                       for tag, row in (("h", self.head), *(("d", r) for r in self.rows))]
+        return (f"<h3>{html.escape(self.title)}</h3><div class=wide><table><thead>{head}</thead>"
+                f"<tbody>{''.join(rows)}</tbody></table></div>"
+                f"<p class=note>{html.escape(self.note)}</p>")
+
+
+def with_interval(cell: dict, sign: str = "") -> str:
+    low, high = cell["interval"]
+    return f"{100 * cell['mean']:{sign}.1f} [{100 * low:{sign}.1f}, {100 * high:{sign}.1f}]"
+
+
+def cell_text(result: dict | None, metric: str) -> str:
+    """A mean with its interval; missing episodes are reported, not averaged away."""
+    if result is None:
+        return "-"
+    if not result[metric]:
+        return f"{result['missing']} of {result['tasks']} missing"
+    return with_interval(result[metric])
+
+
+def overview(results: list[dict], outdated: int) -> Table:
+    """Every cell with all its counts."""
+    table = Table(
+        "All cells", ["agent", "plans", "insertion", "split", "tasks", "episodes",
+                      *(f"{label} (x100)" for label, _ in METRICS.values()), "steps",
+                      "format errors", "context overflows", "ends"],
+        note="Mean [95% bootstrap interval over tasks]. Reward per step: reward over steps taken, "
+             "per task, then averaged."
+             + f" Left out: {outdated} cells of earlier agents or plans." * bool(outdated))
+    for r in results:
+        ends = ", ".join(f"{k} {v}" for k, v in sorted(r["ends"].items()))
+        insert = "" if r["plans"] == "none" else r["insert"]
+        table.rows.append([
+            short(r["agent"], results), setting_name(r["plans"]), insert, r["split"],
+            str(r["tasks"]), str(r["episodes"]), *(cell_text(r, name) for name in METRICS),
+            f"{r['steps']:.1f}", str(r["format_errors"]), str(r["context_overflows"]), ends])
+    return table
+
+
+def gains(results: list[dict], differences: list[dict]) -> Table:
+    """Every difference between two plan settings of an agent."""
+    table = Table(
+        "Differences on the same tasks",
+        ["agent", "split", "plans", "over", "tasks", "average reward (x100)", "p",
+         "success rate (x100)", "p"],
+        note="Paired over tasks: mean [95% bootstrap interval], two-sided p of a permutation test, "
+             "not corrected for their number.")
+    for d in differences:
+        names = (setting_name(c["plans"]) + f", {c['insert']}" * (c["insert"] != "instruction")
+                 for c in (d, d["over"]))
+        table.rows.append([short(d["agent"], results), d["split"], *names, str(d["tasks"])] + [
+            text for m in ("reward", "success")
+            for text in (with_interval(d[m], "+"), f"{d[m]['p']:.4f}")])
+    return table
+
+
+def paper_tables(results: list[dict], differences: list[dict]) -> dict[str, Table]:
+    """{name: table} of the paper's tables and figures for which there are cells."""
+    against = {(d["agent"], d["plans"], d["insert"], d["split"], *d["over"].values()): d
+               for d in differences}
+    tables = {}
+    for name, (title, metric, plans, inserts) in TABLES.items():
+        rows = select(results, plans, inserts)
+        splits, keys = unique(rows, "split"), unique(rows, "agent", "plans", "insert")
+        if len({k[1:] for k in keys}) < 2 or (name == "fig4" and len({k[0] for k in keys}) < 2):
+            continue
+        by_insert = name == "table4"
+        found = {(r["agent"], r["plans"], r["insert"], r["split"]): r for r in rows}
+        base = {k: (k[1] if by_insert else "none", "instruction") for k in keys}
+        gain = {k: against[*k, splits[-1], *base[k]][metric] for k in keys
+                if (*k, splits[-1], *base[k]) in against}
+        second = "insertion" if by_insert else "plans"
+        table = tables[name] = Table(
+            title, ["agent", second, *(f"{s} (x100)" for s in splits)],
+            note=f"{METRICS[metric][0].capitalize()}, mean [95% bootstrap interval over tasks].")
+        if gain:
+            over = "over the instruction" if by_insert else "over no plan"
+            table.head.append(f"gain {over}" + f", {splits[-1]}" * (len(splits) > 1))
+        for k in keys:
+            row = [short(k[0], results), k[2] if by_insert else setting_name(k[1]),
+                   *(cell_text(found.get((*k, s)), metric) for s in splits)]
+            text = f"{with_interval(gain[k], '+')}, p {gain[k]['p']:.4f}" if k in gain else ""
+            table.rows.append(row + [text] * bool(gain))
+    return tables
+
+
+def judged_table(plans: list[str], judge: str, verdicts: dict) -> Table:
+    """Figure 6: wins, ties and losses of the second setting in each dimension."""
+    counts = ("win", "tie", "loss", "invalid")
+    return Table(
+        f"{setting_name(plans[1])} against {setting_name(plans[0])} plans, judged by {judge}",
+        ["dimension", *counts], [[d, *(str(c[k]) for k in counts)] for d, c in verdicts.items()],
+        "Each pair was judged in both orders; contradicting answers count as a tie.")
+
+
+# ---- figures -------------------------------------------------------------------------------------
+
+
+def new_figure(width: float, height: float = 3.8, columns: int = 1):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, columns, figsize=(width, height), layout="constrained",
+                                squeeze=False)
+    for axis in axes[0]:
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, list(axes[0])
+
+
+def save(figure, path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    tmp = path.with_suffix(".tmp.png")
+    figure.savefig(tmp, dpi=160)
+    plt.close(figure)
+    tmp.replace(path)
+
+
+def colour(name: str, number: int) -> str:
+    return COLOURS.get(name, MORE_COLOURS[number % len(MORE_COLOURS)])
+
+
+def points(axis, x, cells: list[dict], **options) -> None:
+    """Means x 100 with their intervals, joined by a line."""
+    axis.errorbar(x, [100 * c["mean"] for c in cells], yerr=errors(cells), fmt="o-", capsize=3,
+                  **options)
+
+
+def errors(cells: list[dict]) -> list[list[float]]:
+    """Lengths of the error bars below and above the means, x 100."""
+    return [[max(0.0, 100 * side * (c["interval"][i] - c["mean"])) for c in cells]
+            for i, side in ((0, -1), (1, 1))]
+
+
+def bars(results: list[dict], metric: str, path: Path) -> None:
+    """Bars of a metric for each agent and split, one colour per plan setting."""
+    rows = [r for r in results if r[metric]]
+    groups, settings = unique(rows, "agent", "split"), unique(sorted(rows, key=rank), "plans")
+    figure, [axis] = new_figure(1.5 + 2.2 * len(groups))
+    width = 0.8 / len(settings)
+    for i, setting in enumerate(settings):
+        own = [r for r in rows if r["plans"] == setting]
+        shift = (i - (len(settings) - 1) / 2) * width
+        x = [groups.index((r["agent"], r["split"])) + shift for r in own]
+        cells = [r[metric] for r in own]
+        axis.bar(x, [100 * c["mean"] for c in cells], width * 0.92, yerr=errors(cells), capsize=3,
+                 color=colour(setting, i), label=setting_name(setting),
+                 error_kw={"lw": 1, "ecolor": "#444"})
+        for xi, c in zip(x, cells, strict=True):
+            axis.text(xi, 0, f"{100 * c['mean']:.{int(metric == 'reward_per_step')}f}", fontsize=8,
+                      ha="center", va="bottom", color="black" if setting == "none" else "white")
+    several = len(unique(rows, "agent")) > 1
+    axis.set_xticks(range(len(groups)), [f"{short(agent, rows)}\n{split}" if several else split
+                                         for agent, split in groups])
+    axis.set_ylabel(f"{METRICS[metric][0]} x 100")
+    axis.set_ylim(bottom=0)
+    axis.legend(frameon=False, ncols=len(settings), loc="upper center", fontsize=8,
+                bbox_to_anchor=(0.5, 1.12))
+    save(figure, path)
+
+
+def lines(results: list[dict], path: Path) -> None:
+    """Figure 4: average reward over the agents in the given order, a line per plan setting."""
+    rows = [r for r in results if r["reward"]]
+    agents, splits = unique(rows, "agent"), unique(rows, "split")
+    figure, panels = new_figure(4 * len(splits), columns=len(splits))
+    for axis, split in zip(panels, splits, strict=True):
+        for i, setting in enumerate(unique(sorted(rows, key=rank), "plans")):
+            own = [r for r in rows if (r["plans"], r["split"]) == (setting, split)]
+            points(axis, [agents.index(r["agent"]) for r in own], [r["reward"] for r in own],
+                   color=colour(setting, i), label=setting_name(setting))
+        names = [short(agent, rows) for agent in agents]
+        axis.set_xticks(range(len(agents)), names, rotation=20, ha="right")
+        axis.set(title=split, ylabel="average reward x 100")
+    panels[0].legend(frameon=False)
+    save(figure, path)
+
+
+def sample_counts(results: list[dict], path: Path) -> None:
+    """Figure 5: average reward over M at the largest N, and over N at the largest M."""
+    rows = [(tuple(map(int, FIG5.fullmatch(r["plans"]).groups())), r) for r in results
+            if r["reward"]]
+    figure, panels = new_figure(8, columns=2)
+    for fixed, axis in enumerate(reversed(panels)):  # 0: M is fixed, N varies
+        most = max(mn[fixed] for mn, _ in rows)
+        for i, agent in enumerate(unique([r for _, r in rows], "agent")):
+            own = sorted(((mn[1 - fixed], r["reward"]) for mn, r in rows
+                          if mn[fixed] == most and r["agent"] == agent), key=lambda v: v[0])
+            points(axis, [x for x, _ in own], [c for _, c in own], color=MORE_COLOURS[i % 4],
+                   label=short(agent, results))
+        axis.set(xlabel=f"{'NM'[fixed]}, {'MN'[fixed]} = {most}", ylabel="average reward x 100")
+        axis.set_xticks(sorted({mn[1 - fixed] for mn, _ in rows if mn[fixed] == most}))
+    panels[0].legend(frameon=False)
+    save(figure, path)
+
+
+def judged_bars(verdicts: dict, path: Path) -> None:
+    """Figure 6: shares of wins, ties and losses in each dimension."""
+    figure, [axis] = new_figure(6.5, 2.6)
+    colours = {"win": "#1f5fa8", "tie": "#b8bfc9", "loss": "#e0a458"}
+    for y, counts in enumerate(reversed(list(verdicts.values()))):
+        total, left = max(1, sum(counts[k] for k in colours)), 0.0
+        for name, tint in colours.items():
+            share = 100 * counts[name] / total
+            axis.barh(y, share, left=left, color=tint, label=name if not y else None)
+            if share:
+                axis.text(left + share / 2, y, f"{share:.0f}", ha="center", va="center", fontsize=8)
+            left += share
+    axis.set_yticks(range(len(verdicts)), list(verdicts)[::-1])
+    axis.set_xlabel("% of tasks")
+    axis.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, 1.2), fontsize=8)
+    save(figure, path)
+
+
+def plot_curves(log: list[dict], path: Path) -> None:
+    """The metrics of a training run over its steps, training and held out."""
+    names = [k for k in ("loss", "reward_accuracy", "reward_margin", "lr", "grad_norm")
+             if log and k in log[0]] or ["loss"]
+    figure, axes = new_figure(4 * len(names), 3, len(names))
+    for axis, name in zip(axes, names, strict=True):
+        axis.plot([r["step"] for r in log], [r[name] for r in log], label="training")
+        if held := [(r["step"], r[f"eval_{name}"]) for r in log if f"eval_{name}" in r]:
+            axis.plot(*zip(*held, strict=True), "o-", label="held out")
+            axis.legend()
+        axis.set(title=name.replace("_", " "), xlabel="optimizer step")
+    save(figure, path)
+
+
+# ---- the files -----------------------------------------------------------------------------------
+
+
+def compressed(value) -> str:
+    """JSON as gzip in base64, which can stand anywhere in HTML."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return base64.b64encode(gzip.compress(text.encode(), 6, mtime=0)).decode()
+
+
+def page(cells: list[dict], tables: list[Table], figures: dict[str, Path], chunk: int = 40) -> str:
+    """One self-contained page (report.html): an index of tasks with the reward of each cell, and
+    the conversations in compressed blocks of `chunk` tasks, each opened when it is needed."""
+    columns = unique(cells, "agent", "plans", "insert")
+    by_task: dict[tuple, dict] = {}
+    for cell in cells:
+        column = columns.index((cell["agent"], cell["plans"], cell["insert"]))
+        for task, row in cell["episodes"].items():
+            under = by_task.setdefault((cell["env"], cell["split"], task), {})
+            under[column] = row, cell["texts"].get(task)
+    index, blocks = [], []
+    for start in range(0, len(by_task), chunk):
+        block = []
+        for (env, split, task), under in list(by_task.items())[start : start + chunk]:
+            played = {i: row for i, (row, _) in under.items() if row}
+            episodes = list({id(row): row for row in played.values()}.values())
+            numbers = {id(row): n for n, row in enumerate(episodes)}
+            index.append([env, task, split, {
+                i: [row["reward"], int(row["success"])] for i, row in played.items()}])
+            block.append({
+                "instruction": next((e["instruction"] for e in episodes if e["instruction"]), ""),
+                "plans": {i: text for i, (_, text) in under.items()},
+                "episodes": [{k: e[k] for k in ("reward", "end", "steps")} for e in episodes],
+                "played": {i: numbers[id(row)] for i, row in played.items()}})
+        blocks.append(compressed(block))
+    names = [{"agent": short(agent, cells), "plans": setting_name(plans), "insert": insert}
+             for agent, plans, insert in columns]
+    pictures = "".join(
+        f'<figure><img alt="{title}" src="data:image/png;base64,'
+        f'{base64.b64encode(path.read_bytes()).decode()}"><figcaption>{title}</figcaption></figure>'
+        for title, path in figures.items())
+    scripts = "".join(f'<script type="text/plain" id="block{i}">{b}</script>\n'
+                      for i, b in enumerate(blocks))
+    return common.fill(
+        Path(__file__).with_name("report.html").read_text(), figures=pictures, blocks=scripts,
+        title=html.escape(" ".join(unique(cells, "env"))),
+        tables="".join(t.html() for t in tables),
+        index=compressed({"columns": names, "tasks": index, "chunk": chunk}))
+
+
+def write(folder: Path, cells: list[dict], outdated: int, results: list[dict],
+          differences: list[dict], judged: dict | None) -> str:
+    """Write results.md, results.json, report.html and the paper's tables and figures for which
+    there are cells. `judged`: {"plans", "judge", "verdicts"}. Returns the text of results.md."""
+    tables = paper_tables(results, differences)
+    if judged:
+        tables["fig6"] = judged_table(**judged)
+    rows = {name: select(results, *TABLES[name][2:]) for name in ("fig3", "fig4", "fig5")}
+    rows["fig5"] = [r for r in rows["fig5"] if r["split"] == rows["fig5"][-1]["split"]]
+    rows["results"] = select(results, re.compile(r"(?!fig5/).*"), INSTRUCTION)
+    draw = {"results": lambda path: bars(rows["results"], "reward", path),
+            "fig3": lambda path: bars(rows["fig3"], "reward_per_step", path),
+            "fig4": lambda path: lines(rows["fig4"], path),
+            "fig5": lambda path: sample_counts(rows["fig5"], path),
+            "fig6": lambda path: judged_bars(judged["verdicts"], path)}
+    figures = {}
+    for name in ("results", *tables):
+        if name in draw and (name == "fig6" or any(r["reward"] for r in rows[name])):
+            title = tables[name].title if name in tables else "Average reward"
+            figures[title] = folder / f"{name}.png"
+            draw[name](figures[title])
+    every = [overview(results, outdated), gains(results, differences), *tables.values()]
+    for name, table in tables.items():
+        common.write_text(folder / f"{name}.md",
+                          f"{table.markdown()}\n```latex\n{table.latex()}```\n")
+    text = f"# {cells[0]['env']}\n\n" + "\n".join(t.markdown() for t in every)
+    latex = "\n".join(t.latex() for t in every)
+    common.write_text(folder / "results.md",
+                      f"{text}\n# The same in LaTeX\n\n```latex\n{latex}```\n")
+    numbers = {"env": cells[0]["env"], "results": results, "differences": differences}
+    if judged:
+        numbers["judged"] = {"plans": judged["plans"], **judged["verdicts"]}
+    common.write_text(folder / "results.json", json.dumps(numbers, indent=1) + "\n")
+    shown = [*tables.values(), *every[1::-1]]
+    common.write_text(folder / "report.html", page(cells, shown, figures))
+    return text

@@ -1,0 +1,13 @@
+# The demo: SmolLM2-135M as planner and agent, on the products in WEBSHOP_DATA.
+M := 4
+N := 1
+ENV_ARGS := --prompts brief --observation_chars 800 --workers 2
+SEED_PLANS_ARGS := --limit 40 --plan_share 0.9
+AGENT_SFT_ARGS := --lr 3e-4 --epochs 2 --warmup_ratio 0.05
+SFT_ARGS := --lr 2e-4 --epochs 2 --warmup_ratio 0.05
+SERVE := --max_steps 10 --max_model_len 4096 --agent_tokens 32 --concurrency 32
+SCORE_ARGS := --limit 32 --plan_tokens 128 $(SERVE)
+DPO_ARGS := --beta 0.1 --lr 2e-5 --warmup_ratio 0.1 --epochs 3
+EXPLORE_ARGS := $(SERVE)
+ETO_ARGS := --beta 0.1 --lr 2e-5 --warmup_ratio 0.1 --epochs 3
+EVAL_ARGS := --limit 48 --plan_tokens 128 $(SERVE)
