@@ -1,5 +1,4 @@
-"""WebShop's text mode (Yao et al. 2022): search, pages of results, product pages, and the
-reward."""
+"""WebShop's text mode (Yao et al. 2022): search, result pages, product pages, and the reward."""
 
 import functools
 import hashlib
@@ -27,8 +26,8 @@ class WebShop(Environment):
 
     MAX_STEPS = {"goal": 15}
     FAILED = ("That is not possible here",)
-    VERBS = set("search click choose check compare find look read open select repeat go buy"
-                .split())
+    VERBS = {"search", "click", "choose", "check", "compare", "find", "look", "read", "open",
+             "select", "repeat", "go", "buy"}
     # first goal, number of goals (paper, appendix A); the paper has no unseen split
     SPLITS = {"train": (1500, 1624), "seen": (0, 200)}
     VARIABLES = ("WEBSHOP_DATA", "WEBSHOP_GOALS", "XDG_CACHE_HOME")
@@ -49,13 +48,12 @@ class WebShop(Environment):
         arrays = open_shop().goals, open_shop().offsets
         return digest(*(hashlib.sha256(a.tobytes()).hexdigest() for a in arrays), HAS_SPACY_MODEL)
 
-    # ---- tasks
-    # ------------------------------------------------------------------------------------
+    # ---- tasks ----------------------------------------------------------------------------------
 
     def columns(self, split: str) -> list[list[str]]:
         """One column, the tasks 'goal/NUMBER' in the benchmark's order. A catalogue with too few
-        goals for `SPLITS` uses the goals of a quarter of its products for the test and those of the
-        others for training, one goal of each product after the other."""
+        goals for `SPLITS` uses those of a quarter of its products for the test and the others for
+        training; then the first goal of every product comes first, then the second, ..."""
         first, count = self.SPLITS[split]
         if len(self.shop.goals) >= sum(self.SPLITS["train"]):
             return [[f"goal/{i}" for i in range(first, first + count)]]
@@ -73,8 +71,7 @@ class WebShop(Environment):
             raise InputError(
                 f"unknown WebShop task {task!r}: it must be goal/NUMBER with NUMBER below {count}")
 
-    # ---- episode
-    # ----------------------------------------------------------------------------------
+    # ---- episode --------------------------------------------------------------------------------
 
     def reset(self, task: str) -> str:
         """Start `task` at the search page. Returns the instruction u."""
@@ -85,15 +82,15 @@ class WebShop(Environment):
         return self.goal["text"]
 
     def show(self, page: str, item: int | None = None) -> None:
-        """Go to a page: "search", "results", "item", or one of `SUBPAGES`. Forgets chosen
-        options."""
+        """Go to the page "search", "results" or "item", with no option chosen."""
         self.page, self.item, self.options = page, item, {}
 
     def step(self, action: str) -> tuple[str, float, bool, bool]:
         """(observation, reward, done, success). An invalid action leaves the page unchanged and
         returns an error message with the available actions."""
         match = re.fullmatch(r"(search|click)\s*\[(.*)\]", action.strip(), re.I | re.S)
-        verb, value = (match[1].lower(), " ".join(match[2].lower().split())) if match else ("", "")
+        verb, value = match.groups() if match else ("", "")
+        verb, value = verb.lower(), " ".join(value.lower().split())
         confirmed = ""
         if verb == "search" and value and self.page == "search":
             self.hits, self.number = self.shop.search(value), 1
@@ -180,8 +177,7 @@ class WebShop(Environment):
             parts += [*self.buttons(), *filter(None, shown)]
         return " [SEP] ".join(parts)
 
-    # ---- expert
-    # -----------------------------------------------------------------------------------
+    # ---- expert ---------------------------------------------------------------------------------
 
     def expert(self, task: str) -> dict | None:
         """{"instruction", "steps": [[action, observation], ...], "reward", "by"}: search for the
@@ -196,9 +192,9 @@ class WebShop(Environment):
                     for v in values}
             best = max(values, key=fits.get)
             chosen += [best] if fits[best][1] else []
-        attributes = " ".join([target["query"], *goal["attributes"]]).lower()
-        words = re.sub(r", and price lower.*|[\[\]]", "", u).lower()
-        for by, keywords in (("attributes", attributes), ("instruction", words)):
+        queries = {"attributes": " ".join([target["query"], *goal["attributes"]]).lower(),
+                   "instruction": re.sub(r", and price lower.*|[\[\]]", "", u).lower()}
+        for by, keywords in queries.items():
             hits = self.shop.search(keywords)
             if goal["product"] not in hits:
                 continue
@@ -235,8 +231,7 @@ def price_tag(product: dict) -> str:
     return " to ".join(f"${price}" for price in product["prices"])
 
 
-# ---- the benchmark's reward
-# -----------------------------------------------------------------------
+# ---- the benchmark's reward ---------------------------------------------------------------------
 
 
 def reward(bought: dict, chosen: list[str], wanted: dict, goal: dict) -> float:

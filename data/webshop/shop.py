@@ -92,9 +92,8 @@ CHUNK, LONGEST = 1 << 22, 1 << 26  # characters of one read, and of the longest 
 
 def read_json(path: Path, bracket: str):
     """Yield the elements of a JSON list (`bracket` "["), or the keys and values of a JSON object
-    ("{") in turn, without holding the file in memory. Unlike ijson, this reads everything that
-    `json` writes: also NaN and lone surrogates. Raises `InputError` if the file is not complete
-    JSON."""
+    ("{") in turn, without holding the file in memory. Unlike ijson, this reads NaN and lone
+    surrogates, which Python's `json` writes. Raises `InputError` if the JSON is not complete."""
     decoder, separator, at = json.JSONDecoder(), re.compile(r"[\s,:]*"), 1
     with path.open(encoding="utf-8-sig", errors="replace") as f:
         text = f.read(CHUNK).lstrip()
