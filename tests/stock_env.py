@@ -1,8 +1,9 @@
-"""The environments as their own packages play them, in a process of its own: what ours are compared with.
+"""The environments as their own packages play them, for comparison, in a process of its own.
 
-Reads JSON lines and writes one for each, the transcript and how long the load, the reset and each step took:
-    {"game": path, "actions": [...]}           an ALFWorld game
-    {"game": path, "steps": n, "seed": s}      the same with random actions, every fifth one not admissible
+Reads JSON lines and writes one for each: the transcript, and the seconds of the load, the reset and
+each step.
+    {"game": path, "actions": [...]}               an ALFWorld game
+    {"game": path, "steps": n, "seed": s}          with random actions, every fifth one invalid
     {"task": "TYPE/VARIATION", "actions": [...]}   ScienceWorld
 """
 
@@ -15,14 +16,14 @@ from pathlib import Path
 
 
 class ALFWorld:
-    """What alfworld's AlfredTWEnv makes of a game, for one episode at a time."""
+    """A game as alfworld's AlfredTWEnv starts it, one episode at a time."""
 
     def __init__(self, path):
         import textworld
         from alfworld.agents.environment.alfred_tw_env import AlfredDemangler, AlfredInfos
 
-        self.env = textworld.start(path, textworld.EnvInfos(won=True, admissible_commands=True, extras=["gamefile"]),
-                                   wrappers=[AlfredDemangler(), AlfredInfos])
+        infos = textworld.EnvInfos(won=True, admissible_commands=True, extras=["gamefile"])
+        self.env = textworld.start(path, infos, wrappers=[AlfredDemangler(), AlfredInfos])
 
     def reset(self):
         self.state = self.env.reset()
@@ -55,10 +56,11 @@ class ScienceWorld:
 
 
 def peak_mb(pid: int) -> float:
-    """The most memory that a process and its children (a JVM) ever had, MB."""
+    """Peak memory of a process and its children (a JVM), MB."""
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    line = next(s for s in Path(f"/proc/{pid}/status").read_text().splitlines() if s.startswith("VmHWM"))
-    return int(line.split()[1]) / 1024 + sum(peak_mb(int(c)) for c in children)
+    status = Path(f"/proc/{pid}/status").read_text()
+    own = next(line for line in status.splitlines() if line.startswith("VmHWM"))
+    return int(own.split()[1]) / 1024 + sum(peak_mb(int(c)) for c in children)
 
 
 def transcript(env, actions=None, steps=0, seed=0) -> dict:
@@ -69,7 +71,8 @@ def transcript(env, actions=None, steps=0, seed=0) -> dict:
         if actions is not None:
             action = actions[i]
         else:
-            action = "go to nowhere 1" if i % 5 == 4 else draw.choice(env.state.admissible_commands)
+            known = env.state.admissible_commands
+            action = "go to nowhere 1" if i % 5 == 4 else draw.choice(known)
         start = time.perf_counter()
         row = env.step(action)
         seconds.append(time.perf_counter() - start)
@@ -90,7 +93,8 @@ def main() -> None:
             env = (ALFWorld if "game" in job else ScienceWorld)(name)
         load = time.perf_counter() - start
         row = transcript(env, **{k: job[k] for k in ("actions", "steps", "seed") if k in job})
-        print(json.dumps({"name": name, "load": load, "peak_mb": peak_mb(os.getpid()), **row}), file=out, flush=True)
+        row |= {"name": name, "load": load, "peak_mb": peak_mb(os.getpid())}
+        print(json.dumps(row), file=out, flush=True)
 
 
 if __name__ == "__main__":

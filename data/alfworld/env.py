@@ -122,8 +122,8 @@ class ALFWorld(Environment):
     @classmethod
     def check(cls, task: str) -> None:
         if not any(task in tasks for tasks in cls.games().values()):
-            raise InputError(f"unknown ALFWorld task {task!r}: it must be TYPE/TRIAL, a trial folder "
-                             f"of the games, with TYPE one of {', '.join(cls.MAX_STEPS)}")
+            raise InputError(f"unknown ALFWorld task {task!r}: it must be TYPE/TRIAL, a trial "
+                             f"folder of the games, with TYPE one of {', '.join(cls.MAX_STEPS)}")
 
     def reset(self, task: str) -> str:
         """Start `task`; the instruction u: the room and the task, without the game's banner."""

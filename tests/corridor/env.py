@@ -4,7 +4,7 @@ from common import Environment, InputError, task_type
 
 
 class Corridor(Environment):
-    """Reward: 0.5 in the thing's room, 1 (success) when the thing is taken. Touching the trap loses."""
+    """Reward: 0.5 in the thing's room, 1 (success) when it is taken. Touching the trap loses."""
 
     SPLITS = {"train": 0, "seen": 10, "unseen": 20}
     MAX_STEPS = {"find-lamp": 6, "find-key": 8}
@@ -33,7 +33,8 @@ class Corridor(Environment):
             self.room += 1
             found = self.room == self.goal
             self.reward = max(self.reward, 0.5 * found)
-            return f"You see {f'a {self.thing}' if found else 'nothing'}.", self.reward, False, False
+            seen = f"a {self.thing}" if found else "nothing"
+            return f"You see {seen}.", self.reward, False, False
         if action == f"take {self.thing}" and self.room == self.goal:
             return f"You have the {self.thing}.", 1.0, True, True
         return "You cannot do that.", self.reward, False, False
