@@ -1,6 +1,6 @@
 """Stage 4 (paper 3.3, equation 8): DPO on contrastive plan pairs.
 
-    python 04_dpo.py --data runs/sciworld/pairs.jsonl --out runs/sciworld/mpo
+    python 04_dpo.py --data runs/NAME/pairs.jsonl --out runs/NAME/mpo
     accelerate launch --num_processes 8 04_dpo.py ...          # all GPUs of a machine, FSDP2
 
 --data is JSONL with {"prompt": [...], "chosen": [...], "rejected": [...]}, lists of messages. The

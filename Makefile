@@ -1,5 +1,4 @@
 # MPO: Meta Plan Optimization. `make help` lists the targets.
-#
 # Every rule writes files in runs/$(RUN)/ from the files before it, so make resumes where it stopped,
 # and editing one stage's script runs that stage and the ones after it again.
 
@@ -37,25 +36,20 @@ M ?= 5
 N ?= 5
 SEED ?= 0
 LAUNCH ?= $(if $(filter-out 0 1,$(GPUS)),accelerate launch --num_processes $(GPUS),python)
-# arguments of all stages that use the environment, of both training stages, and of each stage
-ENV_ARGS ?=
+# more arguments: ENV_ARGS of all stages that use the environment, TRAIN_ARGS of both training stages,
+# SEED_PLANS_ARGS, EXPLORE_ARGS, EVAL_ARGS, JUDGE_ARGS; AGENT_SFT_ARGS: train AGENT itself with these
 TRAIN_ARGS ?= --gradient_checkpointing true
-SEED_PLANS_ARGS ?=
 SFT_ARGS ?= --batch_size 32 --lr 1e-5 --lr_scheduler cosine --epochs 3
 SCORE_ARGS ?= --plan_temperature 0.7 --agent_temperature 0.7
 DPO_ARGS ?= --beta 0.1 --batch_size 32 --lr 1e-5 --lr_scheduler cosine --warmup_ratio 0.03 --epochs 3
-EVAL_ARGS ?=
 RFT_ARGS ?= $(SFT_ARGS)
-# agents with training (table 2); if AGENT_SFT_ARGS is not empty, AGENT itself is trained with them
+# agents with training (table 2)
 ROUNDS ?= 1
 AGENT_ARGS ?= --batch_size 32 --lr 1e-5 --lr_scheduler cosine --epochs 3
 ETO_ARGS ?= --beta 0.1 --batch_size 32 --lr 1e-6 --lr_scheduler cosine --warmup_ratio 0.03 --epochs 3
-EXPLORE_ARGS ?=
-AGENT_SFT_ARGS ?=
 # the agents of the tables, and the model that compares plans (figure 6)
 AGENTS ?= $(ACTOR)
 JUDGE ?= gpt-4o
-JUDGE_ARGS ?=
 
 AGENT_FILE := $(if $(AGENT_SFT_ARGS),$(R)/agent/config.json)
 ACTOR := $(if $(AGENT_FILE),$(R)/agent,$(AGENT))
@@ -221,18 +215,12 @@ demo:
 	$(if $(wildcard data/$(ENV)/demo.mk),,$(error there is no demo of $(ENV): data/$(ENV)/demo.mk))
 	@$(MAKE) $(or $(WHAT),stages) DEMO=1 RUN=demo-$(ENV)
 
-PYTEST = $(BIN) python -m pytest -q -n 2 --dist loadfile
-test: .venv/ready
-	$(PYTEST)
-test-slow: .venv/ready
-	$(PYTEST) --slow only
-test-all: .venv/ready
-	$(PYTEST) --slow all
-lint: .venv/ready
-	$(BIN) ruff check .
-
-bench-env: .venv/ready
-	$(BIN) python tests/bench_env.py
+test-slow: SLOW := --slow only
+test-all: SLOW := --slow all
+test test-slow test-all: .venv/ready
+	$(BIN) python -m pytest -q -n 2 --dist loadfile $(SLOW)
+lint: .venv/ready ; $(BIN) ruff check .
+bench-env: .venv/ready ; $(BIN) python tests/bench_env.py
 bench-rollout bench-train: bench-%: models/SmolLM2-135M-Instruct/config.json | .venv/ready
 	$(BIN) python tests/bench_$*.py
 estimate: | .venv/ready

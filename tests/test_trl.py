@@ -1,5 +1,5 @@
-"""The same numbers as TRL: same weights, same batches, same hyper-parameters, in float32 over 20
-optimizer steps."""
+"""The same numbers as TRL: same weights, batches and hyper-parameters, in float32, 20 optimizer
+steps."""
 
 import pytest
 import torch
@@ -9,18 +9,23 @@ from safetensors.torch import load_file
 
 import common
 
+pytestmark = pytest.mark.slow
 sft, dpo = stage("02_sft"), stage("04_dpo")
-# nothing follows the end token: TRL would learn the newline that ChatML has there, we stop at the
-# end token
-TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
-            "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-WORDS = "go to the kitchen focus on a plant look around wait take cup open door read note mix paint pour water".split()
+# nothing follows the end token: TRL would train on ChatML's newline there, we stop at the end token
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+WORDS = "go to the kitchen focus on a plant look around wait take cup open door mix paint".split()
 STEPS, BATCH, LR = 20, 4, 1e-3
 
 
 def text(*key, longest: int) -> str:
     n = 3 + common.seed_of(*key) % longest
     return " ".join(WORDS[common.seed_of(*key, i) % len(WORDS)] for i in range(n))
+
+
+def said(role: str, *key, longest: int) -> list[dict]:
+    return [{"role": role, "content": text(*key, longest=longest)}]
 
 
 @pytest.fixture(autouse=True)
@@ -31,25 +36,27 @@ def fresh_accelerate():
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    return str(save_model(tmp_path_factory.mktemp("base"), make_tokenizer(TEMPLATE), tie_word_embeddings=False))
+    tokenizer = make_tokenizer(TEMPLATE)
+    return str(save_model(tmp_path_factory.mktemp("base"), tokenizer, tie_word_embeddings=False))
 
 
 def recorded_training(module, args, monkeypatch) -> list[dict]:
-    """Run a stage; the gradients (clipped) of each optimizer step."""
+    """Run a stage; the clipped gradients of each optimizer step."""
     steps, clip = [], common.clip_gradients
 
-    def record(wrapped, *rest):
-        norm = clip(wrapped, *rest)
-        steps.append({k.removeprefix("model."): p.grad.full_tensor().clone() for k, p in wrapped.named_parameters()})
+    def record(model, limit):
+        norm = clip(model, limit)
+        steps.append({k: p.grad.full_tensor().clone() for k, p in model.named_parameters()})
         return norm
 
     monkeypatch.setattr(common, "clip_gradients", record)
     module.main(args)
+    AcceleratorState._reset_state(True)
     return steps
 
 
 def compare(trainer_class, config, rows, base, out, ours: list[dict], **more) -> None:
-    """Train with TRL on `rows` in their order; losses, norms, gradients and final weights must be
+    """Train with TRL on `rows` in their order: losses, norms, gradients and final weights must be
     ours to 1e-4."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -60,14 +67,17 @@ def compare(trainer_class, config, rows, base, out, ours: list[dict], **more) ->
         def on_pre_optimizer_step(self, *_, model, **__):
             steps.append({k: p.grad.clone() for k, p in model.named_parameters()})
 
-    trainer = trainer_class(AutoModelForCausalLM.from_pretrained(base), args=config, train_dataset=Dataset.from_list(rows),
-                            processing_class=AutoTokenizer.from_pretrained(base), callbacks=[Record()], **more)
+    trainer = trainer_class(
+        AutoModelForCausalLM.from_pretrained(base), args=config, callbacks=[Record()],
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(base), **more)
     trainer.train()
     theirs = [row for row in trainer.state.log_history if "loss" in row]
     mine = common.read_rows(out / "metrics.jsonl")
     assert len(steps) == len(ours) == len(mine) == len(theirs) == STEPS
     for a, b in zip(mine, theirs, strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], abs=1e-4) and a["grad_norm"] == pytest.approx(float(b["grad_norm"]), abs=1e-4)
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
+        assert a["grad_norm"] == pytest.approx(float(b["grad_norm"]), abs=1e-4)
         assert a["lr"] == pytest.approx(b["learning_rate"], rel=1e-4)
     for a, b in zip(ours, steps, strict=True):
         assert a.keys() == b.keys() and any(g.abs().max() > 1e-2 for g in b.values())
@@ -79,50 +89,55 @@ def compare(trainer_class, config, rows, base, out, ours: list[dict], **more) ->
 
 
 def settings(folder) -> dict:
-    return {"output_dir": str(folder), "per_device_train_batch_size": 2, "gradient_accumulation_steps": BATCH // 2, "max_steps": STEPS,
-            "learning_rate": LR, "lr_scheduler_type": "cosine", "warmup_steps": 0, "weight_decay": 0.0, "max_grad_norm": 1.0,
-            "optim": "adamw_torch_fused", "bf16": False, "use_cpu": True, "gradient_checkpointing": False, "logging_steps": 1,
-            "report_to": "none", "save_strategy": "no", "max_length": None, "train_sampling_strategy": "sequential",
+    return {"output_dir": str(folder), "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": BATCH // 2, "max_steps": STEPS, "learning_rate": LR,
+            "lr_scheduler_type": "cosine", "warmup_steps": 0, "weight_decay": 0.0,
+            "max_grad_norm": 1.0, "optim": "adamw_torch_fused", "bf16": False, "use_cpu": True,
+            "gradient_checkpointing": False, "logging_steps": 1, "report_to": "none",
+            "save_strategy": "no", "max_length": None, "train_sampling_strategy": "sequential",
             "disable_tqdm": True}
 
 
-def in_order(rows: list, groups: list, epochs: int) -> list:
-    """The rows as our loop meets them, one optimizer step after the other."""
-    return [rows[i] for epoch in range(epochs) for step in common.plan_epoch(common.trie_paths(groups), BATCH, 256, 1, 0, epoch)
+def in_order(rows: list, lengths: list[int]) -> list:
+    """The rows in the order of our loop, one optimizer step after the other."""
+    return [rows[i] for epoch in range(5)
+            for step in common.plan_epoch(lengths, BATCH, 256, 1, 0, epoch)
             for micro in step for i in micro]
 
 
 def ours(base, out, data, **more) -> dict:
-    return {"model": base, "out": str(out), "data": str(data), "batch_size": BATCH, "lr": LR, "epochs": 5, "micro_tokens": 256,
-            "precision": "fp32", "warmup_ratio": 0.0, **more}
+    return {"model": base, "out": str(out), "data": str(data), "batch_size": BATCH, "lr": LR,
+            "epochs": 5, "micro_tokens": 256, "precision": "fp32", "warmup_ratio": 0.0, **more}
 
 
 def test_sft_is_trl_sft(tmp_path, base, monkeypatch):
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    rows = [{"prompt": [{"role": "user", "content": text("p", i, longest=40)}],
-             "completion": [{"role": "assistant", "content": text("c", i, longest=25)}]} for i in range(16)]
-    data = write_jsonl(tmp_path / "rows.jsonl", [{"messages": r["prompt"] + r["completion"]} for r in rows])
+    rows = [{"prompt": said("user", "p", i, longest=40),
+             "completion": said("assistant", "c", i, longest=25)} for i in range(16)]
+    data = write_jsonl(tmp_path / "rows.jsonl", [
+        {"messages": r["prompt"] + r["completion"]} for r in rows])
     args = sft.Args(**ours(base, tmp_path / "sft", data))
     steps = recorded_training(sft, args, monkeypatch)
-    groups = [[row] for row in sft.load_rows(args, common.load_model(base)[1])[0]]
-    AcceleratorState._reset_state(True)
-    compare(SFTTrainer, SFTConfig(**settings(tmp_path / "trl")), in_order(rows, groups, 5), base, tmp_path / "sft", steps)
-    SFTTrainer(str(tmp_path / "sft"), args=SFTConfig(**settings(tmp_path / "again")), train_dataset=Dataset.from_list(rows))  # it loads
+    lengths = common.lengths(sft.load_rows(args, common.load_model(base)[1]))
+    compare(SFTTrainer, SFTConfig(**settings(tmp_path / "trl")), in_order(rows, lengths), base,
+            tmp_path / "sft", steps)
+    SFTTrainer(str(tmp_path / "sft"), args=SFTConfig(**settings(tmp_path / "again")),
+               train_dataset=Dataset.from_list(rows))  # TRL loads our model
 
 
 def test_dpo_is_trl_dpo(tmp_path, base, monkeypatch):
     from transformers import AutoModelForCausalLM
     from trl import DPOConfig, DPOTrainer
 
-    rows = [{"prompt": [{"role": "user", "content": text("p", i, longest=40)}],
-             "chosen": [{"role": "assistant", "content": text("c", i, longest=25)}],
-             "rejected": [{"role": "assistant", "content": text("r", i, longest=25)}]} for i in range(16)]
+    rows = [{"prompt": said("user", "p", i, longest=40),
+             "chosen": said("assistant", "c", i, longest=25),
+             "rejected": said("assistant", "r", i, longest=25)} for i in range(16)]
     data = write_jsonl(tmp_path / "pairs.jsonl", rows)
     args = dpo.Args(**ours(base, tmp_path / "dpo", data, beta=0.3))
     steps = recorded_training(dpo, args, monkeypatch)
-    groups = dpo.load_pairs(args, common.load_model(base)[1])[0]
-    AcceleratorState._reset_state(True)
-    compare(DPOTrainer, DPOConfig(**settings(tmp_path / "trl"), beta=0.3), in_order(rows, groups, 5), base, tmp_path / "dpo", steps,
+    pairs = dpo.load_pairs(args, common.load_model(base)[1])
+    compare(DPOTrainer, DPOConfig(**settings(tmp_path / "trl"), beta=0.3),
+            in_order(rows, common.lengths(pairs, True)), base, tmp_path / "dpo", steps,
             ref_model=AutoModelForCausalLM.from_pretrained(base))
