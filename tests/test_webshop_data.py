@@ -1,0 +1,271 @@
+"""WebShop: goals and splits, malformed data, the expert on real products, and the stages."""
+
+import json
+import math
+import random
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, check_run, script_env, stage
+from test_webshop import (  # noqa: F401  the fixtures are used by name
+    DESK,
+    DESK_OPTIONS,
+    ENV,
+    PRODUCTS,
+    SHARED,
+    SHOP,
+    TABLE,
+    WebShop,
+    env,
+    goal,
+    needs_shared,
+    no_cached_shop,
+    options,
+    product,
+    use,
+    use_data,
+)
+
+import common
+from common import InputError
+
+# ---- goals, splits, data ------------------------------------------------------------------------
+
+
+def test_goals_are_in_the_benchmarks_order(env):
+    """Every option combination is a goal; a ceiling is one of the next four tens above the price;
+    the order is Python's shuffle with seed 233."""
+    shop = env.shop
+    goals = [shop.goal(i) for i in range(len(shop.goals))]
+    wanted = [(DESK, [c, s]) for c in ("dark oak", "white | grey") for s in ("40 inch", "60 inch")]
+    wanted.append((TABLE, []))
+    random.Random(233).shuffle(wanted)
+    assert [(shop.product(g["product"])["asin"], g["options"]) for g in goals] == wanted
+    for g in goals:
+        price = shop.product(g["product"])["price"]
+        above = [t for t in range(10, 1000, 10) if t > price]
+        assert g["ceiling"] in above[1:4]
+        assert g["text"].endswith(f", and price lower than {g['ceiling']:.2f} dollars")
+    assert 5 <= shop.product(1)["price"] <= 35
+    assert ENV.price_tag(shop.product(1)) == "$5.0 to $35.0"
+    assert shop.product(2)["price"] == 100.0, "the benchmark's default price"
+
+
+def test_splits_and_goals_of_people(tmp_path, monkeypatch, env):
+    train, seen = env.tasks("train"), env.tasks("seen")
+    assert sorted(train + seen) == [f"goal/{i}" for i in range(5)]
+    with pytest.raises(InputError, match="unseen"):
+        env.tasks("unseen")
+    for task in ("goal/5", "goal/x", "goal/²", "desk/1", "goal/-1", "1"):
+        with pytest.raises(InputError, match="goal/NUMBER with NUMBER below 5"):
+            env.reset(task)
+    many = {f"B{i:09}": [goal(f"Find me desk {i}.", "wood", instruction_options=["red"])] * 10
+            for i in range(350)}
+    many["B000000000"][3] = goal("nothing to look for", instruction_options=[])
+    products = [product(asin, "Desk") for asin in many]
+    env = use(tmp_path / "many", monkeypatch, products, {}, human=many)
+    assert len(env.shop.goals) == 3499, "an instruction without attributes is no goal"
+    assert env.tasks("seen") == [f"goal/{i}" for i in range(200)]
+    assert env.tasks("train") == [f"goal/{i}" for i in range(1500, 1500 + 1624)]
+    assert env.shop.goal(7)["options"] == ["red"]
+    monkeypatch.setenv("WEBSHOP_GOALS", "attributes")
+    with pytest.raises(InputError, match=r"items_ins_v2\.json has no goal for the products in"):
+        use(tmp_path / "many", monkeypatch, None, None)
+    monkeypatch.delenv("WEBSHOP_GOALS")
+    with pytest.raises(InputError, match="has no goal .*WEBSHOP_GOALS=attributes"):
+        use(tmp_path / "other", monkeypatch, products[:1], {}, human={"B999999999": many[DESK]})
+    odd = {DESK: None, TABLE: [
+        "not an object", goal("Find it") | {"instruction_attributes": "wood"},
+        {"instruction_attributes": ["wood"]},
+        goal("Find me a desk.", "w", instruction_options=None)]}
+    env = use(tmp_path / "odd", monkeypatch, PRODUCTS, {}, human=odd)
+    goals = [env.shop.goal(i) for i in range(len(env.shop.goals))]
+    assert sorted(g["text"].split(",")[0] for g in goals) == ["", "Find me a desk"]
+    assert all(g["options"] == [] for g in goals)
+
+
+def test_a_run_folder_holds_one_catalogue(tmp_path, monkeypatch, env):
+    for _ in range(2):
+        common.check_data("webshop", tmp_path / "run")
+    use(tmp_path / "other", monkeypatch, PRODUCTS[:-1])
+    with pytest.raises(InputError, match="webshop data"):
+        common.check_data("webshop", tmp_path / "run")
+
+
+def test_json_is_read_in_chunks(tmp_path, monkeypatch):
+    monkeypatch.setattr(SHOP, "CHUNK", 50)  # elements are shorter and longer than a chunk
+    rows = [{"a": i, "b": ["x" * (i % 97), 1.5, None, "é\U0001f600"]} for i in range(300)]
+    path = tmp_path / "rows.json"
+    for value in (rows, {str(i): r for i, r in enumerate(rows)}, [], [12345] * 99, ["\ud83d"]):
+        for indent in (None, 1):
+            ascii_only = indent is None
+            text = json.dumps(value, indent=indent, ensure_ascii=ascii_only or value == ["\ud83d"])
+            path.write_text(f"\ufeff {text}", encoding="utf-8")
+            as_list = list(value.items()) if isinstance(value, dict) else value
+            read = SHOP.read_json_items if isinstance(value, dict) else (
+                lambda path: SHOP.read_json(path, "["))
+            assert list(read(path)) == as_list
+    assert math.isnan(next(SHOP.read_json(write(path, "[NaN]"), "[")))
+    whole = json.dumps(rows[:50])
+    for cut in (0, 1, 10, len(whole) // 2, len(whole) - 1):
+        with pytest.raises(InputError, match=r"rows\.json"):
+            list(SHOP.read_json(write(path, whole[:cut]), "["))
+    monkeypatch.setattr(SHOP, "LONGEST", 1000)  # an error is not searched for to the end
+    with pytest.raises(InputError, match=r"rows\.json is not complete JSON at '{\"a\" 1}"):
+        list(SHOP.read_json(write(path, whole[:-1] + ', {"a" 1}, ' + whole[1:]), "["))
+
+
+def write(path, text: str):
+    path.write_text(text)
+    return path
+
+
+def test_malformed_products(tmp_path, monkeypatch, capfd):
+    odd = [
+        product("B000000001", "Desk", pricing=None, images=[]),
+        product("B000000002", "Lamp", pricing="about twelve"),
+        product("B000000001", "Desk again"), product("nan", "No number"),
+        product("B0000000012345", "Long number"), product("B000000003", ""), "not a product",
+        {"asin": "B000000004"},
+        product("B000000005", "Odd \ud83d text \x00 \u202e end", full_description=None),
+        product("B000000006", "Half options", customization_options={
+            "Color": None, "Fit": [],
+            "Size": [{"value": "s"}, {"image": "x"}, {"value": None}, {"value": "  "}, "m"]}),
+        product("B000000007", "Sparse", small_description="one text", product_category=None,
+                query=None, category=7, average_rating=float("nan")),
+        {"asin": "B000000008", "name": "Bare"},
+    ]
+    attributes = {p["asin"]: goal("Find it", "x") for p in odd if isinstance(p, dict)}
+    attributes["B000000008"] = ["not", "an", "object"]
+    env = use(tmp_path / "data", monkeypatch, odd, attributes)
+    said = capfd.readouterr().err
+    assert "items_shuffle.json: 6 products left out: " in said
+    assert "1 duplicate asin" in said and "1 not an object" in said
+    usable = {p["asin"]: p for p in map(env.shop.product, range(len(env.shop.offsets) - 1))}
+    assert list(usable) == [f"B00000000{i}" for i in (1, 2, 5, 6, 7, 8)]
+    assert usable["B000000001"]["price"] == usable["B000000002"]["price"] == 100.0
+    assert usable["B000000006"]["options"] == {"size": ["s"]}
+    assert usable["B000000007"]["features"] == ["one text"]
+    assert usable["B000000007"]["rating"] == "N.A."
+    for i in range(len(env.shop.goals)):
+        env.reset(f"goal/{i}")
+        env.item = env.goal["product"]
+        for env.page in ("item", *WebShop.SUBPAGES):
+            (env.text() + env.available()).encode()
+        env.page = "item"
+        assert 0 <= env.step("click[buy now]")[1] <= 1
+
+
+@pytest.mark.parametrize("products, attributes, message", [
+    (None, None, "no items_shuffle"), ("[]", None, "items_ins_v2.json is missing"),
+    ("[]", "{}", "no usable product"), ('[{"asin": ', "{}", "items_shuffle.json is not complete"),
+    ("[]", "[]", "items_ins_v2.json must be a JSON object"),
+    ("hello", "{}", "must be a JSON list")])
+def test_bad_data_is_named(tmp_path, monkeypatch, products, attributes, message):
+    with pytest.raises(InputError, match=message):
+        use(tmp_path, monkeypatch, products, attributes)
+    left = {p.suffix for p in (tmp_path / "cache").glob("mpo/webshop-*")}
+    assert left <= {".lock", ".tmp"}, "a failed build is never used"
+
+
+def test_bad_variables_are_named(monkeypatch, env):
+    monkeypatch.setenv("WEBSHOP_GOALS", "human")
+    with pytest.raises(InputError, match="WEBSHOP_GOALS=human"):
+        SHOP.data_files()
+    monkeypatch.delenv("WEBSHOP_DATA")
+    with pytest.raises(InputError, match="WEBSHOP_DATA is not set"):
+        SHOP.data_files()
+
+
+@pytest.mark.slow
+def test_the_index_is_built_once_by_processes_that_start_together(tmp_path, monkeypatch):
+    use(tmp_path / "data", monkeypatch)
+    cache = tmp_path / "other"
+    code = "import common; print(len(common.environment('webshop')().shop.goals))"
+    variables = script_env(WEBSHOP_DATA=str(tmp_path / "data"), XDG_CACHE_HOME=str(cache))
+    running = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=variables, text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(3)]
+    said = [p.communicate() for p in running]
+    assert [out for out, _ in said] == ["5\n"] * 3, said
+    assert sum("WebShop's products" in err for _, err in said) == 1
+    assert [p.suffix for p in sorted((cache / "mpo").iterdir())] == ["", ".lock"]
+
+
+# ---- the benchmark's own products ---------------------------------------------------------------
+
+
+@pytest.fixture
+def hundred(tmp_path, monkeypatch) -> WebShop:
+    return use_data(SHARED, tmp_path / "cache", monkeypatch)
+
+
+@needs_shared
+def test_the_expert_buys_what_is_wanted(hundred):
+    one_each = {}  # a goal of each product
+    for task in hundred.tasks("seen") + hundred.tasks("train"):
+        one_each.setdefault(hundred.shop.goal(int(task.split("/")[1]))["product"], task)
+    assert len(one_each) == 44
+    for task in one_each.values():
+        e = hundred.expert(task)
+        assert e["reward"] == 1.0 and e["by"] == "attributes"
+        assert e["steps"][-1][0] == "click[buy now]"
+        hundred.reset(task)
+        assert [hundred.step(a)[0] for a, _ in e["steps"]] == [o for _, o in e["steps"]]
+        plan = common.number_steps(hundred.abstract(e["instruction"], e["steps"]))
+        assert stage("01_seed_plans").check_plan(plan, WebShop.VERBS) is None
+
+
+@needs_shared
+@pytest.mark.slow
+def test_random_episodes(hundred):
+    """200 episodes of a random agent: rewards are in [0, 1], available actions are valid."""
+    draw, bought = random.Random(0), 0
+    odd = ["", "click[b000]", "search[\u2603 \ud83d]", "click[[]]", "SEARCH[a [b] c]", "buy now"]
+    for _ in range(200):
+        u, done = hundred.reset(f"goal/{draw.randrange(len(hundred.shop.goals))}"), False
+        for _ in range(15):
+            clickable, valid = hundred.clickable(), draw.random() < 0.9
+            action = draw.choice(odd) if not valid else (
+                f"click[{draw.choice(clickable)}]" if clickable
+                else f"search[{' '.join(draw.sample(u.split(), 3))}]")
+            observation, reward, done, success = hundred.step(action)
+            assert 0 <= reward <= 1 and success == (reward == 1 and done) and observation
+            assert not (valid and hundred.failed(observation))
+            if done:
+                bought += 1
+                break
+    assert bought > 20
+
+
+@needs_shared
+@pytest.mark.slow
+def test_stages(tmp_path, chat_server):
+    """Stages 1, 3 and 5 from the command line, with a scripted planner and agent."""
+    out = tmp_path / "run"
+    env = {"WEBSHOP_DATA": str(SHARED), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    flags = ["--env", "webshop", "--out", out, "--workers", 2]
+    check_run("01_seed_plans.py", *flags, "--teacher", "rules", "--limit", 6, env=env)
+    experts = {r["instruction"]: r for r in common.read_rows(out / "trajectories.jsonl")}
+    plans = {r["task"]: r["plan"] for r in common.read_rows(out / "seed_plans.jsonl")}
+    assert len(experts) == len(plans) == 6 and all(e["reward"] == 1 for e in experts.values())
+
+    def reply(messages, body):
+        first = messages[0]["content"]
+        e = experts.get(max(experts, key=first.rfind))
+        if "<meta_plan>" in first:
+            good = body["seed"] % 2
+            return common.plan_reply(plans[e["task"]] if good else "Step 1: buy at once")
+        if plans[e["task"]] not in first:  # without the good plan the agent fails
+            return ["Action: search[desk]", "Action: click[nothing]"][min(1, len(messages) // 2)]
+        return f"Thought: the plan says so.\nAction: {e['steps'][len(messages) // 2][0]}"
+
+    url = chat_server(reply).url
+    check_run("03_sample_score.py", *flags, "--planner_url", url, "--agent_url", url, "--m", 6,
+              "--n", 1, "--limit", 6, env=env)
+    pairs = common.read_rows(out / "pairs.jsonl")
+    assert pairs and all((p["q_chosen"], p["q_rejected"]) == (1.0, 0.0) for p in pairs)
+    check_run("05_eval.py", *flags, "--agents", url, "--plans", "none", "--limit", 3, env=env)
+    [result] = json.loads((out / "results.json").read_text())["results"]
+    assert (result["split"], result["tasks"]) == ("seen", 3), "the paper has one test split"
+    assert result["ends"] == {"errors": 3}
