@@ -112,7 +112,7 @@ def begin(env: WebShop, asin: str, **changes) -> str:
     ({"options": ["dark oak", "40 inch"]}, ["dark oak", "60 inch", "40 inch"], 1),
     # "60 inch" is similar to "40 inch"
     ({"options": ["dark oak", "40 inch"]}, ["white | grey", "60 inch"], 3 / 4),
-    ({"options": ["light grey"]}, ["white | grey"], 2 / 3),  # "light" comes first in the list
+    ({"options": ["light grey"]}, ["white | grey"], 1),  # both are some grey
     ({"options": ["heather walnut"]}, ["white | grey"], 2 / 3),
     ({"options": ["snow white"]}, ["white | grey"], 2 / 3),  # "grey" comes first
     ({"options": ["slategrey"]}, ["white | grey"], 1),  # a colour inside a word
