@@ -17,25 +17,21 @@ import common
 METRICS = {  # name: (label, value of an episode)
     "reward": ("average reward", lambda r: r["reward"]),
     "success": ("success rate", lambda r: float(r["success"])),
-    # paper 5.3
-    "reward_per_step": ("reward per step", lambda r: r["reward"] / max(1, len(r["steps"]))),
+    "reward_per_step": ("reward per step", lambda r: r["reward"] / max(1, len(r["steps"]))),  # 5.3
 }
 ORDER = ("none", "sft", "gpt", "rft", "mpo")  # of plan settings in tables
 NAMES = {"none": "no plan", "sft": "SFT", "gpt": "teacher, asked directly", "rft": "RFT",
          "mpo": "MPO", "wkm": "WKM's knowledge"}
-COLOURS = {"none": "#b8bfc9", "sft": "#6aa5d8", "mpo": "#1f5fa8", "rft": "#e0a458",
-           "gpt": "#8c6bb1"}
+COLOURS = dict(none="#b8bfc9", sft="#6aa5d8", mpo="#1f5fa8", rft="#e0a458", gpt="#8c6bb1")
 MORE_COLOURS = ["#5aa469", "#c0625e", "#3d8f9e", "#a08a5b"]
 FIG5 = re.compile(r"fig5/m(\d+)n(\d+)")
-INSTRUCTION = ("instruction",)
+INSTRUCTION, GUIDED = ("instruction",), ("none", "mpo", "wkm")
 # {name: (title, metric, plan settings, insertions)}; tables with fewer than two rows are skipped
 TABLES = {
-    "table2": ("Average reward with and without meta plans", "reward", ("none", "mpo", "wkm"),
-               INSTRUCTION),
+    "table2": ("Average reward with and without meta plans", "reward", GUIDED, INSTRUCTION),
     "table3": ("How the planner is trained", "reward", ORDER, INSTRUCTION),
     "table4": ("Where the agent reads the plan", "reward", ("mpo",), common.INSERTS),
-    "table6": ("Success rate with and without meta plans", "success", ("none", "mpo", "wkm"),
-               INSTRUCTION),
+    "table6": ("Success rate with and without meta plans", "success", GUIDED, INSTRUCTION),
     "fig3": ("Average reward per step", "reward_per_step", ("none", "sft", "mpo"), INSTRUCTION),
     "fig4": ("Agents of several sizes", "reward", ("none", "mpo"), INSTRUCTION),
     "fig5": ("How many plans M and rollouts N", "reward", FIG5, INSTRUCTION),
@@ -61,7 +57,7 @@ def unique(rows, *fields) -> list:
     return list(dict.fromkeys(values))
 
 
-def setting_name(plans: str) -> str:
+def named(plans: str) -> str:
     return NAMES.get(plans, plans)
 
 
@@ -94,14 +90,11 @@ class Table:
         return f"## {self.title}\n\n" + "\n".join(lines) + f"\n\n{self.note}\n"
 
     def latex(self) -> str:
-        def line(row):
-            cells = (c.replace("\\", r"\textbackslash ") for c in row)
-            return " & ".join(re.sub(r"([&%$#_{}])", r"\\\1", c) for c in cells) + r" \\"
-
-        return "\n".join([
-            rf"% {self.title}", rf"\begin{{tabular}}{{{'l' * len(self.head)}}}", r"\toprule",
-            line(self.head), r"\midrule", *map(line, self.rows), r"\bottomrule",
-            r"\end{tabular}"]) + "\n"
+        head, *rows = [" & ".join(re.sub(r"([&%$#_{}])", r"\\\1", c) for c in row) + r" \\"
+                       for row in (self.head, *self.rows)]
+        return "\n".join([f"% {self.title}", rf"\begin{{tabular}}{{{'l' * len(self.head)}}}",
+                          r"\toprule", head, r"\midrule", *rows, r"\bottomrule",
+                          r"\end{tabular}"]) + "\n"
 
     def html(self) -> str:
         head, *rows = ["<tr>" + "".join(f"<t{tag}>{html.escape(c)}</t{tag}>" for c in row) + "</tr>"
@@ -118,11 +111,9 @@ def with_interval(cell: dict, sign: str = "") -> str:
 
 def cell_text(result: dict | None, metric: str) -> str:
     """A mean with its interval; missing episodes are reported, not averaged away."""
-    if result is None:
-        return "-"
-    if not result[metric]:
-        return f"{result['missing']} of {result['tasks']} missing"
-    return with_interval(result[metric])
+    if result and result[metric]:
+        return with_interval(result[metric])
+    return f"{result['missing']} of {result['tasks']} missing" if result else "-"
 
 
 def overview(results: list[dict], outdated: int) -> Table:
@@ -131,14 +122,13 @@ def overview(results: list[dict], outdated: int) -> Table:
         "All cells", ["agent", "plans", "insertion", "split", "tasks", "episodes",
                       *(f"{label} (x100)" for label, _ in METRICS.values()), "steps",
                       "format errors", "context overflows", "ends"],
-        note="Mean [95% bootstrap interval over tasks]. Reward per step: reward over steps taken, "
-             "per task, then averaged."
+        note="Mean [95% bootstrap interval over tasks]."
              + f" Left out: {outdated} cells of earlier agents or plans." * bool(outdated))
     for r in results:
         ends = ", ".join(f"{k} {v}" for k, v in sorted(r["ends"].items()))
         insert = "" if r["plans"] == "none" else r["insert"]
         table.rows.append([
-            short(r["agent"], results), setting_name(r["plans"]), insert, r["split"],
+            short(r["agent"], results), named(r["plans"]), insert, r["split"],
             str(r["tasks"]), str(r["episodes"]), *(cell_text(r, name) for name in METRICS),
             f"{r['steps']:.1f}", str(r["format_errors"]), str(r["context_overflows"]), ends])
     return table
@@ -150,10 +140,9 @@ def gains(results: list[dict], differences: list[dict]) -> Table:
         "Differences on the same tasks",
         ["agent", "split", "plans", "over", "tasks", "average reward (x100)", "p",
          "success rate (x100)", "p"],
-        note="Paired over tasks: mean [95% bootstrap interval], two-sided p of a permutation test, "
-             "not corrected for their number.")
+        note="Mean [95% bootstrap interval over tasks], two-sided p of a paired permutation test.")
     for d in differences:
-        names = (setting_name(c["plans"]) + f", {c['insert']}" * (c["insert"] != "instruction")
+        names = (named(c["plans"]) + f", {c['insert']}" * (c["insert"] != "instruction")
                  for c in (d, d["over"]))
         table.rows.append([short(d["agent"], results), d["split"], *names, str(d["tasks"])] + [
             text for m in ("reward", "success")
@@ -184,7 +173,7 @@ def paper_tables(results: list[dict], differences: list[dict]) -> dict[str, Tabl
             over = "over the instruction" if by_insert else "over no plan"
             table.head.append(f"gain {over}" + f", {splits[-1]}" * (len(splits) > 1))
         for k in keys:
-            row = [short(k[0], results), k[2] if by_insert else setting_name(k[1]),
+            row = [short(k[0], results), k[2] if by_insert else named(k[1]),
                    *(cell_text(found.get((*k, s)), metric) for s in splits)]
             text = f"{with_interval(gain[k], '+')}, p {gain[k]['p']:.4f}" if k in gain else ""
             table.rows.append(row + [text] * bool(gain))
@@ -194,34 +183,26 @@ def paper_tables(results: list[dict], differences: list[dict]) -> dict[str, Tabl
 def judged_table(plans: list[str], judge: str, verdicts: dict) -> Table:
     """Figure 6: wins, ties and losses of the second setting in each dimension."""
     counts = ("win", "tie", "loss", "invalid")
-    return Table(
-        f"{setting_name(plans[1])} against {setting_name(plans[0])} plans, judged by {judge}",
-        ["dimension", *counts], [[d, *(str(c[k]) for k in counts)] for d, c in verdicts.items()],
-        "Each pair was judged in both orders; contradicting answers count as a tie.")
+    rows = [[dimension, *(str(c[k]) for k in counts)] for dimension, c in verdicts.items()]
+    return Table(f"{named(plans[1])} against {named(plans[0])} plans, judged by {judge}",
+                 ["dimension", *counts], rows, "Contradicting answers to both orders are a tie.")
 
 
 # ---- figures -------------------------------------------------------------------------------------
 
 
 def new_figure(width: float, height: float = 3.8, columns: int = 1):
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, columns, figsize=(width, height), layout="constrained",
-                                squeeze=False)
-    for axis in axes[0]:
+    figure = Figure((width, height), layout="constrained")
+    axes = figure.subplots(1, columns, squeeze=False)[0]
+    for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
-    return figure, list(axes[0])
+    return figure, list(axes)
 
 
 def save(figure, path: Path) -> None:
-    import matplotlib.pyplot as plt
-
-    tmp = path.with_suffix(".tmp.png")
-    figure.savefig(tmp, dpi=160)
-    plt.close(figure)
+    figure.savefig(tmp := path.with_suffix(".tmp.png"), dpi=160)
     tmp.replace(path)
 
 
@@ -229,16 +210,16 @@ def colour(name: str, number: int) -> str:
     return COLOURS.get(name, MORE_COLOURS[number % len(MORE_COLOURS)])
 
 
-def points(axis, x, cells: list[dict], **options) -> None:
-    """Means x 100 with their intervals, joined by a line."""
-    axis.errorbar(x, [100 * c["mean"] for c in cells], yerr=errors(cells), fmt="o-", capsize=3,
-                  **options)
-
-
 def errors(cells: list[dict]) -> list[list[float]]:
     """Lengths of the error bars below and above the means, x 100."""
     return [[max(0.0, 100 * side * (c["interval"][i] - c["mean"])) for c in cells]
             for i, side in ((0, -1), (1, 1))]
+
+
+def line(axis, x, cells: list[dict], **options) -> None:
+    """Means x 100 with their intervals, joined by a line."""
+    means = [100 * c["mean"] for c in cells]
+    axis.errorbar(x, means, errors(cells), fmt="o-", capsize=3, **options)
 
 
 def bars(results: list[dict], metric: str, path: Path) -> None:
@@ -253,16 +234,13 @@ def bars(results: list[dict], metric: str, path: Path) -> None:
         x = [groups.index((r["agent"], r["split"])) + shift for r in own]
         cells = [r[metric] for r in own]
         axis.bar(x, [100 * c["mean"] for c in cells], width * 0.92, yerr=errors(cells), capsize=3,
-                 color=colour(setting, i), label=setting_name(setting),
+                 color=colour(setting, i), label=named(setting),
                  error_kw={"lw": 1, "ecolor": "#444"})
         for xi, c in zip(x, cells, strict=True):
-            axis.text(xi, 0, f"{100 * c['mean']:.{int(metric == 'reward_per_step')}f}", fontsize=8,
-                      ha="center", va="bottom", color="black" if setting == "none" else "white")
-    several = len(unique(rows, "agent")) > 1
-    axis.set_xticks(range(len(groups)), [f"{short(agent, rows)}\n{split}" if several else split
-                                         for agent, split in groups])
-    axis.set_ylabel(f"{METRICS[metric][0]} x 100")
-    axis.set_ylim(bottom=0)
+            axis.text(xi, 0, f"{100 * c['mean']:.3g}", fontsize=8, ha="center", va="bottom",
+                      color="black" if setting == "none" else "white")
+    axis.set_xticks(range(len(groups)), [f"{short(a, rows)}\n{split}" for a, split in groups])
+    axis.set(ylabel=f"{METRICS[metric][0]} x 100", ylim=(0, None))
     axis.legend(frameon=False, ncols=len(settings), loc="upper center", fontsize=8,
                 bbox_to_anchor=(0.5, 1.12))
     save(figure, path)
@@ -276,10 +254,9 @@ def lines(results: list[dict], path: Path) -> None:
     for axis, split in zip(panels, splits, strict=True):
         for i, setting in enumerate(unique(sorted(rows, key=rank), "plans")):
             own = [r for r in rows if (r["plans"], r["split"]) == (setting, split)]
-            points(axis, [agents.index(r["agent"]) for r in own], [r["reward"] for r in own],
-                   color=colour(setting, i), label=setting_name(setting))
-        names = [short(agent, rows) for agent in agents]
-        axis.set_xticks(range(len(agents)), names, rotation=20, ha="right")
+            line(axis, [agents.index(r["agent"]) for r in own], [r["reward"] for r in own],
+                 color=colour(setting, i), label=named(setting))
+        axis.set_xticks(range(len(agents)), [short(agent, rows) for agent in agents], rotation=20)
         axis.set(title=split, ylabel="average reward x 100")
     panels[0].legend(frameon=False)
     save(figure, path)
@@ -287,18 +264,18 @@ def lines(results: list[dict], path: Path) -> None:
 
 def sample_counts(results: list[dict], path: Path) -> None:
     """Figure 5: average reward over M at the largest N, and over N at the largest M."""
-    rows = [(tuple(map(int, FIG5.fullmatch(r["plans"]).groups())), r) for r in results
-            if r["reward"]]
+    rows = [r for r in results if r["reward"]]
+    rows = [(tuple(map(int, FIG5.fullmatch(r["plans"]).groups())), r) for r in rows]
     figure, panels = new_figure(8, columns=2)
     for fixed, axis in enumerate(reversed(panels)):  # 0: M is fixed, N varies
         most = max(mn[fixed] for mn, _ in rows)
         for i, agent in enumerate(unique([r for _, r in rows], "agent")):
             own = sorted(((mn[1 - fixed], r["reward"]) for mn, r in rows
                           if mn[fixed] == most and r["agent"] == agent), key=lambda v: v[0])
-            points(axis, [x for x, _ in own], [c for _, c in own], color=MORE_COLOURS[i % 4],
-                   label=short(agent, results))
-        axis.set(xlabel=f"{'NM'[fixed]}, {'MN'[fixed]} = {most}", ylabel="average reward x 100")
-        axis.set_xticks(sorted({mn[1 - fixed] for mn, _ in rows if mn[fixed] == most}))
+            line(axis, [x for x, _ in own], [c for _, c in own], color=MORE_COLOURS[i % 4],
+                 label=short(agent, results))
+        axis.set(xlabel=f"{'NM'[fixed]}, {'MN'[fixed]} = {most}", ylabel="average reward x 100",
+                 xticks=sorted({mn[1 - fixed] for mn, _ in rows if mn[fixed] == most}))
     panels[0].legend(frameon=False)
     save(figure, path)
 
@@ -315,16 +292,15 @@ def judged_bars(verdicts: dict, path: Path) -> None:
             if share:
                 axis.text(left + share / 2, y, f"{share:.0f}", ha="center", va="center", fontsize=8)
             left += share
-    axis.set_yticks(range(len(verdicts)), list(verdicts)[::-1])
-    axis.set_xlabel("% of tasks")
+    axis.set(xlabel="% of tasks", yticks=range(len(verdicts)), yticklabels=list(verdicts)[::-1])
     axis.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, 1.2), fontsize=8)
     save(figure, path)
 
 
 def plot_curves(log: list[dict], path: Path) -> None:
     """The metrics of a training run over its steps, training and held out."""
-    names = [k for k in ("loss", "reward_accuracy", "reward_margin", "lr", "grad_norm")
-             if log and k in log[0]] or ["loss"]
+    names = ("loss", "reward_accuracy", "reward_margin", "lr", "grad_norm")
+    names = [k for k in names if log and k in log[0]] or ["loss"]
     figure, axes = new_figure(4 * len(names), 3, len(names))
     for axis, name in zip(axes, names, strict=True):
         axis.plot([r["step"] for r in log], [r[name] for r in log], label="training")
@@ -340,8 +316,8 @@ def plot_curves(log: list[dict], path: Path) -> None:
 
 def compressed(value) -> str:
     """JSON as gzip in base64, which can stand anywhere in HTML."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    return base64.b64encode(gzip.compress(text.encode(), 6, mtime=0)).decode()
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+    return base64.b64encode(gzip.compress(text, 6, mtime=0)).decode()
 
 
 def page(cells: list[dict], tables: list[Table], figures: dict[str, Path], chunk: int = 40) -> str:
@@ -352,8 +328,8 @@ def page(cells: list[dict], tables: list[Table], figures: dict[str, Path], chunk
     for cell in cells:
         column = columns.index((cell["agent"], cell["plans"], cell["insert"]))
         for task, row in cell["episodes"].items():
-            under = by_task.setdefault((cell["env"], cell["split"], task), {})
-            under[column] = row, cell["texts"].get(task)
+            key = cell["env"], cell["split"], task
+            by_task.setdefault(key, {})[column] = row, cell["texts"].get(task)
     index, blocks = [], []
     for start in range(0, len(by_task), chunk):
         block = []
@@ -369,12 +345,12 @@ def page(cells: list[dict], tables: list[Table], figures: dict[str, Path], chunk
                 "episodes": [{k: e[k] for k in ("reward", "end", "steps")} for e in episodes],
                 "played": {i: numbers[id(row)] for i, row in played.items()}})
         blocks.append(compressed(block))
-    names = [{"agent": short(agent, cells), "plans": setting_name(plans), "insert": insert}
+    names = [{"agent": short(agent, cells), "plans": named(plans), "insert": insert}
              for agent, plans, insert in columns]
+    images = {t: base64.b64encode(path.read_bytes()).decode() for t, path in figures.items()}
     pictures = "".join(
-        f'<figure><img alt="{title}" src="data:image/png;base64,'
-        f'{base64.b64encode(path.read_bytes()).decode()}"><figcaption>{title}</figcaption></figure>'
-        for title, path in figures.items())
+        f'<figure><img alt="{t}" src="data:image/png;base64,{image}"><figcaption>{t}</figcaption>'
+        "</figure>" for t, image in images.items())
     scripts = "".join(f'<script type="text/plain" id="block{i}">{b}</script>\n'
                       for i, b in enumerate(blocks))
     return common.fill(
@@ -410,13 +386,11 @@ def write(folder: Path, cells: list[dict], outdated: int, results: list[dict],
         common.write_text(folder / f"{name}.md",
                           f"{table.markdown()}\n```latex\n{table.latex()}```\n")
     text = f"# {cells[0]['env']}\n\n" + "\n".join(t.markdown() for t in every)
-    latex = "\n".join(t.latex() for t in every)
-    common.write_text(folder / "results.md",
-                      f"{text}\n# The same in LaTeX\n\n```latex\n{latex}```\n")
+    latex = "```latex\n" + "\n".join(t.latex() for t in every) + "```\n"
+    common.write_text(folder / "results.md", f"{text}\n# The same in LaTeX\n\n{latex}")
     numbers = {"env": cells[0]["env"], "results": results, "differences": differences}
-    if judged:
-        numbers["judged"] = {"plans": judged["plans"], **judged["verdicts"]}
+    numbers |= {"judged": {"plans": judged["plans"], **judged["verdicts"]}} if judged else {}
     common.write_text(folder / "results.json", json.dumps(numbers, indent=1) + "\n")
-    shown = [*tables.values(), *every[1::-1]]
-    common.write_text(folder / "report.html", page(cells, shown, figures))
+    every = [*tables.values(), *every[1::-1]]
+    common.write_text(folder / "report.html", page(cells, every, figures))
     return text
