@@ -1177,8 +1177,7 @@ class Training:
         self.accelerator.end_training()
 
 
-# ---- 6. models
-# ------------------------------------------------------------------------------------
+# ---- 6. models -----------------------------------------------------------------------------------
 
 # in a file of its own, which imports this one and so comes last
 _models = load_module(DATA / "models.py")
