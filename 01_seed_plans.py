@@ -32,6 +32,8 @@ from tqdm import tqdm
 import common
 from common import InputError, arg
 
+models = common.load_module(common.DATA / "models.py")
+
 
 @dataclass
 class Args:
@@ -211,7 +213,7 @@ async def seed_plans(a: Args, trajectories: list[dict], explored: dict[str, str]
               f"plans fail quality control), about {tokens:,} prompt tokens and "
               f"{150 * len(todo):,} generated tokens for one call each")
         with (common.Appender(out / "teacher_plans.jsonl") as append,
-              common.open_model(a.teacher, a.teacher_url, a) as teacher,
+              models.open_model(a.teacher, a.teacher_url, a) as teacher,
               tqdm(total=len(todo), desc="seed plans") as bar):
 
             async def work(e):
@@ -262,7 +264,7 @@ def agent_conversations(a: Args, trajectories: list[dict], plans: dict[str, str]
 def main(a: Args) -> None:
     prompts = common.Prompts(a.env, a.prompts)
     if a.teacher != "rules":
-        common.check_model(a.teacher, a.teacher_url)
+        models.check_model(a.teacher, a.teacher_url)
     explored = explored_trajectories(a)
     common.check_data(a.env, a.out)
 

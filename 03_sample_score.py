@@ -38,6 +38,8 @@ from tqdm import tqdm
 import common
 from common import InputError, arg, mean
 
+models = common.load_module(common.DATA / "models.py")
+
 
 @dataclass
 class AgentArgs:
@@ -100,7 +102,7 @@ async def sample_plans(a: Args, tasks: list[str], prompts, pool) -> list[dict]:
     if todo:
         u = await pool.each(list(dict.fromkeys(t for t, _ in todo)), "reset")
         with (common.Appender(path) as append,
-              common.open_model(a.planner, a.planner_url, a) as planner,
+              models.open_model(a.planner, a.planner_url, a) as planner,
               tqdm(total=len(todo), desc="sample plans") as bar):
 
             async def sample(task, m):
@@ -151,7 +153,7 @@ async def play(a: Args | ExploreArgs, keys: list[tuple], prompts, pool, path: Pa
 
     retries = 0
     if todo := missing():
-        with common.Appender(path) as append, common.open_model(a.agent, a.agent_url, a) as agent:
+        with common.Appender(path) as append, models.open_model(a.agent, a.agent_url, a) as agent:
             c = common.RolloutConfig(prompts, a.agent_temperature, a.agent_tokens,
                                      a.observation_chars, a.seed, max_steps=a.max_steps)
 
@@ -267,8 +269,8 @@ def main(a: Args) -> None:
     if a.m < 2 or a.n < 1:
         raise InputError("--m must be at least 2 (a best and a worst plan) and --n at least 1")
     prompts = common.Prompts(a.env, a.prompts)
-    common.check_model(a.planner, a.planner_url)
-    common.check_model(a.agent, a.agent_url)
+    models.check_model(a.planner, a.planner_url)
+    models.check_model(a.agent, a.agent_url)
     common.check_data(a.env, a.out)
 
     async def stage():
@@ -332,7 +334,7 @@ def trajectory_pairs(experts: list[dict], explored: dict[str, list[dict]], promp
 
 def explore(a: ExploreArgs) -> None:
     prompts = common.Prompts(a.env, a.prompts)
-    common.check_model(a.agent, a.agent_url)
+    models.check_model(a.agent, a.agent_url)
     experts = common.read_rows(a.experts, ("task", "instruction", "steps", "reward", "solved"))
     experts = [e for e in experts if not a.types or common.task_type(e["task"]) in a.types]
     experts = experts[: a.limit]

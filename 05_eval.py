@@ -1,10 +1,10 @@
 """Stage 5 (paper 4.1, 4.2, 5, appendix B): do the plans help agents on held-out tasks?
 
     python 05_eval.py --env NAME --agents MODEL --out runs/NAME
-    python 05_eval.py --agents gpt-4o http://gpu:8000/v1 --plans none,mpo --insert
-    instruction,thought python 05_eval.py judge --judge gpt-4o --plans sft mpo --out runs/NAME    #
-    figure 6 python 05_eval.py report --out runs/NAME       # all tables and figures again, from the
-    rows python 05_eval.py plan --planner runs/NAME/mpo --env NAME "Your task is to ..."
+    python 05_eval.py --agents gpt-4o http://gpu:8000/v1 --insert instruction thought
+    python 05_eval.py judge --judge gpt-4o --plans sft mpo --out runs/NAME       # figure 6
+    python 05_eval.py report --out runs/NAME      # all tables and figures again, from the rows
+    python 05_eval.py plan --planner runs/NAME/mpo --env NAME "Your task is to ..."
 
 Plans are made once per test task at temperature 0 and used by all agents; then every agent plays
 every task with each plan setting. A cell is an agent, a plan setting, an insertion and a split.
@@ -14,8 +14,8 @@ Files in --out
     eval/plans.jsonl       greedy plans: `setting`, `task`, `plan`, `instruction`, `plans_id`
     eval/rollouts.jsonl    episodes: as rollouts.jsonl of stage 3, with `insert` and `agent_id`
     eval/judgements.jsonl  `task`, `plans`, `first` (the setting shown first), `answer` (per
-    dimension
-                           first, second or tie; null: invalid), `reply`, `judge`, `judge_id`
+                           dimension first, second or tie; null: invalid), `reply`, `judge`,
+                           `judge_id`
     results.md, results.json, report.html, and table2.md ... fig6.png, as far as there are cells
 `agent_id`, `plans_id` and `judge_id` are digests of what made a row. Finished plans, episodes and
 judgements are kept: run it again to resume; only what is missing is done.
@@ -37,6 +37,7 @@ from tqdm import tqdm
 import common
 from common import InputError, arg, mean
 
+models = common.load_module(common.DATA / "models.py")
 report = common.load_module(common.DATA / "report" / "report.py")
 DIMENSIONS = ("correctness", "followability", "standardization")  # paper 5.6
 
@@ -169,7 +170,7 @@ async def greedy_plans(a: Args, tasks: list[str], pool) -> dict[str, str | None]
 
             for setting, missing in todo.items():
                 if planner := planner_of(a, setting):
-                    with common.open_model(planner, None, a) as model:
+                    with models.open_model(planner, None, a) as model:
                         await asyncio.gather(*[ask(model, setting, t) for t in missing])
                 else:
                     for task, plan in plans_in_file(setting, missing).items():
@@ -230,7 +231,7 @@ async def play_missing(a: Args, cells: list[dict], pool) -> None:
         own = [job for job in jobs.values() if job["agent"] == name]
         if not own:
             continue
-        with common.Appender(path) as append, common.open_model(name, url, a) as model:
+        with common.Appender(path) as append, models.open_model(name, url, a) as model:
             for insert in report.unique(own, "insert"):
                 c = common.RolloutConfig(prompts, a.agent_temperature, a.agent_tokens,
                                          a.observation_chars, a.seed, max_steps=a.max_steps,
@@ -418,7 +419,7 @@ def judge(a: JudgeArgs) -> None:
     rows = common.read_rows(folder / "plans.jsonl", ("task", "instruction"))
     u = {r["task"]: r["instruction"] for r in rows}
     name, url = name_and_url(a.judge)
-    common.check_model(name, url)
+    models.check_model(name, url)
     prompt = (common.DATA / "report" / "judge.txt").read_text().strip()
     path, judge_id = folder / "judgements.jsonl", common.digest(
         common.model_id(name, url), prompt, a.tokens, a.plans, texts)
@@ -429,7 +430,7 @@ def judge(a: JudgeArgs) -> None:
 
     async def ask_all() -> None:
         with (common.Appender(path) as append, tqdm(total=len(todo), desc="judgements") as bar,
-              common.open_model(name, url, a) as model):
+              models.open_model(name, url, a) as model):
 
             async def ask(task, first, second):
                 text = common.fill(prompt, task=u[task], first=texts[first][task],
@@ -470,10 +471,10 @@ def write_plan(a: PlanArgs) -> None:
     if not a.text:
         raise InputError('name the task: python 05_eval.py plan --planner MODEL "Your task is ..."')
     prompts, (name, url) = common.Prompts(a.env, a.prompts), name_and_url(a.planner)
-    common.check_model(name, url)
+    models.check_model(name, url)
 
     async def ask() -> str:
-        with tempfile.TemporaryDirectory() as out, common.open_model(name, url, SimpleNamespace(
+        with tempfile.TemporaryDirectory() as out, models.open_model(name, url, SimpleNamespace(
                 out=out, concurrency=1, tensor_parallel=1, max_model_len=a.max_model_len)) as model:
             return (await model.ask(prompts.planner(a.text), 0.0, a.plan_tokens)).text
 
@@ -500,13 +501,13 @@ def main(a: Args) -> None:
         if setting.endswith(".jsonl"):
             common.read_rows(setting, ("task", "plan"))
         elif planner:
-            common.check_model(planner)
+            models.check_model(planner)
             if setting != "gpt" and not Path(planner).is_dir():
                 raise InputError(f"--plans {setting}: there is no planner {planner}; run the stage "
                                  "that makes it, or leave it out")
     for agent in a.agents if not a.plans_only else []:
         if not agent.startswith("http"):
-            common.check_model(agent)
+            models.check_model(agent)
     common.check_data(a.env, a.out)
 
     async def stage():

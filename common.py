@@ -5,7 +5,8 @@
     3. environments  the protocol of data/NAME/env.py, and the pool of worker processes
     4. rollouts      one episode; many episodes at once
     5. training      what the SFT loop and the DPO loop share
-    6. models        asked through the OpenAI protocol, served if local (data/models.py)
+
+data/models.py has the models that the stages ask, data/report/report.py tables and figures.
 
 Symbols follow the paper: u a task instruction, p a meta plan, e a trajectory, r its reward in
 [0, 1], Q(p) the mean reward of N rollouts with plan p, M plans per task.
@@ -48,6 +49,10 @@ DATA = ROOT / "data"
 
 class InputError(Exception):
     """An error that the user can fix, such as bad input: one line, exit status 2."""
+
+
+class ContextOverflow(InputError):
+    """A prompt is longer than the model's context."""
 
 
 def arg(default, text: str):
@@ -691,7 +696,7 @@ def observation_message(observation: str, limit: int, plan: str | None = None) -
     return {"role": "user", "content": f"Observation: {observation}{repeated}"}
 
 
-async def episode(env, model: Model, cls, task: str, plan: str | None, rollout: int,
+async def episode(env, model, cls, task: str, plan: str | None, rollout: int,
                   c: RolloutConfig) -> dict:
     """One trajectory e ~ pi_theta(e|u, p) (paper equation 2) in one environment session.
 
@@ -733,7 +738,7 @@ async def episode(env, model: Model, cls, task: str, plan: str | None, rollout: 
     return row
 
 
-async def rollouts(jobs: list[dict], model: Model, pool: EnvPool, env: str, c: RolloutConfig,
+async def rollouts(jobs: list[dict], model, pool: EnvPool, env: str, c: RolloutConfig,
                    concurrency: int, append, desc: str = "rollouts", attempts: int = 3) -> int:
     """Play all jobs {"task", "plan", "rollout", ...}, `concurrency` at a time; each finished one is
     appended as the job plus the result of `episode`. Jobs of one task and plan should be adjacent:
@@ -779,12 +784,12 @@ def load_model(name: str):
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    check_model(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", use_safetensors=True)
     except (OSError, ValueError, SafetensorError) as e:
-        raise InputError(f"cannot load {name}: {str(e).splitlines()[0]}") from None
+        raise InputError(f"cannot load {name}, as a model directory or from the Hub: "
+                         f"{str(e).splitlines()[0]}") from None
     if not tokenizer.chat_template:
         raise InputError(f"the tokenizer of {name} has no chat template: training needs one")
     for module in model.modules():  # no dropout in train mode either
@@ -1175,11 +1180,3 @@ class Training:
             shutil.rmtree(self.partial)
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
-
-
-# ---- 6. models -----------------------------------------------------------------------------------
-
-# in a file of its own, which imports this one and so comes last
-_models = load_module(DATA / "models.py")
-ContextOverflow, Model, Reply = _models.ContextOverflow, _models.Model, _models.Reply
-check_model, open_model = _models.check_model, _models.open_model

@@ -1,4 +1,4 @@
-"""Models, local or not: all are asked through the OpenAI chat protocol. A part of common.py."""
+"""Models, local or not: all are asked through the OpenAI chat protocol; local ones are served."""
 
 import asyncio
 import contextlib
@@ -16,11 +16,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from common import InputError, model_id
-
-
-class ContextOverflow(InputError):
-    """The prompt is longer than the model's context."""
+from common import ContextOverflow, InputError, model_id
 
 
 class Reply(NamedTuple):

@@ -21,7 +21,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
-from common import EnvPool, Model, Prompts, RolloutConfig  # noqa: E402
+from common import EnvPool, Prompts, RolloutConfig  # noqa: E402
+
+models = common.load_module(common.DATA / "models.py")
 
 DELAY = 0.05  # seconds of a stub's reply
 TASK = "This is your task:\n"
@@ -162,8 +164,9 @@ async def play(env: str, url: str, tasks: list[str], rollouts: int, workers: int
         await pool.each(tasks[: 2 * workers], "reset")  # start the workers first
         jobs = [{"task": t, "plan": None, "rollout": i} for t in tasks for i in range(rollouts)]
         start = time.time()
-        await common.rollouts(jobs, Model(model, url, concurrency), pool, env, c, concurrency,
-                              rows.append, desc=f"ours, {env}")
+        agent = models.Model(model, url, concurrency)
+        await common.rollouts(jobs, agent, pool, env, c, concurrency, rows.append,
+                              desc=f"ours, {env}")
         return rows, time.time() - start
 
 
@@ -236,7 +239,7 @@ def bench_vllm(a) -> tuple:
         task.cancel()
         return rows, seconds, seen
 
-    with common.serve(a.model, ROOT / "logs", max_model_len=4096) as url:
+    with models.serve(a.model, ROOT / "logs", max_model_len=4096) as url:
         rows, seconds, seen = asyncio.run(main(url))
     idle = sum(x == 0 for x in seen) / len(seen)
     print(f"vLLM with {Path(a.model).name}: {len(rows)} episodes in {seconds:.0f} s, "
@@ -250,7 +253,8 @@ def bench_memory(a) -> tuple:
     code = """
 import asyncio, resource, sys
 sys.path.insert(0, {root!r})
-from common import Prompts, Reply, RolloutConfig, rollouts
+from types import SimpleNamespace
+from common import Prompts, RolloutConfig, rollouts
 
 async def env(method, *args, deadline=0):
     await asyncio.sleep(0.01)
@@ -264,7 +268,8 @@ class Model:
     completion_tokens = 0
     async def ask(self, *args):
         await asyncio.sleep(0.05)
-        return Reply("Thought: " + "well " * 100 + chr(10) + "Action: look around", 1, 100)
+        text = "Thought: " + "well " * 100 + chr(10) + "Action: look around"
+        return SimpleNamespace(text=text, prompt_tokens=1, completion_tokens=100)
 
 jobs = [{{"task": f"find-plant/{{i}}", "plan": None, "rollout": 0}} for i in range(1000)]
 c = RolloutConfig(Prompts("sciworld"), 0.7, 256, 0, 0, max_steps=50)

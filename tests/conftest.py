@@ -17,6 +17,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 CORRIDOR = str(ROOT / "tests" / "corridor")  # a toy environment
 sys.path.insert(0, str(ROOT))
+import common  # noqa: E402
+
+models = common.load_module(common.DATA / "models.py")
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
@@ -86,10 +89,11 @@ def write_jsonl(path: Path, rows) -> Path:
 
 def make_tokenizer(template: str = CHATML, bos: str | None = None, trim_offsets: bool = False):
     """A byte-level BPE tokenizer trained on the prompt texts; with `bos` it adds that token."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
+    from tokenizers.models import BPE
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer(models.BPE())
+    tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *([bos] if bos else [])]

@@ -6,10 +6,10 @@ import os
 import sys
 
 import pytest
-from conftest import check_run, run_script, stage
+from conftest import check_run, models, run_script, stage
 
 import common
-from common import EnvPool, InputError, Model, Prompts, RolloutConfig, rollouts, task_type
+from common import EnvPool, InputError, Prompts, RolloutConfig, rollouts, task_type
 
 pytest.importorskip("scienceworld")
 World = common.environment("sciworld")
@@ -70,7 +70,7 @@ def test_the_expert_and_its_actions_as_an_agent(chat_server):
         async with EnvPool("sciworld", 2) as pool:
             c = RolloutConfig(Prompts("sciworld"), 0.0, 64, 0, 0)
             jobs = [{"task": task, "plan": None, "rollout": 0} for task in found]
-            model = Model("scripted", chat_server(reply).url)
+            model = models.Model("scripted", chat_server(reply).url)
             return await rollouts(jobs, model, pool, "sciworld", c, 10, rows.append)
 
     assert asyncio.run(main()) == 0 and len(rows) == len(found)

@@ -11,14 +11,13 @@ import time
 
 import pytest
 from bench_adaptive import replay
-from conftest import CORRIDOR, ROOT, script_env, stage
+from conftest import CORRIDOR, ROOT, models, script_env, stage
 
 import common
 from common import (
     NO_ACTION,
     EnvPool,
     InputError,
-    Model,
     Prompts,
     RolloutConfig,
     WorkerDied,
@@ -63,8 +62,8 @@ def play(url, jobs, concurrency=8, workers=1, pools=None, **config):
             if pools is not None:
                 pools.append(pool)
             c = RolloutConfig(Prompts(CORRIDOR), 0.0, 64, 0, 0, **config)
-            return await rollouts(jobs, Model("scripted", url), pool, CORRIDOR, c, concurrency,
-                                  rows.append)
+            model = models.Model("scripted", url)
+            return await rollouts(jobs, model, pool, CORRIDOR, c, concurrency, rows.append)
 
     return rows, asyncio.run(main())
 
@@ -228,7 +227,9 @@ def test_a_ray_cluster_that_loses_a_node(chat_server):
 import asyncio, json, os, sys
 sys.path.insert(0, {str(ROOT)!r})
 from ray.cluster_utils import Cluster
-from common import EnvPool, Model, Prompts, RolloutConfig, environment, rollouts
+import common
+from common import EnvPool, Prompts, RolloutConfig, environment, rollouts
+models = common.load_module(common.DATA / "models.py")
 env = {CORRIDOR!r}
 tasks = environment(env)().tasks("train")[:4]
 async def main(ray, kill):
@@ -241,7 +242,7 @@ async def main(ray, kill):
                 await asyncio.sleep(0.02)
             kill()
         task = asyncio.create_task(lose_a_node()) if kill else None
-        model = Model("scripted", {slow.url!r})
+        model = models.Model("scripted", {slow.url!r})
         retries = await rollouts(jobs, model, pool, env, c, 6, rows.append)
     return sorted([r["task"], r["rollout"], r["steps"], r["end"]] for r in rows), retries
 local, _ = asyncio.run(main(False, None))
@@ -264,7 +265,7 @@ assert retries, "no episode was on the lost node"
 
 
 def ask(url, name="scripted", **options):
-    return asyncio.run(Model(name, url, **options).ask([{"role": "user", "content": "Hi"}]))
+    return asyncio.run(models.Model(name, url, **options).ask([{"role": "user", "content": "Hi"}]))
 
 
 @pytest.mark.parametrize("reply, says", [
@@ -292,7 +293,7 @@ def test_servers_that_are_not_there_or_silent(chat_server, monkeypatch):
         ask(silent.url, timeout=0.3)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with pytest.raises(InputError, match="set OPENAI_API_KEY"):
-        Model("gpt-4o")
+        models.Model("gpt-4o")
 
 
 def test_rollouts_survive_an_outage(chat_server, monkeypatch):

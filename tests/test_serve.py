@@ -10,13 +10,11 @@ import time
 
 import psutil
 import pytest
-from conftest import ROOT, script_env
+from conftest import ROOT, models, script_env
 
-import common
-from common import InputError, Model
+from common import InputError
 
-serving = common.load_module(common.DATA / "models.py")
-serve = serving.serve
+serve = models.serve
 
 # a server that is healthy after a moment and has a child of its own
 FAKE = """
@@ -39,10 +37,10 @@ def transformers_server(monkeypatch):
 
 def use(monkeypatch, code: str) -> list:
     """Let `serve` start this Python code instead of a server; the list of what it starts."""
-    servers, start = [], serving._start_server
-    monkeypatch.setattr(serving, "server_command",
+    servers, start = [], models._start_server
+    monkeypatch.setattr(models, "server_command",
                         lambda model, port, *_: [sys.executable, "-c", code, str(port)])
-    monkeypatch.setattr(serving, "_start_server",
+    monkeypatch.setattr(models, "_start_server",
                         lambda *args: servers.append(start(*args)) or servers[-1])
     return servers
 
@@ -93,15 +91,15 @@ def test_a_server_that_ends_early_shows_its_log(tiny_model, tmp_path, monkeypatc
 def test_gpus_are_divided_among_replicas(tiny_model, tmp_path, monkeypatch):
     """Each replica has its own GPUs and address; all are started before the first is awaited."""
     started, waited = [], []
-    monkeypatch.setattr(serving, "visible_gpus", lambda: ["4", "5", "6", "7", "9"])
-    monkeypatch.setattr(serving, "_wait_healthy", lambda *_: waited.append(len(started)))
-    start = serving.subprocess.Popen
+    monkeypatch.setattr(models, "visible_gpus", lambda: ["4", "5", "6", "7", "9"])
+    monkeypatch.setattr(models, "_wait_healthy", lambda *_: waited.append(len(started)))
+    start = models.subprocess.Popen
 
     def popen(command, env, **options):
         started.append(env["CUDA_VISIBLE_DEVICES"])
         return start([sys.executable, "-c", "import sys; sys.stdin.read()"], env=env, **options)
 
-    monkeypatch.setattr(serving.subprocess, "Popen", popen)
+    monkeypatch.setattr(models.subprocess, "Popen", popen)
     with serve(tiny_model, tmp_path, tensor_parallel=2) as url:
         assert len(set(url.split(","))) == 2
     assert started == ["4,5", "6,7"] and waited == [2, 2]
@@ -128,7 +126,7 @@ def test_a_killed_parent_leaves_no_server(tmp_path):
 @pytest.mark.slow
 def test_a_real_server(tiny_model, tmp_path):
     async def ask(url):
-        model = Model(tiny_model, url)
+        model = models.Model(tiny_model, url)
         messages = [{"role": "user", "content": "Boil water."}]
         return await asyncio.gather(*[model.ask(messages, t, 8, seed=1) for t in (0.0, 0.0, 0.7)])
 
