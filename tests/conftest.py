@@ -34,18 +34,13 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes long; see --slow")
 
 
-# two files run at a time; those that take longest start first
-LONGEST = ("test_training", "test_loops", "test_bad_input", "test_stages", "test_alfworld",
-           "test_sciworld", "test_trl", "test_serve", "test_scoring")
-
-
 def pytest_collection_modifyitems(config, items):
     wanted = config.getoption("--slow")
     keep = [i for i in items if wanted == "all" or (wanted == "only") == bool(
         i.get_closest_marker("slow"))]
     config.hook.pytest_deselected(items=[i for i in items if i not in set(keep)])
-    rank = {name: i for i, name in enumerate(LONGEST)}
-    items[:] = sorted(keep, key=lambda item: rank.get(item.path.stem, len(rank)))
+    # two files run at a time; the longest start first
+    items[:] = sorted(keep, key=lambda item: -item.path.stat().st_size)
 
 
 def stage(name: str):

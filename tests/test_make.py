@@ -35,8 +35,8 @@ def defaults(script: str) -> dict:
 
 
 def test_make_all_uses_the_papers_settings():
-    commands = make("-n", "all", "ENV=alfworld", "RUN=not-there")
-    llama, env = "meta-llama/Llama-3.1-8B-Instruct", {"env": "alfworld"}
+    commands = make("-n", "all", "ENV=elsewhere", "RUN=not-there")
+    llama, env = "meta-llama/Llama-3.1-8B-Instruct", {"env": "elsewhere"}
     training = {"batch_size": "32", "lr": "1e-5", "lr_scheduler": "cosine", "epochs": "3"}
     wanted = {
         "01_seed_plans.py": {"teacher": "gpt-4o", **env},
