@@ -15,11 +15,14 @@ Files in --out
                                 `reason`
     edited_plans.jsonl          yours, not written by this stage: `task` and `plan` of plans edited
                                 by hand; they replace the teacher's and are checked like them
+    thoughts.jsonl              with --thoughts: `task`, `thoughts` (the teacher's, one for each
+                                step; null: no reply had that many), `setting`
     agent_sft.jsonl             the trajectories as conversations in the agent's prompt format: what
                                 02_sft.py trains an agent on: `task`, `with_plan`, `messages`
 """
 
 import asyncio
+import contextlib
 import random
 import re
 from collections import Counter
@@ -44,24 +47,28 @@ class Args:
     teacher_url: Optional[str] = arg(None, "OpenAI-compatible server of the teacher")
     prompts: Optional[str] = arg(None, "prompt folder: one of the environment's, or a path "
                                  "(default: the environment's own)")
-    tasks: Optional[str] = arg(None, "JSON file of tasks, [[type, variation], ...] (default: the "
-                               "train split)")
+    tasks: List[str] = arg([], "JSON file of tasks, [[type, variation], ...], or train=FILE "
+                           "(default: the train split)")
     types: Optional[List[str]] = arg(None, "only tasks of these types")
     limit: Optional[int] = arg(None, "only the first N tasks")
     temperatures: List[float] = arg([0.0, 0.7, 1.0], "a plan that fails quality control is asked "
                                     "for again at the next of these temperatures")
     max_tokens: int = arg(512, "token limit of a teacher's reply")
     max_plan_steps: int = arg(20, "step limit of a plan")
+    thoughts: bool = arg(False, "agent_sft.jsonl has a thought before each action, by the teacher: "
+                         "one more call a trajectory")
     explored: Optional[str] = arg(None, "explore.jsonl of an agent: with --prompts wkm the teacher "
                                   "writes task knowledge from the expert's and the agent's "
                                   "trajectories, not plans (WKM, Qiao et al. 2024)")
     plan_share: float = arg(0.0, "share of agent_sft.jsonl rows with the seed plan in the prompt "
                             "(paper: agents are trained without)")
+    examples: Optional[str] = arg(None, "type: a one-shot example of each task's type, also where "
+                                  "the environment has one for all (paper)")
     observation_chars: int = arg(0, "cut observations in agent_sft.jsonl to this length, 0: never")
     workers: int = arg(2, "environment worker processes")
     concurrency: int = arg(32, "teacher requests in flight")
     tensor_parallel: int = arg(1, "GPUs of one replica of a served teacher")
-    max_model_len: int = arg(8192, "context of a served teacher, tokens")
+    max_model_len: int = arg(32768, "context of a served teacher, tokens, at most its own")
     seed: int = arg(0, "random seed")
 
 
@@ -103,6 +110,13 @@ async def expert_trajectories(a: Args) -> list[dict]:
 INSTANCE = re.compile(
     r"\b(?!(?:steps?|for|wait|above|below|least|most|than|about|of|to|at|and|or|the)\b)"
     r"[a-z]+ \(?\d+\b(?!\.?\d*\s*(?:degrees|steps|times|°))", re.I)
+SYNONYMS = [set(words.split()) for words in (
+    "go navigate walk head travel return proceed visit enter", "use apply employ operate utilize",
+    "find identify locate search discover determine seek", "put place drop position insert",
+    "check ensure verify confirm inspect examine observe look read",
+    "take pick grab get collect retrieve obtain acquire gather", "choose select pick decide",
+    "activate toggle turn switch start", "wait allow let monitor", "heat warm cook", "cool chill",
+    "clean wash rinse", "buy purchase", "mix combine stir", "focus concentrate")]
 KNOWLEDGE = {"when", "before", "after", "if", "never", "always", "do"}  # first words of WKM's rules
 
 
@@ -110,10 +124,12 @@ def check_plan(plan: str | None, verbs: set, max_steps: int = 20) -> str | None:
     """Quality control of seed plans (paper appendix C): why the plan is rejected, or None.
 
     The paper names three faults: too detailed to generalise (instance numbers such as `cabinet 4`,
-    too many steps), actions that the environment does not have, and a wrong format."""
+    too many steps), actions that the environment does not have, and a wrong format. A step starts
+    with one of `verbs`, or with a synonym of one."""
     if not plan:
         return "format: no numbered steps between <meta_plan> and </meta_plan>"
     steps = common.plan_steps(plan)
+    verbs = verbs.union(*(group for group in SYNONYMS if group & verbs))
     if len(steps) > max_steps:
         return f"too long: {len(steps)} steps, at most {max_steps}"
     for step in steps:
@@ -178,7 +194,7 @@ async def seed_plans(a: Args, trajectories: list[dict], explored: dict[str, str]
     out, cls = Path(a.out), common.environment(a.env)
     by_task = {e["task"]: e for e in trajectories if not a.explored or e["task"] in explored}
     verbs = cls.VERBS | (KNOWLEDGE if a.explored else set())
-    teacher_id = common.model_id(a.teacher, a.teacher_url)
+    teacher_id = models.identify(a.teacher, a.teacher_url)
     setting = common.digest(teacher_id, prompts.teacher_text, a.max_plan_steps, explored)
     asked = common.digest(a.temperatures, a.max_tokens)
 
@@ -237,34 +253,104 @@ async def seed_plans(a: Args, trajectories: list[dict], explored: dict[str, str]
     print(f"seed plans: {len(kept)} kept, {len(rejected)} rejected"
           + (f" (see {path}; copy rows into edited_plans.jsonl, edit their plans and run this "
              "stage again)" if rejected else ""))
+    types = Counter(map(common.task_type, by_task))
+    for kind, n in Counter(common.task_type(r["task"]) for r in rejected).items():
+        print(f"  {kind}: {types[kind] - n} of {types[kind]} kept")
+    for reason, n in Counter(r["reason"].split(":")[0] for r in rejected).most_common():
+        print(f"  rejected {n}: {reason}")
     return [{"task": r["task"], "plan": r["plan"], "teacher": r["teacher"], "messages": [
         *prompts.planner(by_task[r["task"]]["instruction"]),
         {"role": "assistant", "content": common.plan_reply(r["plan"])}]} for r in kept]
 
 
+# ---- what an agent learns from -------------------------------------------------------------------
+
+THOUGHTS = """An expert solved this task:
+<task>
+{task}
+</task>
+
+These are the expert's actions, with numbers, and what each led to:
+<conversation>
+{conversation}
+</conversation>
+
+Write what the expert thinks just before each action: one sentence that says why this action comes \
+now, from the task and from what was seen so far, never from what is seen only later. Write \
+{count} lines, one for each action, with its number: "1. ...". Write nothing else."""
+
+
+def parse_thoughts(reply: str, count: int) -> list[str] | None:
+    """The thoughts of a reply, numbered 1 to `count`, one a line; None if there are not as many."""
+    found = re.findall(r"^\s*(\d+)[.):]\s*(?:Thought:\s*)?(\S.*?)\s*$", reply, re.M)
+    numbers = [int(number) for number, _ in found]
+    return [text for _, text in found] if numbers == list(range(1, count + 1)) else None
+
+
+async def teacher_thoughts(a: Args, trajectories: list[dict]) -> dict[str, list[str] | None]:
+    """{task: a thought for each action of its trajectory}, asked of the teacher at one temperature
+    after the other until there are as many; None if there never are."""
+    path = Path(a.out) / "thoughts.jsonl"
+    setting = common.digest(models.identify(a.teacher, a.teacher_url), THOUGHTS, a.temperatures)
+    rows = common.read_rows(path, ("task", "thoughts", "setting"), missing_ok=True)
+    found = {r["task"]: r["thoughts"] for r in rows if r["setting"] == setting}
+    todo = [e for e in trajectories if e["task"] not in found]
+    if todo:
+        with (common.Appender(path) as append,
+              models.open_model(a.teacher, a.teacher_url, a) as teacher,
+              tqdm(total=len(todo), desc="thoughts") as bar):
+
+            async def work(e):
+                steps = "\n".join(f"Action {i}: {action}\nObservation: {observation}"
+                                  for i, (action, observation) in enumerate(e["steps"], 1))
+                text = common.fill(THOUGHTS, task=e["instruction"], conversation=steps,
+                                   count=str(len(e["steps"])))
+                thoughts, messages = None, [{"role": "user", "content": text}]
+                for i, temperature in enumerate(a.temperatures):
+                    seed = common.seed_of(a.seed, e["task"], "thoughts", i)
+                    with contextlib.suppress(common.ContextOverflow):
+                        reply = await teacher.ask(messages, temperature, 64 * len(e["steps"]), seed)
+                        thoughts = parse_thoughts(reply.text, len(e["steps"]))
+                    if thoughts:
+                        break
+                found[e["task"]] = thoughts
+                append({"task": e["task"], "thoughts": thoughts, "setting": setting})
+                bar.update()
+
+            await asyncio.gather(*[work(e) for e in todo])
+    missing = sum(found[e["task"]] is None for e in trajectories)
+    print(f"thoughts: {len(trajectories) - missing} trajectories have them, {missing} have not: no "
+          "reply had as many thoughts as actions")
+    return found
+
+
 def agent_conversations(a: Args, trajectories: list[dict], plans: dict[str, str],
-                        prompts) -> list[dict]:
+                        thoughts: dict[str, list[str] | None], prompts) -> list[dict]:
     """Rows of agent_sft.jsonl: the expert's trajectories as the agent's conversations. A seeded
     share of `plan_share` has p in the prompt; in those the expert acts as one who knows p, if the
-    environment tells how ("guided")."""
+    environment tells how ("guided") and there are no thoughts."""
     rows = []
     for e in trajectories:
         draw = random.Random(f"{a.seed} {e['task']}").random()
         with_plan = e["task"] in plans and draw < a.plan_share
         plan = plans[e["task"]] if with_plan else None
         messages = prompts.agent(e["instruction"], plan, e["task"])
-        steps = e.get("guided", e["steps"]) if with_plan and not a.explored else e["steps"]
-        for action, observation in steps:
-            messages += [{"role": "assistant", "content": f"Action: {action}"},
+        guided = with_plan and not a.explored and not thoughts.get(e["task"])
+        steps = e.get("guided", e["steps"]) if guided else e["steps"]
+        said = common.expert_replies(steps, thoughts.get(e["task"]))
+        for reply, (_, observation) in zip(said, steps, strict=True):
+            messages += [{"role": "assistant", "content": reply},
                          common.observation_message(observation, a.observation_chars)]
         rows.append({"task": e["task"], "with_plan": with_plan, "messages": messages[:-1]})
     return rows
 
 
 def main(a: Args) -> None:
-    prompts = common.Prompts(a.env, a.prompts)
+    prompts = common.Prompts(a.env, a.prompts, a.examples)
     if a.teacher != "rules":
         models.check_model(a.teacher, a.teacher_url)
+    elif a.thoughts:
+        raise InputError("--thoughts needs a model as --teacher")
     explored = explored_trajectories(a)
     common.check_data(a.env, a.out)
 
@@ -274,7 +360,8 @@ def main(a: Args) -> None:
         if not rows:
             raise InputError("no seed plan passed quality control: see seed_plans.rejected.jsonl")
         plans = {r["task"]: r["plan"] for r in rows}
-        conversations = agent_conversations(a, trajectories, plans, prompts)
+        thoughts = await teacher_thoughts(a, trajectories) if a.thoughts else {}
+        conversations = agent_conversations(a, trajectories, plans, thoughts, prompts)
         common.write_rows(Path(a.out) / "agent_sft.jsonl", conversations)
         common.write_rows(Path(a.out) / "seed_plans.jsonl", rows)  # last: Make's target
 

@@ -6,9 +6,9 @@ Files in --out
     plans.jsonl      M sampled plans per task: `task`, `m`, `plan` (null: three replies had
                      none), `instruction`, `planner`, `setting`
     rollouts.jsonl   N rollouts per plan (equation 5): `task`, `plan`, `rollout`, `agent`,
-                     `setting`, `instruction`, `reward`, `success`, `end`, `steps` ([[reply,
-                     observation], ...]), `format_errors`, `prompt_tokens`, `completion_tokens`,
-                     `seconds`
+                     `setting`, `instruction`, `reward`, `success`, `end`, `steps` ([[reply up to
+                     its action, observation], ...]), `format_errors`, `prompt_tokens`,
+                     `completion_tokens`, `seconds`
     pairs.jsonl      the best and the worst plan of each task by Q(p) (equations 6 and 7), for
                      04_dpo.py: `task`, `prompt`, `chosen`, `rejected`, `q_chosen`, `q_rejected`
     best_plans.jsonl the best plan of each task, for 02_sft.py (RFT, paper table 3): `task`, `q`,
@@ -51,17 +51,20 @@ class AgentArgs:
                      "model, or one of an OpenAI-compatible API")
     agent_url: Optional[str] = arg(None, "OpenAI-compatible servers of the agent, with commas")
     agent_temperature: float = arg(0.7, "temperature of the agent (paper: 0.7)")
-    agent_tokens: int = arg(256, "token limit of an agent's reply")
+    agent_tokens: int = arg(512, "token limit of an agent's reply")
     prompts: Optional[str] = arg(None, "prompt folder: one of the environment's, or a path "
                                  "(default: the environment's own)")
+    examples: Optional[str] = arg(None, "type: a one-shot example of each task's type, also where "
+                                  "the environment has one for all (paper)")
     observation_chars: int = arg(0, "cut observations to this length, 0: never")
     max_steps: Optional[int] = arg(None, "step limit of an episode (default: the environment's)")
     types: Optional[List[str]] = arg(None, "only tasks of these types")
     limit: Optional[int] = arg(None, "only the first N tasks")
     workers: int = arg(16, "environment worker processes")
-    concurrency: int = arg(256, "episodes in flight")
+    concurrency: Optional[int] = arg(None, "episodes in flight (default: 256, or 32 with an "
+                                     "agent of an API)")
     tensor_parallel: int = arg(1, "GPUs of one replica of a served model")
-    max_model_len: int = arg(8192, "context of a served model, tokens")
+    max_model_len: int = arg(32768, "context of a served model, tokens, at most its own")
     ray: bool = arg(False, "environment workers on a Ray cluster (RAY_ADDRESS)")
     seed: int = arg(0, "random seed of plans and rollouts")
 
@@ -74,8 +77,8 @@ class Args(AgentArgs):
     n: int = arg(5, "N, rollouts per plan (paper: 5)")
     plan_temperature: float = arg(0.7, "temperature of the planner (paper: 0.7)")
     plan_tokens: int = arg(512, "token limit of a plan")
-    tasks: Optional[str] = arg(None, "JSON file of tasks, [[type, variation], ...] (default: the "
-                               "train split)")
+    tasks: List[str] = arg([], "JSON file of tasks, [[type, variation], ...], or train=FILE "
+                           "(default: the train split)")
     pairs: Optional[str] = arg(None, "write the pairs to this file; with a smaller --m or --n than "
                                "were played, without new rollouts (figure 5)")
     adaptive: bool = arg(False, "play only rollouts that can change which plan is best or worst")
@@ -93,7 +96,7 @@ class ExploreArgs(AgentArgs):
 async def sample_plans(a: Args, tasks: list[str], prompts, pool) -> list[dict]:
     """{p_i | i = 1..M} ~ pi_g(p|u) for every task. A reply without a plan is asked for again with
     another seed; after three attempts the row's plan is None and it is ignored."""
-    path, planner_id = Path(a.out) / "plans.jsonl", common.model_id(a.planner, a.planner_url)
+    path, planner_id = Path(a.out) / "plans.jsonl", models.identify(a.planner, a.planner_url)
     setting = common.digest(planner_id, prompts.planner_text, a.plan_temperature, a.plan_tokens,
                             a.seed)
     rows = common.read_rows(path, ("task", "m", "plan", "setting"), missing_ok=True)
@@ -129,10 +132,10 @@ async def play(a: Args | ExploreArgs, keys: list[tuple], prompts, pool, path: Pa
     """{(task, plan): its N rollouts} (equation 5). With `choose`, rounds of one more rollout for
     each plan in choose({plan: its rewards so far}, N) of a task, until it returns no plan. Jobs of
     one task and plan are adjacent: their prompts share a prefix, which the server caches."""
-    agent_id = common.model_id(a.agent, a.agent_url)
+    agent_id = models.identify(a.agent, a.agent_url)
     setting = common.digest(
         agent_id, prompts.agent_text, prompts.examples, a.agent_temperature, a.agent_tokens,
-        a.observation_chars, a.max_steps, a.max_model_len, a.seed)
+        common.STOP, a.observation_chars, a.max_steps, a.max_model_len, a.seed)
     fields = ("task", "plan", "rollout", "reward", "setting", "end")
     done = common.finished((r for r in common.read_rows(path, fields, missing_ok=True)
                             if r["setting"] == setting and r["end"] != "crash"),
@@ -164,7 +167,8 @@ async def play(a: Args | ExploreArgs, keys: list[tuple], prompts, pool, path: Pa
             while todo:
                 jobs = [{"task": task, "plan": plan, "rollout": n, "agent": agent_id,
                          "setting": setting} for task, plan, n in todo]
-                retries += await common.rollouts(jobs, agent, pool, a.env, c, a.concurrency, keep)
+                retries += await common.rollouts(jobs, agent, pool, a.env, c, agent.concurrency,
+                                                 keep)
                 todo = missing()
     if retries:
         print(f"{retries} episodes were retried because their environment worker died")
@@ -268,13 +272,13 @@ def best_plans(plans: list[dict], q: dict[tuple, float | None], prompts) -> list
 def main(a: Args) -> None:
     if a.m < 2 or a.n < 1:
         raise InputError("--m must be at least 2 (a best and a worst plan) and --n at least 1")
-    prompts = common.Prompts(a.env, a.prompts)
+    prompts = common.Prompts(a.env, a.prompts, a.examples)
     models.check_model(a.planner, a.planner_url)
     models.check_model(a.agent, a.agent_url)
     common.check_data(a.env, a.out)
 
     async def stage():
-        async with common.EnvPool(a.env, a.workers, a.concurrency, a.ray) as pool:
+        async with common.EnvPool(a.env, a.workers, a.concurrency or 256, a.ray) as pool:
             tasks = await common.list_tasks(pool, a.env, "train", a.tasks, a.types, a.limit)
             plans = await sample_plans(a, tasks, prompts, pool)
             return plans, await score_plans(a, plans, prompts, pool)
@@ -313,37 +317,44 @@ def trajectory_pairs(experts: list[dict], explored: dict[str, list[dict]], promp
                      observation_chars: int) -> list[dict]:
     """(u, e_w, e_l): for each task the expert's trajectory against every explored one of lower
     reward, and the best explored one against the worst if they differ in reward. Crashed and empty
-    ones are ignored."""
+    ones are ignored. A worse trajectory is cut five turns after the length of the better one.
+    `experts` may have `thoughts`, one for each step."""
     pairs = []
     for e in experts:
         tried = [r for r in explored.get(e["task"], []) if r["end"] != "crash" and r["steps"]]
         if not tried:
             continue
-        expert = {"reward": e["reward"], "steps": [[f"Action: {a}", o] for a, o in e["steps"]]}
+        said = common.expert_replies(e["steps"], e.get("thoughts"))
+        expert = {"reward": e["reward"], "steps": [
+            [reply, o] for reply, (_, o) in zip(said, e["steps"], strict=True)]}
         couples = [(expert, r) for r in tried if e["solved"] and r["reward"] < e["reward"]]
         best, worst = (f(tried, key=lambda r: r["reward"]) for f in (max, min))
         couples += [(best, worst)] if best["reward"] > worst["reward"] else []
         prompt = prompts.agent(e["instruction"] or tried[0]["instruction"], None, e["task"])
         pairs += [{"task": e["task"], "prompt": prompt,
                    "chosen": turns(won["steps"], observation_chars),
-                   "rejected": turns(lost["steps"], observation_chars),
+                   "rejected": turns(lost["steps"][: len(won["steps"]) + 5], observation_chars),
                    "q_chosen": won["reward"], "q_rejected": lost["reward"]}
                   for won, lost in couples]
     return pairs
 
 
 def explore(a: ExploreArgs) -> None:
-    prompts = common.Prompts(a.env, a.prompts)
+    prompts = common.Prompts(a.env, a.prompts, a.examples)
     models.check_model(a.agent, a.agent_url)
     experts = common.read_rows(a.experts, ("task", "instruction", "steps", "reward", "solved"))
     experts = [e for e in experts if not a.types or common.task_type(e["task"]) in a.types]
     experts = experts[: a.limit]
+    thoughts = common.read_rows(Path(a.experts).with_name("thoughts.jsonl"), ("task", "thoughts"),
+                                missing_ok=True)
+    thoughts = {r["task"]: r["thoughts"] for r in thoughts}
+    experts = [{**e, "thoughts": thoughts.get(e["task"])} for e in experts]
     if not experts:
         raise InputError(f"{a.experts} has no task of these --types")
     common.check_data(a.env, a.out)
 
     async def stage():
-        async with common.EnvPool(a.env, a.workers, a.concurrency, a.ray) as pool:
+        async with common.EnvPool(a.env, a.workers, a.concurrency or 256, a.ray) as pool:
             keys = [(e["task"], None) for e in experts]
             return await play(a, keys, prompts, pool, Path(a.out) / "explore.jsonl")
 

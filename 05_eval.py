@@ -10,8 +10,10 @@ Plans are made once per test task at temperature 0 and used by all agents; then 
 every task with each plan setting. A cell is an agent, a plan setting, an insertion and a split.
 Files in --out
     eval/cells.jsonl       the cells that were asked for: `env`, `agent`, `agent_id`, `plans`,
-                           `plans_id`, `insert`, `split`, `tasks`; of equal ones the newest counts
-    eval/plans.jsonl       greedy plans: `setting`, `task`, `plan`, `instruction`, `plans_id`
+                           `plans_id`, `insert`, `split`, `tasks`, `note` (of the environment);
+                           of equal ones the newest counts
+    eval/plans.jsonl       greedy plans: `setting`, `task`, `plan`, `instruction`, `plans_id`,
+                           `untagged` (the reply had no tags and is the plan as a whole)
     eval/rollouts.jsonl    episodes: as rollouts.jsonl of stage 3, with `insert` and `agent_id`
     eval/judgements.jsonl  `task`, `plans`, `first` (the setting shown first), `answer` (per
                            dimension first, second or tie; null: invalid), `reply`, `judge`,
@@ -59,19 +61,23 @@ class Args:
     plans_only: bool = arg(False, "make the plans, for other agents to use, and play nothing")
     agent_temperature: float = arg(0.0, "temperature of the agent (paper: 0, as of the planner)")
     plan_tokens: int = arg(512, "token limit of a plan")
-    agent_tokens: int = arg(256, "token limit of an agent's reply")
+    agent_tokens: int = arg(512, "token limit of an agent's reply")
     prompts: Optional[str] = arg(None, "prompt folder: one of the environment's, or a path "
                                  "(default: the environment's own)")
+    examples: Optional[str] = arg(None, "type: a one-shot example of each task's type, also where "
+                                  "the environment has one for all (paper)")
     observation_chars: int = arg(0, "cut observations to this length, 0: never")
     max_steps: Optional[int] = arg(None, "step limit of an episode (default: the environment's)")
-    tasks: Optional[str] = arg(None, "JSON file of tasks, [[type, variation], ...], not splits")
+    tasks: List[str] = arg([], "JSON files of tasks, [[type, variation], ...], SPLIT=FILE each, in "
+                           "place of the environment's splits")
     types: Optional[List[str]] = arg(None, "only tasks of these types")
     limit: Optional[int] = arg(None, "only the first N tasks of each split")
     workers: int = arg(16, "environment worker processes")
-    concurrency: int = arg(256, "episodes in flight")
+    concurrency: Optional[int] = arg(None, "episodes in flight (default: 256, or 32 with an "
+                                     "agent of an API)")
     ray: bool = arg(False, "environment workers on a Ray cluster (RAY_ADDRESS)")
     tensor_parallel: int = arg(1, "GPUs of one replica of a served model")
-    max_model_len: int = arg(8192, "context of a served model, tokens")
+    max_model_len: int = arg(32768, "context of a served model, tokens, at most its own")
     seed: int = arg(0, "random seed of the bootstrap")
 
 
@@ -84,7 +90,7 @@ class JudgeArgs:
     tokens: int = arg(1024, "token limit of a judgement")
     concurrency: int = arg(32, "requests in flight")
     tensor_parallel: int = arg(1, "GPUs of one replica of a served model")
-    max_model_len: int = arg(8192, "context of a served model, tokens")
+    max_model_len: int = arg(32768, "context of a served model, tokens, at most its own")
     seed: int = arg(0, "random seed of the bootstrap")
 
 
@@ -101,7 +107,7 @@ class PlanArgs:
     text: str = arg("", "the task, as the environment words it; also without the flag")
     prompts: Optional[str] = arg(None, "prompt folder: one of the environment's, or a path")
     plan_tokens: int = arg(512, "token limit of the plan")
-    max_model_len: int = arg(8192, "context of a served model, tokens")
+    max_model_len: int = arg(32768, "context of a served model, tokens, at most its own")
 
 
 # ---- plans ---------------------------------------------------------------------------------------
@@ -121,7 +127,7 @@ def digest_of_plans(a: Args, setting: str, prompts) -> str | None:
         return None
     if setting.endswith(".jsonl"):
         return common.digest(Path(setting).read_text())
-    planner_id = common.model_id(planner_of(a, setting))
+    planner_id = models.identify(planner_of(a, setting))
     return common.digest(planner_id, prompts.planner_text, a.plan_tokens)
 
 
@@ -141,9 +147,10 @@ def plans_in_file(path: str, tasks: list[str]) -> dict[str, str | None]:
 
 
 async def greedy_plans(a: Args, tasks: list[str], pool) -> dict[str, str | None]:
-    """Write the most likely plan of each setting's planner for each task, null if its reply has
-    none; returns {setting: plans_id}. The teacher gets the environment's own prompt, which explains
-    the format; our planners know it."""
+    """Write the most likely plan of each setting's planner for each task; returns {setting:
+    plans_id}. A reply without tags is the plan itself (`untagged`), an empty one is none (null).
+    The teacher gets the environment's own prompt, which explains the format; our planners know
+    it."""
     path = Path(a.out) / "eval" / "plans.jsonl"
     prompts = {s: common.Prompts(a.env, None if s == "gpt" else a.prompts) for s in a.plans}
     ids = {s: digest_of_plans(a, s, prompts[s]) for s in a.plans}
@@ -156,17 +163,18 @@ async def greedy_plans(a: Args, tasks: list[str], pool) -> dict[str, str | None]
         with (common.Appender(path) as append,
               tqdm(total=sum(map(len, todo.values())), desc="plans") as bar):
 
-            def keep(setting, task, plan):
+            def keep(setting, task, plan, **more):
                 row = {"setting": setting, "task": task, "plan": plan, "instruction": u[task],
-                       "plans_id": ids[setting]}
+                       "plans_id": ids[setting], **more}
                 append(row)
                 done[ids[setting], task] = row
                 bar.update()
 
             async def ask(model, setting, task):
                 messages = prompts[setting].planner(u[task])
-                reply = await model.ask(messages, 0.0, a.plan_tokens)
-                keep(setting, task, common.parse_plan(reply.text))
+                reply = (await model.ask(messages, 0.0, a.plan_tokens)).text.strip()
+                plan = common.parse_plan(reply)
+                keep(setting, task, plan or reply or None, untagged=not plan)
 
             for setting, missing in todo.items():
                 if planner := planner_of(a, setting):
@@ -176,9 +184,8 @@ async def greedy_plans(a: Args, tasks: list[str], pool) -> dict[str, str | None]
                     for task, plan in plans_in_file(setting, missing).items():
                         keep(setting, task, plan)
     for s in ids:
-        if missing := s != "none" and sum(done[ids[s], t]["plan"] is None for t in tasks):
-            print(f"{s}: {missing} of {len(tasks)} replies have no plan; the agents play those "
-                  "tasks without one")
+        if untagged := s != "none" and sum(done[ids[s], t].get("untagged", 0) for t in tasks):
+            print(f"{s}: {untagged} of {len(tasks)} replies have no tags; their text is the plan")
     return ids
 
 
@@ -188,21 +195,21 @@ async def greedy_plans(a: Args, tasks: list[str], pool) -> dict[str, str | None]
 def name_and_url(agent: str) -> tuple[str, str | None]:
     """(name, url) of an --agents entry: a server is asked which model it serves."""
     is_url = agent.startswith(("http://", "https://"))
-    return (common.model_id("", agent), agent) if is_url else (agent, None)
+    return (models.identify("", agent), agent) if is_url else (agent, None)
 
 
 def cells_of(a: Args, plans_ids: dict[str, str | None], splits: dict[str, list[str]]) -> list[dict]:
     """The cells of this run: every agent with every plan setting, insertion and split; without a
     plan there is nothing to insert. `agent_id` identifies all that makes an agent's episodes,
     except the plan and its insertion."""
-    cells, prompts = [], common.Prompts(a.env, a.prompts)
+    cells, prompts = [], common.Prompts(a.env, a.prompts, a.examples)
     files = [s for s in a.plans if s.endswith(".jsonl")]
     names = {s: Path(s).name for s in files}
     for agent in a.agents:
         name, url = name_and_url(agent)
         agent_id = common.digest(
-            common.model_id(name, url), prompts.agent_text, prompts.examples, a.agent_temperature,
-            a.agent_tokens, a.observation_chars, a.max_steps, a.max_model_len,
+            models.identify(name, url), prompts.agent_text, prompts.examples, a.agent_temperature,
+            a.agent_tokens, common.STOP, a.observation_chars, a.max_steps, a.max_model_len,
             *([a.seed] if a.agent_temperature else []))
         for setting in a.plans:
             shown = names.get(setting, setting)
@@ -211,14 +218,16 @@ def cells_of(a: Args, plans_ids: dict[str, str | None], splits: dict[str, list[s
             for insert in a.insert if setting != "none" else ["instruction"]:
                 cells += [{"env": a.env, "agent": name, "agent_id": agent_id, "insert": insert,
                            "split": split, "tasks": tasks, "plans": shown,
-                           "plans_id": plans_ids[setting]} for split, tasks in splits.items()]
+                           "plans_id": plans_ids[setting], "note": common.environment(a.env).note()}
+                          for split, tasks in splits.items()]
     return cells
 
 
 async def play_missing(a: Args, cells: list[dict], pool) -> None:
     """Play the episodes that the cells lack. If two settings have the same plan for a task, it is
     played once: at temperature 0 the episodes are the same."""
-    path, prompts = Path(a.out) / "eval" / "rollouts.jsonl", common.Prompts(a.env, a.prompts)
+    prompts = common.Prompts(a.env, a.prompts, a.examples)
+    path = Path(a.out) / "eval" / "rollouts.jsonl"
     jobs: dict[tuple, dict] = {}
     for cell in with_episodes(a.out, cells):
         for task, row in cell["episodes"].items():
@@ -237,7 +246,7 @@ async def play_missing(a: Args, cells: list[dict], pool) -> None:
                                          a.observation_chars, a.seed, max_steps=a.max_steps,
                                          insert=insert)
                 await common.rollouts([job for job in own if job["insert"] == insert], model, pool,
-                                      a.env, c, a.concurrency, append,
+                                      a.env, c, model.concurrency, append,
                                       desc=f"evaluation, {Path(name).name}, {insert}")
 
 
@@ -422,7 +431,7 @@ def judge(a: JudgeArgs) -> None:
     models.check_model(name, url)
     prompt = (common.DATA / "report" / "judge.txt").read_text().strip()
     path, judge_id = folder / "judgements.jsonl", common.digest(
-        common.model_id(name, url), prompt, a.tokens, a.plans, texts)
+        models.identify(name, url), prompt, a.tokens, a.plans, texts)
     rows = common.read_rows(path, ("task", "first", "answer", "judge_id"), missing_ok=True)
     done = common.finished((r for r in rows if r["judge_id"] == judge_id), "task", "first")
     todo = [(t, *order) for t in texts[a.plans[0]] if t in texts[a.plans[1]]
@@ -495,7 +504,7 @@ def main(a: Args) -> None:
         setattr(a, name, split_commas(getattr(a, name)))
     if wrong := [i for i in a.insert if i not in common.INSERTS]:
         raise InputError(f"--insert {wrong[0]}: one of {', '.join(common.INSERTS)}")
-    common.Prompts(a.env, a.prompts)
+    common.Prompts(a.env, a.prompts, a.examples)
     for setting in a.plans:
         planner = planner_of(a, setting)
         if setting.endswith(".jsonl"):
@@ -511,8 +520,9 @@ def main(a: Args) -> None:
     common.check_data(a.env, a.out)
 
     async def stage():
-        async with common.EnvPool(a.env, a.workers, a.concurrency, a.ray) as pool:
-            names = ["tasks"] if a.tasks else a.splits or common.environment(a.env).tests()
+        async with common.EnvPool(a.env, a.workers, a.concurrency or 256, a.ray) as pool:
+            named = [s for s in common.task_files(a.tasks) if s != "train"]
+            names = a.splits or named or common.environment(a.env).tests()
             splits = {s: await common.list_tasks(pool, a.env, s, a.tasks, a.types, a.limit)
                       for s in names}
             every = list(dict.fromkeys(t for tasks in splits.values() for t in tasks))

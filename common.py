@@ -38,7 +38,6 @@ import signal
 import sys
 import threading
 import time
-import urllib.request
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -213,21 +212,9 @@ def seed_of(*parts) -> int:
     return int(digest(*parts), 16) & 0x7FFFFFFF
 
 
-def model_id(model: str, url: str | None = None) -> str:
-    """Identifies a model in rows, so that a retrained one is not taken for the old one: a local
-    directory by its name and a digest of samples of its weights; a server at `url` by the model it
-    serves (`model` if it has that, else its first); any other model by its name."""
-    if url:
-        server = url.split(",")[0].rstrip("/")
-        try:
-            with urllib.request.urlopen(f"{server}/models", timeout=30) as answer:
-                names = [m["id"] for m in json.loads(answer.read())["data"]]
-                return model if model in names else names[0]
-        except (KeyError, IndexError, TypeError):
-            return model  # this server does not list its models
-        except (OSError, ValueError) as e:
-            raise InputError(f"the model server {server} cannot be reached ({e}): start it, or fix "
-                             "the URL") from None
+def model_id(model: str) -> str:
+    """Identifies a model, so that a retrained one is not taken for the old one: a local directory
+    by its name and a digest of samples of its weights; any other model by its name."""
     path = Path(model)
     if not path.is_dir():
         return model
@@ -244,6 +231,7 @@ def model_id(model: str, url: str | None = None) -> str:
 
 PLAN_LINE = "\n\nThis meta plan may help you with the task:\n{plan}"
 INSERTS = ("instruction", "thought", "observation")  # where the agent reads the plan (paper 5.2)
+STOP = ["\nObservation:", "\nTask:", "\n---"]  # where an agent's reply ends at the latest
 NO_ACTION = 'Your reply holds no action. Write a line that starts with "Action:".'
 
 
@@ -259,9 +247,10 @@ class Prompts:
     planner.txt   {task} -> plan, zero-shot (paper 4.1 Evaluation; figures 7-9, no trajectory)
     teacher.txt   {task}, {conversation} -> plan (figures 7-9)
     agent.txt     {example}, {task}, {plan_line} (figures 10-12)
-    examples.json {task type: one-shot example}; without it {example} is empty"""
+    examples.json {task type: one-shot example}, the first for types without one; "*", if it is
+                  there, for all types unless `examples` is "type"; no file: {example} is empty"""
 
-    def __init__(self, env: str, name: str | None = None):
+    def __init__(self, env: str, name: str | None = None, examples: str | None = None):
         base = environment_folder(env)
         folder = base if not name else Path(name) if os.sep in name else base / name
 
@@ -276,6 +265,10 @@ class Prompts:
         self.planner_text, self.agent_text, self.teacher_text = map(
             text, ("planner.txt", "agent.txt", "teacher.txt"))
         self.examples = json.loads(text("examples.json") or "{}")
+        if examples not in (None, "type"):
+            raise InputError(f"--examples {examples}: the only value is `type`")
+        if "*" in self.examples and not examples:
+            self.examples = {"*": self.examples["*"]}
 
     def planner(self, u: str) -> list[dict]:
         """Messages that ask the meta planner for p ~ pi_g(.|u)."""
@@ -308,11 +301,11 @@ def plan_reply(plan: str) -> str:
 
 def parse_plan(reply: str) -> str | None:
     """The plan between the <meta_plan> tags of a reply, its steps renumbered from 1; None if there
-    is none. The closing tag may be missing."""
+    is none. The closing tag may be missing. Lines below a step, up to an empty one, continue it."""
     match = re.search(r"<meta[ _]plan>(.*?)(?:</meta[ _]plan>|\Z)", reply, re.S | re.I)
-    if not match:
-        return None
-    steps = re.findall(r"^\s*(?:step\s*)?\d+\s*[:.)]\s*(\S.*?)\s*$", match[1], re.M | re.I)
+    _, *steps = re.split(r"^[ \t]*(?:step\s*)?\d+\s*[:.)][ \t]*(?=\S)", match[1] if match else "",
+                         flags=re.M | re.I)
+    steps = [" ".join(re.split(r"\n\s*\n", step)[0].split()) for step in steps]
     return number_steps(steps) if steps else None
 
 
@@ -324,10 +317,19 @@ def plan_steps(plan: str) -> list[str]:
     return [line.split(": ", 1)[-1] for line in plan.splitlines()]
 
 
-def parse_action(reply: str) -> str | None:
-    """The text after the first `Action:` of a reply, to the end of that line; None if missing."""
+def parse_reply(reply: str) -> tuple[str, str | None]:
+    """(thought and action, action): a reply up to the end of its first line `Action: ...`, and the
+    text after the colon. (reply, None) if it has no action."""
     match = re.search(r"^[ \t*]*action[ \t*]*:[ \t*]*(.+?)[ \t*]*$", reply, re.M | re.I)
-    return match[1].strip().strip("`\"'").strip() or None if match else None
+    action = match and match[1].strip().strip("`\"'").strip()
+    return (reply[: match.end()].strip(), action) if action else (reply.strip(), None)
+
+
+def expert_replies(steps: list, thoughts: list[str] | None) -> list[str]:
+    """The expert's [[action, observation], ...] as an agent's replies, with a thought each or
+    none."""
+    before = [f"Thought: {t}\n" for t in thoughts] if thoughts else [""] * len(steps)
+    return [f"{t}Action: {a}" for t, (a, _) in zip(before, steps, strict=True)]
 
 
 def task_type(task: str) -> str:
@@ -354,6 +356,7 @@ class Environment:
     MAX_STEPS: dict[str, int]  # step limit of an episode, by task type
     VERBS: set[str]  # first words that quality control allows in a plan step
     FAILED: tuple[str, ...]  # prefixes of observations of invalid actions
+    MAX_FAILURES: int | None = None  # invalid actions in a row that end an episode
     VARIABLES: tuple[str, ...] = ()  # environment variables that workers on other machines need
     SECONDS = {"expert": 1.0, "reset": 0.1, "step": 0.02}  # core-seconds, for `make estimate`
     shares_tasks = False  # whether sessions of one process share work on the same task
@@ -369,6 +372,16 @@ class Environment:
     def version(cls) -> str:
         """Identifies the data, if a task can differ with the data installed."""
         return ""
+
+    @classmethod
+    def note(cls) -> str:
+        """What the reader of a table has to know of this installation, if anything."""
+        return ""
+
+    @classmethod
+    def named(cls, kind: str, variation) -> str:
+        """The task of a row [kind, variation] of a task file."""
+        return f"{kind}/{variation}"
 
     def tasks(self, split: str) -> list[str]:
         """The tasks of a split in a fixed order. Types alternate: any first n are a fair sample."""
@@ -519,19 +532,6 @@ class ProcessExecutor:
         self.pool.shutdown(wait=False, cancel_futures=True)
 
 
-@dataclasses.dataclass
-class Worker:
-    """A slot of the pool: its executor, None before it starts and after it died, and the number of
-    its live sessions."""
-
-    executor: ProcessExecutor | RayExecutor | None = None
-    live: int = 0
-
-    @property
-    def pid(self) -> int:
-        return self.executor.pid.result()
-
-
 class EnvPool:
     """Environment workers, processes of this machine or (`ray`) actors of a Ray cluster. A session
     lives on one of them.
@@ -550,7 +550,8 @@ class EnvPool:
         cls.prepare()
         kind = RayExecutor if ray else ProcessExecutor
         self.start = functools.partial(kind, env, max(1, sessions // workers))
-        self.workers = [Worker() for _ in range(workers)]
+        # `executor` is None before it starts and after it died; `live` counts its sessions
+        self.workers = [SimpleNamespace(executor=None, live=0) for _ in range(workers)]
         self.shares_tasks, self.homes, self.numbers = cls.shares_tasks, {}, itertools.count()
 
     async def __aenter__(self):
@@ -561,7 +562,7 @@ class EnvPool:
             self._kill(worker)
 
     @staticmethod
-    def _kill(worker: Worker) -> None:
+    def _kill(worker) -> None:
         executor, worker.executor = worker.executor, None
         if executor:
             executor.kill()
@@ -645,21 +646,27 @@ async def run_concurrently(work, items, limit: int) -> None:
             task.cancel()
 
 
-async def list_tasks(pool: EnvPool, env: str, split: str, tasks_file: str | None,
+def task_files(values: list[str]) -> dict[str, str]:
+    """--tasks as {split: file}; a file without `SPLIT=` is under "tasks"."""
+    return dict(v.split("=", 1) if "=" in v else ("tasks", v) for v in values)
+
+
+async def list_tasks(pool: EnvPool, env: str, split: str, tasks: list[str],
                      types: list[str] | None, limit: int | None) -> list[str]:
-    """The tasks of a stage: a split, or those of `tasks_file` (JSON: [[type, variation], ...]); of
-    the given types only; the first `limit` of them."""
+    """The tasks of a split, from its file in --tasks (JSON: [[type, variation], ...]) if there is
+    one; of the given types only; the first `limit` of them."""
     cls = environment(env)
     if unknown := sorted(set(types or []) - set(cls.MAX_STEPS)):
         raise InputError(f"unknown task type {unknown[0]!r}: --types takes "
                          f"{', '.join(sorted(cls.MAX_STEPS))}")
     if limit is not None and limit < 1:
         raise InputError("--limit must be at least 1")
-    if tasks_file:
+    files = task_files(tasks)
+    if file := files.get(split) or files.get("tasks"):
         try:
-            tasks = [f"{kind}/{v}" for kind, v in json.loads(Path(tasks_file).read_text())]
+            tasks = [cls.named(kind, v) for kind, v in json.loads(Path(file).read_text())]
         except (OSError, ValueError, TypeError) as e:
-            raise InputError(f"--tasks {tasks_file}: must be a JSON file of the form "
+            raise InputError(f"--tasks {file}: must be a JSON file of the form "
                              f'[["TYPE", VARIATION], ...] ({e})') from None
         for task in tasks:
             cls.check(task)
@@ -684,7 +691,6 @@ class RolloutConfig:
     max_tokens: int
     observation_chars: int  # longer observations are cut; 0: never
     seed: int
-    max_failures: int = 10  # invalid actions in a row that end an episode
     max_steps: int | None = None  # step limit of an episode; None: the environment's
     insert: str = "instruction"  # where the agent reads the plan, one of INSERTS
 
@@ -701,39 +707,46 @@ async def episode(env, model, cls, task: str, plan: str | None, rollout: int,
     """One trajectory e ~ pi_theta(e|u, p) (paper equation 2) in one environment session.
 
     Returns {"instruction": u, "reward": r(u, e), "success", "end", "steps": [[reply, observation],
-    ...], "format_errors", "prompt_tokens", "completion_tokens"}. `end` is success, failure (the
-    task can no longer be completed), steps (the limit), errors (`max_failures`) or context. A reply
-    without an action is a step whose observation says so."""
+    ...], "format_errors", "prompt_tokens", "completion_tokens"}, and "continued" if the plan is in
+    the thought. `end` is success, failure (the task can no longer be completed), steps (the limit),
+    errors (`MAX_FAILURES` of the environment) or context. A reply is kept up to its action; one
+    without an action is a step whose observation says so.
+
+    A plan in the thought (paper 5.2) starts every reply, if the server can continue a message that
+    was started; else it is a turn of its own."""
     u, home = await env("reset", task), {}
-    messages = c.prompts.agent(u, plan, task, c.insert)
+    started = f"{plan}\nThought:" if plan and c.insert == "thought" and model.continues else ""
+    messages = c.prompts.agent(u, None if started else plan, task, c.insert)
     repeated = plan if c.insert == "observation" else None
     row = {"instruction": u, "reward": 0.0, "success": False, "end": "steps", "steps": [],
            "format_errors": 0, "prompt_tokens": 0, "completion_tokens": 0}
+    row |= {"continued": bool(started)} if plan and c.insert == "thought" else {}
     failures = 0
     for i in range(c.max_steps or cls.max_steps(task)):
         seed = seed_of(c.seed, task, plan, rollout, i)
+        opened = [*messages, {"role": "assistant", "content": started}] if started else messages
         try:
-            reply = await model.ask(messages, c.temperature, c.max_tokens, seed, home)
+            reply = await model.ask(opened, c.temperature, c.max_tokens, seed, home, STOP)
         except ContextOverflow:
             row["end"] = "context"
             break
         row["prompt_tokens"] += reply.prompt_tokens
         row["completion_tokens"] += reply.completion_tokens
-        action, done = parse_action(reply.text), False
+        (said, action), done = parse_reply(started + reply.text), False
         if action is None:
             observation = NO_ACTION
             row["format_errors"] += 1
         else:
             observation, row["reward"], done, row["success"] = await env("step", action)
-        row["steps"].append([reply.text, observation])
+        row["steps"].append([said, observation])
         if done:
             row["end"] = "success" if row["success"] else "failure"
             break
         failures = failures + 1 if action is None or cls.failed(observation) else 0
-        if failures >= c.max_failures:
+        if failures == cls.MAX_FAILURES:
             row["end"] = "errors"
             break
-        messages += [{"role": "assistant", "content": reply.text},
+        messages += [{"role": "assistant", "content": said},
                      observation_message(observation, c.observation_chars, repeated)]
     return row
 

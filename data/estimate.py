@@ -45,7 +45,7 @@ async def measure(a) -> dict:
     """Tasks of each split, and the shapes of --sample of them as the expert plays."""
     cls, prompts = common.environment(a.env), common.Prompts(a.env, a.prompts)
     async with common.EnvPool(a.env, 2) as pool:
-        splits = {s: await common.list_tasks(pool, a.env, s, None, a.types, None)
+        splits = {s: await common.list_tasks(pool, a.env, s, [], a.types, None)
                   for s in ("train", *cls.tests())}
         found = []
         await pool.each(splits["train"][: a.sample], "expert", lambda *result: found.append(result))

@@ -48,7 +48,7 @@ async def main(env: str) -> None:
     folder = common.environment_folder(env)
     settings = json.loads((folder / "thoughts.json").read_text())
     async with common.EnvPool(env, 2) as pool:
-        tasks = await common.list_tasks(pool, env, "train", None, None, None)
+        tasks = await common.list_tasks(pool, env, "train", [], None, None)
         kinds: dict[str, list] = {}
         for task in tasks:
             kinds.setdefault(common.task_type(task), []).append(task)

@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import importlib.util
+import json
+import math
 import os
 import re
 import socket
@@ -10,6 +12,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from contextvars import ContextVar
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -28,12 +31,14 @@ class Reply(NamedTuple):
 class Model:
     """A chat model behind one or more OpenAI-compatible servers (`url`: addresses separated by
     commas; None: OpenAI or `OPENAI_BASE_URL`, with the key in `OPENAI_API_KEY`). The client retries
-    429, 5xx, lost connections and timeouts with growing pauses; then `InputError` is raised."""
+    429, 5xx, lost connections and timeouts with growing pauses; then `InputError` is raised. A 429
+    that says how long to wait is waited for and is no try. `concurrency`: requests in flight; None:
+    32 for an API, which has rate limits, else 256."""
 
     TOO_LONG = re.compile(r"context.{0,20}length|maximum.{0,40}tokens|too (long|many tokens)",
                           re.I)
 
-    def __init__(self, name: str, url: str | None = None, concurrency: int = 64,
+    def __init__(self, name: str, url: str | None = None, concurrency: int | None = None,
                  timeout: float = 300.0):
         import httpx
         import openai
@@ -44,17 +49,19 @@ class Model:
                              "OPENAI_BASE_URL for a server other than OpenAI's)")
         self.name = name
         self.where = f"the model server {url or os.environ.get('OPENAI_BASE_URL', 'OpenAI')}"
-        self.slots = asyncio.Semaphore(max(1, concurrency))
+        self.concurrency = concurrency or (256 if url else 32)
+        self.slots = asyncio.Semaphore(self.concurrency)
         self.retries = int(os.environ.get("MPO_MAX_RETRIES", 16))  # 16: pauses of 80-100 s in all
         self.deadline = 3 * timeout  # seconds for one completion with its retries
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=concurrency)
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=self.concurrency)
         self.clients = [openai.AsyncOpenAI(
             base_url=u, api_key=key if url is None else "none", max_retries=self.retries,
             timeout=openai.Timeout(timeout, connect=10.0),
-            http_client=openai.DefaultAsyncHttpxClient(limits=limits))
+            http_client=openai.DefaultAsyncHttpxClient(transport=patient(limits)))
             for u in (url.split(",") if url else [None])]
         self.in_flight, self.assigned = [0] * len(self.clients), [0] * len(self.clients)
         self.completion_tokens = 0  # generated so far
+        self.continues = False  # messages that were started; set by `open_model`
 
     def _choose(self, home: dict | None) -> int:
         """The server with the fewest requests in flight, or of those the fewest conversations. A
@@ -68,23 +75,29 @@ class Model:
         return home["server"]
 
     async def ask(self, messages: list[dict], temperature: float = 0.0, max_tokens: int = 256,
-                  seed: int | None = None, home: dict | None = None) -> Reply:
-        """One completion. Raises `ContextOverflow` if the prompt does not fit, `InputError` if the
+                  seed: int | None = None, home: dict | None = None,
+                  stop: list[str] | None = None) -> Reply:
+        """One completion, up to a `stop` string; it continues the last message if that is the
+        assistant's. Raises `ContextOverflow` if the prompt does not fit, `InputError` if the
         server refuses the key or the model, cannot be reached, or sends no completion."""
         import openai
 
+        more = {"stop": stop} if stop else {}
+        if messages[-1]["role"] == "assistant":
+            more["extra_body"] = {"continue_final_message": True, "add_generation_prompt": False}
         malformed = (IndexError, TypeError, ValueError, AttributeError,
                      openai.APIResponseValidationError)
         async with self.slots:
             server = self._choose(home)
             self.in_flight[server] += 1
             try:
-                async with asyncio.timeout(self.deadline):
+                async with asyncio.timeout(self.deadline) as limit:
+                    LIMIT.set(limit)
                     for left in reversed(range(self.retries + 1)):
                         try:
                             answer = await self.clients[server].chat.completions.create(
                                 model=self.name, messages=messages, temperature=temperature,
-                                max_tokens=max_tokens, seed=seed)
+                                max_tokens=max_tokens, seed=seed, **more)
                             text, usage = answer.choices[0].message.content or "", answer.usage
                             break
                         except malformed:  # which the client does not retry
@@ -108,6 +121,51 @@ class Model:
         counts = (usage.prompt_tokens, usage.completion_tokens) if usage else (0, 0)
         self.completion_tokens += counts[1]
         return Reply(text, *counts)
+
+
+LIMIT: ContextVar = ContextVar("the time limit of this task's request")
+
+
+def patient(limits):
+    """An HTTP transport that does what a 429 with `retry-after` (seconds) asks for: it waits, which
+    extends the request's time limit, and sends the request again."""
+    import httpx
+
+    class Transport(httpx.AsyncHTTPTransport):
+        async def handle_async_request(self, request):
+            while True:
+                response = await super().handle_async_request(request)
+                pause = response.headers.get("retry-after", "")
+                if response.status_code != 429 or not re.fullmatch(r"\d+(\.\d+)?", pause):
+                    return response
+                await response.aclose()
+                limit = LIMIT.get()
+                limit.reschedule(limit.when() + float(pause))
+                await asyncio.sleep(float(pause))
+
+    return Transport(limits=limits)
+
+
+def served(url: str) -> list[dict]:
+    """The models that the (first) server at `url` lists, as it describes them."""
+    server = url.split(",")[0].rstrip("/")
+    try:
+        with urllib.request.urlopen(f"{server}/models", timeout=30) as answer:
+            return [m for m in json.load(answer)["data"] if isinstance(m["id"], str)]
+    except (LookupError, TypeError):
+        return []  # this server does not list its models
+    except (OSError, ValueError) as e:
+        raise InputError(f"the model server {server} cannot be reached ({e}): start it, or fix the "
+                         "URL") from None
+
+
+def identify(name: str, url: str | None = None) -> str:
+    """Identifies a model in rows: `common.model_id`, or the model that the server at `url` serves
+    (`name` if it has that, else its first)."""
+    if not url:
+        return model_id(name)
+    names = [m["id"] for m in served(url)]
+    return name if name in names or not names else names[0]
 
 
 def is_local(name: str) -> bool:
@@ -139,13 +197,16 @@ def check_model(name: str, url: str | None = None) -> None:
 def open_model(name: str, url: str | None, a):
     """A `Model` to ask, with the settings of a stage's Args: behind `url` if given; served for the
     duration of the `with` if local; else of OpenAI or OPENAI_BASE_URL."""
-    if not url and is_local(name):
-        check_model(name)
-        with serve(name, Path(a.out) / "logs", a.tensor_parallel, a.max_model_len) as served:
-            yield Model(name, served, a.concurrency)
-    else:
-        name = model_id(name, url) if url else name.removeprefix("api:")
-        yield Model(name, url, a.concurrency)
+    with contextlib.ExitStack() as stack:
+        if url:
+            name = identify(name, url)
+        elif is_local(name):
+            check_model(name)
+            url = stack.enter_context(
+                serve(name, Path(a.out) / "logs", a.tensor_parallel, a.max_model_len))
+        model = Model(name.removeprefix("api:"), url, a.concurrency)
+        model.continues = bool(url) and any(m.get("owned_by") == "vllm" for m in served(url))
+        yield model
 
 
 # ---- serving local models ----------------------------------------------------------------------
@@ -154,15 +215,16 @@ def open_model(name: str, url: str | None, a):
 @contextlib.contextmanager
 def serve(model: str, log_dir="logs", tensor_parallel: int = 1, max_model_len: int = 8192,
           wait: float = 900.0):
-    """Serve a local model on loopback; yields the addresses, for `Model`. On GPUs there is one
-    server for every `tensor_parallel` GPUs. Servers end with the `with`, or with this process.
-    Raises `InputError` with the end of the log if a server ends early or is not healthy within
-    `wait` seconds."""
+    """Serve a local model on loopback, downloaded first if need be; yields the addresses, for
+    `Model`. On GPUs there is one server for every `tensor_parallel` GPUs. Servers end with the
+    `with`, or with this process. Raises `InputError` with the end of the log if a server ends early
+    or is not healthy within `wait` seconds."""
     gpus = visible_gpus()
     if tensor_parallel < 1 or (gpus and tensor_parallel > len(gpus)):
         raise InputError(f"--tensor_parallel {tensor_parallel}: must be between 1 and the number "
                          f"of GPUs, {len(gpus)}")
-    servers = []
+    download(model)
+    max_model_len, servers = min(max_model_len, context_of(model)), []
     try:
         for i in range(max(1, len(gpus) // tensor_parallel)):
             own = gpus[i * tensor_parallel : (i + 1) * tensor_parallel]
@@ -175,6 +237,31 @@ def serve(model: str, log_dir="logs", tensor_parallel: int = 1, max_model_len: i
             server.process.stdin.close()
         for server in servers:
             server.process.wait()
+
+
+def download(model: str) -> None:
+    """Fetch a model of the Hub before servers start, so that they neither fetch it one each nor
+    time out."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    if Path(model).is_dir():
+        return
+    try:
+        snapshot_download(model, allow_patterns=["*.json", "*.jinja", "*.model", "*.txt",
+                                                 "*.safetensors"], ignore_patterns="original/*")
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
+        raise InputError(f"cannot download {model} ({str(e).splitlines()[0]}): if it is gated, "
+                         f"accept its licence at https://huggingface.co/{model} and set HF_TOKEN"
+                         ) from None
+
+
+def context_of(model: str) -> float:
+    """The longest context of a model, tokens."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model).get_text_config()
+    return getattr(config, "max_position_embeddings", math.inf)
 
 
 def visible_gpus() -> list[str]:

@@ -113,7 +113,7 @@ def paper_loop(url: str, tasks: list[str], games: dict[str, str], i: int) -> Non
             reply = client.chat.completions.create(model="stub", messages=messages,
                                                    temperature=0.7, max_tokens=256)
             text = reply.choices[0].message.content
-            observation, _, done, _ = env.step(meanings(common.parse_action(text))[0])
+            observation, _, done, _ = env.step(meanings(common.parse_reply(text)[1])[0])
             messages += [{"role": "assistant", "content": text},
                          {"role": "user", "content": f"Observation: {observation}"}]
             if done:

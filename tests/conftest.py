@@ -146,13 +146,14 @@ def tiny_model(tmp_path_factory, tokenizer) -> str:
 
 class ChatServer(ThreadingHTTPServer):
     """An OpenAI-compatible server on loopback that answers chats with `reply(messages, body)`: a
-    text, or (status, text), where an error's text is its message and a 200's is the whole body."""
+    text, or (status, text[, headers]), where an error's text is its message and a 200's is the
+    whole body. `owner` "vllm": it says that it is vLLM."""
 
     daemon_threads, request_queue_size = True, 256
 
     def __init__(self, reply, port: int = 0):
         super().__init__(("127.0.0.1", port), ChatHandler)
-        self.reply, self.requests, self.keys = reply, [], set()
+        self.reply, self.requests, self.keys, self.owner = reply, [], set(), "test"
         self.lock = threading.Lock()
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05},
@@ -165,16 +166,18 @@ class ChatServer(ThreadingHTTPServer):
 class ChatHandler(BaseHTTPRequestHandler):
     protocol_version, wbufsize = "HTTP/1.1", -1
 
-    def answer(self, status: int, body) -> None:
+    def answer(self, status: int, body, headers=None) -> None:
         content = (body if isinstance(body, str) else json.dumps(body)).encode()
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(content)))
+        for name, value in {"Content-Type": "application/json", **(headers or {}),
+                            "Content-Length": str(len(content))}.items():
+            self.send_header(name, value)
         self.end_headers()
         self.wfile.write(content)
 
     def do_GET(self):
-        model = {"id": "scripted", "object": "model", "created": 0, "owned_by": "test"}
+        model = {"id": "scripted", "object": "model", "created": 0,
+                 "owned_by": self.server.owner}
         self.answer(200, {"object": "list", "data": [model]})
 
     def do_POST(self):
@@ -184,9 +187,9 @@ class ChatHandler(BaseHTTPRequestHandler):
             self.server.keys.add(self.headers.get("Authorization"))
         text = self.server.reply(body["messages"], body)
         if isinstance(text, tuple):
-            status, text = text
+            status, text, *headers = text
             error = {"error": {"message": text, "type": "scripted", "code": status}}
-            return self.answer(status, text if status == 200 else error)
+            return self.answer(status, text if status == 200 else error, *headers)
         self.answer(200, {
             "id": "0", "object": "chat.completion", "created": 0, "model": "scripted",
             "choices": [{"index": 0, "finish_reason": "stop",

@@ -53,6 +53,16 @@ def test_trajectory_pairs():
     assert pairs[0]["chosen"][1] == {"role": "user", "content": "Observation: open done"}
 
 
+def test_worse_trajectories_are_cut_and_experts_think():
+    """Five turns after the length of the better one."""
+    long = tried("a/1", 0.0, [[f"Action: {i}", "no"] for i in range(20)])
+    e = expert("a/1", [["open", "o"], ["win", ""]]) | {"thoughts": ["It is shut.", "Now."]}
+    [pair] = score.trajectory_pairs([e], {"a/1": [long]}, Prompts(CORRIDOR), 0)
+    assert said(pair["rejected"]) == [str(i) for i in range(7)]
+    assert said(pair["chosen"]) == ["Thought: It is shut.\nAction: open",
+                                    "Thought: Now.\nAction: win"]
+
+
 def test_only_the_agents_turns_are_targets(tmp_path, tokenizer, capsys):
     """Of both sides of a pair of trajectories; the turns that they share are packed once. Pairs
     longer than the limit are counted and left out."""

@@ -180,7 +180,7 @@ def test_stages(tasks, tmp_path, chat_server):
     def reply(messages, body):
         first = messages[0]["content"]
         e = gold[max(gold, key=first.rfind)]
-        if body["max_tokens"] == 512:
+        if "stop" not in body:
             good = body["seed"] % 2
             return common.plan_reply(plans[e["task"]] if good else "Step 1: go to the fridge")
         known = plans[e["task"]] in first

@@ -189,7 +189,7 @@ def test_an_agent_that_fails_halfway(tmp_path, chat_server, monkeypatch):
     monkeypatch.setenv("MPO_MAX_RETRIES", "1")
 
     def reply(messages, body):
-        if body["max_tokens"] == 512:
+        if "stop" not in body:
             return plan_reply(f"Step 1: wait {digest(messages, body['seed'])}")
         return "Action: touch the trap" if len(server.requests) < 8 else (500, "out of order")
 

@@ -63,7 +63,7 @@ def test_a_run_folder_is_of_one_version_of_the_data(tmp_path, monkeypatch):
 def reply(messages, body):
     """A planner whose every other plan is good; an agent that finds the lamp if it is told how."""
     first, last = messages[0]["content"], messages[-1]["content"]
-    if body["max_tokens"] == 512:
+    if "stop" not in body:
         good = "Step 1: walk on until there is a lamp\nStep 2: take the lamp"
         return plan_reply(good if body["seed"] % 2 else "Step 1: take the lamp")
     told = "walk on until" in first and "You see a lamp" not in last

@@ -1,5 +1,7 @@
 """Prompts: what planner and agent are asked, parsing of replies, and which tokens are trained."""
 
+import json
+
 import pytest
 from conftest import CHATML, CORRIDOR, make_tokenizer, stage
 
@@ -8,8 +10,8 @@ from common import (
     InputError,
     Prompts,
     number_steps,
-    parse_action,
     parse_plan,
+    parse_reply,
     plan_reply,
     plan_steps,
     tokenize,
@@ -39,7 +41,16 @@ VERBS = set("look go open focus move use repeat wait".split())
     ("", None),
 ])
 def test_parse_action(reply, action):
-    assert parse_action(reply) == action
+    assert parse_reply(reply)[1] == action
+
+
+@pytest.mark.parametrize("reply, kept", [
+    (" Thought: a lamp.\nAction: take it \nIt shines.\nAction: wait",
+     "Thought: a lamp.\nAction: take it"),
+    ("Action: look\n", "Action: look"), ("I wonder.\n", "I wonder."),
+    ("Action: ``\nmore", "Action: ``\nmore")])
+def test_a_reply_is_kept_up_to_its_action(reply, kept):
+    assert parse_reply(reply)[0] == kept
 
 
 @pytest.mark.parametrize("reply, plan", [
@@ -49,6 +60,8 @@ def test_parse_action(reply, action):
     ("<meta_plan>\nStep 3: look\nStep 7: wait\n</meta_plan>", "Step 1: look\nStep 2: wait"),
     ("<meta_plan>\n1. look around\n2) wait\n</meta_plan>", "Step 1: look around\nStep 2: wait"),
     ("<Meta Plan>\n step 1 :  look around  \n</Meta Plan>", "Step 1: look around"),
+    ("<meta_plan>\nStep 1: look around,\n  then wait\nStep 2: go\n\nGood luck!\n</meta_plan>",
+     "Step 1: look around, then wait\nStep 2: go"),
     ("Step 1: look around", None),
     ("<meta_plan>\nlook around, then wait\n</meta_plan>", None),
     ("<meta_plan></meta_plan>", None),
@@ -74,6 +87,14 @@ def test_plan_round_trip():
 ])
 def test_good_plan_passes(step):
     assert check_plan(number_steps(["look around", step]), VERBS) is None
+
+
+@pytest.mark.parametrize("step, verb", [
+    ("Navigate to the kitchen", "go"), ("identify the animal", "find"), ("pick up the cup", "take"),
+    ("Ensure that the water boils", "check")])
+def test_synonyms_of_verbs_pass(step, verb):
+    assert check_plan(f"Step 1: {step}", {verb}) is None
+    assert "verb the environment does not have" in check_plan(f"Step 1: {step}", {"dance"})
 
 
 @pytest.mark.parametrize("plan, reason", [
@@ -128,6 +149,23 @@ def test_text_in_a_slot_is_not_read_as_a_slot():
     assert u in content and plan in content
     content = prompts.teacher("Find {conversation}.", "Observation: {task}")[0]["content"]
     assert "Find {conversation}." in content and "Observation: {task}" in content
+
+
+def test_one_example_for_all_types_or_one_each(tmp_path):
+    for name in ("planner.txt", "agent.txt"):
+        (tmp_path / name).write_text("{example} {task}")
+    examples = {"*": "any", "boil": "boiling"}
+    (tmp_path / "examples.json").write_text(json.dumps(examples))
+
+    def shown(task, how=None):
+        return Prompts(CORRIDOR, str(tmp_path), how).agent("u", None, task)[0]["content"]
+
+    assert shown("boil/1") == shown("melt/1") == "any u"
+    assert shown("boil/1", "type") == "boiling u" and shown("melt/1", "type") == "any u"
+    (tmp_path / "examples.json").write_text(json.dumps({"boil": "boiling", "melt": "melting"}))
+    assert shown("melt/1") == "melting u" and shown("mix/1") == "boiling u"
+    with pytest.raises(InputError, match="--examples all: the only value is `type`"):
+        shown("boil/1", "all")
 
 
 def test_unknown_prompt_folder():

@@ -5,7 +5,7 @@ import random
 import shutil
 
 import pytest
-from conftest import write_jsonl
+from conftest import models, write_jsonl
 from safetensors.torch import load_file, save_file
 
 from common import Appender, InputError, digest, finished, model_id, read_rows, seed_of, write_rows
@@ -123,9 +123,12 @@ def test_model_id_follows_weights(tmp_path, tiny_model, chat_server):
     assert model_id(str(copy)) != before
     assert model_id("gpt-4o") == "gpt-4o"
     url = chat_server(lambda messages, body: "").url
-    assert model_id("gpt-4o", url) == "scripted" == model_id("other", f"{url},http://elsewhere")
+    assert models.identify("gpt-4o") == "gpt-4o"
+    assert models.identify(str(copy)) == model_id(str(copy))
+    assert models.identify("gpt-4o", url) == "scripted"
+    assert models.identify("other", f"{url},http://elsewhere") == "scripted"
     with pytest.raises(InputError, match="cannot be reached"):
-        model_id("gpt-4o", "http://127.0.0.1:9/v1")
+        models.identify("gpt-4o", "http://127.0.0.1:9/v1")
 
 
 def test_seeds_depend_on_their_parts_alone():

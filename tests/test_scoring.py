@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from bench_adaptive import replay
@@ -47,6 +48,10 @@ def gold(messages, body=None) -> str:
     u = max(by_u, key=messages[0]["content"].rfind)
     turn = sum(m["role"] == "assistant" for m in messages)
     return f"Thought: I know.\nAction: {by_u[u][turn][0]}"
+
+
+def pid_of(pool) -> int:
+    return pool.workers[0].executor.pid.result()
 
 
 def jobs_of(tasks, n=1, plan=None):
@@ -101,11 +106,52 @@ def test_a_reply_without_an_action_is_a_step_that_says_so(chat_server):
 
 
 @pytest.mark.parametrize("text, format_errors", [("Action: dance", 0), ("I do not know.", 10)])
-def test_ten_invalid_actions_in_a_row_end_an_episode(chat_server, text, format_errors):
+def test_ten_invalid_actions_in_a_row_end_an_episode(chat_server, monkeypatch, text, format_errors):
+    """Where the environment says so."""
     url = chat_server(lambda messages, body: text).url
     [[row], _] = play(url, jobs_of(tasks_of()[:1]), max_steps=30)
     assert (row["end"], row["success"], row["reward"]) == ("errors", False, 0.0)
     assert len(row["steps"]) == 10 and row["format_errors"] == format_errors
+    monkeypatch.setattr(common.environment(CORRIDOR), "MAX_FAILURES", None)
+    [[row], _] = play(url, jobs_of(tasks_of()[:1]), max_steps=30)
+    assert row["end"] == "steps" and len(row["steps"]) == 30
+
+
+def test_what_an_agent_is_asked(chat_server):
+    """Its reply ends at a stop string; what it writes after its action is not kept."""
+    server = chat_server(lambda messages, body: "Thought: on.\nAction: walk on\nI see a lamp.")
+    [[row], _] = play(server.url, jobs_of(tasks_of()[:1]), max_steps=2)
+    body = server.requests[-1]
+    assert {k: body[k] for k in ("model", "temperature", "max_tokens", "stop")} == {
+        "model": "scripted", "temperature": 0.0, "max_tokens": 64,
+        "stop": ["\nObservation:", "\nTask:", "\n---"]}
+    assert "continue_final_message" not in body and isinstance(body["seed"], int)
+    kept = "Thought: on.\nAction: walk on"
+    assert [m["role"] for m in body["messages"]] == ["user", "assistant", "user"]
+    assert body["messages"][1]["content"] == kept == row["steps"][0][0]
+
+
+def test_a_plan_starts_every_thought_where_the_server_is_vllm(chat_server):
+    """The server continues a message that was started (paper 5.2)."""
+    server = chat_server(lambda messages, body: " On.\nAction: walk on")
+    server.owner, rows = "vllm", []
+    a = SimpleNamespace(concurrency=2)
+
+    async def main():
+        c = RolloutConfig(Prompts(CORRIDOR), 0.0, 64, 0, 0, max_steps=2, insert="thought")
+        async with EnvPool(CORRIDOR, 1) as pool:
+            with models.open_model("m", server.url, a) as model:
+                jobs = jobs_of(tasks_of()[:1], plan="Step 1: walk")
+                await rollouts(jobs, model, pool, CORRIDOR, c, 1, rows.append)
+
+    asyncio.run(main())
+    started, said = "Step 1: walk\nThought:", "Step 1: walk\nThought: On.\nAction: walk on"
+    for body, before in zip(server.requests, (1, 3), strict=True):
+        assert body["continue_final_message"] is True and body["add_generation_prompt"] is False
+        assert body["messages"][before:] == [{"role": "assistant", "content": started}]
+        assert "Step 1" not in body["messages"][0]["content"]
+    assert server.requests[1]["messages"][1] == {"role": "assistant", "content": said}
+    assert rows[0]["continued"] is True and rows[0]["steps"][0][0] == said
 
 
 def test_the_step_limit(chat_server):
@@ -140,7 +186,7 @@ def test_a_killed_worker_loses_nothing(chat_server):
         with lock:
             asked.append(body)
             if len(asked) == 8:
-                os.kill(pools[0].workers[0].pid, signal.SIGKILL)
+                os.kill(pid_of(pools[0]), signal.SIGKILL)
         time.sleep(0.02)
         return gold(messages)
 
@@ -156,7 +202,7 @@ def test_an_episode_that_always_kills_its_worker_is_a_crash(chat_server):
 
     def reply(messages, body):
         if expert_of(first)["instruction"] in messages[0]["content"]:
-            os.kill(pools[0].workers[0].pid, signal.SIGKILL)
+            os.kill(pid_of(pools[0]), signal.SIGKILL)
             time.sleep(0.2)
         return gold(messages)
 
@@ -169,12 +215,12 @@ def test_a_worker_that_does_not_answer_is_replaced(monkeypatch):
     async def main():
         async with EnvPool(CORRIDOR, 1) as pool:
             async with pool.session() as env:
-                u, before = await env("reset", tasks_of()[0]), pool.workers[0].pid
+                u, before = await env("reset", tasks_of()[0]), pid_of(pool)
                 os.kill(before, signal.SIGSTOP)
                 with pytest.raises(WorkerDied, match="did not answer step within 1 s"):
                     await env("step", "dance", deadline=1.0)
             async with pool.session() as env:
-                assert await env("reset", tasks_of()[0]) == u and pool.workers[0].pid != before
+                assert await env("reset", tasks_of()[0]) == u and pid_of(pool) != before
 
     asyncio.run(main())
 
@@ -199,13 +245,13 @@ def test_bad_task_files(tmp_path, content, error):
     if content is not None:
         path.write_text(content)
     with pytest.raises(InputError, match=error):
-        asyncio.run(common.list_tasks(None, CORRIDOR, "train", str(path), None, None))
+        asyncio.run(common.list_tasks(None, CORRIDOR, "train", [str(path)], None, None))
 
 
 def test_task_types_and_limit():
     async def listed(**more):
         async with EnvPool(CORRIDOR, 1) as pool:
-            options = {"tasks_file": None, "types": None, "limit": None, **more}
+            options = {"tasks": [], "types": None, "limit": None, **more}
             return await common.list_tasks(pool, CORRIDOR, options.pop("split", "train"), **options)
 
     tasks = asyncio.run(listed())
@@ -259,73 +305,6 @@ assert retries, "no episode was on the lost node"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
                             timeout=300, env=script_env())
     assert result.returncode == 0, result.stderr[-3000:]
-
-
-# ---- models --------------------------------------------------------------------------------------
-
-
-def ask(url, name="scripted", **options):
-    return asyncio.run(models.Model(name, url, **options).ask([{"role": "user", "content": "Hi"}]))
-
-
-@pytest.mark.parametrize("reply, says", [
-    ((401, "bad key"), "OPENAI_API_KEY"), ((404, "no such model"), "a model 'scripted'"),
-    ((429, "slow down"), "429"), ((500, "out of order"), "500"),
-    ((400, "temperature is out of range"), "temperature"),
-    ((400, "This model's maximum context length is 64 tokens."), "context"),
-    ((200, '{"id": "0", "object": "chat.completion", "choi'), "without a completion"),
-    ((200, '{"id": "0", "created": 0, "model": "m", "choices": []}'), "without a completion"),
-    ((200, ""), "without a completion"), ((200, '"hello"'), "without a completion"),
-], ids=lambda v: None if isinstance(v, str) else f"{v[0]} {v[1][:14]}")
-def test_a_server_that_fails(chat_server, monkeypatch, reply, says):
-    monkeypatch.setenv("MPO_MAX_RETRIES", "1")
-    server = chat_server(lambda messages, body: reply)
-    with pytest.raises(InputError, match=says) as error:
-        ask(server.url)
-    assert server.url in str(error.value)
-
-
-def test_servers_that_are_not_there_or_silent(chat_server, monkeypatch):
-    with pytest.raises(InputError, match="cannot be reached"):
-        ask("http://127.0.0.1:9/v1")
-    silent = chat_server(lambda messages, body: time.sleep(5))
-    with pytest.raises(InputError, match="did not answer within|cannot be reached"):
-        ask(silent.url, timeout=0.3)
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    with pytest.raises(InputError, match="set OPENAI_API_KEY"):
-        models.Model("gpt-4o")
-
-
-def test_rollouts_survive_an_outage(chat_server, monkeypatch):
-    """For a second, the server answers 503 or nonsense."""
-    monkeypatch.setenv("MPO_MAX_RETRIES", "8")
-    down = []
-
-    def reply(messages, body):
-        time.sleep(0.02)
-        if len(server.requests) > 6 and not down:
-            down.append(time.time())
-        if down and time.time() < down[0] + 1:
-            return random.choice([(503, "down"), (200, "<html>")])
-        return gold(messages)
-
-    server = chat_server(reply)
-    rows, _ = play(server.url, jobs_of(tasks_of()[:4], 3), 4)
-    assert down and len(rows) == 12 and all(r["end"] == "success" for r in rows)
-
-
-def test_several_servers_share_the_load(chat_server):
-    """Requests are spread over the servers; an episode stays with one of them."""
-    def reply(messages, body):
-        time.sleep(0.03)
-        return gold(messages)
-
-    servers = [chat_server(reply) for _ in range(3)]
-    rows, _ = play(",".join(s.url for s in servers), jobs_of(tasks_of()[:4], 3), 12)
-    counts = [len(s.requests) for s in servers]
-    assert sum(counts) == sum(len(r["steps"]) for r in rows) and min(counts) > 0.15 * sum(counts)
-    starts = [sum(len(b["messages"]) == 1 for b in s.requests) for s in servers]
-    assert sum(starts) == 12 and max(starts) <= 5
 
 
 # ---- Q(p) and pairs ------------------------------------------------------------------------------

@@ -3,6 +3,7 @@ planner and agent; resume after a kill; the paid teacher."""
 
 import json
 import os
+import re
 import shutil
 import signal
 import threading
@@ -198,7 +199,7 @@ def test_ties_are_skipped_and_equal_plans_scored_once(run_folder, seeded, chat_s
     script = Script(seeded)
 
     def reply(messages, body):
-        return plan_reply(f"Step 1: {BAD}") if body["max_tokens"] == 512 else script(messages, body)
+        return plan_reply(f"Step 1: {BAD}") if "stop" not in body else script(messages, body)
 
     with pytest.raises(InputError, match="no task has a better and a worse plan"):
         run_score(run_folder, chat_server(reply).url)
@@ -211,7 +212,7 @@ def test_replies_without_a_plan_are_ignored(run_folder, seeded, chat_server, cap
     task, u = next((r["task"], r["instruction"]) for r in read_rows(seeded / "trajectories.jsonl"))
 
     def reply(messages, body):
-        if body["max_tokens"] == 512 and u in messages[0]["content"] and len(attempts) < 6:
+        if "stop" not in body and u in messages[0]["content"] and len(attempts) < 6:
             attempts.append(body["seed"])
             return "I have no plan."
         return script(messages, body)
@@ -267,6 +268,10 @@ def test_teacher_and_quality_control(run_folder, seeded, teach, capsys):
     run()
     printed = capsys.readouterr().out
     assert "gpt-test: 4 calls" in printed and "3 kept, 1 rejected" in printed
+    kind = tasks[2].split("/")[0]
+    total = sum(t.startswith(kind) for t in tasks)
+    assert f"{kind}: {total - 1} of {total} kept" in printed
+    assert "rejected 1: instance detail" in printed
     kept = read_rows(run_folder / "seed_plans.jsonl")
     rejected = read_rows(run_folder / "seed_plans.rejected.jsonl")
     assert [r["task"] for r in kept] == [tasks[0], tasks[1], tasks[3]]
@@ -297,6 +302,39 @@ def test_teacher_and_quality_control(run_folder, seeded, teach, capsys):
     assert plans[tasks[0]] == ("Step 1: take it", "edited") and plans[tasks[1]][0] == PLAN
     run(temperatures=[0.5])
     assert len(server.requests) == 9, "accepted plans are kept with other temperatures"
+
+
+def test_thoughts(run_folder, seeded, teach, capsys):
+    """One call a trajectory; a reply with another number of thoughts is asked for again."""
+    count = {r["instruction"]: len(r["steps"]) for r in read_rows(seeded / "trajectories.jsonl")}
+    u = list(count)
+
+    def reply(messages, body):
+        text = messages[0]["content"]
+        if "Action 1:" not in text:
+            return plan_reply(PLAN)
+        n = next(n for n, task in enumerate(u) if task in text)
+        lines = [f"{i}. It is thought {i} of {n}." for i in range(1, count[u[n]] + 1)]
+        short = n == 1 or (n == 2 and body["temperature"] == 0)
+        return "\n".join(lines[:-1] if short else lines)
+
+    server, run = teach(reply)
+    run(thoughts=True, plan_share=0.5)
+    asked = [b["temperature"] for b in server.requests
+             if "Action 1:" in b["messages"][0]["content"]]
+    assert sorted(asked) == [0.0] * 4 + [0.7] * 2 + [1.0]
+    assert "3 trajectories have them, 1 have not" in capsys.readouterr().out
+    for n, talk in enumerate(read_rows(run_folder / "agent_sft.jsonl")):
+        said = [m["content"] for m in talk["messages"] if m["role"] == "assistant"]
+        found = [re.fullmatch(r"Thought: It is thought (\d+) of (\d)\.\nAction: .+", x)
+                 for x in said]
+        numbers = [(int(m[1]), int(m[2])) for m in found if m]
+        assert numbers == ([] if n == 1 else [(i, n) for i in range(1, len(said) + 1)])
+    before = len(server.requests)
+    run(thoughts=True)
+    assert len(server.requests) == before, "nothing is asked twice"
+    with pytest.raises(InputError, match="--thoughts needs a model as --teacher"):
+        run(thoughts=True, teacher="rules")
 
 
 def test_a_paid_plan_is_never_lost(run_folder, teach, chat_server):

@@ -27,6 +27,7 @@ class ScienceWorld(Environment):
                 "pour mix teleport focus wait go eat flush dunk put take get find locate choose "
                 "repeat drop".split())
     FAILED = ("No known action matches that input", "Ambiguous request", "Unknown action")
+    MAX_FAILURES = 10
     SECONDS = {"expert": 0.4, "reset": 0.067, "step": 0.022}
     jvm = None
 
@@ -103,6 +104,11 @@ class ScienceWorld(Environment):
             random.Random(f"{kind} {split}").shuffle(numbers)
             columns.append([f"{kind}/{n}" for n in numbers[: self.SPLITS[split]]])
         return columns
+
+    @classmethod
+    def named(cls, kind: str, variation) -> str:
+        """Public lists of tasks write `task-1-boil` or `lifespan-(longest-lived)`."""
+        return super().named(re.sub(r"^task-\d+[a-z]?-|[()]", "", str(kind)), variation)
 
     @classmethod
     def check(cls, task: str) -> None:

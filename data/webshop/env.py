@@ -24,7 +24,7 @@ class WebShop(Environment):
 
     The reward is in [0, 1] and comes with the purchase; success is a reward of 1."""
 
-    MAX_STEPS = {"goal": 15}
+    MAX_STEPS = {"goal": 10}
     FAILED = ("That is not possible here",)
     VERBS = {"search", "click", "choose", "check", "compare", "find", "look", "read", "open",
              "select", "repeat", "go", "buy"}
@@ -47,6 +47,11 @@ class WebShop(Environment):
         """A digest of the goals, the lengths of the stored products, and how nouns are found."""
         arrays = open_shop().goals, open_shop().offsets
         return digest(*(hashlib.sha256(a.tobytes()).hexdigest() for a in arrays), HAS_SPACY_MODEL)
+
+    @classmethod
+    def note(cls) -> str:
+        return "" if HAS_SPACY_MODEL else (
+            "Nouns of titles were found without spaCy's tagger, which is not installed.")
 
     # ---- tasks ----------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ class Corridor(Environment):
 
     SPLITS = {"train": 0, "seen": 10, "unseen": 20}
     MAX_STEPS = {"find-lamp": 6, "find-key": 8}
-    VERBS, FAILED = {"walk", "take", "go"}, ("You cannot",)
+    VERBS, FAILED, MAX_FAILURES = {"walk", "take", "go"}, ("You cannot",), 10
     SECONDS = {"expert": 0.001, "reset": 0.001, "step": 0.001}
 
     def columns(self, split):
