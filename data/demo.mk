@@ -1,0 +1,11 @@
+# `make demo`: SmolLM2-135M for everything; data/NAME/demo.mk has the settings of an environment
+MODEL := models/SmolLM2-135M-Instruct
+MODEL_FILES := $(MODEL)/config.json
+PLANNER := $(MODEL)
+AGENT := $(MODEL)
+TEACHER := rules
+JUDGE := $(MODEL)
+JUDGE_ARGS := --tokens 300 --max_model_len 4096
+TRAIN_ARGS := --batch_size 8 --micro_tokens 2048 --save_steps 20
+ROUNDS := 1
+include data/$(ENV)/demo.mk
