@@ -40,7 +40,6 @@ class Model:
 
     def __init__(self, name: str, url: str | None = None, concurrency: int | None = None,
                  timeout: float = 300.0):
-        import httpx
         import openai
 
         key = os.environ.get("OPENAI_API_KEY")
@@ -53,11 +52,10 @@ class Model:
         self.slots = asyncio.Semaphore(self.concurrency)
         self.retries = int(os.environ.get("MPO_MAX_RETRIES", 16))  # 16: pauses of 80-100 s in all
         self.deadline = 3 * timeout  # seconds for one completion with its retries
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=self.concurrency)
         self.clients = [openai.AsyncOpenAI(
             base_url=u, api_key=key if url is None else "none", max_retries=self.retries,
             timeout=openai.Timeout(timeout, connect=10.0),
-            http_client=openai.DefaultAsyncHttpxClient(transport=patient(limits)))
+            http_client=patient_client(self.concurrency))
             for u in (url.split(",") if url else [None])]
         self.in_flight, self.assigned = [0] * len(self.clients), [0] * len(self.clients)
         self.completion_tokens = 0  # generated so far
@@ -126,15 +124,15 @@ class Model:
 LIMIT: ContextVar = ContextVar("the time limit of this task's request")
 
 
-def patient(limits):
-    """An HTTP transport that does what a 429 with `retry-after` (seconds) asks for: it waits, which
-    extends the request's time limit, and sends the request again."""
-    import httpx
+def patient_client(connections: int):
+    """openai's HTTP client, which does what a 429 with `retry-after` (seconds) asks for: it waits,
+    which extends the request's time limit, and sends the request again."""
+    import openai
 
-    class Transport(httpx.AsyncHTTPTransport):
-        async def handle_async_request(self, request):
+    class PatientClient(openai.DefaultAsyncHttpxClient):
+        async def send(self, request, **options):
             while True:
-                response = await super().handle_async_request(request)
+                response = await super().send(request, **options)
                 pause = response.headers.get("retry-after", "")
                 if response.status_code != 429 or not re.fullmatch(r"\d+(\.\d+)?", pause):
                     return response
@@ -143,7 +141,8 @@ def patient(limits):
                 limit.reschedule(limit.when() + float(pause))
                 await asyncio.sleep(float(pause))
 
-    return Transport(limits=limits)
+    limits = type(openai.DEFAULT_CONNECTION_LIMITS)
+    return PatientClient(limits=limits(max_connections=None, max_keepalive_connections=connections))
 
 
 def served(url: str) -> list[dict]:

@@ -70,7 +70,7 @@ def test_out_is_a_file(tmp_path):
 @pytest.mark.parametrize("more, says", [
     ({"types": ["find-unicorn"]}, "find-unicorn"), ({"limit": 0}, "--limit"),
     ({"prompts": "nowhere"}, "--prompts nowhere"), ({"workers": 0}, "--workers"),
-    ({"tasks": "none.json"}, "--tasks none.json: .*No such file")])
+    ({"tasks": ["none.json"]}, "--tasks none.json: .*No such file")])
 def test_settings_of_the_environment(tmp_path, more, says):
     with pytest.raises(InputError, match=says):
         run_seed(tmp_path, **more)
