@@ -792,8 +792,10 @@ async def rollouts(jobs: list[dict], model, pool: EnvPool, env: str, c: RolloutC
 
 
 def load_model(name: str):
-    """(model, tokenizer): weights in the dtype they were saved in, dropout off, safetensors
-    only."""
+    """(model, tokenizer): weights in the dtype they were saved in, dropout off, safetensors only.
+
+    The weights are the files' pages, mapped and not copied: read when first used, and one copy for
+    all processes of a machine. (Checkpoints that transformers has to convert are copied.)"""
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -1002,7 +1004,8 @@ def prepare_model(model, accelerator, a):
     With `a.lora_rank`, adapters at all linear layers are trained and the rest is frozen (Hu et al.
     2021). Each process holds its share of the float32 weights, gradients and AdamW averages of each
     decoder layer; with `a.precision` bf16 it gathers a layer's weights, while it runs, in bf16.
-    Gradients are summed in float32. A single process does the same with a share of all."""
+    Gradients are summed in float32. A single process does the same with a share of all. Sharding
+    comes before the cast to float32: a process never holds more in float32 than its share."""
     import torch
     import torch.distributed as dist
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -1010,6 +1013,7 @@ def prepare_model(model, accelerator, a):
     if a.lora_rank:
         from peft import LoraConfig, get_peft_model
 
+        torch.manual_seed(a.seed)  # every process and every run begins with the same adapters
         model = get_peft_model(model, LoraConfig(
             r=a.lora_rank, lora_alpha=2 * a.lora_rank, target_modules="all-linear",
             task_type="CAUSAL_LM"))
@@ -1024,12 +1028,13 @@ def prepare_model(model, accelerator, a):
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device == "cuda" else "gloo", store=dist.HashStore(),
                                 rank=0, world_size=1)
-    bf16, trained = a.precision == "bf16", [p for p in model.parameters() if p.requires_grad]
-    for p in trained if bf16 else model.parameters():
-        p.data = p.data.float()
+    bf16 = a.precision == "bf16"
     policy = MixedPrecisionPolicy(torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32)
     for module in [*layers, model]:
         fully_shard(module, mesh=dist.init_device_mesh(device, (processes,)), mp_policy=policy)
+    for p in model.parameters():
+        if p.requires_grad or not bf16:
+            torch.utils.swap_tensors(p, torch.nn.Parameter(p.detach().float(), p.requires_grad))
     model.to(accelerator.device)
     trained = [p for p in model.parameters() if p.requires_grad]
     return model, torch.optim.AdamW(trained, lr=a.lr, weight_decay=a.weight_decay, fused=True)
@@ -1155,15 +1160,18 @@ class Training:
         """Write the model in Hugging Face format, in the base model's dtype, with tokenizer, chat
         template, metrics.jsonl, curves.png and a model card, then put it in place of `out`.
         Adapters are merged into the base model with --lora_merge, else written alone."""
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
         from transformers import AutoModelForCausalLM
 
-        a, final = self.a, self.partial / "final"
-        weights = get_model_state_dict(self.model, options=StateDictOptions(
-            full_state_dict=True, cpu_offload=True))
-        if self.accelerator.is_main_process:
+        a, final, main = self.a, self.partial / "final", self.accelerator.is_main_process
+        base = AutoModelForCausalLM.from_pretrained(a.model, dtype="auto") if main else None
+        weights = dict(base.named_parameters()) if main and not a.lora_rank else {}
+        for name, p in self.model.named_parameters():
+            if p.requires_grad:
+                full = p.detach().full_tensor()  # all processes gather one weight at a time
+                if main:
+                    weights.setdefault(name, full.cpu()).data.copy_(full)
+        if main:
             shutil.rmtree(final, ignore_errors=True)
-            base = AutoModelForCausalLM.from_pretrained(a.model, dtype="auto")
             if a.lora_rank:
                 from peft import PeftModel
 
@@ -1172,8 +1180,6 @@ class Training:
                 if a.lora_merge:
                     shutil.rmtree(final)
                     base = base.merge_and_unload()
-            else:
-                base.load_state_dict(weights)
             base.save_pretrained(final)
             self.tokenizer.save_pretrained(final)
             write_rows(final / "metrics.jsonl", self.log)

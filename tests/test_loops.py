@@ -4,6 +4,8 @@ models that load."""
 import errno
 import json
 import math
+import os
+import re
 import subprocess
 import sys
 import time
@@ -324,3 +326,74 @@ def test_two_processes_train_as_one_does(tmp_path, tiny_model, talks, preference
     assert one.keys() == two.keys()
     assert all((one[k] - two[k]).abs().max() < atol for k in one)
     assert json.loads((out / "config.json").read_text())["model_type"] == "llama"
+
+
+def load_and_check(folder: str, settings: str) -> None:
+    """What each process of the two tests below runs: load a model as the scripts do. The weights,
+    gathered from all processes, are the checkpoint's bit for bit. Writes this process's peak
+    resident memory in bytes, and a digest of what is not in the checkpoint: adapters, buffers."""
+    args = sft.Args(**json.loads(settings))
+    accelerator = common.make_accelerator(args)
+    model, _ = common.prepare_model(common.load_model(args.model)[0], accelerator, args)
+    [peak] = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert tied == model.config.tie_word_embeddings
+    saved = load_file(Path(args.model) / "model.safetensors")
+    more = {name: buffer.tolist() for name, buffer in model.named_buffers()}
+    for name, p in model.named_parameters():
+        value = p.detach().full_tensor()
+        expected = saved.pop(re.sub(r"base_model\.model\.|\.base_layer", "", name), None)
+        if expected is None:
+            more[name] = value.tolist()
+            expected = value.float()
+        elif p.requires_grad or args.precision == "fp32":
+            expected = expected.float()
+        assert value.dtype == expected.dtype and torch.equal(value, expected), name
+    assert not saved, "each weight of the checkpoint is a parameter, a tied one only once"
+    result = {"peak": int(peak) * 1024, "names": sorted(more), "digest": common.digest(more)}
+    Path(folder, f"{accelerator.process_index}.json").write_text(json.dumps(result))
+
+
+def load_with(processes: int, folder: Path, **settings) -> list[dict]:
+    """The result of `load_and_check` of each of `processes` processes."""
+    folder.mkdir()
+    check_run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes,
+              __file__, folder, json.dumps(settings), env={"ACCELERATE_USE_CPU": "true"})
+    results = [json.loads(file.read_text()) for file in folder.iterdir()]
+    assert len(results) == processes
+    return results
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tied, settings", [
+    (True, {}), (True, {"lora_rank": 4}), (False, {"lora_rank": 4, "precision": "fp32"})],
+    ids=["tied", "lora", "untied-lora-fp32"])
+def test_two_processes_load_the_checkpoint(tmp_path, tokenizer, tied, settings):
+    """Also weights that do not divide by two. Adapters and buffers are those of one process."""
+    base = save_model(tmp_path / "base", tokenizer, dtype="bfloat16", tie_word_embeddings=tied,
+                      intermediate_size=65)
+    results = [r for n in (1, 2) for r in load_with(n, tmp_path / str(n), model=str(base),
+                                                    **settings)]
+    assert all(r["digest"] == results[0]["digest"] for r in results)
+    kinds = " ".join(results[0]["names"])
+    assert "inv_freq" in kinds and ("lora_A" in kinds) == ("lora_rank" in settings)
+
+
+@pytest.mark.slow
+def test_memory_of_loading_on_two_processes(tmp_path, tokenizer):
+    """Two processes need less than 1.5 GB more than one to load 1 GB of bf16 weights. Peaks are of
+    resident memory, as the kernel keeps them: pages of the file that both have mapped count twice,
+    so the sum is at least what they use."""
+    base = save_model(tmp_path / "base", tokenizer, dtype="bfloat16", hidden_size=2048,
+                      intermediate_size=5632, num_hidden_layers=12, num_attention_heads=16)
+    size = (base / "model.safetensors").stat().st_size
+    one, two = (sum(r["peak"] for r in load_with(n, tmp_path / str(n), model=str(base)))
+                for n in (1, 2))
+    (base / "model.safetensors").unlink()  # pytest keeps the folder
+    assert size > 1e9 and 2 * size < one < 4 * size, "float32, and one copy in bf16 at most"
+    assert two < one + 1.5e9
+
+
+if __name__ == "__main__":
+    load_and_check(*sys.argv[1:])
+    os._exit(0)  # as `run_stage` does
