@@ -792,10 +792,8 @@ async def rollouts(jobs: list[dict], model, pool: EnvPool, env: str, c: RolloutC
 
 
 def load_model(name: str):
-    """(model, tokenizer): weights in the dtype they were saved in, dropout off, safetensors only.
-
-    The weights are the files' pages, mapped and not copied: read when first used, and one copy for
-    all processes of a machine. (Checkpoints that transformers has to convert are copied.)"""
+    """(model, tokenizer): weights in the dtype they were saved in, dropout off, safetensors only:
+    the files' pages, mapped, of which all processes of a machine share one copy."""
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -1165,6 +1163,7 @@ class Training:
         a, final, main = self.a, self.partial / "final", self.accelerator.is_main_process
         base = AutoModelForCausalLM.from_pretrained(a.model, dtype="auto") if main else None
         weights = dict(base.named_parameters()) if main and not a.lora_rank else {}
+        self.model.reshard()  # a pass without gradients leaves the root's weights whole
         for name, p in self.model.named_parameters():
             if p.requires_grad:
                 full = p.detach().full_tensor()  # all processes gather one weight at a time
