@@ -13,21 +13,24 @@ from pathlib import Path
 
 import common
 
-from .tables import (
+from .tables import (  # noqa: F401 (stage 5 finds agent_names, pooled and with_totals here)
     FIG5,
     INSTRUCTION,
     METRICS,
     TABLES,
     Table,
+    agent_names,
     gains,
     judged_table,
     named,
     overview,
     paper_tables,
+    pooled,
     rank,
     select,
     short,
     unique,
+    with_totals,
 )
 
 COLOURS = dict(none="#b8bfc9", sft="#6aa5d8", mpo="#1f5fa8", rft="#e0a458", gpt="#8c6bb1")
@@ -174,7 +177,7 @@ def page(cells: list[dict], tables: list[Table], figures: dict[str, Path], chunk
     for cell in cells:
         column = columns.index((cell["agent"], cell["plans"], cell["insert"]))
         for task, row in cell["episodes"].items():
-            key = cell["env"], cell["split"], task
+            key = cell["env"], cell.get("shown", cell["split"]), task
             by_task.setdefault(key, {})[column] = row, cell["texts"].get(task)
     index, blocks = [], []
     for start in range(0, len(by_task), chunk):
@@ -210,6 +213,7 @@ def write(folder: Path, cells: list[dict], outdated: int, results: list[dict],
           differences: list[dict], judged: dict | None) -> str:
     """Write results.md, results.json, report.html and the paper's tables and figures for which
     there are cells. `judged`: {"plans", "judge", "verdicts"}. Returns the text of results.md."""
+    folder.mkdir(exist_ok=True)
     tables = paper_tables(results, differences)
     if judged:
         tables["fig6"] = judged_table(**judged)
@@ -231,10 +235,12 @@ def write(folder: Path, cells: list[dict], outdated: int, results: list[dict],
     for name, table in tables.items():
         common.write_text(folder / f"{name}.md",
                           f"{table.markdown()}\n```latex\n{table.latex()}```\n")
-    text = f"# {cells[0]['env']}\n\n" + "\n".join(t.markdown() for t in every)
+    env, runs = ", ".join(unique(cells, "env")), unique(cells, "run")
+    text = f"# {env}\n\n" + f"Run folders: {', '.join(runs)}\n\n" * (len(runs) > 1)
+    text += "\n".join(t.markdown() for t in every)
     latex = "```latex\n" + "\n".join(t.latex() for t in every) + "```\n"
     common.write_text(folder / "results.md", f"{text}\n# The same in LaTeX\n\n{latex}")
-    numbers = {"env": cells[0]["env"], "results": results, "differences": differences}
+    numbers = {"env": env, "runs": runs, "results": results, "differences": differences}
     numbers |= {"judged": {"plans": judged["plans"], **judged["verdicts"]}} if judged else {}
     common.write_text(folder / "results.json", json.dumps(numbers, indent=1) + "\n")
     every = [*tables.values(), *every[1::-1]]
