@@ -4,6 +4,7 @@
     python 05_eval.py --agents gpt-4o http://gpu:8000/v1 --insert instruction thought
     python 05_eval.py judge --judge gpt-4o --plans sft mpo --out runs/NAME       # figure 6
     python 05_eval.py report --out runs/NAME      # all tables and figures again, from the rows
+    python 05_eval.py report --out runs/A runs/B  # of several environments or seeds together
     python 05_eval.py plan --planner runs/NAME/mpo --env NAME "Your task is to ..."
 
 Plans are made once per test task at temperature 0 and used by all agents; then every agent plays
@@ -21,6 +22,10 @@ Files in --out
     results.md, results.json, report.html, and table2.md ... fig6.png, as far as there are cells
 `agent_id`, `plans_id` and `judge_id` are digests of what made a row. Finished plans, episodes and
 judgements are kept: run it again to resume; only what is missing is done.
+
+The report of several run folders is written to `pooled/` in the first. It has the splits of each
+environment and, as table 2, the average over them. Runs of one environment share its columns: the
+value of a task is its mean over them. Figure 6 is of a single run only.
 """
 
 import asyncio
@@ -96,7 +101,8 @@ class JudgeArgs:
 
 @dataclass
 class ReportArgs:
-    out: str = arg("runs/sciworld", "run folder")
+    out: List[str] = arg([Args.out], "run folder; several: environments or seeds to report "
+                         "together, in the first one's subfolder pooled/")
     seed: int = arg(0, "random seed of the bootstrap")
 
 
@@ -251,8 +257,9 @@ async def play_missing(a: Args, cells: list[dict], pool) -> None:
 
 
 def with_episodes(out: str, cells: list[dict]) -> list[dict]:
-    """Each cell with "texts", {task: its plan or None}, and "episodes", {task: its row, or None if
-    it is missing or crashed}."""
+    """Each cell with "texts", {task: its plan or None}, "untagged", the number of plans that are
+    replies without tags, "episodes", {task: its row, or None if it is missing or crashed}, and
+    "run", its run folder."""
     folder = Path(out) / "eval"
     fields = ("task", "plan", "reward", "agent_id", "insert", "end")
     plans = common.finished(common.read_rows(folder / "plans.jsonl", ("plans_id", "task", "plan"),
@@ -262,20 +269,25 @@ def with_episodes(out: str, cells: list[dict]) -> list[dict]:
                              "agent_id", "insert", "task", "plan")
     found = []
     for cell in cells:
-        texts = {t: plans[cell["plans_id"], t]["plan"] for t in cell["tasks"]
-                 if (cell["plans_id"], t) in plans}
+        own = {t: plans[cell["plans_id"], t] for t in cell["tasks"]
+               if (cell["plans_id"], t) in plans}
+        texts = {t: row["plan"] for t, row in own.items()}
         episodes = {t: played.get((cell["agent_id"], cell["insert"], t, texts.get(t)))
                     if t in texts or cell["plans"] == "none" else None for t in cell["tasks"]}
-        found.append({**cell, "texts": texts, "episodes": episodes})
+        found.append({**cell, "texts": texts, "episodes": episodes, "run": out,
+                      "untagged": sum(row.get("untagged", False) for row in own.values())})
     return found
 
 
-def asked_cells(out: str) -> tuple[list[dict], int]:
+def asked_cells(out: str, folders=()) -> tuple[list[dict], int]:
     """(cells, outdated): all cells that were ever asked for, of the same agent, plans, insertion
     and split the newest; and the number left out because their agent or plans are from an earlier
-    version (retrained, or asked with other settings)."""
+    version (retrained, or asked with other settings). Agents have their names across `folders`."""
     fields = ("agent", "agent_id", "plans", "plans_id", "insert", "split", "tasks")
     rows = common.read_rows(Path(out) / "eval" / "cells.jsonl", fields, missing_ok=True)
+    if folders:
+        names = report.agent_names(report.unique(rows, "agent"), out, folders)
+        rows = [r | {"agent": names[r["agent"]]} for r in rows]
     agents = {r["agent"]: r["agent_id"] for r in rows}
     plans = {r["plans"]: r["plans_id"] for r in rows}
     every = common.finished(rows, "agent", "plans", "insert", "split").values()
@@ -288,79 +300,79 @@ def asked_cells(out: str) -> tuple[list[dict], int]:
 # ---- statistics ----------------------------------------------------------------------------------
 
 
-def interval(values, seed: int) -> list[float]:
-    """95% percentile bootstrap interval of the mean of `values` (one per task): [low, high]."""
+def mean_and_interval(strata: list, seed: int) -> dict:
+    """{"mean", "interval"} of the mean over `strata` of their means, with a 95% percentile
+    bootstrap interval that resamples each stratum's values (one per task) on their own."""
     import numpy as np
     from scipy.stats import bootstrap
 
-    values = np.asarray(values, dtype=float)
-    if len(values) < 2 or values.min() == values.max():
-        return [mean(values)] * 2
-    found = bootstrap((values,), np.mean, n_resamples=10_000, batch=500, method="percentile",
+    average, strata = mean(map(mean, strata)), [np.asarray(s, dtype=float) for s in strata]
+    if all(s.min() == s.max() for s in strata):
+        return {"mean": average, "interval": [average] * 2}
+    pairs = [s.repeat(2) if len(s) == 1 else s for s in strata]  # SciPy wants two values or more
+    found = bootstrap(pairs, lambda *xs, axis: np.mean([x.mean(axis) for x in xs], 0),
+                      n_resamples=10_000, batch=500, method="percentile",
                       rng=seed).confidence_interval
-    return [float(found.low), float(found.high)]
+    return {"mean": average, "interval": [float(found.low), float(found.high)]}
 
 
-def paired_test(gains, seed: int) -> dict:
-    """{"mean", "interval", "p"} of differences (one per task): p is two-sided, of a permutation
-    test that flips their signs."""
+def paired_test(strata: list, seed: int) -> dict:
+    """`mean_and_interval` of differences (one per task) and "p": two-sided, of a permutation test
+    that flips their signs."""
     import numpy as np
     from scipy.stats import permutation_test
 
-    gains, p = np.asarray(gains, dtype=float), 1.0
+    gains, p = np.concatenate([np.asarray(s, dtype=float) for s in strata]), 1.0
+    weights = np.concatenate([[len(gains) / len(strata) / len(s)] * len(s) for s in strata])
     if len(gains) > 1 and gains.any():
-        p = permutation_test((gains,), np.mean, permutation_type="samples", n_resamples=9_999,
-                             batch=500, vectorized=True, rng=seed).pvalue
-    return {"mean": mean(gains), "interval": interval(gains, seed), "p": float(p)}
+        p = permutation_test((gains,), lambda x, axis: (x * weights).mean(axis), rng=seed,
+                             permutation_type="samples", n_resamples=9_999, batch=500,
+                             vectorized=True).pvalue
+    return {**mean_and_interval(strata, seed), "p": float(p)}
 
 
-def with_totals(cells: list[dict]) -> list[dict]:
-    """The cells, and for each agent, setting and insertion with several splits one of split
-    "all"."""
-    out: list[dict] = []
-    for key in report.unique(cells, "agent", "plans", "insert"):
-        own = [c for c in cells if (c["agent"], c["plans"], c["insert"]) == key]
-        out += own
-        if len(own) > 1:
-            episodes = {t: r for c in own for t, r in c["episodes"].items()}
-            out.append({**own[0], "split": "all", "episodes": episodes})
-    return out
-
-
-def summarise(cells: list[dict], seed: int) -> tuple[list[dict], list[dict]]:
-    """(results, differences). A result per cell: mean and interval of each metric (None if an
-    episode is missing) and counts. A difference for any two complete cells of an agent and split
+def summarise(cells: list[dict], seed: int, several: bool) -> tuple[list[dict], list[dict]]:
+    """(results, differences). A result per cell or total: mean and interval of each metric (None if
+    an episode is missing) and counts. A difference for any two complete ones of an agent and split
     that differ in the plans or in the insertion only: the paired test on the tasks of both."""
-    results, differences, cells = [], [], with_totals(cells)
+    results, differences = [], []
+    cells = report.with_totals(cells, several)
     for cell in cells:
-        rows = [r for r in cell["episodes"].values() if r]
+        every = [r for s in cell["strata"] for rs in s.values() for r in rs]
+        rows = [r for r in every if r]
         names = {k: cell[k] for k in ("agent", "plans", "insert", "split")}
-        result = {**names, "tasks": len(cell["episodes"]), "episodes": len(rows),
-                  "missing": len(cell["episodes"]) - len(rows),
+        thoughts = [r["continued"] for r in rows
+                    if r["insert"] == "thought" and r.get("continued") is not None]
+        result = {**names, "total": cell["total"], "tasks": sum(map(len, cell["strata"])),
+                  "runs": len(report.unique(cell["cells"], "run")),
+                  "episodes": len(rows), "missing": len(every) - len(rows),
                   "ends": dict(Counter(r["end"] for r in rows)),
                   "format_errors": sum(r.get("format_errors", 0) for r in rows),
                   "context_overflows": sum(r["end"] == "context" for r in rows),
+                  "continued": sum(thoughts), "own_turn": len(thoughts) - sum(thoughts),
+                  "untagged": sum(c["untagged"] for c in cell["cells"]),
+                  "notes": list(dict.fromkeys(c["note"] for c in cell["cells"] if c.get("note"))),
                   "steps": mean(len(r["steps"]) for r in rows)}
         complete = bool(rows) and not result["missing"]
         for name, (_, value) in report.METRICS.items():
-            values = [value(r) for r in rows]
-            result[name] = ({"mean": mean(values), "interval": interval(values, seed)}
-                            if complete else None)
+            result[name] = mean_and_interval([[mean(map(value, rs)) for rs in s.values()]
+                                              for s in cell["strata"]], seed) if complete else None
         results.append(result)
         for other in cells if complete else []:
-            same = (other["agent"], other["split"]) == (cell["agent"], cell["split"])
+            same = all(other[k] == cell[k] for k in ("agent", "split", "total"))
             comparable = (other["plans"] in ("none", cell["plans"])
                           or other["insert"] == cell["insert"])
             if not (same and comparable and report.rank(other) < report.rank(cell)
-                    and all(other["episodes"].values())):
+                    and all(r for s in other["strata"] for rs in s.values() for r in rs)):
                 continue
-            both = [(r, other["episodes"][t]) for t, r in cell["episodes"].items()
-                    if t in other["episodes"]]
-            if both:
+            both = [[(rs, o[t]) for t, rs in s.items() if t in o]
+                    for s, o in zip(cell["strata"], other["strata"], strict=True)]
+            if all(both):
                 differences.append({
-                    **names, "tasks": len(both),
+                    **names, "tasks": sum(map(len, both)),
                     "over": {"plans": other["plans"], "insert": other["insert"]},
-                    **{name: paired_test([value(r) - value(o) for r, o in both], seed)
+                    **{name: paired_test([[mean(map(value, rs)) - mean(map(value, o))
+                                           for rs, o in pairs] for pairs in both], seed)
                        for name, (_, value) in report.METRICS.items()}})
     return results, differences
 
@@ -457,7 +469,7 @@ def judge(a: JudgeArgs) -> None:
 
     if todo:
         asyncio.run(ask_all())
-    write_report(ReportArgs(a.out, a.seed))
+    write_report(ReportArgs([a.out], a.seed))
 
 
 # ---- the commands --------------------------------------------------------------------------------
@@ -465,13 +477,19 @@ def judge(a: JudgeArgs) -> None:
 
 def write_report(a: ReportArgs) -> str:
     """Write and print tables, figures and report of all that was played."""
-    asked, outdated = asked_cells(a.out)
-    if not asked:
-        raise InputError(f"{a.out} has no evaluation: run 05_eval.py --out {a.out} first")
-    cells = with_episodes(a.out, asked)
-    results, differences = summarise(cells, a.seed)
-    text = report.write(Path(a.out), cells, outdated, results, differences, judged(a.out))
-    print(f"\n{text}\nwritten to {a.out}/results.md, results.json, results.png, report.html")
+    folders = list({Path(out).resolve(): str(Path(out)) for out in a.out}.values())
+    several, cells, outdated = len(folders) > 1, [], 0
+    for out in folders:
+        asked, old = asked_cells(out, folders if several else ())
+        if not asked:
+            raise InputError(f"{out} has no evaluation: run 05_eval.py --out {out} first")
+        cells, outdated = cells + with_episodes(out, asked), outdated + old
+    cells = report.pooled(cells) if several else cells
+    results, differences = summarise(cells, a.seed, several)
+    to = Path(folders[0], "pooled" if several else "")
+    verdicts = None if several else judged(folders[0])
+    text = report.write(to, cells, outdated, results, differences, verdicts)
+    print(f"\n{text}\nwritten to {to}/results.md, results.json, results.png, report.html")
     return text
 
 
@@ -540,7 +558,7 @@ def main(a: Args) -> None:
     if a.plans_only:
         print(f"written to {a.out}/eval/plans.jsonl")
     else:
-        write_report(ReportArgs(a.out, a.seed))
+        write_report(ReportArgs([a.out], a.seed))
 
 
 COMMANDS = {"judge": (judge, JudgeArgs), "report": (write_report, ReportArgs),

@@ -28,10 +28,10 @@ def episode(task, plan, reward, steps, agent="a", insert="instruction", end=None
             "steps": [[f"Action: go {i}", f"You went {i}."] for i in range(steps)], **more}
 
 
-def cell(plans, split, tasks, agent="a", insert="instruction") -> dict:
+def cell(plans, split, tasks, agent="a", insert="instruction", **more) -> dict:
     return {"env": "lab", "agent": agent, "agent_id": f"id of {agent}", "plans": plans,
             "insert": insert, "split": split, "tasks": tasks,
-            "plans_id": None if plans == "none" else f"id of {plans}"}
+            "plans_id": None if plans == "none" else f"id of {plans}", **more}
 
 
 def write_run(out: Path, cells: list[dict], plans: dict, rollouts: list[dict]) -> Path:
@@ -45,8 +45,8 @@ def write_run(out: Path, cells: list[dict], plans: dict, rollouts: list[dict]) -
     return out
 
 
-def write_report(out) -> str:
-    return ev.write_report(ev.ReportArgs(str(out)))
+def write_report(*out) -> str:
+    return ev.write_report(ev.ReportArgs([*map(str, out)]))
 
 
 def numbers(out) -> dict:
@@ -57,13 +57,20 @@ def by_setting(out) -> dict:
     return {(r["plans"], r["split"]): r for r in numbers(out)["results"]}
 
 
+def rows_of(table: Path) -> list[list[str]]:
+    """The head and the rows of a Markdown table, without the intervals."""
+    return [[c.strip().split(" [")[0] for c in line.split("|")[1:-1]]
+            for line in table.read_text().splitlines() if line.startswith("| ")]
+
+
 @pytest.fixture
 def known(tmp_path) -> Path:
-    """Two splits of two tasks; without a plan 0, 0.5 | 0, 1, with mpo's 1, 1 | 0.5, 1."""
+    """Two splits of two tasks; without a plan 0, 0.5 | 0, 1, with mpo's 1, 1 | 0.5, 1, where 0.5
+    is of an episode that could not be completed."""
     plans = {("mpo", t): f"Step 1: do {t}" for t in SEEN + UNSEEN}
     rewards = {"none": [0.0, 0.5, 0.0, 1.0], "mpo": [1.0, 1.0, 0.5, 1.0]}
-    rollouts = [episode(t, plans.get((s, t)), r, 4) for s, rs in rewards.items()
-                for t, r in zip(SEEN + UNSEEN, rs, strict=True)]
+    rollouts = [episode(t, plans.get((s, t)), r, 4, end="failure" if r == 0.5 else None)
+                for s, rs in rewards.items() for t, r in zip(SEEN + UNSEEN, rs, strict=True)]
     cells = [cell(s, split, tasks) for s in rewards
              for split, tasks in (("seen", SEEN), ("unseen", UNSEEN))]
     return write_run(tmp_path / "run", cells, plans, rollouts)
@@ -72,25 +79,29 @@ def known(tmp_path) -> Path:
 def test_known_table(known):
     write_report(known)
     found = by_setting(known)
-    means = {key: tuple(r[m]["mean"] for m in ("reward", "success", "reward_per_step"))
+    means = {key: tuple(r[m]["mean"] for m in ("reward", "solved", "ended", "reward_per_step"))
              for key, r in found.items()}
     assert means == {
-        ("none", "seen"): (0.25, 0.0, 0.0625), ("none", "unseen"): (0.5, 0.5, 0.125),
-        ("none", "all"): (0.375, 0.25, 0.09375), ("mpo", "seen"): (1.0, 1.0, 0.25),
-        ("mpo", "unseen"): (0.75, 0.5, 0.1875), ("mpo", "all"): (0.875, 0.75, 0.21875)}
+        ("none", "seen"): (0.25, 0.0, 0.5, 0.0625), ("none", "unseen"): (0.5, 0.5, 0.5, 0.125),
+        ("none", "all"): (0.375, 0.25, 0.5, 0.09375), ("mpo", "seen"): (1.0, 1.0, 1.0, 0.25),
+        ("mpo", "unseen"): (0.75, 0.5, 1.0, 0.1875), ("mpo", "all"): (0.875, 0.75, 1.0, 0.21875)}
     assert found["mpo", "seen"]["reward"]["interval"] == [1.0, 1.0]
     assert found["none", "seen"]["reward"]["interval"] == [0.0, 0.5]
-    assert found["none", "all"]["ends"] == {"steps": 3, "success": 1}
+    assert found["none", "all"]["ends"] == {"steps": 2, "failure": 1, "success": 1}
     table = (known / "table2.md").read_text()
-    rows = [[c.strip() for c in line.split("|")[1:-1]] for line in table.splitlines()
-            if line.startswith("| a")]
-    assert [r[:2] for r in rows] == [["agent", "plans"], ["a", "no plan"], ["a", "MPO"]]
-    assert [[c.split()[0] for c in row[2:5]] for row in rows[1:]] == [
-        ["25.0", "50.0", "37.5"], ["100.0", "75.0", "87.5"]]
-    assert rows[2][5].startswith("+50.0 [+12.5, +87.5], p ")
-    assert rows[0][5] == "gain over no plan, all"
+    assert rows_of(known / "table2.md") == [
+        ["agent", "plans", "seen (x100)", "unseen (x100)", "all (x100)", "gain over no plan, all"],
+        ["a", "no plan", "25.0", "50.0", "37.5", ""], ["a", "MPO", "100.0", "75.0", "87.5",
+                                                       "+50.0"]]
+    assert "| +50.0 [+12.5, +87.5], p " in table
     assert r"a & MPO & 100.0 [100.0, 100.0] & 75.0" in table and r"\begin{tabular}" in table
-    assert "| a     | MPO" in (known / "table6.md").read_text()
+    assert rows_of(known / "table6.md") == [
+        ["agent", "plans", *(f"{s}, {m} (x100)" for s in ("seen", "unseen", "all")
+                             for m in ("solved", "ended")),
+         "gain over no plan, all, solved", "gain over no plan, all, ended"],
+        ["a", "no plan", "0.0", "50.0", "50.0", "50.0", "25.0", "50.0", "", ""],
+        ["a", "MPO", "100.0", "100.0", "50.0", "100.0", "75.0", "100.0", "+50.0", "+50.0"]]
+    assert "Ended: the episode is done" in (known / "table6.md").read_text()
     assert (known / "fig3.png").stat().st_size > 1000
     assert not (known / "table4.md").exists() and not (known / "fig4.png").exists()
 
@@ -156,7 +167,7 @@ def test_results_recomputed_from_the_rows(tmp_path):
                         rows.setdefault(key, episode(
                             t, key[3], round(draw.random(), 3), draw.randint(0, 9), agent, insert,
                             format_errors=draw.randint(0, 2),
-                            end=draw.choice(["steps", "context", "errors"])))
+                            end=draw.choice(["steps", "context", "errors", "failure"])))
     out = write_run(tmp_path / "run", cells, plans, list(rows.values()))
     write_report(out)
     results = numbers(out)["results"]
@@ -169,7 +180,8 @@ def test_results_recomputed_from_the_rows(tmp_path):
         assert r["tasks"] == r["episodes"] == len(ts) and not r["missing"]
         per_step = [e["reward"] / (len(e["steps"]) or 1) for e in mine]
         for metric, values in (("reward", [e["reward"] for e in mine]),
-                               ("success", [e["success"] for e in mine]),
+                               ("solved", [e["success"] for e in mine]),
+                               ("ended", [e["end"] == "failure" for e in mine]),
                                ("reward_per_step", per_step)):
             assert r[metric]["mean"] == pytest.approx(sum(values) / len(ts), abs=1e-9)
         assert r["ends"] == Counter(e["end"] for e in mine)
@@ -190,12 +202,16 @@ def test_results_recomputed_from_the_rows(tmp_path):
 
 
 def test_statistics():
-    found = ev.paired_test([1.0] * 5, 0)
+    found = ev.paired_test([[1.0] * 5], 0)
     assert found == {"mean": 1.0, "interval": [1.0, 1.0], "p": 2 / 2**5}, "exact: all signs"
-    assert ev.paired_test([0.0] * 20, 0) == {"mean": 0.0, "interval": [0.0, 0.0], "p": 1.0}
-    assert ev.paired_test([0.5], 0) == {"mean": 0.5, "interval": [0.5, 0.5], "p": 1.0}
-    low, high = ev.interval([0.0, 1.0] * 50, 0)  # standard error 0.05
+    assert ev.paired_test([[0.0] * 20], 0) == {"mean": 0.0, "interval": [0.0, 0.0], "p": 1.0}
+    assert ev.paired_test([[0.5]], 0) == {"mean": 0.5, "interval": [0.5, 0.5], "p": 1.0}
+    low, high = ev.mean_and_interval([[0.0, 1.0] * 50], 0)["interval"]  # standard error 0.05
     assert low == pytest.approx(0.4, abs=0.015) and high == pytest.approx(0.6, abs=0.015)
+    found = ev.mean_and_interval([[0.0, 1.0] * 50, [1.0] * 9, [0.0]], 0)
+    low, high = found["interval"]  # a third of the standard error
+    assert found["mean"] == 0.5
+    assert low == pytest.approx(0.467, abs=0.005) and high == pytest.approx(0.533, abs=0.005)
 
 
 @pytest.mark.slow
@@ -208,10 +224,10 @@ def test_intervals_cover_and_p_values_are_level():
     for i in range(300):
         base = draw.random(60)
         gain = (draw.random(60) < 0.2 + 0.5 * base) * 1.0 - (draw.random(60) < 0.1 + 0.5 * base)
-        low, high = ev.interval(gain, i)
+        low, high = ev.mean_and_interval([gain], i)["interval"]
         covered += low <= 0.1 <= high
         null = (draw.random(60) < 0.5) * 1.0 - (draw.random(60) < 0.5)
-        small += ev.paired_test(null, i)["p"] < 0.05
+        small += ev.paired_test([null], i)["p"] < 0.05
     assert 0.91 <= covered / 300 <= 0.985 and 0.015 <= small / 300 <= 0.09
 
 

@@ -1,5 +1,8 @@
-"""The report page: what it shows, in headless Chromium."""
+"""The report: its page in headless Chromium, tables of several run folders, and notes."""
 
+import base64
+import gzip
+import json
 import re
 import shutil
 import subprocess
@@ -8,10 +11,20 @@ from pathlib import Path
 
 import pytest
 from conftest import stage, write_jsonl
-from test_eval import cell, episode, known, write_report, write_run  # noqa: F401
+from test_eval import (  # noqa: F401
+    SEEN,
+    by_setting,
+    cell,
+    episode,
+    known,
+    numbers,
+    rows_of,
+    write_report,
+    write_run,
+)
 
 import common
-from common import read_rows
+from common import InputError, read_rows
 
 ev = stage("05_eval")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
@@ -124,3 +137,113 @@ def test_a_report_is_self_contained(page):
     started = time.time()
     write_report(page.parent)
     assert page.stat().st_mtime >= started - 1 and not list(page.parent.glob("*.tmp*"))
+
+
+# ---- several run folders, and what the notes say -------------------------------------------------
+
+
+def played(out: Path, rewards: dict, env: str = "lab", agent: str = "a") -> Path:
+    """A run folder from {(plans, split): the rewards of its tasks}."""
+    tasks = {s: [f"{s}/{i}" for i in range(len(rs))] for (_, s), rs in rewards.items()}
+    plans = {(p, t): f"Step 1: {p} {t}" for p, s in rewards for t in tasks[s] if p != "none"}
+    return write_run(out, [cell(p, s, tasks[s], agent, env=env) for p, s in rewards], plans, [
+        episode(t, plans.get((p, t)), r, 2, agent) for (p, s), rs in rewards.items()
+        for t, r in zip(tasks[s], rs, strict=True)])
+
+
+def test_the_average_over_environments(tmp_path):
+    """By hand: the columns' means are 1 and 1/2, so the average is 3/4 (of all tasks, it is 2/3).
+    Only the second column varies: a sixteenth of its resamples is all 0, and all 1. Of the 64 ways
+    to flip signs, 4 leave the gain as it is and 4 turn it around."""
+    lab, shop = tmp_path / "lab", tmp_path / "shop"
+    played(lab, {("none", "seen"): [0.0, 0.0], ("mpo", "seen"): [1.0, 1.0],
+                 ("sft", "seen"): [0.0, 0.0]}, agent=f"{lab}/agent")
+    played(shop, {("none", "seen"): [0.0] * 4, ("mpo", "seen"): [0.0, 1.0, 0.0, 1.0]}, "my/shop",
+           agent=f"{shop}/agent")
+    write_report(lab)
+    before = (lab / "results.json").read_text()
+    text = write_report(lab, shop, f"{shop}/")
+    assert (lab / "results.json").read_text() == before and (lab / "pooled/report.html").exists()
+    assert text.startswith(f"# lab, shop\n\nRun folders: {lab}, {shop}\n")
+    found, differences = by_setting(lab / "pooled"), numbers(lab / "pooled")["differences"]
+    assert found["mpo", "average"]["reward"] == {"mean": 0.75, "interval": [0.5, 1.0]}
+    assert found["mpo", "average"]["agent"] == "agent" and found["mpo", "average"]["tasks"] == 6
+    assert ("sft", "lab seen") in found and ("sft", "average") not in found
+    [gain] = [d["reward"] for d in differences if d["split"] == "average"]
+    assert gain == {"mean": 0.75, "interval": [0.5, 1.0], "p": 2 / 16}
+    assert rows_of(lab / "pooled" / "table2.md") == [
+        ["agent", "plans", "lab seen (x100)", "shop seen (x100)", "average (x100)",
+         "gain over no plan, average"],
+        ["agent", "no plan", "0.0", "0.0", "0.0", ""],
+        ["agent", "MPO", "100.0", "50.0", "75.0", "+75.0"]]
+    assert "Average: the mean over the columns" in (lab / "pooled" / "table2.md").read_text()
+    assert rows_of(lab / "pooled" / "table3.md")[2][2:5] == ["0.0", "-", "-"], "sft"
+    with pytest.raises(InputError, match="none has no evaluation"):
+        write_report(lab, tmp_path / "none")
+
+
+def test_seeds_share_a_column(tmp_path):
+    """The values of the tasks are 1/2 and 1: a quarter of the resamples are of one task alone."""
+    a, b = (played(tmp_path / name, {("none", "seen"): first, ("mpo", "seen"): [1.0, 1.0]})
+            for name, first in (("a", [0.0, 1.0]), ("b", [1.0, 1.0])))
+    write_report(a, b)
+    found = by_setting(a / "pooled")
+    assert set(found) == {("none", "seen"), ("mpo", "seen")}
+    none = found["none", "seen"]
+    assert none["reward"] == {"mean": 0.75, "interval": [0.5, 1.0]}
+    assert (none["tasks"], none["episodes"], none["runs"]) == (2, 4, 2)
+    assert numbers(a / "pooled")["differences"][0]["reward"]["mean"] == 0.25
+    table = (a / "pooled" / "table2.md").read_text()
+    assert "A task's value is its mean over run folders: seen 2." in table
+    page = re.search('id="index">([^<]+)<', (a / "pooled" / "report.html").read_text())[1]
+    assert [t[1:] for t in json.loads(gzip.decompress(base64.b64decode(page)))["tasks"]][::2] == [
+        ["seen/0", f"seen, {a}", {"0": [0.0, 0], "1": [1.0, 1]}],
+        ["seen/0", f"seen, {b}", {"0": [1.0, 1], "1": [1.0, 1]}]]
+    write_jsonl(b / "eval" / "rollouts.jsonl", read_rows(b / "eval" / "rollouts.jsonl")[1:])
+    assert "| 1 of 4 missing" in write_report(a, b)
+
+
+def test_names_of_agents_in_several_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names, folders = ev.report.agent_names, ["runs/a", f"{tmp_path}/runs/b"]
+    agents = ["gpt-4o", "owner/model", f"{tmp_path}/runs/b/agent", "runs/other/agent"]
+    assert list(names(agents, folders[1], folders).values()) == [
+        "gpt-4o", "owner/model", "agent", "runs/other/agent"]
+    assert names(["runs/a/agent"], folders[1], folders) == {"runs/a/agent": "agent"}, "shared"
+    both = ["runs/a/agent", "runs/b/agent", "./runs/b/agent"]
+    assert list(names(both, folders[1], folders).values()) == ["runs/a/agent", "agent", "agent"]
+
+
+def test_notes(tmp_path):
+    """Of all tables: full contexts, cells' notes, plans without tags; of table 4: how the plan
+    became a thought."""
+    plans = {(s, t): f"Step 1: {s} {t}" for s in ("gpt", "mpo") for t in SEEN}
+    cells = [cell("none", "seen", SEEN, note="Nouns: by suffix."), cell("gpt", "seen", SEEN),
+             *(cell("mpo", "seen", SEEN, insert=i, note="Nouns: by suffix.")
+               for i in common.INSERTS)]
+    rows = [episode(t, plans.get((c["plans"], t)), 0.5, 2, insert=c["insert"],
+                    end="context" if c["plans"] == "gpt" else None) for c in cells
+            for t in SEEN]
+    out = write_run(tmp_path / "run", cells, plans, rows)
+    quiet = write_report(out)
+    assert "started assistant message" not in quiet and "without tags" not in quiet
+    for name, full in (("table2", False), ("table3", True), ("table4", False)):
+        table = (out / f"{name}.md").read_text()
+        assert ("2 of 6 episodes ended because the agent's context was full" in table) == full
+        assert table.count("Nouns: by suffix.") == 1
+    assert quiet.count("2 of 10 episodes ended because") == 2, "the overview and the differences"
+
+    written = read_rows(out / "eval" / "plans.jsonl")
+    for row in written:
+        row |= {"untagged": True} if row["setting"] == "gpt" else {}
+    write_jsonl(out / "eval" / "plans.jsonl", written)
+    for i, row in enumerate(r for r in rows if r["insert"] == "thought"):
+        row["continued"] = i == 0
+    write_jsonl(out / "eval" / "rollouts.jsonl", rows)
+    write_report(out)
+    assert "2 plans of 'teacher, asked directly' are text without tags." in (
+        out / "table3.md").read_text()
+    table = (out / "table4.md").read_text()
+    assert ("Insertion as thought: the server continued a started assistant message in 1 "
+            "episodes, the plan was a turn of its own in 1 episodes.") in table
+    assert "without tags" not in table
