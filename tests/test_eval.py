@@ -385,26 +385,6 @@ def test_plans_of_the_teacher_and_of_files(tmp_path, evaluate, chat_server, monk
         write_report(tmp_path / "none")
 
 
-def test_replies_without_tags_are_plans_and_files_are_splits(tmp_path, evaluate, chat_server,
-                                                              monkeypatch):
-    """--tasks SPLIT=FILE: a column each; `train` is not evaluated."""
-    server = chat_server(lambda m, body: "Action: walk on" if "stop" in body else " Take it. ")
-    monkeypatch.setenv("OPENAI_API_KEY", "k")
-    monkeypatch.setenv("OPENAI_BASE_URL", server.url)
-    files = {}
-    for name, task in zip(("train", "seen", "later"), TASKS, strict=True):
-        files[name] = tmp_path / f"{name}.json"
-        files[name].write_text(json.dumps([task.split("/")]))
-    evaluate(agents=["a"], plans=["gpt"], max_steps=1,
-             tasks=[f"{name}={file}" for name, file in files.items()])
-    rows = read_rows(tmp_path / "run" / "eval" / "plans.jsonl")
-    assert {(r["task"], r["plan"], r["untagged"]) for r in rows} == {
-        (t, "Take it.", True) for t in TASKS[1:]}
-    assert {s for _, s in by_setting(tmp_path / "run")} == {"seen", "later", "all"}
-    agents = [b for b in server.requests if "stop" in b]
-    assert {b["max_tokens"] for b in agents} == {512} and len(agents) == 2
-
-
 def test_a_plan_for_a_task_in_words(chat_server, monkeypatch, capsys):
     server = chat_server(lambda m, body: plan_reply("Step 1: " + m[0]["content"].splitlines()[-1]))
     ev.write_plan(ev.PlanArgs(planner=server.url, env=CORRIDOR, text="Find the lamp."))

@@ -11,17 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import stage, write_jsonl
-from test_eval import (  # noqa: F401
-    SEEN,
-    by_setting,
-    cell,
-    episode,
-    known,
-    numbers,
-    rows_of,
-    write_report,
-    write_run,
-)
+from test_eval import TASKS, by_setting, evaluate  # noqa: F401
 
 import common
 from common import InputError, read_rows
@@ -247,3 +237,23 @@ def test_notes(tmp_path):
     assert ("Insertion as thought: the server continued a started assistant message in 1 "
             "episodes, the plan was a turn of its own in 1 episodes.") in table
     assert "without tags" not in table
+
+
+def test_replies_without_tags_are_plans_and_files_are_splits(tmp_path, evaluate, chat_server,
+                                                              monkeypatch):
+    """--tasks SPLIT=FILE: a column each; `train` is not evaluated."""
+    server = chat_server(lambda m, body: "Action: walk on" if "stop" in body else " Take it. ")
+    monkeypatch.setenv("OPENAI_API_KEY", "k")
+    monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+    files = {}
+    for name, task in zip(("train", "seen", "later"), TASKS, strict=True):
+        files[name] = tmp_path / f"{name}.json"
+        files[name].write_text(json.dumps([task.split("/")]))
+    evaluate(agents=["a"], plans=["gpt"], max_steps=1,
+             tasks=[f"{name}={file}" for name, file in files.items()])
+    rows = read_rows(tmp_path / "run" / "eval" / "plans.jsonl")
+    assert {(r["task"], r["plan"], r["untagged"]) for r in rows} == {
+        (t, "Take it.", True) for t in TASKS[1:]}
+    assert {s for _, s in by_setting(tmp_path / "run")} == {"seen", "later", "all"}
+    agents = [b for b in server.requests if "stop" in b]
+    assert {b["max_tokens"] for b in agents} == {512} and len(agents) == 2
