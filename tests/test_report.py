@@ -11,7 +11,19 @@ from pathlib import Path
 
 import pytest
 from conftest import stage, write_jsonl
-from test_eval import TASKS, by_setting, evaluate  # noqa: F401
+from test_eval import (  # noqa: F401
+    SEEN,
+    TASKS,
+    by_setting,
+    cell,
+    episode,
+    evaluate,
+    known,
+    numbers,
+    rows_of,
+    write_report,
+    write_run,
+)
 
 import common
 from common import InputError, read_rows
