@@ -13,6 +13,7 @@ from common import EnvPool, InputError, Prompts, RolloutConfig, rollouts, task_t
 
 pytest.importorskip("scienceworld")
 World = common.environment("sciworld")
+words = common.load_module(common.DATA / "sciworld" / "thoughts.py", "thoughts.sciworld")
 TASKS = ["find-animal/0", "find-plant/0", "lifespan-longest-lived/0", "chemistry-mix/0"]
 MORE = """find-animal/1 find-living-thing/0 find-living-thing/1 find-plant/1 find-non-living-thing/0
     lifespan-shortest-lived/0 lifespan-longest-lived-then-shortest-lived/0 power-component/0
@@ -119,6 +120,51 @@ def test_interleaved_sessions_equal_sessions_alone(experts):
                                strict=True):
         for i, (x, y) in enumerate(zip(a, b, strict=True)):
             assert x == y, f"{task}, step {i}"
+
+
+def test_gold_paths_are_reworded_and_shortened():
+    """In the prompt's words, looking before acting, without what is not needed."""
+    gold = ["teleport to workshop", "pick up metal pot", "focus on metal pot", "drop metal pot",
+            "look around", "connect battery anode to red wire terminal 1",
+            "connect red wire terminal 2 to cathode in blue light bulb", "wait1", "wait1",
+            "look around", "open cupboard", "pour cup containing red paint in desk in jug"]
+    assert words.cleaned(gold) == [
+        "teleport to workshop", "look around", "focus on metal pot",
+        "connect battery anode to red wire terminal 1",
+        "connect red wire terminal 2 to blue light bulb cathode", "wait1", "look around",
+        "open cupboard", "look at cupboard", "pour cup containing red paint into jug"]
+
+
+@pytest.mark.parametrize("steps, reason", [
+    ([["open cupboard", "It is open."], ["look at cupboard", "In the cupboard is: a metal pot"],
+      ["move ice to metal pot", "You move it."]], None),
+    ([["open fridge", "It is open."], ["look at fridge", "In the fridge is: orange juice"],
+      ["focus on ice", "You focus on the ice."]], "opens a container in vain: look at fridge"),
+    ([["drop metal pot", "You drop it."]], "has an action that the prompt does not list: drop"),
+    ([["move object to red box", "You move it."]], "names a thing as nobody would: object"),
+    ([["focus on dove", "You focus on the dove egg."]], "names a thing as no observation does"),
+])
+def test_detours(steps, reason):
+    found = words.detour("Find it.", [["teleport to kitchen", "You teleport."], *steps])
+    assert (found or "").startswith(reason or "") and bool(found) == bool(reason)
+
+
+def test_the_fixed_example_is_what_the_simulator_says():
+    """Some train task of its type answers the actions of the example as the example says."""
+    examples = json.loads((common.DATA / "sciworld" / "examples.json").read_text())
+    task, *turns = examples["*"].split("\nAction: ")
+    instruction = task.split("\n")[0].removeprefix("Task: ")
+    wanted = [turn.split("\nThought: ")[0].split("\nObservation: ") for turn in turns]
+
+    async def main():
+        async with EnvPool("sciworld", 1) as pool, pool.session() as env:
+            for task in await env("tasks", "train"):
+                if task_type(task) == words.FIXED and await env("reset", task) == instruction:
+                    steps = [await env("step", action) for action, _ in wanted]
+                    if [step[0] for step in steps] == [observation for _, observation in wanted]:
+                        return steps[-1]
+
+    assert asyncio.run(main())[1:] == (1.0, True, True)
 
 
 def test_reward_and_a_wrong_focus(experts):

@@ -263,6 +263,21 @@ def test_search_ranks_by_bm25(env):
     assert shop.search("zzzz") == [] and "Total results: 0" in env.step("search[zzzz]")[0]
 
 
+def test_detours_of_a_buyer():
+    """The examples open the first product with all keywords and choose what the task names."""
+    words = common.load_module(common.DATA / "webshop" / "thoughts.py", "thoughts.webshop")
+    u = "Find me an oak desk with color: white, and size: 6 inch, and price lower than 30.0 dollars"
+    search = ["search[desks oak]", "Page 1 [SEP] B000000002 [SEP] Oak Table [SEP] $20.0 [SEP] "
+              "B000000001 [SEP] Oak Desk [SEP] $20.0"]
+    table, desk, white, size = (
+        [f"click[{value}]", "You have clicked it." if len(value) < 10 else "Buy Now"]
+        for value in ("b000000002", "b000000001", "white", "6 inch"))
+    assert words.detour(u, [search, desk, white, size]) is None
+    assert "just the wanted options" in words.detour(u, [search, desk, white])
+    assert "keywords in its title" in words.detour(u, [search, table, white, size])
+    assert "price" in words.detour(u.split(", and price")[0], [search, desk, white, size])
+
+
 def test_equal_products_are_listed_in_the_catalogues_order(tmp_path, monkeypatch):
     names = ["Oak desk" if i % 3 else "Oak desk, oak top" for i in range(900)]
     products = [product(f"B{i:09}", name) for i, name in enumerate(names)]

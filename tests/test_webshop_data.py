@@ -268,4 +268,4 @@ def test_stages(tmp_path, chat_server):
     check_run("05_eval.py", *flags, "--agents", url, "--plans", "none", "--limit", 3, env=env)
     [result] = json.loads((out / "results.json").read_text())["results"]
     assert (result["split"], result["tasks"]) == ("seen", 3), "the paper has one test split"
-    assert result["ends"] == {"errors": 3}
+    assert result["ends"] == {"steps": 3}
