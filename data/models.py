@@ -204,7 +204,8 @@ def open_model(name: str, url: str | None, a):
             url = stack.enter_context(
                 serve(name, Path(a.out) / "logs", a.tensor_parallel, a.max_model_len))
         model = Model(name.removeprefix("api:"), url, a.concurrency)
-        model.continues = bool(url) and any(m.get("owned_by") == "vllm" for m in served(url))
+        with contextlib.suppress(InputError):  # a server that lists no models is not vLLM
+            model.continues = bool(url) and any(m.get("owned_by") == "vllm" for m in served(url))
         yield model
 
 
