@@ -162,8 +162,9 @@ def show(rows: list[dict], shape: dict, rate: dict, sources: dict, a) -> None:
             f"{r[k]:{w},.{d}f}" if r.get(k) else f"{'-':>{w}}" for k, (_, w, d) in columns.items()))
     seed = rows[0]
     bill = (seed["prompt"] * rate["teacher_in"] + seed["generated"] * rate["teacher_out"]) / 1e6
-    print(f"\nteacher: about ${bill:,.0f}, with one call a plan; during training, checkpoints take "
-          "another 6 times a model's size")
+    # 12 bytes a parameter: float32 weights and AdamW's two averages; one is kept, one is written
+    print(f"\nteacher: about ${bill:,.0f}, with one call a plan; during training, two checkpoints "
+          f"take another {2 * 12 * rate['parameters']:,.0f} GB")
     print("rates: " + "; ".join(f"{k} {rate[k]:g} ({sources[k]})" for k in RATES))
     seconds = common.environment(a.env).SECONDS
     print("environment, core-seconds: " + ", ".join(f"{k} {v:g}" for k, v in seconds.items()))
