@@ -278,7 +278,7 @@ def main(a: Args) -> None:
     common.check_data(a.env, a.out)
 
     async def stage():
-        async with common.EnvPool(a.env, a.workers, a.concurrency or 256, a.ray) as pool:
+        async with common.EnvPool(a.env, a.workers, a.concurrency, a.ray) as pool:
             tasks = await common.list_tasks(pool, a.env, "train", a.tasks, a.types, a.limit)
             plans = await sample_plans(a, tasks, prompts, pool)
             return plans, await score_plans(a, plans, prompts, pool)
@@ -354,7 +354,7 @@ def explore(a: ExploreArgs) -> None:
     common.check_data(a.env, a.out)
 
     async def stage():
-        async with common.EnvPool(a.env, a.workers, a.concurrency or 256, a.ray) as pool:
+        async with common.EnvPool(a.env, a.workers, a.concurrency, a.ray) as pool:
             keys = [(e["task"], None) for e in experts]
             return await play(a, keys, prompts, pool, Path(a.out) / "explore.jsonl")
 

@@ -180,7 +180,7 @@ async def greedy_plans(a: Args, tasks: list[str], pool) -> dict[str, str | None]
                 messages = prompts[setting].planner(u[task])
                 reply = (await model.ask(messages, 0.0, a.plan_tokens)).text.strip()
                 plan = common.parse_plan(reply)
-                keep(setting, task, plan or reply or None, untagged=not plan)
+                keep(setting, task, plan or reply or None, untagged=bool(reply and not plan))
 
             for setting, missing in todo.items():
                 if planner := planner_of(a, setting):
@@ -538,7 +538,7 @@ def main(a: Args) -> None:
     common.check_data(a.env, a.out)
 
     async def stage():
-        async with common.EnvPool(a.env, a.workers, a.concurrency or 256, a.ray) as pool:
+        async with common.EnvPool(a.env, a.workers, a.concurrency, a.ray) as pool:
             named = [s for s in common.task_files(a.tasks) if s != "train"]
             names = a.splits or named or common.environment(a.env).tests()
             splits = {s: await common.list_tasks(pool, a.env, s, a.tasks, a.types, a.limit)

@@ -542,14 +542,14 @@ class EnvPool:
             observation, reward, done, success = await env("step", action)
     """
 
-    def __init__(self, env: str, workers: int, sessions: int = 64, ray: bool = False):
-        if min(workers, sessions) < 1:
+    def __init__(self, env: str, workers: int, sessions: int | None = 64, ray: bool = False):
+        if min(workers, 1 if sessions is None else sessions) < 1:
             raise InputError("--workers and --concurrency must be at least 1")
         os.environ["PYTHONHASHSEED"] = "0"  # of the workers: simulators iterate over sets
         cls = environment(env)
         cls.prepare()
         kind = RayExecutor if ray else ProcessExecutor
-        self.start = functools.partial(kind, env, max(1, sessions // workers))
+        self.start = functools.partial(kind, env, max(1, (sessions or 256) // workers))
         # `executor` is None before it starts and after it died; `live` counts its sessions
         self.workers = [SimpleNamespace(executor=None, live=0) for _ in range(workers)]
         self.shares_tasks, self.homes, self.numbers = cls.shares_tasks, {}, itertools.count()
@@ -793,7 +793,7 @@ async def rollouts(jobs: list[dict], model, pool: EnvPool, env: str, c: RolloutC
 
 def load_model(name: str):
     """(model, tokenizer): weights in the dtype they were saved in, dropout off, safetensors only:
-    the files' pages, mapped, of which all processes of a machine share one copy."""
+    the files' pages, shared by a machine's processes unless transformers has to convert them."""
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -76,6 +76,11 @@ def test_settings_of_the_environment(tmp_path, more, says):
         run_seed(tmp_path, **more)
 
 
+def test_no_episode_in_flight(tmp_path):
+    with pytest.raises(InputError, match="--concurrency must be at least 1"):
+        run_score(tmp_path, "http://127.0.0.1:9/v1", concurrency=0)
+
+
 # ---- files ---------------------------------------------------------------------------------------
 
 
