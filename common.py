@@ -520,19 +520,21 @@ class ProcessExecutor:
     def __init__(self, env: str, sessions: int):
         spawn = multiprocessing.get_context("spawn")
         self.pool = ProcessPoolExecutor(1, spawn, _start_worker, (env, sessions))
-        self.pid = self.pool.submit(os.getpid)
+        others = multiprocessing.active_children()
+        self.pool.submit(os.getpid)  # starts the process
+        self.process, = set(multiprocessing.active_children()) - set(others)
 
     def submit(self, *args):
         return self.pool.submit(_call_session, *args)
 
     def kill(self) -> None:
-        if self.pid.done() and not self.pid.exception():
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.pid.result(), signal.SIGKILL)
-        self.pool.shutdown(wait=False, cancel_futures=True)
+        with contextlib.suppress(ProcessLookupError):  # it has no group yet
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.kill()
+        self.pool.shutdown(cancel_futures=True)
 
 
-class EnvPool:
+class EnvPool(contextlib.AbstractAsyncContextManager):
     """Environment workers, processes of this machine or (`ray`) actors of a Ray cluster. A session
     lives on one of them.
 
@@ -553,9 +555,6 @@ class EnvPool:
         # `executor` is None before it starts and after it died; `live` counts its sessions
         self.workers = [SimpleNamespace(executor=None, live=0) for _ in range(workers)]
         self.shares_tasks, self.homes, self.numbers = cls.shares_tasks, {}, itertools.count()
-
-    async def __aenter__(self):
-        return self
 
     async def __aexit__(self, *_):
         for worker in self.workers:

@@ -51,7 +51,7 @@ def play_ours(name: str, episodes: list[tuple[str, list[str]]], workers: int) ->
 
             await asyncio.gather(*[work() for _ in pool.workers])
             found["seconds"] = time.perf_counter() - start
-            found["peak_mb"] = max(peak_mb(w.executor.pid.result())
+            found["peak_mb"] = max(peak_mb(w.executor.process.pid)
                                    for w in pool.workers if w.executor)
 
     asyncio.run(main())

@@ -2,11 +2,12 @@
 
 Same model, same rows (planner prompts of 400-700 tokens, plans of 60-150, which begin differently),
 float32 weights and AdamW state, bf16 computation, --batch rows or pairs per optimizer step. Each
-run is a process of its own and runs alternate. TRL runs without gradient checkpointing with each of
---micros as its micro-batch in rows (DPO: pairs), and compiled with the faster of these; its fastest
-run counts, for memory too. For SFT it also runs with packing. TRL's reference log-probabilities are
-computed before training, as ours are. A rate is the median over all steps but the first of each
-run; memory is the peak of the process (CPU) or of the allocator (GPU).
+run is a process of its own and runs alternate. Ours have gradient checkpointing, as in `make all`;
+TRL runs without, with each of --micros as its micro-batch in rows (DPO: pairs), and compiled with
+the faster of these; its fastest run counts, for memory too. For SFT it also runs with packing.
+TRL's reference log-probabilities are computed before training, as ours are. A rate is the median
+over all steps but the first of each run; memory is the peak of the process (CPU) or of the
+allocator (GPU).
 """
 
 import argparse
@@ -132,7 +133,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--steps", type=int, default=3, help="per run; the first does not count")
     parser.add_argument("--micro_tokens", type=int, default=4096, help="our micro-batches")
-    parser.add_argument("--checkpointing", action="store_true", help="for our runs")
+    parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=True,
+                        help="for our runs, as in `make all`")
     parser.add_argument("--packed_tokens", type=int, default=2048, help="TRL's packed sequences")
     parser.add_argument("--micros", type=int, nargs="+", default=[1, 2], help="TRL's micro-batches")
     parser.add_argument("--only", default="", help="run only what begins with this, e.g. ours")
@@ -153,7 +155,7 @@ def main() -> None:
     import torch
     from transformers import AutoTokenizer
 
-    ours = ["--checkpointing"] if a.checkpointing else []
+    ours = [] if a.checkpointing else ["--no-checkpointing"]
     kinds = {}
     for stage in ("sft", "dpo"):
         kinds[f"ours {stage}"] = ["--child", stage, *ours]

@@ -51,7 +51,7 @@ def gold(messages, body=None) -> str:
 
 
 def pid_of(pool) -> int:
-    return pool.workers[0].executor.pid.result()
+    return pool.workers[0].executor.process.pid
 
 
 def jobs_of(tasks, n=1, plan=None):
