@@ -8,7 +8,7 @@ MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
 
 ENV ?= sciworld
-RUN ?= $(ENV)
+RUN ?= $(if $(DEMO),demo-)$(ENV)
 R := runs/$(RUN)
 PYTHON ?= python3
 BIN := . .venv/bin/activate &&
@@ -62,9 +62,9 @@ EXPLORE = $(BIN) python 03_sample_score.py explore $(COMMON) --experts $(R)/traj
 EVALUATE = $(BIN) python 05_eval.py $(COMMON) $(SPLITS) --agents $(AGENTS) --teacher $(TEACHER) \
   --seed $(SEED) $(EVAL_ARGS)
 
-.PHONY: help setup demo all stages seed sft score dpo eval report table2 table3 table4 table6 fig3 fig4 \
-  fig5 fig6 agent-sft agent-eto agent-knowagent agent-wkm test test-slow test-all lint estimate \
-  bench-env bench-rollout bench-train data
+.PHONY: help setup demo all stages check seed sft score dpo eval report table2 table3 table4 table6 \
+  fig3 fig4 fig5 fig6 agent-sft agent-eto agent-knowagent agent-wkm test test-slow test-all lint \
+  estimate bench-env bench-rollout bench-train data
 .PRECIOUS: $(R)/%.jsonl $(R)/%/config.json $(R)/eval/done $(R)/fig5/%.pairs.jsonl $(R)/fig5/%/config.json
 
 help:
@@ -74,7 +74,7 @@ help:
 	@echo "make table2 | table3 | table4 | table6          a table of the paper: AGENTS=..."
 	@echo "make fig3 | fig4 | fig5 | fig6 | report         a figure; all tables and figures again"
 	@echo "make agent-sft | agent-eto | agent-knowagent | agent-wkm    agents with training"
-	@echo "make setup | estimate  install packages; tokens, GPU-hours and cost of make all"
+	@echo "make setup | check | estimate    install packages; can it run here; what make all costs"
 	@echo "make test | test-slow | test-all | lint         fast tests, the slow rest, both"
 	@echo "make bench-env | bench-rollout | bench-train    speed, beside other implementations"
 	@echo "NAME: $(patsubst data/%/env.py,%,$(wildcard data/*/env.py)). Settings: PLANNER AGENT TEACHER M N SEED, ENV_ARGS,"
@@ -93,7 +93,12 @@ models/SmolLM2-135M-Instruct/config.json: data/smollm2.py | .venv/ready
 
 # ---- the stages ----------------------------------------------------------------------------------
 
+all stages: check
 all stages eval: $(R)/eval/done
+# what is left to do is checked before it is begun; make check WHAT="table3 fig6" for other targets
+TODO = $(MAKE) -n $(or $(WHAT),$(R)/eval/done)
+check: $(MODEL_FILES) | .venv/ready
+	@$(BIN) $(TODO) | python data/check.py
 seed: $(R)/seed_plans.jsonl
 sft: $(R)/sft/config.json
 score: $(R)/pairs.jsonl
@@ -101,7 +106,7 @@ dpo: $(R)/mpo/config.json
 
 $(R)/seed_plans.jsonl: 01_seed_plans.py $(wildcard $(R)/edited_plans.jsonl) $(MODEL_FILES) | .venv/ready
 	$(SEED_PLANS)
-	touch $(R)/trajectories.jsonl $(R)/agent_sft.jsonl $@
+	touch $(R)/trajectories.jsonl $@ $(R)/agent_sft.jsonl
 
 $(R)/agent_sft.jsonl: $(R)/seed_plans.jsonl ;
 
@@ -206,7 +211,7 @@ $(R)/agent-wkm/config.json: 02_sft.py $(R)/wkm-seed/seed_plans.jsonl
 
 demo:
 	$(if $(wildcard data/$(ENV)/demo.mk),,$(error there is no demo of $(ENV): data/$(ENV)/demo.mk))
-	@$(MAKE) $(or $(WHAT),stages) DEMO=1 RUN=demo-$(ENV)
+	@$(MAKE) $(or $(WHAT),stages) DEMO=1
 
 test-slow: SLOW := --slow only
 test-all: SLOW := --slow all

@@ -16,6 +16,7 @@ import math
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common  # noqa: E402
@@ -39,6 +40,80 @@ RATES = {
 
 def tokens(text: str) -> float:
     return len(text) / CHARACTERS
+
+
+# ---- disk and memory; `make check` compares them with what this machine has ----------------------
+
+SAVED, CHECKPOINT = 2, 12  # bytes a parameter: bf16; float32 weights and AdamW's two averages
+
+
+def episode_bytes(steps: float, growth: float = 250.0) -> float:
+    """Bytes of an episode's row. `growth`: tokens of a reply and its observation; the default is an
+    upper bound (rows of three environments have 25 to 230)."""
+    return 1000 + steps * growth * CHARACTERS
+
+
+def training_disk(parameters: float, adapters: float = 0.0) -> tuple[float, float]:
+    """(bytes of the model that a training run leaves, bytes of its checkpoints: one is kept while
+    the next is written). `adapters`: parameters of LoRA; the others are frozen, in bf16."""
+    checkpoint = CHECKPOINT * (adapters or parameters) + SAVED * parameters * bool(adapters)
+    return SAVED * parameters, 2 * checkpoint
+
+
+def most_disk(stages: list[tuple[float, float]]) -> float:
+    """The most bytes at once, of (bytes that a stage leaves, bytes it needs only while it runs) of
+    each stage in their order."""
+    most = total = 0.0
+    for left, meanwhile in stages:
+        most, total = max(most, total + max(left, meanwhile)), total + left
+    return most
+
+
+def model_sizes(folder: Path) -> SimpleNamespace:
+    """Sizes of the model whose config.json is in `folder`, without its weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    text, layers = config.get_text_config(), model.get_decoder().layers
+    hidden, heads = text.hidden_size, text.num_attention_heads
+    in_layers, every = (sum(p.numel() for p in m.parameters()) for m in (layers, model))
+    return SimpleNamespace(
+        model=model, parameters=every, layers=len(layers), hidden=hidden, heads=heads,
+        vocabulary=text.vocab_size, context=getattr(text, "max_position_embeddings", math.inf),
+        weights=(1 if hasattr(config, "quantization_config") else SAVED) * every,  # bytes to serve
+        cached=4 * len(layers)  # bytes of a token's keys and values
+        * (getattr(text, "num_key_value_heads", None) or heads)
+        * (getattr(text, "head_dim", None) or hidden // heads),
+        # bytes of a token that a layer keeps for the backward pass
+        kept=24 * hidden + 8 * getattr(text, "intermediate_size", 4 * hidden),
+        gathered=every - in_layers + in_layers // len(layers),  # parameters whole at one time
+        linear=sum(m.in_features + m.out_features for m in layers.modules()
+                   if isinstance(m, torch.nn.Linear)))
+
+
+def training_memory(m, a) -> tuple[float, float]:
+    """(bytes shared by all processes, bytes of each) of training the model of `model_sizes` with
+    the settings `a` of 02_sft.py or 04_dpo.py. Shared: float32 weights, gradients and AdamW's
+    averages, 16 bytes a parameter (with adapters, of these; frozen weights 2). Each: weights
+    gathered in bf16 and their gradients, activations, logits of a third of the tokens (24 bytes
+    each), 1 GB. Four runs of 135M parameters on a CPU took 3.5 to 8.7 GB: this -15% to +3%."""
+    trained = a.lora_rank * m.linear if a.lora_rank else m.parameters
+    shared = 16 * trained + 2 * m.parameters * bool(a.lora_rank)
+    layers = m.kept + 2 * m.hidden * m.layers if a.gradient_checkpointing else m.kept * m.layers
+    tokens_at_once = max(a.micro_tokens, a.max_length)
+    return shared, 1e9 + 8 * m.gathered + tokens_at_once * (layers + 8 * m.vocabulary)
+
+
+def serving_memory(m, length: int, gpus: int) -> float:
+    """Bytes on each of the `gpus` of a replica, or of the host (0), of serving the model of
+    `model_sizes`: bf16 weights, the cache of one context of `length` tokens, 2 GB of buffers."""
+    return (m.weights + length * m.cached) / max(1, gpus) + 2e9
+
+
+# ---- tokens, hours and cost ----------------------------------------------------------------------
 
 
 async def measure(a) -> dict:
@@ -101,7 +176,8 @@ def estimate(shape: dict, rate: dict, a) -> list[dict]:
         rate["success"] * shape["expert_steps"] + (1 - rate["success"]) * shape["limit"])
     reply, plan, pairs = (shape.get(k) or rate[k] for k in ("reply", "plan", "pairs"))
     unique, growth = shape.get("unique", 1.0), reply + shape["observation"]
-    size = shape.get("bytes") or 1000 + steps * growth * CHARACTERS
+    size = shape.get("bytes") or episode_bytes(steps, growth)
+    model, checkpoints = training_disk(rate["parameters"] * 1e9)
 
     def train_hours(count, length, epochs):
         return (count * length * epochs / rate["train"] + a.gpus * rate["load"]) / 3600
@@ -132,12 +208,12 @@ def estimate(shape: dict, rate: dict, a) -> list[dict]:
          "env": experts * cpu["expert"] / 3600,
          "disk": experts * shape["trajectory"] * CHARACTERS * 3},
         {"stage": "2 SFT", "steps": math.ceil(rows / a.batch) * a.epochs, "env": 0.0,
-         "gpu": train_hours(rows, row, a.epochs), "disk": rate["parameters"] * 2e9},
+         "gpu": train_hours(rows, row, a.epochs), "disk": model, "meanwhile": checkpoints},
         play("3 sample and score", train * a.m, train, train * a.m * unique * a.n, a.n),
         {"stage": "4 DPO", "steps": math.ceil(train * pairs / a.batch) * dpo_epochs, "env": 0.0,
          # a pair is one sequence, its prompt once; the reference takes a third of an epoch
          "gpu": train_hours(train * pairs, row + plan, dpo_epochs + 1 / 3),
-         "disk": rate["parameters"] * 2e9},
+         "disk": model, "meanwhile": checkpoints},
         play("5 evaluation", 2 * tests, 2 * tests, 3 * tests, 1)]
 
 
@@ -162,9 +238,10 @@ def show(rows: list[dict], shape: dict, rate: dict, sources: dict, a) -> None:
             f"{r[k]:{w},.{d}f}" if r.get(k) else f"{'-':>{w}}" for k, (_, w, d) in columns.items()))
     seed = rows[0]
     bill = (seed["prompt"] * rate["teacher_in"] + seed["generated"] * rate["teacher_out"]) / 1e6
-    # 12 bytes a parameter: float32 weights and AdamW's two averages; one is kept, one is written
-    print(f"\nteacher: about ${bill:,.0f}, with one call a plan; during training, two checkpoints "
-          f"take another {2 * 12 * rate['parameters']:,.0f} GB")
+    most = most_disk([(r["disk"], r.get("meanwhile", 0.0)) for r in rows]) / 1e9
+    print(f"\nteacher: about ${bill:,.0f}, with one call a plan; disk: at most {most:,.0f} GB at "
+          f"once, in training, of which {max(r.get('meanwhile', 0.0) for r in rows) / 1e9:,.0f} GB "
+          "are two checkpoints; the models to download are extra")
     print("rates: " + "; ".join(f"{k} {rate[k]:g} ({sources[k]})" for k in RATES))
     seconds = common.environment(a.env).SECONDS
     print("environment, core-seconds: " + ", ".join(f"{k} {v:g}" for k, v in seconds.items()))

@@ -128,9 +128,8 @@ def test_the_whole_chain(run_folder, seeded, tiny_model, chat_server):
 
     check_run("04_dpo.py", "--model", out / "sft", "--data", out / "pairs.jsonl",
               "--out", out / "mpo", *train)
-    for name in ("sft", "mpo"):
-        for file in ("config.json", "model.safetensors", "tokenizer.json", "metrics.jsonl"):
-            assert (out / name / file).exists()
+    for file in ("config.json", "model.safetensors", "tokenizer.json", "metrics.jsonl"):
+        assert (out / "sft" / file).exists() and (out / "mpo" / file).exists()
 
     evaluate = ["--env", CORRIDOR, "--workers", 1, "--out", out, "--agents", server.url,
                 "--plans", "none", "--splits", "seen"]
@@ -140,10 +139,7 @@ def test_the_whole_chain(run_folder, seeded, tiny_model, chat_server):
     assert result["tasks"] >= 4 and result["missing"] == 0
     assert result["ends"].keys() <= {"errors", "steps"} and result["reward"]["mean"] == 0.0
     assert "| no plan" in printed
-    asked = len(server.requests)
     assert server.requests[-1]["temperature"] == 0.0
-    check_run("05_eval.py", *evaluate)
-    assert len(server.requests) == asked
 
 
 def test_more_rollouts_play_only_the_missing(run_folder, seeded, chat_server):
@@ -160,14 +156,12 @@ def test_more_rollouts_play_only_the_missing(run_folder, seeded, chat_server):
     assert len(keys_of(run_folder)) == 2 * len(wanted), "the context length is a setting"
 
 
-def test_killed_scoring_resumes(run_folder, seeded, chat_server):
-    script = Script(seeded)
-    url, rollouts = chat_server(script).url, run_folder / "rollouts.jsonl"
-    script.pause, more = 0.1, {"m": 4, "n": 2, "concurrency": 4}
-    process = start_script("03_sample_score.py", *flags(settings(run_folder, url, **more)))
+def kill_at(rows: int, file: Path, name: str, *args) -> None:
+    """Start a stage, kill it when `file` has some rows; its workers end with it."""
+    process = start_script(name, *args)
     try:
         end = time.time() + 60
-        while not rollouts.exists() or rollouts.read_bytes().count(b"\n") < 5:
+        while not file.exists() or file.read_bytes().count(b"\n") < rows:
             assert time.time() < end and process.poll() is None
             time.sleep(0.01)
         children = psutil.Process(process.pid).children(recursive=True)
@@ -176,6 +170,13 @@ def test_killed_scoring_resumes(run_folder, seeded, chat_server):
         process.wait()
     _, alive = psutil.wait_procs(children, 20)
     assert children and not alive, "environment workers end with the stage"
+
+
+def test_killed_scoring_resumes(run_folder, seeded, chat_server):
+    script = Script(seeded)
+    url, rollouts = chat_server(script).url, run_folder / "rollouts.jsonl"
+    script.pause, more = 0.1, {"m": 4, "n": 2, "concurrency": 4}
+    kill_at(5, rollouts, "03_sample_score.py", *flags(settings(run_folder, url, **more)))
     kept, plans = keys_of(run_folder), read_rows(run_folder / "plans.jsonl")
     assert 5 <= len(kept) < 32 and not (run_folder / "pairs.jsonl").exists()
     with rollouts.open("ab") as f:
@@ -187,6 +188,21 @@ def test_killed_scoring_resumes(run_folder, seeded, chat_server):
     assert keys[: len(kept)] == kept and len(set(keys)) == len(keys) == 32
     assert read_rows(run_folder / "plans.jsonl")[: len(plans)] == plans
     assert len(read_rows(run_folder / "pairs.jsonl")) == 4
+
+
+def test_killed_evaluation_resumes(run_folder, seeded, chat_server):
+    script, rollouts = Script(seeded), run_folder / "eval" / "rollouts.jsonl"
+    arguments = ["--env", CORRIDOR, "--out", run_folder, "--agents", chat_server(script).url,
+                 "--plans", "none", "--workers", 1, "--concurrency", 2]
+    script.pause = 0.05
+    kill_at(3, rollouts, "05_eval.py", *arguments)
+    kept, script.pause = read_rows(rollouts), 0.0
+    check_run("05_eval.py", *arguments)
+    rows = read_rows(rollouts)
+    assert rows[: len(kept)] == kept and 3 <= len(kept) < len(rows)
+    assert len({r["task"] for r in rows}) == len(rows) == 16
+    results = json.loads((run_folder / "results.json").read_text())["results"]
+    assert [(r["tasks"], r["missing"]) for r in results] == [(8, 0), (8, 0), (16, 0)]
 
 
 def test_a_second_run_on_the_same_folder_is_refused(run_folder, seeded, chat_server):
