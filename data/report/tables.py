@@ -19,8 +19,8 @@ METRICS = {  # name: (label, value of an episode)
 }
 ORDER = ("none", "wrong", "sft", "gpt", "rft", "mpo", "oracle")  # of plan settings in tables
 NAMES = {"none": "no plan", "sft": "SFT", "gpt": "teacher, asked directly", "rft": "RFT",
-         "mpo": "MPO", "wkm": "WKM's knowledge", "wrong": "control: MPO's for another task",
-         "oracle": "control: from the task's expert"}
+         "mpo": "MPO", "wkm": "WKM's knowledge", "wrong": "wrong (control)",
+         "oracle": "oracle (control)"}
 FIG5 = re.compile(r"fig5/m(\d+)n(\d+)")
 INSTRUCTION, GUIDED = ("instruction",), ("none", "wrong", "mpo", "wkm", "oracle")
 SUCCESS = (" Solved: the goal state was reached. Ended: the episode is done, also when the task "
@@ -241,7 +241,7 @@ def gains(results: list[dict], differences: list[dict]) -> Table:
         if plans == "oracle" and sft and mpo and oracle and oracle["mean"] > sft["mean"]:
             share = (mpo["mean"] - sft["mean"]) / (oracle["mean"] - sft["mean"])
             table.note += (f" {short(cell[0], results)}, {cell[1]}: MPO recovers {share:.0%} of "
-                           "the reward between SFT and the plan from the task's expert.")
+                           "the reward between SFT and oracle.")
     for d in differences:
         names = (named(c["plans"]) + f", {c['insert']}" * (c["insert"] != "instruction")
                  for c in (d, d["over"]))
