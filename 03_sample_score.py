@@ -27,6 +27,7 @@ rollouts.jsonl), pairs.jsonl for 04_dpo.py, and won.jsonl, the successful conver
 """
 
 import asyncio
+import itertools
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -81,6 +82,8 @@ class Args(AgentArgs):
                            "(default: the train split)")
     pairs: Optional[str] = arg(None, "write the pairs to this file; with a smaller --m or --n than "
                                "were played, without new rollouts (figure 5)")
+    min_gap: float = arg(0.0, "leave out pairs whose Q differ by less than this (paper: none)")
+    all_pairs: bool = arg(False, "pair any two plans of a task (paper: the best with the worst)")
     adaptive: bool = arg(False, "play only rollouts that can change which plan is best or worst")
     allow_partial: bool = arg(False, "also compare plans with less than N rollouts that worked")
 
@@ -247,16 +250,22 @@ def assistant(plan: str) -> list[dict]:
     return [{"role": "assistant", "content": common.plan_reply(plan)}]
 
 
-def contrastive_pairs(plans: list[dict], q: dict[tuple, float | None], prompts) -> list[dict]:
-    """(u, p_w, p_l) for each task: its plans of highest and lowest Q(p). Tasks whose plans all have
-    the same Q are skipped (equation 7). Of equals the plan sampled first is taken."""
+def contrastive_pairs(plans: list[dict], q: dict[tuple, float | None], prompts,
+                      min_gap: float = 0.0, all_pairs: bool = False) -> list[dict]:
+    """(u, p_w, p_l) for each task: its plans of highest and lowest Q(p), of equals the first
+    sampled (equation 7), or any two plans. Pairs of the same Q are skipped, and those that differ
+    by less than `min_gap`."""
     pairs = []
     for task, rows in ranked_plans(plans, q).items():
-        (q_best, best), (q_worst, worst) = rows[0], min(rows, key=lambda row: row[0])
-        if q_best > q_worst:
-            pairs.append({"task": task, "prompt": prompts.planner(best["instruction"]),
-                          "chosen": assistant(best["plan"]), "rejected": assistant(worst["plan"]),
-                          "q_chosen": q_best, "q_rejected": q_worst})
+        couples = [(rows[0], min(rows, key=lambda row: row[0]))]
+        if all_pairs:
+            different = {p["plan"]: (score, p) for score, p in rows}
+            couples = itertools.combinations(different.values(), 2)
+        pairs += [{"task": task, "prompt": prompts.planner(best["instruction"]),
+                   "chosen": assistant(best["plan"]), "rejected": assistant(worst["plan"]),
+                   "q_chosen": q_best, "q_rejected": q_worst}
+                  for (q_best, best), (q_worst, worst) in couples
+                  if q_best > q_worst and q_best - q_worst >= min_gap]
     return pairs
 
 
@@ -290,7 +299,7 @@ def main(a: Args) -> None:
         print(f'{partial} plans have rollouts that failed three times (see "error" in their rows): '
               + ("they are compared by the others" if a.allow_partial
                  else "they are not compared; --allow_partial compares them by the others"))
-    pairs = contrastive_pairs(plans, q, prompts)
+    pairs = contrastive_pairs(plans, q, prompts, a.min_gap, a.all_pairs)
     if not a.pairs:
         if not pairs:
             raise InputError("no task has a better and a worse plan, so DPO has nothing to learn: "
@@ -298,7 +307,8 @@ def main(a: Args) -> None:
         common.write_rows(Path(a.out) / "best_plans.jsonl", best_plans(plans, q, prompts))
     common.write_rows(a.pairs or Path(a.out) / "pairs.jsonl", pairs)
     gap = mean(p["q_chosen"] - p["q_rejected"] for p in pairs)
-    print(f"pairs: {len(pairs)} of {len({p['task'] for p in plans})} tasks, mean Q gap {gap:.3f}")
+    paired, tasks = (len({p["task"] for p in rows}) for rows in (pairs, plans))
+    print(f"pairs: {len(pairs)} of {paired} of {tasks} tasks, mean Q gap {gap:.3f}")
 
 
 # ---- exploration by an agent with training (ETO) -------------------------------------------------

@@ -30,6 +30,8 @@ class Args:
                     "`rejected`")
     out: str = arg("runs/sciworld/mpo", "folder for the trained model, in Hugging Face format")
     beta: float = arg(0.1, "beta of the DPO loss (paper: 0.1)")
+    nll: float = arg(0.0, "weight of -log pi(p_w|u) per token, added to the loss (paper: none; "
+                     "Pang et al. 2024: 1)")
     batch_size: int = arg(32, "pairs per optimizer step, over all processes (paper: 32)")
     lr: float = arg(1e-5, "peak learning rate (paper: 1e-5)")
     epochs: int = arg(3, "passes over the pairs (paper: 3)")
@@ -132,10 +134,14 @@ def reference_log_probs(run, pairs: list[tuple]):
     return out
 
 
-def measure(policy, reference, beta: float):
-    """(losses (P,), {metric: its sum over the pairs}) of (P, 2) log-probabilities."""
+def measure(policy, reference, pairs: list[tuple], a: Args):
+    """(losses (P,), {metric: its sum over the pairs}) of (P, 2) log-probabilities of `pairs`. With
+    --nll the chosen plan's mean token loss is added (Pang et al. 2024, equation 1)."""
     policy_sides, reference_sides = policy.unbind(1), reference.to(policy.dtype).unbind(1)
-    losses, chosen, rejected = dpo_loss(*policy_sides, *reference_sides, beta)
+    losses, chosen, rejected = dpo_loss(*policy_sides, *reference_sides, a.beta)
+    if a.nll and pairs:
+        tokens = policy.new_tensor([sum(mask[1:]) for ((_, mask), _), *_ in pairs])
+        losses = losses - a.nll * policy_sides[0] / tokens
     metrics = {"loss": losses, "reward_accuracy": chosen > rejected, "reward_chosen": chosen,
                "reward_rejected": rejected, "reward_margin": chosen - rejected,
                "logp_chosen": policy_sides[0], "logp_rejected": policy_sides[1]}
@@ -160,8 +166,9 @@ def main(a: Args) -> None:
         began = time.time()
         batch, sums = [pairs[i] for micro in plan[step] for i in micro], collections.Counter()
         for micro in plan[step][rank::world]:
-            policy = pair_log_probs(model, [pairs[i] for i in micro], a.share_prefix)
-            losses, measured = measure(policy, reference[micro], a.beta)
+            own = [pairs[i] for i in micro]
+            policy = pair_log_probs(model, own, a.share_prefix)
+            losses, measured = measure(policy, reference[micro], own, a)
             (losses.sum() / len(batch) * world).backward()  # FSDP averages over processes: a sum
             sums.update(measured)
         norm = common.clip_gradients(model, a.max_grad_norm)
@@ -177,7 +184,7 @@ def main(a: Args) -> None:
                     "tokens_per_second": sum(common.lengths(batch)) / (time.time() - began)}
         if held and (step + 1) % (len(plan) // a.epochs) == 0:
             policy = log_probs_without_gradient(model, held, a, accelerator)
-            _, sums = measure(policy, reference[len(pairs):], a.beta)
+            _, sums = measure(policy, reference[len(pairs):], held, a)
             metrics |= {f"eval_{k}": sums[k].item() / len(held)
                         for k in ("loss", "reward_accuracy", "reward_margin")}
         line = run.step(step + 1, metrics)

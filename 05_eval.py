@@ -58,7 +58,9 @@ class Args:
                             "one model with commas)")
     plans: List[str] = arg(["none", "sft", "mpo"], "plan settings: none; the planner checkpoint of "
                            "that name in --out (sft, rft, mpo); gpt: --teacher asked directly; "
-                           "or a JSONL file with `task` and `plan`")
+                           "a JSONL file with `task` and `plan`; or a control: wrong, mpo's plan "
+                           "for a task of another type; oracle, the plan that --teacher rules "
+                           "makes of the test task's own expert trajectory")
     splits: List[str] = arg([], "splits of the environment (default: its test splits)")
     insert: List[str] = arg(["instruction"], "where the agent reads the plan: instruction (paper), "
                             "thought, observation (paper 5.2)")
@@ -120,21 +122,32 @@ class PlanArgs:
 
 
 def planner_of(a: Args, setting: str) -> str | None:
-    """The model that makes the plans of a setting; None if they are in a file, or there are
-    none."""
-    if setting == "none" or setting.endswith(".jsonl"):
+    """The model that makes the plans of a setting; None if there are none, or another source."""
+    if setting in ("none", "oracle") or setting.endswith(".jsonl"):
         return None
-    return a.teacher if setting == "gpt" else str(Path(a.out) / setting)
+    return a.teacher if setting == "gpt" else str(
+        Path(a.out) / {"wrong": "mpo"}.get(setting, setting))
 
 
 def digest_of_plans(a: Args, setting: str, prompts) -> str | None:
     """`plans_id`: a digest of what makes a setting's plans."""
     if setting == "none":
         return None
+    if setting == "oracle":
+        return common.digest(setting, a.env)
     if setting.endswith(".jsonl"):
         return common.digest(Path(setting).read_text())
     planner_id = models.identify(planner_of(a, setting))
-    return common.digest(planner_id, prompts.planner_text, a.plan_tokens)
+    return common.digest(planner_id, prompts.planner_text, a.plan_tokens,
+                         *([setting, a.seed] if setting == "wrong" else []))
+
+
+def of_another_type(a: Args, task: str, tasks: list[str]) -> str:
+    """A task of another type, drawn by seed."""
+    others = [t for t in tasks if common.task_type(t) != common.task_type(task)]
+    if not others:
+        raise InputError("--plans wrong needs test tasks of two types")
+    return others[common.seed_of(a.seed, "wrong", task) % len(others)]
 
 
 def plans_in_file(path: str, tasks: list[str]) -> dict[str, str | None]:
@@ -164,8 +177,10 @@ async def greedy_plans(a: Args, tasks: list[str], pool) -> dict[str, str | None]
     done = common.finished(rows, "plans_id", "task")
     todo = {s: missing for s in ids if s != "none"
             and (missing := [t for t in tasks if (ids[s], t) not in done])}
+    source = {t: of_another_type(a, t, tasks) for t in todo.get("wrong", ())}
     if todo:
-        u = await pool.each(list(dict.fromkeys(t for ts in todo.values() for t in ts)), "reset")
+        u = await pool.each(list(dict.fromkeys(
+            [*(t for ts in todo.values() for t in ts), *source.values()])), "reset")
         with (common.Appender(path) as append,
               tqdm(total=sum(map(len, todo.values())), desc="plans") as bar):
 
@@ -177,7 +192,8 @@ async def greedy_plans(a: Args, tasks: list[str], pool) -> dict[str, str | None]
                 bar.update()
 
             async def ask(model, setting, task):
-                messages = prompts[setting].planner(u[task])
+                about = source[task] if setting == "wrong" else task
+                messages = prompts[setting].planner(u[about])
                 reply = (await model.ask(messages, 0.0, a.plan_tokens)).text.strip()
                 plan = common.parse_plan(reply)
                 keep(setting, task, plan or reply or None, untagged=bool(reply and not plan))
@@ -186,6 +202,11 @@ async def greedy_plans(a: Args, tasks: list[str], pool) -> dict[str, str | None]
                 if planner := planner_of(a, setting):
                     with models.open_model(planner, None, a) as model:
                         await asyncio.gather(*[ask(model, setting, t) for t in missing])
+                elif setting == "oracle":
+                    found = await pool.each(missing, "expert")
+                    for task, e in found.items():
+                        keep(setting, task, e and common.number_steps(
+                            common.environment(a.env).abstract(e["instruction"], e["steps"])))
                 else:
                     for task, plan in plans_in_file(setting, missing).items():
                         keep(setting, task, plan)

@@ -325,6 +325,12 @@ def test_pairs_by_hand():
     assert pair["chosen"] == score.assistant("x") and pair["rejected"] == score.assistant("z")
     assert (pair["task"], pair["q_chosen"], pair["q_rejected"]) == ("a", 1.0, 0.0)
     assert pair["prompt"] == prompts.planner("Do a.")
+    every = score.contrastive_pairs([*plans, plan_row("a", 4, "z")], q, prompts, all_pairs=True)
+    assert [(p["q_chosen"], p["q_rejected"]) for p in every] == [
+        (1.0, 0.5), (1.0, 0.0), (1.0, 0.5), (1.0, 0.0), (0.5, 0.0)]
+    assert [p["chosen"] for p in every] == [*map(score.assistant, "xxyyw")]
+    assert len(score.contrastive_pairs(plans, q, prompts, 0.6, True)) == 2
+    assert not score.contrastive_pairs(plans, q, prompts, 1.1)
     [best] = score.best_plans(plans, q, prompts)
     assert (best["task"], best["q"], best["plan"]) == ("a", 1.0, "x")
     assert best["messages"] == pair["prompt"] + pair["chosen"]

@@ -197,7 +197,8 @@ def test_a_process_without_rows_takes_part(tokenizer):
     model = float64_model(tokenizer)
     common.choose_packing(model)
     for loss in (sft.sft_loss(target_log_probs(model, [])[0], 5),
-                 dpo.measure(dpo.pair_log_probs(model, [], True), torch.zeros(0, 2), 0.1)[0].sum()):
+                 dpo.measure(dpo.pair_log_probs(model, [], True), torch.zeros(0, 2), [],
+                             dpo.Args(nll=1.0))[0].sum()):
         assert loss.item() == 0
         assert not any(g.any() for g in gradients(model, loss).values())
 
@@ -228,34 +229,35 @@ def test_sft_loss_equals_reference(tokenizer, micros):
     assert_same(gradients(model, total), expected_grads, atol=1e-9)
 
 
-@pytest.mark.parametrize("share", [True, False])
-@pytest.mark.parametrize("micros", [1, 4])
-def test_dpo_loss_equals_reference(tokenizer, micros, share):
+@pytest.mark.parametrize("micros, share, nll", [(1, True, 0.0), (1, False, 1.0), (4, True, 0.3),
+                                                (4, False, 0.0)])
+def test_dpo_loss_equals_reference(tokenizer, micros, share, nll):
     model, frozen = (float64_model(tokenizer, seed=seed, tie_word_embeddings=False)
                      for seed in (0, 1))
     expected, margins = 0, []
     for pair in PAIRS:
         margin = 0
         for side, sign in (("chosen", 1), ("rejected", -1)):
-            policy, reference = (log_prob_alone(m, pair["prompt"] + pair[side], tokenizer)[0]
-                                 for m in (model, frozen))
+            (policy, tokens), (reference, _) = (
+                log_prob_alone(m, pair["prompt"] + pair[side], tokenizer) for m in (model, frozen))
             margin = margin + sign * BETA * (policy - reference.detach())
+            if side == "chosen":
+                expected = expected - nll * policy / tokens / len(PAIRS)
         margins.append(margin.item())
         expected = expected - torch.log(1 / (1 + torch.exp(-margin))) / len(PAIRS)
     expected_grads = gradients(model, expected)
 
-    pairs, total, seen = as_pairs(PAIRS, tokenizer), 0, {}
+    pairs, total, margin, a = as_pairs(PAIRS, tokenizer), 0, 0, dpo.Args(beta=BETA, nll=nll)
     common.choose_packing(model)
     common.choose_packing(frozen)
     for micro in micro_batches(common.lengths(pairs, share), micros):
-        policy, reference = (dpo.pair_log_probs(m, [pairs[i] for i in micro], share)
-                             for m in (model, frozen))
-        losses, chosen, rejected = dpo.dpo_loss(
-            *policy.unbind(1), *reference.detach().unbind(1), BETA)
+        own = [pairs[i] for i in micro]
+        policy, reference = (dpo.pair_log_probs(m, own, share) for m in (model, frozen))
+        losses, metrics = dpo.measure(policy, reference.detach(), own, a)
         total += losses.sum() / len(pairs)
-        seen |= dict(zip(micro, (chosen - rejected).tolist(), strict=True))
+        margin += metrics["reward_margin"].item()
     assert total.item() == pytest.approx(expected.item(), rel=1e-9)
-    assert [seen[i] for i in range(len(pairs))] == pytest.approx(margins, rel=1e-9)
+    assert margin == pytest.approx(sum(margins), rel=1e-6)  # metrics are float32
     # with a mask, the CPU's attention keeps a float32 for its backward pass
     assert_same(gradients(model, total), expected_grads, atol=1e-6 if share else 1e-9)
 

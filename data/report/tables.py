@@ -17,11 +17,12 @@ METRICS = {  # name: (label, value of an episode)
     "ended": ("ended", lambda r: float(r["end"] in ("success", "failure"))),
     "reward_per_step": ("reward per step", lambda r: r["reward"] / max(1, len(r["steps"]))),  # 5.3
 }
-ORDER = ("none", "sft", "gpt", "rft", "mpo")  # of plan settings in tables
+ORDER = ("none", "wrong", "sft", "gpt", "rft", "mpo", "oracle")  # of plan settings in tables
 NAMES = {"none": "no plan", "sft": "SFT", "gpt": "teacher, asked directly", "rft": "RFT",
-         "mpo": "MPO", "wkm": "WKM's knowledge"}
+         "mpo": "MPO", "wkm": "WKM's knowledge", "wrong": "wrong (control)",
+         "oracle": "oracle (control)"}
 FIG5 = re.compile(r"fig5/m(\d+)n(\d+)")
-INSTRUCTION, GUIDED = ("instruction",), ("none", "mpo", "wkm")
+INSTRUCTION, GUIDED = ("instruction",), ("none", "wrong", "mpo", "wkm", "oracle")
 SUCCESS = (" Solved: the goal state was reached. Ended: the episode is done, also when the task "
            "can no longer be completed (the paper's success rate).")
 REWARD = ("reward",)
@@ -32,7 +33,8 @@ TABLES = {
     "table4": ("Where the agent reads the plan", REWARD, ("mpo",), common.INSERTS),
     "table6": ("Success rate with and without meta plans", ("solved", "ended"), GUIDED,
                INSTRUCTION),
-    "fig3": ("Average reward per step", ("reward_per_step",), ("none", "sft", "mpo"), INSTRUCTION),
+    "fig3": ("Average reward per step", ("reward_per_step",),
+             ("none", "wrong", "sft", "mpo", "oracle"), INSTRUCTION),
     "fig4": ("Agents of several sizes", REWARD, ("none", "mpo"), INSTRUCTION),
     "fig5": ("How many plans M and rollouts N", REWARD, FIG5, INSTRUCTION),
 }
@@ -233,6 +235,13 @@ def gains(results: list[dict], differences: list[dict]) -> Table:
          *(text for m in metrics for text in (f"{METRICS[m][0]} (x100)", "p"))],
         note="Mean [95% bootstrap interval over tasks], two-sided p of a paired permutation test."
              + SUCCESS + notes(rows))
+    found = {(r["agent"], r["split"], r["insert"], r["plans"]): r["reward"] for r in results}
+    for *cell, plans in found:
+        sft, mpo, oracle = (found.get((*cell, s)) for s in ("sft", "mpo", "oracle"))
+        if plans == "oracle" and sft and mpo and oracle and oracle["mean"] > sft["mean"]:
+            share = (mpo["mean"] - sft["mean"]) / (oracle["mean"] - sft["mean"])
+            table.note += (f" {short(cell[0], results)}, {cell[1]}: MPO recovers {share:.0%} of "
+                           "the reward between SFT and oracle.")
     for d in differences:
         names = (named(c["plans"]) + f", {c['insert']}" * (c["insert"] != "instruction")
                  for c in (d, d["over"]))

@@ -1,0 +1,59 @@
+"""The controls of an evaluation: plans that must not help, and plans that show what is possible."""
+
+import contextlib
+import json
+
+import pytest
+from conftest import CORRIDOR, stage
+
+import common
+from common import InputError, plan_reply, read_rows, task_type
+
+ev = stage("05_eval")
+
+
+def test_controls(tmp_path, tiny_model, chat_server, monkeypatch):
+    """`wrong` is the planner's plan for a task of another type; `oracle` is made of the task's own
+    expert trajectory and is in no file that a planner is trained on."""
+    def reply(messages, body):
+        first = messages[0]["content"]
+        planning = "Action" not in first
+        return plan_reply(f"Step 1: {first.splitlines()[-1]}") if planning else "Action: walk on"
+
+    server = chat_server(reply)
+    monkeypatch.setattr(ev.models, "serve", lambda *_: contextlib.nullcontext(server.url))
+    (tmp_path / "mpo").symlink_to(tiny_model)
+    a = {"env": CORRIDOR, "workers": 1, "out": str(tmp_path), "agents": [server.url],
+         "splits": ["seen"], "max_steps": 2}
+    ev.main(ev.Args(**a, plans=["none", "wrong", "mpo", "oracle"]))
+    rows = read_rows(tmp_path / "eval" / "plans.jsonl")
+    plans = {(r["setting"], r["task"]): r["plan"] for r in rows}
+    u = {r["task"]: r["instruction"] for r in rows}
+    assert len(plans) == len(rows) == 3 * 8
+    env, used = common.environment(CORRIDOR)(), set()
+    for task in u:
+        assert u[task] in plans["mpo", task]
+        [other] = [t for t in u if u[t] in plans["wrong", task]]
+        assert task_type(other) != task_type(task)
+        used.add(other)
+        e = env.expert(task)
+        assert plans["oracle", task] == common.number_steps(env.abstract(u[task], e["steps"]))
+    assert len(used) > 2, "drawn, not always the same"
+    assert not list(tmp_path.glob("*.jsonl"))
+    settings = [r["plans"] for r in json.loads((tmp_path / "results.json").read_text())["results"]]
+    assert settings == ["none", "wrong", "mpo", "oracle"]
+    for name in ("table2", "table3", "table6"):
+        assert len((tmp_path / f"{name}.md").read_text().split("```")[0].splitlines()) >= 8
+    with pytest.raises(InputError, match="--plans wrong needs test tasks of two types"):
+        ev.main(ev.Args(**a, types=["find-key"], seed=1, plans=["wrong"]))
+
+
+def test_the_room_between_sft_and_oracle():
+    """(60 - 50) / (90 - 50)."""
+    results = [{"agent": "a", "plans": plans, "insert": "instruction", "split": "all",
+                "total": False, "context_overflows": 0, "continued": 0, "own_turn": 0, "runs": 1,
+                "untagged": 0, "notes": [], "reward": {"mean": mean, "interval": [0, 1]}}
+               for plans, mean in (("sft", 0.5), ("mpo", 0.6), ("oracle", 0.9))]
+    tables = common.load_module(common.DATA / "report" / "report.py")
+    assert "a, all: MPO recovers 25% of the reward between SFT" in tables.gains(results, []).note
+    assert "recovers" not in tables.gains(results[:2], []).note
