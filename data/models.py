@@ -32,8 +32,9 @@ class Model:
     """A chat model behind one or more OpenAI-compatible servers (`url`: addresses separated by
     commas; None: OpenAI or `OPENAI_BASE_URL`, with the key in `OPENAI_API_KEY`). The client retries
     429, 5xx, lost connections and timeouts with growing pauses; then `InputError` is raised. A 429
-    that says how long to wait is waited for and is no try. `concurrency`: requests in flight; None:
-    32 for an API, which has rate limits, else 256."""
+    that says how long to wait is waited for and is no try. A server that cannot be reached is left
+    out from then on, as long as there are others. `concurrency`: requests in flight; None: 32 for
+    an API, which has rate limits, else 256."""
 
     TOO_LONG = re.compile(r"context.{0,20}length|maximum.{0,40}tokens|too (long|many tokens)",
                           re.I)
@@ -58,6 +59,7 @@ class Model:
             http_client=patient_client(self.concurrency))
             for u in (url.split(",") if url else [None])]
         self.in_flight, self.assigned = [0] * len(self.clients), [0] * len(self.clients)
+        self.alive = set(range(len(self.clients)))
         self.completion_tokens = 0  # generated so far
         self.continues = False  # messages that were started; set by `open_model`
 
@@ -66,8 +68,9 @@ class Model:
         conversation (`home` is its memory) stays with the server that has its prefix in the cache,
         unless that one is much busier."""
         home = {} if home is None else home
-        least = min(range(len(self.clients)), key=lambda i: (self.in_flight[i], self.assigned[i]))
-        if "server" not in home or self.in_flight[home["server"]] > 2 * self.in_flight[least] + 4:
+        least = min(self.alive, key=lambda i: (self.in_flight[i], self.assigned[i]))
+        now = home.get("server")
+        if now not in self.alive or self.in_flight[now] > 2 * self.in_flight[least] + 4:
             home["server"] = least
             self.assigned[least] += 1
         return home["server"]
@@ -78,6 +81,11 @@ class Model:
         """One completion, up to a `stop` string; it continues the last message if that is the
         assistant's. Raises `ContextOverflow` if the prompt does not fit, `InputError` if the
         server refuses the key or the model, cannot be reached, or sends no completion."""
+        while True:
+            with contextlib.suppress(ServerLost):
+                return await self._ask(messages, temperature, max_tokens, seed, home, stop)
+
+    async def _ask(self, messages, temperature, max_tokens, seed, home, stop) -> Reply:
         import openai
 
         more = {"stop": stop} if stop else {}
@@ -102,6 +110,13 @@ class Model:
                             if not left:
                                 raise
             except (TimeoutError, openai.OpenAIError, *malformed) as e:
+                others = self.alive - {server}
+                if others and isinstance(e, TimeoutError | openai.APIConnectionError):
+                    if server in self.alive:
+                        print(f"{self.clients[server].base_url} cannot be reached or does not "
+                              f"answer: {len(others)} other servers do its work", file=sys.stderr)
+                    self.alive = others
+                    raise ServerLost from None
                 status, said = getattr(e, "status_code", None), str(e)[:300]
                 if status == 400 and self.TOO_LONG.search(said):
                     raise ContextOverflow(f"a prompt exceeds the context of {self.where} "
@@ -119,6 +134,10 @@ class Model:
         counts = (usage.prompt_tokens, usage.completion_tokens) if usage else (0, 0)
         self.completion_tokens += counts[1]
         return Reply(text, *counts)
+
+
+class ServerLost(Exception):
+    """One of several servers cannot be reached."""
 
 
 LIMIT: ContextVar = ContextVar("the time limit of this task's request")

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import threading
 import time
 
 import pytest
@@ -85,3 +86,21 @@ def test_several_servers_share_the_load(chat_server):
     assert sum(counts) == sum(len(r["steps"]) for r in rows) and min(counts) > 0.15 * sum(counts)
     starts = [sum(len(b["messages"]) == 1 for b in s.requests) for s in servers]
     assert sum(starts) == 12 and max(starts) <= 5
+
+
+def test_the_work_of_a_server_that_dies_goes_to_the_others(chat_server, monkeypatch, capfd):
+    monkeypatch.setenv("MPO_MAX_RETRIES", "1")
+    gone = []
+
+    def dies(messages, body):
+        if len(dying.requests) > 4:
+            if not gone:
+                gone.append(len(messages))
+                threading.Thread(target=lambda: (dying.shutdown(), dying.server_close())).start()
+            raise ConnectionError
+        return gold(messages)
+
+    dying, others = chat_server(dies), [chat_server(lambda m, body: gold(m)) for _ in range(2)]
+    rows, retries = play(",".join(s.url for s in (dying, *others)), jobs_of(tasks_of()[:4], 4), 12)
+    assert gone and len(rows) == 16 and all(r["end"] == "success" for r in rows) and not retries
+    assert capfd.readouterr().err.count("2 other servers do its work") == 1

@@ -111,6 +111,30 @@ def test_gpus_are_divided_among_replicas(tiny_model, tmp_path, monkeypatch):
         serve(tiny_model, tmp_path, tensor_parallel=6).__enter__()
 
 
+@pytest.mark.parametrize("gpus, parallel", [(1, 1), (2, 1), (2, 2), (8, 1), (8, 2), (8, 8)])
+def test_the_whole_command_on_gpus(tiny_model, tmp_path, monkeypatch, gpus, parallel):
+    monkeypatch.setenv("MPO_SERVER", "vllm")
+    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(models, "visible_gpus", lambda: [*map(str, range(gpus))])
+    monkeypatch.setattr(models, "_wait_healthy", lambda *_: None)
+    commands, start = [], models.subprocess.Popen
+
+    def popen(command, **options):
+        commands.append(command[3:])
+        return start([sys.executable, "-c", "import sys; sys.stdin.read()"], **options)
+
+    monkeypatch.setattr(models.subprocess, "Popen", popen)
+    with serve(tiny_model, tmp_path, tensor_parallel=parallel, max_model_len=32768) as urls:
+        ports = [url.removesuffix("/v1").rsplit(":", 1)[1] for url in urls.split(",")]
+    assert len(ports) == gpus // parallel
+    assert commands == [
+        [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", tiny_model,
+         "--served-model-name", tiny_model, "--host", "127.0.0.1", "--port", port,
+         "--dtype", "bfloat16", "--max-model-len", "4096", "--generation-config", "vllm",
+         "--enable-prefix-caching", "--tensor-parallel-size", str(parallel),
+         "--gpu-memory-utilization", "0.9"] for port in ports]
+
+
 def test_models_that_cannot_be_downloaded(tiny_model):
     models.download(tiny_model)
     assert models.context_of(tiny_model) == 4096
