@@ -308,7 +308,7 @@ def main(a: Args) -> None:
     common.write_rows(a.pairs or Path(a.out) / "pairs.jsonl", pairs)
     gap = mean(p["q_chosen"] - p["q_rejected"] for p in pairs)
     paired, tasks = (len({p["task"] for p in rows}) for rows in (pairs, plans))
-    print(f"pairs: {len(pairs)} of {paired} of {tasks} tasks, mean Q gap {gap:.3f}")
+    print(f"pairs: {len(pairs)} from {paired} of {tasks} tasks, mean Q gap {gap:.3f}")
 
 
 # ---- exploration by an agent with training (ETO) -------------------------------------------------

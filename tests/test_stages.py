@@ -112,7 +112,7 @@ def test_the_whole_chain(run_folder, seeded, tiny_model, chat_server):
 
     arguments = flags(settings(out, server.url))
     printed = check_run("03_sample_score.py", *arguments)
-    assert "pairs: 4 of 4 of 4 tasks, mean Q gap 1.000" in printed
+    assert "pairs: 4 from 4 of 4 tasks, mean Q gap 1.000" in printed
     plans = read_rows(out / "plans.jsonl", ("task", "m", "plan"))
     assert len({(r["task"], r["m"]) for r in plans}) == len(plans) == 8
     assert len(set(keys_of(out))) == len(keys_of(out)) == 8
@@ -236,7 +236,7 @@ def test_replies_without_a_plan_are_ignored(run_folder, seeded, chat_server, cap
     run_score(run_folder, chat_server(reply).url, m=2)
     assert len(set(attempts)) == 6
     printed = capsys.readouterr().out
-    assert "2 of 8 plans are missing" in printed and "pairs: 3 of 3 of 4 tasks" in printed
+    assert "2 of 8 plans are missing" in printed and "pairs: 3 from 3 of 4 tasks" in printed
     rows = read_rows(run_folder / "plans.jsonl")
     assert [r["plan"] for r in rows if r["task"] == task] == [None, None]
 

@@ -1,0 +1,167 @@
+"""Training on a GPU, with random models: `python -m pytest tests/test_gpu.py`. Needs torch,
+transformers, accelerate and pytest alone, and less than five minutes. Skipped without CUDA;
+MPO_TEST_DEVICE=cpu runs on the CPU what it can."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from conftest import ROOT, make_model, save_model, script_env, stage, write_jsonl
+from safetensors.torch import load_file
+from test_training import KINDS, PAIRS, TALKS, as_pairs, as_rows, gradients, log_prob_alone
+
+import common
+from common import read_rows, target_log_probs
+
+DEVICE = os.environ.get("MPO_TEST_DEVICE", "cuda")
+pytestmark = pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(),
+                                reason="needs CUDA, or MPO_TEST_DEVICE=cpu")
+sft, dpo = stage("02_sft"), stage("04_dpo")
+SHAPE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4}
+# a stage with deterministic kernels: which stage, and its arguments
+SCRIPT = ("import runpy, sys, torch; torch.use_deterministic_algorithms(True); "
+          "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')")
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate(monkeypatch):
+    """Accelerate keeps one state per process; curves need matplotlib, which may be absent."""
+    report = common.load_module(common.DATA / "report" / "report.py")
+    monkeypatch.setattr(report, "plot_curves", lambda log, path: path.write_bytes(b""))
+    yield
+    AcceleratorState._reset_state(True)
+
+
+def two_models(tokenizer, kind, config):
+    """(a float64 model on the CPU with the library's attention, the same in float32 on DEVICE with
+    ours)."""
+    exact = make_model(tokenizer, "float64", kind=kind, **SHAPE, **config)
+    exact.set_attn_implementation("eager" if kind == "gemma2" else "sdpa")
+    model = make_model(tokenizer, kind=kind, **SHAPE, **config).to(DEVICE)
+    common.choose_packing(model)
+    return exact, model
+
+
+def assert_near(grads: dict, expected: dict, share: float) -> None:
+    """Each gradient is within this share of the largest of all."""
+    largest = max(g.abs().max() for g in expected.values())
+    for name, grad in grads.items():
+        worst = (grad.cpu().double() - expected[name]).abs().max()
+        assert worst < share * largest, (name, worst, largest)
+
+
+@pytest.mark.parametrize("kind, packing, config", KINDS, ids=[kind for kind, *_ in KINDS])
+def test_sft_equals_float64(tokenizer, kind, packing, config):
+    """Loss and gradients of packed rows."""
+    exact, model = two_models(tokenizer, kind, config)
+    alone = [log_prob_alone(exact, talk, tokenizer) for talk in TALKS]
+    count = sum(n for _, n in alone)
+    expected = sft.sft_loss(torch.stack([lp for lp, _ in alone]), count)
+    expected_grads = gradients(exact, expected)
+    log_probs, _ = target_log_probs(model, as_rows(TALKS, tokenizer))
+    loss = sft.sft_loss(log_probs, count)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    assert_near(gradients(model, loss), expected_grads, 1e-3)
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_dpo_equals_float64(tokenizer, share):
+    exact, model = two_models(tokenizer, "llama", {})
+    pairs = as_pairs(PAIRS, tokenizer)
+    sides = torch.stack([torch.stack([log_prob_alone(exact, p["prompt"] + p[side], tokenizer)[0]
+                                      for side in ("chosen", "rejected")]) for p in PAIRS])
+    reference, a = sides.detach() - 0.5, dpo.Args()
+    expected = dpo.measure(sides, reference, pairs, a)[0].mean()
+    expected_grads = gradients(exact, expected)
+    policy = dpo.pair_log_probs(model, pairs, share)
+    torch.testing.assert_close(policy.cpu().double(), sides, rtol=1e-4, atol=1e-3)
+    loss = dpo.measure(policy, reference.to(DEVICE), pairs, a)[0].mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    assert_near(gradients(model, loss), expected_grads, 1e-3)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, tokenizer) -> str:
+    return str(save_model(tmp_path_factory.mktemp("models") / "base", tokenizer, **SHAPE))
+
+
+def data_of(script: str, folder: Path) -> str:
+    rows = [{"messages": talk} for talk in TALKS] if script == "02_sft.py" else PAIRS
+    return str(write_jsonl(folder / "rows.jsonl", rows))
+
+
+def losses(out) -> list[float]:
+    return [row["loss"] for row in read_rows(Path(out) / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize("script", ["02_sft.py", "04_dpo.py"])
+def test_settings_that_change_nothing(tmp_path, base, script):
+    """Gradient checkpointing, compiled layers and small micro-batches give the losses of the plain
+    run; bf16 is within 3%. The model that is written is read on the CPU."""
+    module, data = sft if script == "02_sft.py" else dpo, data_of(script, tmp_path)
+
+    def run(name, **settings):
+        out = tmp_path / name
+        module.main(module.Args(model=base, data=data, out=str(out), batch_size=4, lr=1e-4,
+                                epochs=3, save_steps=0, **{"precision": "fp32", **settings}))
+        AcceleratorState._reset_state(True)
+        return losses(out)
+
+    plain = run("plain")
+    for name, settings, near in (("checkpointing", {"gradient_checkpointing": True}, 1e-4),
+                                 ("compiled", {"compile": True}, 1e-3),
+                                 ("micro", {"micro_tokens": 60}, 1e-4),
+                                 ("bf16", {"precision": "bf16"}, 3e-2)):
+        if name != "compiled" or DEVICE == "cuda":
+            assert run(name, **settings) == pytest.approx(plain, rel=near), name
+    written = load_file(tmp_path / "plain" / "model.safetensors", device="cpu")
+    assert all(torch.isfinite(w).all() for w in written.values())
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    assert model.device.type == "cpu" and model(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("script", ["02_sft.py", "04_dpo.py"])
+def test_killed_training_resumes_bit_for_bit(tmp_path, base, script):
+    arguments = [sys.executable, "-c", SCRIPT, script, "--model", base, "--data",
+                 data_of(script, tmp_path), "--batch_size", "1", "--lr", "1e-3", "--epochs", "12",
+                 "--save_steps", "1", "--out"]
+    env = script_env(CUBLAS_WORKSPACE_CONFIG=":4096:8")
+    if DEVICE == "cuda":
+        env.pop("CUDA_VISIBLE_DEVICES")
+    out = tmp_path / "killed"
+    process = subprocess.Popen([*arguments, out], cwd=ROOT, env=env, stderr=subprocess.DEVNULL)
+    end = time.time() + 120
+    while not list(tmp_path.glob("killed.partial/step-*[0-9]")):
+        assert time.time() < end and process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not out.exists()
+    for name in ("killed", "whole"):
+        subprocess.run([*arguments, tmp_path / name], cwd=ROOT, env=env, check=True)
+    whole, resumed = (load_file(tmp_path / x / "model.safetensors") for x in ("whole", "killed"))
+    assert all(torch.equal(whole[k], resumed[k]) for k in whole)
+    assert losses(out) == losses(tmp_path / "whole")
+
+
+@pytest.mark.skipif(DEVICE == "cuda" and torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_processes_train_as_one(tmp_path, base):
+    data = data_of("02_sft.py", tmp_path)
+    arguments = ["02_sft.py", "--model", base, "--data", data, "--batch_size", "4", "--epochs", "3",
+                 "--precision", "fp32", "--lr", "1e-4", "--out"]
+    env = script_env()
+    if DEVICE == "cuda":
+        env.pop("CUDA_VISIBLE_DEVICES")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2",
+              *(["--cpu"] if DEVICE == "cpu" else [])]
+    subprocess.run([*launch, *arguments, tmp_path / "two"], cwd=ROOT, env=env, check=True)
+    subprocess.run([sys.executable, *arguments, tmp_path / "one"], cwd=ROOT, env=env, check=True)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
