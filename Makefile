@@ -96,9 +96,9 @@ models/SmolLM2-135M-Instruct/config.json: data/smollm2.py | .venv/ready
 all stages: check
 all stages eval: $(R)/eval/done
 # what is left to do is checked before it is begun; make check WHAT="table3 fig6" for other targets
-TODO = $(MAKE) -n $(or $(WHAT),$(R)/eval/done)
+LEFT = $(MAKE) -n $(or $(WHAT),$(R)/eval/done)
 check: $(MODEL_FILES) | .venv/ready
-	@$(BIN) $(TODO) | python data/check.py
+	@$(BIN) $(LEFT) | python data/check.py
 seed: $(R)/seed_plans.jsonl
 sft: $(R)/sft/config.json
 score: $(R)/pairs.jsonl
