@@ -79,6 +79,8 @@ class Args:
                            "place of the environment's splits")
     types: Optional[List[str]] = arg(None, "only tasks of these types")
     limit: Optional[int] = arg(None, "only the first N tasks of each split")
+    skip: int = arg(0, "leave out the first N tasks of each split, before --limit: --splits train "
+                    "--skip N has validation tasks if the other stages used the first N")
     workers: int = arg(16, "environment worker processes")
     concurrency: Optional[int] = arg(None, "episodes in flight (default: 256, or 32 with an "
                                      "agent of an API)")
@@ -562,8 +564,10 @@ def main(a: Args) -> None:
         async with common.EnvPool(a.env, a.workers, a.concurrency, a.ray) as pool:
             named = [s for s in common.task_files(a.tasks) if s != "train"]
             names = a.splits or named or common.environment(a.env).tests()
-            splits = {s: await common.list_tasks(pool, a.env, s, a.tasks, a.types, a.limit)
-                      for s in names}
+            splits = {s: (await common.list_tasks(pool, a.env, s, a.tasks, a.types, a.limit and
+                                                  a.skip + a.limit))[a.skip:] for s in names}
+            if empty := [s for s in splits if not splits[s]]:
+                raise InputError(f"--skip {a.skip} leaves no task of the {empty[0]} split")
             every = list(dict.fromkeys(t for tasks in splits.values() for t in tasks))
             plans_ids = await greedy_plans(a, every, pool)
             if a.plans_only:

@@ -34,6 +34,7 @@ SFT_ARGS ?= --batch_size 32 --lr 1e-5 --lr_scheduler cosine --epochs 3
 SCORE_ARGS ?= --plan_temperature 0.7 --agent_temperature 0.7
 DPO_ARGS ?= --beta 0.1 --batch_size 32 --lr 1e-5 --lr_scheduler cosine --warmup_ratio 0.03 --epochs 3
 RFT_ARGS ?= $(SFT_ARGS)
+PLANS ?= none sft mpo
 # agents with training (table 2), as in the line of work that the paper follows; ETO's first round
 # and its next ones; ETO_ARGS is for all rounds
 ROUNDS ?= 3
@@ -70,6 +71,7 @@ EVALUATE = $(BIN) python 05_eval.py $(COMMON) $(SPLITS) --agents $(AGENTS) --tea
 help:
 	@echo "make demo ENV=NAME     the whole method, small, on this machine: runs/demo-NAME/results.md"
 	@echo "make all ENV=NAME      the paper's settings, for 8 GPUs; RUN=NAME for another run folder"
+	@echo "make evidence ENV=NAME does MPO beat its SFT planner? three seeds, hours on 2 cores"
 	@echo "make seed | sft | score | dpo | eval            one stage and what it needs"
 	@echo "make table2 | table3 | table4 | table6          a table of the paper: AGENTS=..."
 	@echo "make fig3 | fig4 | fig5 | fig6 | report         a figure; all tables and figures again"
@@ -134,7 +136,7 @@ $(R)/rft/config.json: 02_sft.py $(R)/pairs.jsonl | .venv/ready
 
 # not results.md, which a report during an evaluation writes as well
 $(R)/eval/done: 05_eval.py $(R)/sft/config.json $(R)/mpo/config.json $(AGENT_FILE) | .venv/ready
-	$(EVALUATE) --plans none sft mpo
+	$(EVALUATE) --plans $(PLANS)
 	touch $@
 
 # ---- the paper's tables and figures: each plays what is missing, then writes all that it can -----
@@ -160,7 +162,6 @@ fig6: $(R)/eval/done
 	$(BIN) python 05_eval.py judge --out $(R) --judge $(JUDGE) --plans sft mpo --seed $(SEED) $(JUDGE_ARGS)
 report: | .venv/ready
 	$(BIN) python 05_eval.py report --out $(R) --seed $(SEED)
-
 # figure 5: pairs of every smaller M and N from the finished rollouts, a planner and an evaluation of each
 FIG5 = $(shell for m in $$(seq 2 $(M)); do echo m$${m}n$(N); done; \
   for n in $$(seq 1 $$(($(N) - 1))); do echo m$(M)n$$n; done)
@@ -225,4 +226,5 @@ estimate: | .venv/ready
 	$(BIN) python data/estimate.py --env $(ENV) --gpus $(if $(filter-out 0,$(GPUS)),$(GPUS),8) \
 	  --m $(M) --n $(N) $(ESTIMATE_ARGS)
 
+include data/evidence.mk
 -include $(wildcard data/*/rules.mk)

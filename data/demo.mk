@@ -1,4 +1,5 @@
-# `make demo`: SmolLM2-135M for everything; data/NAME/demo.mk has the settings of an environment
+# `make demo` and `make evidence`: SmolLM2-135M for everything; data/NAME/demo.mk and evidence.mk
+# have the settings of an environment
 MODEL := models/SmolLM2-135M-Instruct
 MODEL_FILES := $(MODEL)/config.json
 PLANNER := $(MODEL)
@@ -8,4 +9,5 @@ JUDGE := $(MODEL)
 JUDGE_ARGS := --tokens 300 --max_model_len 4096
 TRAIN_ARGS := --batch_size 8 --micro_tokens 2048 --save_steps 20
 ROUNDS := 1
-include data/$(ENV)/demo.mk
+PLANS := none wrong sft mpo oracle
+include data/$(ENV)/$(if $(filter evidence,$(DEMO)),evidence,demo).mk
