@@ -173,16 +173,16 @@ async def greedy_plans(a: Args, tasks: list[str], pool) -> dict[str, str | None]
     The teacher gets the environment's own prompt, which explains the format; our planners know
     it."""
     path = Path(a.out) / "eval" / "plans.jsonl"
-    prompts = {s: common.Prompts(a.env, None if s == "gpt" else a.prompts) for s in a.plans}
-    ids = {s: digest_of_plans(a, s, prompts[s]) for s in a.plans}
+    settings = list(dict.fromkeys([*a.plans, *(["mpo"] if "wrong" in a.plans else [])]))
+    prompts = {s: common.Prompts(a.env, None if s == "gpt" else a.prompts) for s in settings}
+    ids = {s: digest_of_plans(a, s, prompts[s]) for s in settings}
     rows = common.read_rows(path, ("plans_id", "task", "plan"), missing_ok=True)
     done = common.finished(rows, "plans_id", "task")
-    todo = {s: missing for s in ids if s != "none"
+    todo = {s: missing for s in sorted(ids, key="wrong".__eq__) if s != "none"
             and (missing := [t for t in tasks if (ids[s], t) not in done])}
     source = {t: of_another_type(a, t, tasks) for t in todo.get("wrong", ())}
     if todo:
-        u = await pool.each(list(dict.fromkeys(
-            [*(t for ts in todo.values() for t in ts), *source.values()])), "reset")
+        u = await pool.each(list(dict.fromkeys(t for ts in todo.values() for t in ts)), "reset")
         with (common.Appender(path) as append,
               tqdm(total=sum(map(len, todo.values())), desc="plans") as bar):
 
@@ -194,14 +194,16 @@ async def greedy_plans(a: Args, tasks: list[str], pool) -> dict[str, str | None]
                 bar.update()
 
             async def ask(model, setting, task):
-                about = source[task] if setting == "wrong" else task
-                messages = prompts[setting].planner(u[about])
+                messages = prompts[setting].planner(u[task])
                 reply = (await model.ask(messages, 0.0, a.plan_tokens)).text.strip()
                 plan = common.parse_plan(reply)
                 keep(setting, task, plan or reply or None, untagged=bool(reply and not plan))
 
             for setting, missing in todo.items():
-                if planner := planner_of(a, setting):
+                if setting == "wrong":
+                    for task in missing:
+                        keep(setting, task, done[ids["mpo"], source[task]]["plan"])
+                elif planner := planner_of(a, setting):
                     with models.open_model(planner, None, a) as model:
                         await asyncio.gather(*[ask(model, setting, t) for t in missing])
                 elif setting == "oracle":

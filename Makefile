@@ -65,7 +65,7 @@ EVALUATE = $(BIN) python 05_eval.py $(COMMON) $(SPLITS) --agents $(AGENTS) --tea
 
 .PHONY: help setup demo all stages check seed sft score dpo eval report table2 table3 table4 table6 \
   fig3 fig4 fig5 fig6 agent-sft agent-eto agent-knowagent agent-wkm test test-slow test-all lint \
-  estimate bench-env bench-rollout bench-train data
+  estimate bench-env bench-rollout bench-scale bench-train data
 .PRECIOUS: $(R)/%.jsonl $(R)/%/config.json $(R)/eval/done $(R)/fig5/%.pairs.jsonl $(R)/fig5/%/config.json
 
 help:
@@ -78,7 +78,7 @@ help:
 	@echo "make agent-sft | agent-eto | agent-knowagent | agent-wkm    agents with training"
 	@echo "make setup | check | estimate    install packages; can it run here; what make all costs"
 	@echo "make test | test-slow | test-all | lint         fast tests, the slow rest, both"
-	@echo "make bench-env | bench-rollout | bench-train    speed, beside other implementations"
+	@echo "make bench-env | bench-rollout | bench-scale | bench-train    speed, beside others'"
 	@echo "NAME: $(patsubst data/%/env.py,%,$(wildcard data/*/env.py)). Settings: PLANNER AGENT TEACHER M N SEED, ENV_ARGS,"
 	@echo "TRAIN_ARGS, and SEED_PLANS_ARGS ... EVAL_ARGS of the scripts. make -n all prints the commands."
 
@@ -219,7 +219,7 @@ test-all: SLOW := --slow all
 test test-slow test-all: .venv/ready
 	$(BIN) python -m pytest -q -n 2 --dist loadfile $(SLOW)
 lint: .venv/ready ; $(BIN) ruff check .
-bench-env: .venv/ready ; $(BIN) python tests/bench_env.py
+bench-env bench-scale: bench-%: .venv/ready ; $(BIN) python tests/bench_$*.py
 bench-rollout bench-train: bench-%: models/SmolLM2-135M-Instruct/config.json | .venv/ready
 	$(BIN) python tests/bench_$*.py
 estimate: | .venv/ready

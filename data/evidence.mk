@@ -1,5 +1,6 @@
 # `make evidence ENV=NAME`: does MPO beat its own SFT planner? One agent, then for each of SEEDS all
 # stages and the test tasks; nothing is held back. It resumes. Settings: data/NAME/evidence.mk.
+# An episode is played once for all seeds that have its plan: the agent is greedy.
 # DEV=1 plays validation tasks instead, train tasks that neither agent nor planner has seen: settings
 # are chosen by them.
 SEEDS ?= 0 1 2
@@ -10,8 +11,9 @@ ONE = $(MAKE) DEMO=evidence AGENT=$(EVIDENCE)/base/agent AGENT_SFT_ARGS= DEV=$(D
 evidence: | .venv/ready
 	$(if $(wildcard data/$(ENV)/evidence.mk),,$(error data/$(ENV)/evidence.mk is missing))
 	@$(MAKE) agent-sft DEMO=evidence RUN=evidence-$(ENV)/base
-	for seed in $(SEEDS); do mkdir -p $(EVIDENCE)/seed$$seed; \
-	  cp -u $(EVIDENCE)/base/trajectories.jsonl $(EVIDENCE)/seed$$seed; \
+	for seed in $(SEEDS); do mkdir -p $(EVIDENCE)/seed$$seed/eval; \
+	  ln -sf ../base/trajectories.jsonl $(EVIDENCE)/seed$$seed; \
+	  ln -sf ../../episodes.jsonl $(EVIDENCE)/seed$$seed/eval/rollouts.jsonl; \
 	  $(ONE) stages RUN=evidence-$(ENV)/seed$$seed SEED=$$seed; done
 	$(BIN) python data/evidence.py $(if $(DEV),,--to data/$(ENV)/evidence.json) \
 	  --runs $(SEEDS:%=$(EVIDENCE)/seed%)

@@ -305,7 +305,8 @@ def server_command(model: str, port: int, gpus: list[str], max_model_len: int) -
                 "--gpu-memory-utilization", "0.9"]
     # no chunked prefill: vLLM's CPU engine crashes on a seeded request whose prompt is split
     # ("CPU Generator does not use offset", 0.32.0)
-    return [*command, "--enforce-eager", "--no-enable-chunked-prefill",
+    # blocks of 32 tokens, not 128: an episode's next prompt finds more of it in the cache
+    return [*command, "--enforce-eager", "--block-size", "32", "--no-enable-chunked-prefill",
             "--max-num-batched-tokens", str(max(8192, max_model_len))]
 
 
@@ -330,7 +331,10 @@ def _start_server(model: str, gpus: list[str], max_model_len: int, log_dir: Path
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    env = {"VLLM_CPU_KVCACHE_SPACE": "2", **os.environ, "TOKENIZERS_PARALLELISM": "false"}
+    # vLLM keeps a core free for its engine, which would be half of a machine with two
+    binding = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"} if os.cpu_count() < 4 else {}
+    env = {"VLLM_CPU_KVCACHE_SPACE": "2", **binding, **os.environ,
+           "TOKENIZERS_PARALLELISM": "false"}
     if gpus:
         env["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     log_dir.mkdir(parents=True, exist_ok=True)

@@ -7,12 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import psutil
 import pytest
-from conftest import ROOT, models, script_env
+from conftest import CORRIDOR, ROOT, models, script_env
 
-from common import InputError
+from common import EnvPool, InputError, Prompts, RolloutConfig, rollouts
 
 serve = models.serve
 
@@ -26,6 +27,37 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_response(200); self.end_headers()
     def log_message(self, *_): pass
 http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+
+
+# a replica of eight: slow to start; GPU 3 or 5 dies if DIES says so, loading or after 20 requests
+REPLICA = """
+import http.server, itertools, json, os, sys, threading, time
+gpu, dies, count = os.environ["CUDA_VISIBLE_DEVICES"], os.environ["DIES"], itertools.count(1)
+print("loading on GPU", gpu, flush=True)
+time.sleep(0.1 * int(gpu))
+if dies == "loading" and gpu == "3":
+    raise SystemExit("CUDA out of memory")
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version, wbufsize = "HTTP/1.1", -1
+    def answer(self, body):
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+    def do_GET(self):
+        self.answer(json.dumps({"data": [{"id": "tiny", "owned_by": "vllm"}]}).encode())
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        if next(count) == 20 and dies == "serving" and gpu == "5":
+            os._exit(1)
+        time.sleep(0.01)
+        self.answer(json.dumps({"id": "0", "object": "chat.completion", "created": 0, "model": "m",
+            "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant",
+                         "content": "Action: walk on"}}]}).encode())
+    def log_message(self, *_): pass
+http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 """
 
 
@@ -133,6 +165,38 @@ def test_the_whole_command_on_gpus(tiny_model, tmp_path, monkeypatch, gpus, para
          "--dtype", "bfloat16", "--max-model-len", "4096", "--generation-config", "vllm",
          "--enable-prefix-caching", "--tensor-parallel-size", str(parallel),
          "--gpu-memory-utilization", "0.9"] for port in ports]
+
+
+def test_eight_replicas_of_which_one_dies(tiny_model, tmp_path, monkeypatch, capfd):
+    """While loading: an error with the end of its log, and the others end. While serving: its
+    episodes go on with the others, and all end as they would have."""
+    servers = use(monkeypatch, REPLICA)
+    monkeypatch.setattr(models, "visible_gpus", lambda: [*map(str, range(8))])
+    monkeypatch.setenv("DIES", "loading")
+    with pytest.raises(InputError, match=r"(?s)ended; the end of .*loading on GPU 3\nCUDA out of"):
+        with serve(tiny_model, tmp_path):
+            raise AssertionError
+    assert len(servers) == 8 and not any(group(s.process.pid) for s in servers)
+
+    monkeypatch.setenv("DIES", "serving")
+    a = SimpleNamespace(out=tmp_path, tensor_parallel=1, max_model_len=4096, concurrency=64)
+    jobs = [{"task": f"find-key/{i}", "plan": None, "rollout": n} for i in range(8)
+            for n in range(20)]
+    rows = []
+
+    async def play():
+        c = RolloutConfig(Prompts(CORRIDOR), 0.0, 16, 0, 0, max_steps=6)
+        async with EnvPool(CORRIDOR, 2) as pool:
+            with models.open_model(tiny_model, None, a) as model:
+                await rollouts(jobs, model, pool, CORRIDOR, c, 64, rows.append)
+                return len(model.alive)
+
+    assert asyncio.run(play()) == 7
+    said = capfd.readouterr().err
+    assert said.count("cannot be reached or does not answer: 7 other servers do its work") == 1
+    assert len(rows) == len(jobs) and {r["end"] for r in rows} <= {"steps", "errors", "success"}
+    alike = {(r["task"], r["end"], str(r["steps"])) for r in rows}
+    assert len(alike) == 8, "the rollouts of a task, whichever servers they had, are the same"
 
 
 def test_models_that_cannot_be_downloaded(tiny_model):

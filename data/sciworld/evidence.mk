@@ -5,10 +5,10 @@ N := 2
 ENV_ARGS := --types find-animal find-living-thing find-plant find-non-living-thing \
   lifespan-longest-lived lifespan-shortest-lived lifespan-longest-lived-then-shortest-lived \
   use-thermometer power-component --prompts brief --observation_chars 400 --workers 2
-SEED_PLANS_ARGS := --limit 240 --plan_share 0.95
+SEED_PLANS_ARGS := --limit $(if $(filter %/base,$(RUN)),240 --plan_share 0.95,120)
 AGENT_SFT_ARGS := --lr 3e-4 --epochs 2 --warmup_ratio 0.05
 SFT_ARGS := --lr 2e-4 --epochs 3 --warmup_ratio 0.05
 SERVE := --max_model_len 2048 --agent_tokens 32 --concurrency 48 --plan_tokens 160
-SCORE_ARGS := --limit 120 --plan_temperature 1.0 --agent_temperature 0.7 $(SERVE)
+SCORE_ARGS := --adaptive true --limit 120 --plan_temperature 1.0 --agent_temperature 0.7 $(SERVE)
 DPO_ARGS := --beta 0.1 --lr 2e-5 --warmup_ratio 0.1 --epochs 3 --nll 1.0
 EVAL_ARGS := $(SERVE) $(if $(DEV),--splits train --skip 240 --limit 160)
