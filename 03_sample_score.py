@@ -62,8 +62,8 @@ class AgentArgs:
     types: Optional[List[str]] = arg(None, "only tasks of these types")
     limit: Optional[int] = arg(None, "only the first N tasks")
     workers: int = arg(16, "environment worker processes")
-    concurrency: Optional[int] = arg(None, "episodes in flight (default: 256, or 32 with an "
-                                     "agent of an API)")
+    concurrency: Optional[int] = arg(None, "episodes in flight (default: 64 a server, at "
+                                     "least 256; 32 with an agent of an API)")
     tensor_parallel: int = arg(1, "GPUs of one replica of a served model")
     max_model_len: int = arg(32768, "context of a served model, tokens, at most its own")
     ray: bool = arg(False, "environment workers on a Ray cluster (RAY_ADDRESS)")

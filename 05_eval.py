@@ -82,8 +82,8 @@ class Args:
     skip: int = arg(0, "leave out the first N tasks of each split, before --limit: --splits train "
                     "--skip N has validation tasks if the other stages used the first N")
     workers: int = arg(16, "environment worker processes")
-    concurrency: Optional[int] = arg(None, "episodes in flight (default: 256, or 32 with an "
-                                     "agent of an API)")
+    concurrency: Optional[int] = arg(None, "episodes in flight (default: 64 a server, at "
+                                     "least 256; 32 with an agent of an API)")
     ray: bool = arg(False, "environment workers on a Ray cluster (RAY_ADDRESS)")
     tensor_parallel: int = arg(1, "GPUs of one replica of a served model")
     max_model_len: int = arg(32768, "context of a served model, tokens, at most its own")

@@ -551,7 +551,7 @@ class EnvPool(contextlib.AbstractAsyncContextManager):
         cls = environment(env)
         cls.prepare()
         kind = RayExecutor if ray else ProcessExecutor
-        self.start = functools.partial(kind, env, max(1, (sessions or 256) // workers))
+        self.start = functools.partial(kind, env, max(1, (sessions or 512) // workers))
         # `executor` is None before it starts and after it died; `live` counts its sessions
         self.workers = [SimpleNamespace(executor=None, live=0) for _ in range(workers)]
         self.shares_tasks, self.homes, self.numbers = cls.shares_tasks, {}, itertools.count()

@@ -34,7 +34,7 @@ class Model:
     429, 5xx, lost connections and timeouts with growing pauses; then `InputError` is raised. A 429
     that says how long to wait is waited for and is no try. A server that cannot be reached is left
     out from then on, as long as there are others. `concurrency`: requests in flight; None: 32 for
-    an API, which has rate limits, else 256."""
+    an API, which has rate limits, else 64 a server and at least 256."""
 
     TOO_LONG = re.compile(r"context.{0,20}length|maximum.{0,40}tokens|too (long|many tokens)",
                           re.I)
@@ -49,7 +49,8 @@ class Model:
                              "OPENAI_BASE_URL for a server other than OpenAI's)")
         self.name = name
         self.where = f"the model server {url or os.environ.get('OPENAI_BASE_URL', 'OpenAI')}"
-        self.concurrency = concurrency or (256 if url else 32)
+        servers = url.split(",") if url else [None]
+        self.concurrency = concurrency or (max(256, 64 * len(servers)) if url else 32)
         self.slots = asyncio.Semaphore(self.concurrency)
         self.retries = int(os.environ.get("MPO_MAX_RETRIES", 16))  # 16: pauses of 80-100 s in all
         self.deadline = 3 * timeout  # seconds for one completion with its retries
@@ -57,7 +58,7 @@ class Model:
             base_url=u, api_key=key if url is None else "none", max_retries=self.retries,
             timeout=openai.Timeout(timeout, connect=10.0),
             http_client=patient_client(self.concurrency))
-            for u in (url.split(",") if url else [None])]
+            for u in servers]
         self.in_flight, self.assigned = [0] * len(self.clients), [0] * len(self.clients)
         self.alive = set(range(len(self.clients)))
         self.completion_tokens = 0  # generated so far

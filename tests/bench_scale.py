@@ -93,7 +93,7 @@ class Simulation:
         if not turns:
             self.last_start = time.time()
         low, high = self.steps
-        total = low + common.seed_of(first) % (high - low + 1)
+        total = low + common.seed_of(first) % (2 * (high - low))  # half go on to the limit
         return f"Thought: on.\nAction: walk on {max(0, total - 1 - turns)}", tokens, written
 
     async def connection(self, server: int, reader, writer) -> None:

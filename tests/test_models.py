@@ -51,6 +51,7 @@ def test_a_limit_of_the_rate_is_waited_for(chat_server, monkeypatch):
     server, start = chat_server(lambda messages, body: answers.pop(0)), time.time()
     assert ask(server.url, timeout=0.45).text == "Hi" and time.time() - start > 1.5
     assert models.Model("m", server.url).concurrency == 256
+    assert models.Model("m", ",".join([server.url] * 8)).concurrency == 512
     monkeypatch.setenv("OPENAI_API_KEY", "k")
     assert models.Model("gpt-4o").concurrency == 32
     assert models.Model("gpt-4o", concurrency=7).concurrency == 7
