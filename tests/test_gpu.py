@@ -23,6 +23,10 @@ DEVICE = os.environ.get("MPO_TEST_DEVICE", "cuda")
 pytestmark = pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(),
                                 reason="needs CUDA, or MPO_TEST_DEVICE=cpu")
 sft, dpo = stage("02_sft"), stage("04_dpo")
+LARGE = {"8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+                "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False},
+         "3B": {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28,
+                "num_attention_heads": 24, "num_key_value_heads": 8, "tie_word_embeddings": True}}
 SHAPE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4}
 # a stage with deterministic kernels: which stage, and its arguments
 SCRIPT = ("import runpy, sys, torch; torch.use_deterministic_algorithms(True); "
@@ -165,3 +169,29 @@ def test_two_processes_train_as_one(tmp_path, base):
     subprocess.run([*launch, *arguments, tmp_path / "two"], cwd=ROOT, env=env, check=True)
     subprocess.run([sys.executable, *arguments, tmp_path / "one"], cwd=ROOT, env=env, check=True)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="the peak is the GPU allocator's")
+def test_peak_memory_is_the_estimate(tmp_path, tokenizer):
+    """Of one SFT step of Llama's 8B shape, or of 3B where 8B do not fit: within 10%."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    name = "8B" if torch.cuda.get_device_properties(0).total_memory > 145e9 else "3B"
+    config = AutoConfig.for_model("llama", vocab_size=128256, **LARGE[name])
+    with torch.device(DEVICE):
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(
+            tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    row = [{"role": "user", "content": "go " * 600}, {"role": "assistant", "content": "on " * 300}]
+    ids, _ = common.tokenize(row, tokenizer, "row")
+    a = sft.Args(model=str(tmp_path / "model"), out=str(tmp_path / "out"), batch_size=4, epochs=1,
+                 data=str(write_jsonl(tmp_path / "rows.jsonl", [{"messages": row}] * 4)),
+                 micro_tokens=4 * len(ids), max_length=len(ids), save_steps=0,
+                 gradient_checkpointing=True)
+    sft.main(a)
+    [metrics] = read_rows(tmp_path / "out" / "metrics.jsonl")
+    estimate = common.load_module(common.DATA / "estimate.py")
+    expected = sum(estimate.training_memory(estimate.model_sizes(tmp_path / "model"), a)) / 1e9
+    assert metrics["memory_gb"] == pytest.approx(expected, rel=0.1), name
