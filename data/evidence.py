@@ -49,7 +49,7 @@ def rows_of(runs: list[str], validation: bool) -> list[dict]:
 def table(rows: list[dict], seed: int = 0) -> str:
     """Means x 100 over tasks and seeds with 95% bootstrap intervals that resample each seed's tasks
     (seeds as strata), the paired differences from SFT, and the share of the room between SFT and
-    the oracle that each setting recovers."""
+    the oracle (if that is better) that a trained planner recovers."""
     value = {(r["plans"], r["seed"], r["task"]): (r["reward"], float(r["success"])) for r in rows}
     strata = {s: {} for s in sorted(tables.unique(rows, "seed"))}
     for r in rows:
@@ -78,7 +78,8 @@ def table(rows: list[dict], seed: int = 0) -> str:
     for s in settings:
         cells = [cell(ev.mean_and_interval(values(s, m), seed)) for m in (0, 1)]
         cells += [cell(gain(s, m), "+") if s != "sft" else "" for m in (0, 1)]
-        cells += [f"{room[s] / room['oracle']:.0%}" if s != "sft" and room.get("oracle") else ""]
+        learnt = s not in ("none", "wrong", "sft", "oracle")
+        cells += [f"{room[s] / room['oracle']:.0%}" if learnt and room.get("oracle", 0) > 0 else ""]
         lines.append(f"| {tables.named(s)} | " + " | ".join(cells) + " |")
     counts = ", ".join(f"{len(tasks)} of seed {s}" for s, tasks in strata.items())
     return "\n".join([*lines, "", f"Tasks: {counts}."])

@@ -48,6 +48,19 @@ def test_controls(tmp_path, tiny_model, chat_server, monkeypatch):
         ev.main(ev.Args(**a, types=["find-key"], seed=1, plans=["wrong"]))
 
 
+def test_validation_tasks_are_those_after_the_others(tmp_path, chat_server, monkeypatch):
+    """--skip leaves out the tasks that the other stages use with --limit."""
+    server = chat_server(lambda messages, body: "Action: walk on")
+    monkeypatch.setattr(ev.models, "serve", lambda *_: contextlib.nullcontext(server.url))
+    a = {"env": CORRIDOR, "workers": 1, "out": str(tmp_path), "agents": [server.url],
+         "splits": ["train"], "max_steps": 1, "plans": ["none"]}
+    ev.main(ev.Args(**a, skip=3, limit=2))
+    [cell] = read_rows(tmp_path / "eval" / "cells.jsonl")
+    assert cell["tasks"] == common.environment(CORRIDOR)().tasks("train")[3:5]
+    with pytest.raises(InputError, match="--skip 8 leaves no task of the train split"):
+        ev.main(ev.Args(**a, skip=8))
+
+
 def test_the_room_between_sft_and_oracle():
     """(60 - 50) / (90 - 50)."""
     results = [{"agent": "a", "plans": plans, "insert": "instruction", "split": "all",

@@ -33,10 +33,12 @@ def test_table():
     assert lines["SFT"][1].startswith("37.5 [") and lines["SFT"][2].startswith("0.0 [0.0, 0.0]")
     assert lines["MPO"][1].startswith("62.5 [") and lines["MPO"][2].startswith("25.0 [")
     assert lines["MPO"][3].startswith("+25.0 [") and lines["MPO"][3].endswith("p 0.0002")
-    assert lines["MPO"][5] == "40%" and lines["oracle (control)"][5] == "100%"
+    assert lines["MPO"][5] == "40%" and lines["oracle (control)"][5] == ""
     assert "40 of seed 0, 40 of seed 1" in text
     low, high = map(float, re.findall(r"[\d.]+", lines["MPO"][1])[1:])
     assert 58 < low < 62.5 < high < 67, "seeds are strata: only seed 1's tasks differ"
+    without_room = evidence.table(rows({"oracle": sft, "mpo": mpo, "sft": sft}))
+    assert "%" not in without_room
     with pytest.raises(InputError, match="there are none of every seed"):
         evidence.table(rows({"mpo": mpo}))
 

@@ -96,6 +96,26 @@ def test_make_fig5_trains_a_planner_for_every_smaller_m_and_n():
     assert points == ["m2n2", "m3n2", "m3n1"], "m3n2 becomes a link to mpo when it is made"
 
 
+def test_make_evidence_holds_no_stage_back():
+    """One agent; all seeds' stages use it, all seed plans and 3 epochs; validation tasks are train
+    tasks that neither agent nor planner has seen."""
+    commands = make("-n", "evidence", "ENV=sciworld", "SEEDS=4 5")
+    assert commands.count("make agent-sft DEMO=evidence RUN=evidence-sciworld/base") == 1
+    assert "for seed in 4 5;" in commands and "--to data/sciworld/evidence.json" in commands
+    stages = ["stages", "-n", "-B", "ENV=sciworld", "DEMO=evidence", "AGENT_SFT_ARGS=", "SEED=4"]
+    for dev in ("", "1"):
+        commands = make(*stages, f"DEV={dev}", "AGENT=base/agent")
+        sft, scoring = (settings(commands, f) for f in ("02_sft.py", "03_sample_score.py"))
+        evaluation = settings(commands, "05_eval.py")
+        assert sft["epochs"] == "3" and "limit" not in sft and sft["seed"] == "4"
+        assert scoring["agent"] == evaluation["agents"] == "base/agent" and scoring["seed"] == "4"
+        assert evaluation["plans"] == "none wrong sft mpo oracle"
+        assert evaluation.get("splits") == ("train" if dev else None)
+    agent = make("-n", "-B", "agent-sft", "ENV=sciworld", "DEMO=evidence", "RUN=x/base")
+    seen = settings(agent, "01_seed_plans.py")["limit"]
+    assert int(seen) == int(evaluation["skip"]) >= int(scoring["limit"])
+
+
 def test_make_help():
     assert make() == make("help")
     assert all(word in make() for word in ("make demo", "make test", "make all", "PLANNER"))
