@@ -8,6 +8,11 @@ the faster of these; its fastest run counts, for memory too. For SFT it also run
 TRL's reference log-probabilities are computed before training, as ours are. A rate is the median
 over all steps but the first of each run; memory is the peak of the process (CPU) or of the
 allocator (GPU).
+
+On a GPU the models are random ones of Llama's 1B and 3B shapes, with larger batches, and our SFT's
+model FLOP utilisation is printed: 6 FLOPs a token and parameter of the layers, 6 a target token and
+parameter of the output layer, and the attention's. What gradient checkpointing computes again does
+not count.
 """
 
 import argparse
@@ -27,6 +32,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 GOALS = {"dpo_pairs_per_s": 1.6, "dpo_memory": 0.7, "sft_rows_per_s_padded": 1.3,
          "sft_rows_per_s_packed": 1.0, "sft_memory": 0.8}
+GPU_GOALS = {"dpo_pairs_per_s": 1.5, "dpo_memory": 0.7, "sft_mfu": 0.45}
+PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16 FLOP/s
 
 
 def make_rows(tokenizer, count: int) -> list[dict]:
@@ -61,10 +68,23 @@ def run_ours(a, folder: Path) -> dict:
         gradient_checkpointing=a.checkpointing)
     module.main(args)
     load = module.load_rows if a.child == "sft" else module.load_pairs
-    tokens = sum(common.lengths(load(args, common.load_model(a.model)[1])))
+    rows = load(args, common.load_model(a.model)[1])
+    tokens = sum(common.lengths(rows))
     log = common.read_rows(folder / "out" / "metrics.jsonl")
     return {"seconds": [tokens / row["tokens_per_second"] for row in log[1:]], "tokens": tokens,
+            "flops": flops(a.model, [side for sides, *_ in rows for side in sides]),
             "memory": max(row["memory_gb"] for row in log)}
+
+
+def flops(model: str, sequences: list[tuple]) -> float:
+    """Of a forward and backward pass over these (token ids, target mask)."""
+    import common
+
+    m = common.load_module(common.DATA / "estimate.py").model_sizes(Path(model))
+    head = m.vocabulary * m.hidden
+    in_layers = m.parameters - head * (1 if m.model.config.tie_word_embeddings else 2)
+    return 6 * sum(in_layers * len(ids) + head * sum(mask) + m.layers * m.hidden * len(ids) ** 2
+                   for ids, mask in sequences)
 
 
 def run_trl(a, folder: Path) -> dict:
@@ -128,15 +148,18 @@ def child(a, folder: str, *args) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(ROOT / "models" / "SmolLM2-135M-Instruct"))
+    parser.add_argument("--model", help="default: SmolLM2-135M, on a GPU those of --shapes")
+    parser.add_argument("--shapes", nargs="*", default=["1B", "3B"], help="of random models, on a "
+                        "GPU: 1B, 3B, 8B")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--batch", type=int, help="default: 8, on a GPU 32")
     parser.add_argument("--steps", type=int, default=3, help="per run; the first does not count")
-    parser.add_argument("--micro_tokens", type=int, default=4096, help="our micro-batches")
+    parser.add_argument("--micro_tokens", type=int, help="our micro-batches (4096, GPU: 16384)")
     parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=True,
                         help="for our runs, as in `make all`")
     parser.add_argument("--packed_tokens", type=int, default=2048, help="TRL's packed sequences")
-    parser.add_argument("--micros", type=int, nargs="+", default=[1, 2], help="TRL's micro-batches")
+    parser.add_argument("--micros", type=int, nargs="+",
+                        help="TRL's micro-batches (1 2, GPU: 2 8)")
     parser.add_argument("--only", default="", help="run only what begins with this, e.g. ours")
     parser.add_argument("--child", choices=["sft", "dpo"], help=argparse.SUPPRESS)
     for name in ("trl", "packing", "compile"):
@@ -152,6 +175,23 @@ def main() -> None:
         (Path(a.folder) / "result.json").write_text(json.dumps(result))
         return
 
+    import torch
+    from conftest import save_large_model
+
+    gpu = torch.cuda.is_available()
+    a.batch, a.micro_tokens = a.batch or (8, 32)[gpu], a.micro_tokens or (4096, 16384)[gpu]
+    a.micros = a.micros or ([1, 2], [2, 8])[gpu]
+    if a.model or not gpu:
+        a.model = a.model or str(ROOT / "models" / "SmolLM2-135M-Instruct")
+        return bench(a, GOALS)
+    for shape in a.shapes:
+        with tempfile.TemporaryDirectory() as folder:
+            a.model = save_large_model(Path(folder) / shape, shape, "cuda")
+            torch.cuda.empty_cache()
+            bench(a, GPU_GOALS)
+
+
+def bench(a, goals: dict[str, float]) -> None:
     import torch
     from transformers import AutoTokenizer
 
@@ -183,7 +223,7 @@ def main() -> None:
                 print(f"round {n + 1}: {name}: {a.batch * rate(results, name):.3f} /s, "
                       f"{memory(results, name):.2f} GB", flush=True)
     if not a.only:
-        report(a, results, torch.cuda.get_device_name() if torch.cuda.is_available() else
+        report(a, goals, results, torch.cuda.get_device_name() if torch.cuda.is_available() else
                f"{torch.get_num_threads()} CPU cores")
 
 
@@ -203,7 +243,7 @@ def best(results, name: str) -> str:
                key=lambda k: rate(results, k))
 
 
-def report(a, results, machine: str) -> None:
+def report(a, goals: dict[str, float], results, machine: str) -> None:
     print(f"\n{machine}, {Path(a.model).name}, steps of {a.batch} rows or pairs, our micro-batches "
           f"{a.micro_tokens} tokens, gradient checkpointing {'on' if a.checkpointing else 'off'}"
           "\n\n| | rows or pairs/s | tokens/s | peak memory, GB |\n| --- | --- | --- | --- |")
@@ -219,9 +259,14 @@ def report(a, results, machine: str) -> None:
                 "sft_rows_per_s_padded": ours["sft"] / rate(results, sft),
                 "sft_rows_per_s_packed": ours["sft"] / rate(results, "trl sft packed"),
                 "sft_memory": memory(results, "ours sft") / memory(results, sft)}
-    for name, value in measured.items():
-        ok = value <= GOALS[name] if "memory" in name else value >= GOALS[name]
-        print(f"target {name} measured {value:.2f} goal {GOALS[name]} {'ok' if ok else 'short'}")
+    if peak := next((f for card, f in PEAK.items() if card in machine), None):
+        measured["sft_mfu"] = results["ours sft"][0]["flops"] * ours["sft"] / peak
+    for name, goal in goals.items():
+        if name not in measured:
+            print(f"target {name} not measured: the peak of {machine} is not known")
+            continue
+        ok = measured[name] <= goal if "memory" in name else measured[name] >= goal
+        print(f"target {name} measured {measured[name]:.2f} goal {goal} {'ok' if ok else 'short'}")
 
 
 if __name__ == "__main__":

@@ -133,6 +133,27 @@ def save_model(folder: Path, tokenizer=None, **options) -> Path:
     return folder
 
 
+LARGE = {"1B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+                "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": True},
+         "3B": {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28,
+                "num_attention_heads": 24, "num_key_value_heads": 8, "tie_word_embeddings": True},
+         "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+                "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False}}
+
+
+def save_large_model(folder: Path, name: str, device: str, **config) -> str:
+    """A random Llama of the shape of one of LARGE, made on `device`, with a tokenizer."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shape = {**LARGE[name], "vocab_size": 128256, **config}
+    with torch.device(device):
+        AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **shape),
+                                         dtype=torch.bfloat16).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     return make_tokenizer()

@@ -12,7 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import ROOT, make_model, save_model, script_env, stage, write_jsonl
+from conftest import (
+    ROOT,
+    make_model,
+    save_large_model,
+    save_model,
+    script_env,
+    stage,
+    write_jsonl,
+)
 from safetensors.torch import load_file
 from test_training import KINDS, PAIRS, TALKS, as_pairs, as_rows, gradients, log_prob_alone
 
@@ -23,10 +31,6 @@ DEVICE = os.environ.get("MPO_TEST_DEVICE", "cuda")
 pytestmark = pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(),
                                 reason="needs CUDA, or MPO_TEST_DEVICE=cpu")
 sft, dpo = stage("02_sft"), stage("04_dpo")
-LARGE = {"8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-                "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False},
-         "3B": {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28,
-                "num_attention_heads": 24, "num_key_value_heads": 8, "tie_word_embeddings": True}}
 SHAPE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4}
 # a stage with deterministic kernels: which stage, and its arguments
 SCRIPT = ("import runpy, sys, torch; torch.use_deterministic_algorithms(True); "
@@ -174,14 +178,8 @@ def test_two_processes_train_as_one(tmp_path, base):
 @pytest.mark.skipif(DEVICE == "cpu", reason="the peak is the GPU allocator's")
 def test_peak_memory_is_the_estimate(tmp_path, tokenizer):
     """Of one SFT step of Llama's 8B shape, or of 3B where 8B do not fit: within 10%."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     name = "8B" if torch.cuda.get_device_properties(0).total_memory > 145e9 else "3B"
-    config = AutoConfig.for_model("llama", vocab_size=128256, **LARGE[name])
-    with torch.device(DEVICE):
-        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(
-            tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
+    save_large_model(tmp_path / "model", name, DEVICE)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     row = [{"role": "user", "content": "go " * 600}, {"role": "assistant", "content": "on " * 300}]
