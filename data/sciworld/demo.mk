@@ -1,9 +1,9 @@
 # The demo: three task types, SmolLM2-135M as planner and agent.
 M := 4
 N := 1
-ENV_ARGS := --types find-animal find-non-living-thing use-thermometer --prompts brief \
+ENV_ARGS := --types find-animal find-non-living-thing find-plant --prompts brief \
   --observation_chars 400 --workers 2
-SEED_PLANS_ARGS := --limit 120 --plan_share 0.95
+SEED_PLANS_ARGS := --limit 90 --plan_share 0.95
 AGENT_SFT_ARGS := --lr 3e-4 --epochs 2 --warmup_ratio 0.05
 SFT_ARGS := --lr 2e-4 --epochs 3 --warmup_ratio 0.05
 SERVE := --max_model_len 2048 --agent_tokens 32 --concurrency 32
