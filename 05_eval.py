@@ -145,10 +145,11 @@ def digest_of_plans(a: Args, setting: str, prompts) -> str | None:
 
 
 def of_another_type(a: Args, task: str, tasks: list[str]) -> str:
-    """A task of another type, drawn by seed."""
-    others = [t for t in tasks if common.task_type(t) != common.task_type(task)]
+    """A task of another type, drawn by seed; another task where all are of one type (WebShop)."""
+    others = ([t for t in tasks if common.task_type(t) != common.task_type(task)]
+              or [t for t in tasks if t != task])
     if not others:
-        raise InputError("--plans wrong needs test tasks of two types")
+        raise InputError("--plans wrong needs two test tasks")
     return others[common.seed_of(a.seed, "wrong", task) % len(others)]
 
 

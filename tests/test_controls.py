@@ -44,8 +44,11 @@ def test_controls(tmp_path, tiny_model, chat_server, monkeypatch):
     assert settings == ["none", "wrong", "mpo", "oracle"]
     for name in ("table2", "table3", "table6"):
         assert len((tmp_path / f"{name}.md").read_text().split("```")[0].splitlines()) >= 8
-    with pytest.raises(InputError, match="--plans wrong needs test tasks of two types"):
-        ev.main(ev.Args(**a, types=["find-key"], seed=1, plans=["wrong"]))
+    ev.main(ev.Args(**a, types=["find-key"], seed=1, plans=["wrong"]))  # all of one type
+    for r in read_rows(tmp_path / "eval" / "plans.jsonl")[len(rows):]:
+        assert r["plan"] and u[r["task"]] not in r["plan"], "still of another task"
+    with pytest.raises(InputError, match="--plans wrong needs two test tasks"):
+        ev.main(ev.Args(**a, limit=1, seed=2, plans=["wrong"]))
 
 
 def test_validation_tasks_are_those_after_the_others(tmp_path, chat_server, monkeypatch):
