@@ -90,8 +90,10 @@ class Model:
         import openai
 
         more = {"stop": stop} if stop else {}
+        # the messages as they are: looking at each field of each one is half of the client's work
+        body = {"messages": messages}
         if messages[-1]["role"] == "assistant":
-            more["extra_body"] = {"continue_final_message": True, "add_generation_prompt": False}
+            body |= {"continue_final_message": True, "add_generation_prompt": False}
         malformed = (IndexError, TypeError, ValueError, AttributeError,
                      openai.APIResponseValidationError)
         async with self.slots:
@@ -103,8 +105,8 @@ class Model:
                     for left in reversed(range(self.retries + 1)):
                         try:
                             answer = await self.clients[server].chat.completions.create(
-                                model=self.name, messages=messages, temperature=temperature,
-                                max_tokens=max_tokens, seed=seed, **more)
+                                model=self.name, messages=[], temperature=temperature,
+                                max_tokens=max_tokens, seed=seed, extra_body=body, **more)
                             text, usage = answer.choices[0].message.content or "", answer.usage
                             break
                         except malformed:  # which the client does not retry

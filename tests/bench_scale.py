@@ -172,7 +172,8 @@ async def run(env: str, a) -> list[tuple]:
         shape = await estimate.measure(SimpleNamespace(env=str(place), prompts=None, types=None,
                                                        sample=8)) | estimate.measure_run(out)
         rate = {k: v for k, (v, *_) in estimate.RATES.items()} | {
-            "generate": SLOTS * SPEED, "prefill": SLOTS * PREFILL, "load": 0.0}
+            "generate": SLOTS * SPEED, "prefill": SLOTS * PREFILL,
+            "load": (simulation.load[0][0] - began) / 2}  # of two: planner and agent
         settings = SimpleNamespace(env=str(place), gpus=SERVERS, cores=16, m=5, n=5, limit=None,
                                    seed_limit=None, sft_limit=None, eval_limit=None, batch=32,
                                    epochs=3, dpo_epochs=None)
@@ -192,7 +193,7 @@ async def run(env: str, a) -> list[tuple]:
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", type=int, default=60, help="tasks, of 25 episodes each")
+    parser.add_argument("--tasks", type=int, default=40, help="tasks, of 25 episodes each")
     a = parser.parse_args()
     targets = [target for env in STEPS for target in asyncio.run(run(env, a))]
     for name, measured, goal in targets:
