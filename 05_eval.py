@@ -179,7 +179,7 @@ async def greedy_plans(a: Args, tasks: list[str], pool) -> dict[str, str | None]
     ids = {s: digest_of_plans(a, s, prompts[s]) for s in settings}
     rows = common.read_rows(path, ("plans_id", "task", "plan"), missing_ok=True)
     done = common.finished(rows, "plans_id", "task")
-    todo = {s: missing for s in sorted(ids, key="wrong".__eq__) if s != "none"
+    todo = {s: missing for s in sorted(ids, key="wrong".__eq__) if s != "none"  # wrong: last
             and (missing := [t for t in tasks if (ids[s], t) not in done])}
     source = {t: of_another_type(a, t, tasks) for t in todo.get("wrong", ())}
     if todo:
@@ -569,8 +569,8 @@ def main(a: Args) -> None:
             names = a.splits or named or common.environment(a.env).tests()
             splits = {s: (await common.list_tasks(pool, a.env, s, a.tasks, a.types, a.limit and
                                                   a.skip + a.limit))[a.skip:] for s in names}
-            if empty := [s for s in splits if not splits[s]]:
-                raise InputError(f"--skip {a.skip} leaves no task of the {empty[0]} split")
+            if empty := [s for s in splits if not splits[s] or a.skip < 0]:
+                raise InputError(f"--skip {a.skip} is negative or leaves no task of {empty[0]}")
             every = list(dict.fromkeys(t for tasks in splits.values() for t in tasks))
             plans_ids = await greedy_plans(a, every, pool)
             if a.plans_only:

@@ -60,7 +60,7 @@ def test_validation_tasks_are_those_after_the_others(tmp_path, chat_server, monk
     ev.main(ev.Args(**a, skip=3, limit=2))
     [cell] = read_rows(tmp_path / "eval" / "cells.jsonl")
     assert cell["tasks"] == common.environment(CORRIDOR)().tasks("train")[3:5]
-    with pytest.raises(InputError, match="--skip 8 leaves no task of the train split"):
+    with pytest.raises(InputError, match="--skip 8 is negative or leaves no task of train"):
         ev.main(ev.Args(**a, skip=8))
 
 

@@ -1,5 +1,5 @@
-# The evidence: nine short task types, SmolLM2-135M as planner and agent. README.md says how these
-# settings were chosen: on validation tasks.
+# The evidence: nine short task types, SmolLM2-135M as planner and agent. README.md has what the
+# validation tasks say about these settings, which are first guesses.
 M := 5
 N := 2
 ENV_ARGS := --types find-animal find-living-thing find-plant find-non-living-thing \
