@@ -281,6 +281,7 @@ tasks = environment(env)().tasks("train")[:4]
 async def main(ray, kill):
     rows = []
     async with EnvPool(env, 2, 8, ray=ray) as pool:
+        await pool.each(tasks, "reset")  # both workers have started, one on the node to lose
         jobs = [{{"task": t, "plan": None, "rollout": i}} for t in tasks for i in range(6)]
         c = RolloutConfig(Prompts(env), 0.0, 64, 0, 0)
         async def lose_a_node():
