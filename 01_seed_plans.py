@@ -327,18 +327,15 @@ async def teacher_thoughts(a: Args, trajectories: list[dict]) -> dict[str, list[
 def agent_conversations(a: Args, trajectories: list[dict], plans: dict[str, str],
                         thoughts: dict[str, list[str] | None], prompts) -> list[dict]:
     """Rows of agent_sft.jsonl: the expert's trajectories as the agent's conversations. A seeded
-    share of `plan_share` has p in the prompt; in those the expert acts as one who knows p, if the
-    environment tells how ("guided") and there are no thoughts."""
+    share of `plan_share` has p in the prompt."""
     rows = []
     for e in trajectories:
         draw = random.Random(f"{a.seed} {e['task']}").random()
         with_plan = e["task"] in plans and draw < a.plan_share
         plan = plans[e["task"]] if with_plan else None
         messages = prompts.agent(e["instruction"], plan, e["task"])
-        guided = with_plan and not a.explored and not thoughts.get(e["task"])
-        steps = e.get("guided", e["steps"]) if guided else e["steps"]
-        said = common.expert_replies(steps, thoughts.get(e["task"]))
-        for reply, (_, observation) in zip(said, steps, strict=True):
+        said = common.expert_replies(e["steps"], thoughts.get(e["task"]))
+        for reply, (_, observation) in zip(said, e["steps"], strict=True):
             messages += [{"role": "assistant", "content": reply},
                          common.observation_message(observation, a.observation_chars)]
         rows.append({"task": e["task"], "with_plan": with_plan, "messages": messages[:-1]})

@@ -169,17 +169,14 @@ class ALFWorld(Environment):
         return [action]
 
     def expert(self, task: str) -> dict | None:
-        """{"instruction", "steps": [[action, observation], ...], "reward", "by", "guided"}: the
-        trajectory of alfworld's hand-coded expert, which searches as a person would ("search"); if
-        it does not succeed within the step limit, of the game's own walkthrough; None if that fails
-        too. Actions are in the words of the prompt. `guided`: the steps of an expert who has the
-        plan."""
+        """{"instruction", "steps": [[action, observation], ...], "reward", "by"}: the trajectory of
+        alfworld's hand-coded expert, which searches as a person would ("search"); if it does not
+        succeed within the step limit, of the game's own walkthrough; None if that fails too.
+        Actions are in the words of the prompt."""
         for by, actions in (("search", self._search), ("walkthrough", self._walkthrough)):
             u = self.reset(task)
             if steps := self._replay(actions()):
-                self.reset(task)
-                guided = self._replay(self._guided(steps)) or steps
-                return {"instruction": u, "steps": steps, "reward": 1.0, "by": by, "guided": guided}
+                return {"instruction": u, "steps": steps, "reward": 1.0, "by": by}
         return None
 
     def _walkthrough(self):
@@ -196,20 +193,6 @@ class ALFWorld(Environment):
             if success:
                 return steps
         return None
-
-    @staticmethod
-    def _guided(steps: list):
-        """The actions without the search of places that a plan would not name: before each
-        manipulation, only the visits to places of the kind where it happens."""
-        search = []
-        for action, _ in steps:
-            if action.startswith(("go to ", "open ", "close ")):
-                search.append(action)
-                continue
-            kind = next((a.split()[-2] for a in reversed(search) if a.startswith("go to ")), None)
-            yield from (a for a in search if a.split()[-2] == kind)
-            yield action
-            search = []
 
     @staticmethod
     def spoken(command: str) -> str:
@@ -246,15 +229,16 @@ class ALFWorld(Environment):
 
     @staticmethod
     def abstract(u: str, steps: list) -> list[str]:
-        """The `rules` teacher: expert steps -> plan steps. Places visited in vain are dropped; what
-        was found is searched for ("go to where a mug may be, such as a shelf"). Instance numbers,
-        looking around and closing doors are left out."""
-        plan, place, opened, taken = [], None, False, collections.Counter()
+        """The `rules` teacher: expert steps -> plan steps. A thing is searched for in all kinds of
+        places where the expert looked ("go to where the mug may be, such as the shelf or the
+        desk"): nobody could know the last one before. Instance numbers, looking around and closing
+        doors are left out."""
+        plan, places, opened, taken = [], [], False, collections.Counter()
         two = " two " in u.rsplit("Your task is to:", 1)[-1]
         for action, _ in steps:
             verb, *rest = re.sub(r" \d+\b", "", action).split()
             if verb == "go":
-                place, opened = rest[-1], False
+                places, opened = [*places, rest[-1]], False
             elif verb == "open":
                 opened = True
             elif verb in ("take", "put", "heat", "cool", "clean", "toggle"):
@@ -263,12 +247,13 @@ class ALFWorld(Environment):
                 if two and taken[thing]:
                     which = ["first", "second", "next"][min(taken[thing], 3) - 1]
                     thing = f"{which} {thing}"
-                if place:
-                    unsure = verb in ("take", "toggle")
-                    where = f"where the {thing} may be, such as the {place}"
-                    plan.append(f"go to {where}" if unsure else f"go to the {place}")
-                    plan += [f"open the {place}"] * opened
-                with_place = f" {' '.join(rest[1:-1])} the {rest[-1]}" if rest[1:] else ""
+                search = verb in ("take", "toggle")
+                if places and search:
+                    kinds = " or ".join(f"the {place}" for place in dict.fromkeys(places))
+                    plan.append(f"go to where the {thing} may be, such as {kinds}")
+                elif places:
+                    plan += [f"go to the {places[-1]}"] + [f"open the {places[-1]}"] * opened
+                with_place = "" if search else f" {' '.join(rest[1:-1])} the {rest[-1]}"
                 plan.append(f"{verb} the {thing}{with_place}")
-                place = None
+                places = []
         return plan

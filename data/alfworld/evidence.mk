@@ -1,0 +1,12 @@
+# The evidence: three task types, SmolLM2-135M as planner and agent.
+M := 5
+N := 2
+ENV_ARGS := --types pick_and_place_simple pick_clean_then_place_in_recep \
+  pick_cool_then_place_in_recep --prompts brief --observation_chars 400 --workers 2
+SEED_PLANS_ARGS := --limit $(if $(filter %/base,$(RUN)),180 --plan_share 0.95,120)
+AGENT_SFT_ARGS := --lr 3e-4 --epochs 2 --warmup_ratio 0.05
+SFT_ARGS := --lr 2e-4 --epochs 3 --warmup_ratio 0.05
+SERVE := --max_steps 20 --max_model_len 3072 --agent_tokens 32 --concurrency 48 --plan_tokens 160
+SCORE_ARGS := --adaptive true --limit 120 --plan_temperature 1.0 --agent_temperature 0.7 $(SERVE)
+DPO_ARGS := --beta 0.1 --lr 2e-5 --warmup_ratio 0.1 --epochs 3 --nll 1.0
+EVAL_ARGS := $(SERVE) $(if $(DEV),--splits train --skip 180 --limit 120)
