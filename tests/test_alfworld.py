@@ -143,10 +143,11 @@ def test_expert(tasks):
 
 
 def test_plan_names_every_kind_of_place_that_was_searched():
-    actions = ["go to drawer 1", "open drawer 1", "close drawer 1", "go to shelf 1", "go to drawer 2",
-               "open drawer 2", "take mug 1 from drawer 2", "go to sofa 1", "go to fridge 1",
-               "open fridge 1", "put mug 1 in/on fridge 1"]
-    assert ALFWorld.abstract("Your task is to: put a mug in fridge.", [[a, ""] for a in actions]) == [
+    actions = ["go to drawer 1", "open drawer 1", "close drawer 1", "go to shelf 1",
+               "go to drawer 2", "open drawer 2", "take mug 1 from drawer 2", "go to sofa 1",
+               "go to fridge 1", "open fridge 1", "put mug 1 in/on fridge 1"]
+    u = "Your task is to: put a mug in fridge."
+    assert ALFWorld.abstract(u, [[a, ""] for a in actions]) == [
         "go to where the mug may be, such as the drawer or the shelf", "take the mug",
         "go to the fridge", "open the fridge", "put the mug in/on the fridge"]
 
