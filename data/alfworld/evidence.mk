@@ -1,4 +1,5 @@
-# The evidence: three task types, SmolLM2-135M as planner and agent.
+# The evidence: three task types, SmolLM2-135M as planner and agent. DPO's terms were compared on
+# validation tasks (README.md); the agent's settings are first guesses.
 M := 5
 N := 2
 ENV_ARGS := --types pick_and_place_simple pick_clean_then_place_in_recep \
