@@ -53,6 +53,32 @@ def test_the_expert_solves_each_task(experts):
     check_experts(experts)
 
 
+@pytest.mark.parametrize("u, actions, plan", [
+    ("Your task is to find a(n) animal. First, focus on the thing.",
+     ["look around", "focus on egg frog", "pick up egg frog", "teleport to hallway",
+      "teleport to bathroom", "move living thing in inventory to blue box"],
+     ["go to outside", "focus on the animal", "pick up the animal", "go to bathroom",
+      "move the animal to blue box"]),
+    ("Your task is to find the animal with the longest life span, then the shortest life span.",
+     ["teleport to outside", "look around", "focus on crocodile", "focus on baby baby ant"],
+     ["go to outside", "focus on the animal with the longest life span",
+      "focus on the animal with the shortest life span"]),
+    ("Your task is to determine if a fork conducts. If it does, place it in the red box.",
+     ["connect battery anode to red wire terminal 1", "connect fork to blue wire terminal 2",
+      "connect red wire terminal 2 to cathode in green light bulb", "wait1", "0", "wait1",
+      "move fork to red box"],
+     ["connect battery anode to wire A terminal", "connect fork to wire B terminal",
+      "connect wire A terminal to cathode in light bulb", "wait",
+      "move fork to the box for the result"]),
+    ("Your task is to turn on the green light bulb with the red wire.",
+     ["connect red wire terminal 1 to anode in green light bulb"],
+     ["connect red wire terminal to anode in green light bulb"])])
+def test_a_plan_tells_nothing_that_nobody_can_know(u, actions, plan):
+    """Neither which object, box, wire or bulb it will be; but the room where the expert began."""
+    seen = "This outside location is called the outside. Here you see: an egg."
+    assert World.abstract(u, [[action, seen] for action in actions]) == plan
+
+
 @pytest.mark.slow
 def test_the_expert_and_its_actions_as_an_agent(chat_server):
     """Through `rollouts`, on 18 tasks: reward 1 and the expert's own observations."""

@@ -167,23 +167,40 @@ class ScienceWorld(Environment):
         """The `rules` teacher: task instruction and expert steps -> plan steps.
 
         Keeps the order of sub-goals. Consecutive moves become one `go to ROOM`; `look around`,
-        answers to "which one?" and instance numbers are dropped; the object that the expert chose
-        gets the task's general name ("find a(n) animal": the animal), so that the plan holds for
-        other variations; and a repeated run of steps (waiting, measuring again) is kept once."""
-        wanted = re.search(r"\bfind (?:a\(n\)|the) ([a-z -]+)", u)
-        focus = next((a for a, _ in steps if a.startswith("focus on ")), "")
-        chosen = set(focus.split()[2:]) - set(
-            "egg baby adult juvenile in the inventory containing nothing table".split())
-        plan = []
-        for action, _ in steps:
+        answers to "which one?" and instance numbers are dropped; and a repeated run of steps
+        (waiting, measuring again) is kept once. What nobody can know before the task is not told:
+        the object that the expert chose gets the task's name for it ("find a(n) animal": the
+        animal), the box that depends on a result is `the box for the result`, and wires and light
+        bulbs that the task does not name lose their colour."""
+        find = re.search(r"\bfind (?:a\(n\)|the) ([a-z -]+)(?:, then the ([a-z ]+))?", u)
+        names = [] if not find else [find[1], *([f"animal with the {find[2]}"] if find[2] else [])]
+        vague = set("egg baby adult juvenile in the inventory containing nothing table".split())
+        chosen = [set(a.split()[2:]) - vague for a, _ in steps if a.startswith("focus on ")]
+        plan, wires = [], {}
+
+        def part(match: re.Match) -> str:
+            if match[0] in u:
+                return match[0]
+            if match[1] == "light bulb":
+                return match[1]
+            return f"wire {wires.setdefault(match[0], chr(ord('A') + len(wires)))}"
+
+        for action, observation in steps:
+            start = re.match(r"This .+? is called the ([a-z ]+)\.", observation)
+            if action == "look around" and start and not plan:
+                action = f"go to {start[1]}"
             if action == "look around" or action.isdigit():
                 continue
             action = re.sub(r"^teleport to ", "go to ", re.sub(r"^wait1?$", "wait", action))
             action = re.sub(r"(?<=[a-z]) \d+\b(?! degrees)", "", action)
-            match = re.match(r"(focus on|pick up|move) (.+?)( to .*)?$", action)
-            if wanted and match and (
-                    chosen & set(match[2].split()) or match[2].startswith("living thing")):
-                action = f"{match[1]} the {wanted[1]}{match[3] or ''}"
+            if match := re.match(r"(focus on|pick up|move) (.+?)( to .*)?$", action):
+                for name, words in zip(names, chosen, strict=False):
+                    if words & set(match[2].split()) or match[2].startswith("living thing"):
+                        action = f"{match[1]} the {name}{match[3] or ''}"
+                        break
+            action = re.sub(r"\w+ (wire|light bulb)\b", part, action)
+            if re.search(r"\bIf\b", u):
+                action = re.sub(r"\w+ box$", "the box for the result", action)
             if plan and action.startswith("go to ") and plan[-1].startswith("go to "):
                 plan.pop()  # that room was only passed through
             plan.append(action)
