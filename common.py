@@ -326,8 +326,7 @@ def parse_reply(reply: str) -> tuple[str, str | None]:
 
 
 def expert_replies(steps: list, thoughts: list[str] | None) -> list[str]:
-    """The expert's [[action, observation], ...] as an agent's replies, with a thought each or
-    none."""
+    """The expert's [[action, observation], ...] as replies, with a thought each or none."""
     before = [f"Thought: {t}\n" for t in thoughts] if thoughts else [""] * len(steps)
     return [f"{t}Action: {a}" for t, (a, _) in zip(before, steps, strict=True)]
 
@@ -475,8 +474,7 @@ class Sessions:
 
 
 def _start_worker(env: str, sessions: int) -> None:
-    """Set up a worker process: a process group of its own, which ends with the parent, however
-    that ends."""
+    """Set up a worker: a process group of its own that ends with its parent, however that ends."""
     global _sessions
     os.setsid()
     parent = multiprocessing.parent_process()
@@ -614,8 +612,7 @@ class EnvPool(contextlib.AbstractAsyncContextManager):
                 on_retry()
 
     async def each(self, tasks: list[str], method: str, keep=lambda *_: None) -> dict:
-        """{task: result} of a method, one task per worker at a time; `keep(task, result)` of
-        each."""
+        """{task: result} of a method, one task per worker at a time; `keep(task, result)`: each."""
         results = {}
 
         async def work(task):
