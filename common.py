@@ -612,7 +612,7 @@ class EnvPool(contextlib.AbstractAsyncContextManager):
                 on_retry()
 
     async def each(self, tasks: list[str], method: str, keep=lambda *_: None) -> dict:
-        """{task: result} of a method, one task per worker at a time; `keep(task, result)`: each."""
+        """{task: result} of a method, one task per worker at a time; calls `keep(task, result)`."""
         results = {}
 
         async def work(task):

@@ -168,9 +168,9 @@ class ScienceWorld(Environment):
 
         Keeps the order of sub-goals. Consecutive moves become one `go to ROOM`; `look around`,
         answers to "which one?" and instance numbers are dropped; and a repeated run of steps
-        (waiting, measuring again) is kept once. What nobody can know before the task is not told:
-        the object that the expert chose gets the task's name for it ("find a(n) animal": the
-        animal), the box that depends on a result is `the box for the result`, and wires and light
+        (waiting, measuring again) is kept once. What nobody knows before the task has a general name:
+        the object that the expert chose is called as in the task ("find a(n) animal": the
+        animal), the box that depends on a result `the box for the result`; wires and light
         bulbs that the task does not name lose their colour."""
         find = re.search(r"\bfind (?:a\(n\)|the) ([a-z -]+)(?:, then the ([a-z ]+))?", u)
         names = [] if not find else [find[1], *([f"animal with the {find[2]}"] if find[2] else [])]
@@ -186,8 +186,8 @@ class ScienceWorld(Environment):
             return f"wire {wires.setdefault(match[0], chr(ord('A') + len(wires)))}"
 
         for action, observation in steps:
-            start = re.match(r"This .+? is called the ([a-z ]+)\.", observation)
-            if action == "look around" and start and not plan:
+            if action == "look around" and not plan and (
+                    start := re.match(r"This .+? is called the ([a-z ]+)\.", observation)):
                 action = f"go to {start[1]}"
             if action == "look around" or action.isdigit():
                 continue
