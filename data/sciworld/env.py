@@ -168,7 +168,7 @@ class ScienceWorld(Environment):
 
         Keeps the order of sub-goals. Consecutive moves become one `go to ROOM`; `look around`,
         answers to "which one?" and instance numbers are dropped; and a repeated run of steps
-        (waiting, measuring again) is kept once. What nobody knows before the task has a general name:
+        (waiting, measuring again) is kept once. What nobody knows beforehand has a general name:
         the object that the expert chose is called as in the task ("find a(n) animal": the
         animal), the box that depends on a result `the box for the result`; wires and light
         bulbs that the task does not name lose their colour."""
