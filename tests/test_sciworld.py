@@ -20,6 +20,7 @@ MORE = """find-animal/1 find-living-thing/0 find-living-thing/1 find-plant/1 fin
     power-component/4 power-component-renewable-vs-nonrenewable-energy/0 identify-life-stages-2/0
     chemistry-mix-paint-secondary-color/0 chemistry-mix-paint-tertiary-color/0
     use-thermometer/0""".split()
+FOUND = "focus on frog egg"  # this action's observation says what the expert found
 LONG = "grow-fruit/0"  # 56 steps: bees that fly, genes that mix, fruits that are new objects
 
 
@@ -59,6 +60,10 @@ def test_the_expert_solves_each_task(experts):
       "teleport to bathroom", "move living thing in inventory to blue box"],
      ["go to outside", "focus on the animal", "pick up the animal", "go to bathroom",
       "move the animal to blue box"]),
+    ("Your task is to find a(n) living thing.", ["teleport to outside", "look around", FOUND,
+     "pick up frog egg"],
+     ["go to outside", "focus on the living thing, such as the dove egg or the frog egg",
+      "pick up the living thing"]),
     ("Your task is to find the animal with the longest life span, then the shortest life span.",
      ["teleport to outside", "look around", "focus on crocodile", "focus on baby baby ant"],
      ["go to outside", "focus on the animal with the longest life span",
@@ -74,9 +79,27 @@ def test_the_expert_solves_each_task(experts):
      ["connect red wire terminal 1 to anode in green light bulb"],
      ["connect red wire terminal to anode in green light bulb"])])
 def test_a_plan_tells_nothing_that_nobody_can_know(u, actions, plan):
-    """Neither which object, box, wire or bulb it will be; but the room where the expert began."""
-    seen = "This outside location is called the outside. Here you see: an egg."
-    assert World.abstract(u, [[action, seen] for action in actions]) == plan
+    """Neither which object, box, wire or bulb it will be; but the room where the expert began, and
+    what it saw there of the kind that it found."""
+    seen = "This outside location is called the outside. Here you see: a dove egg, a frog egg."
+    steps = [[a, "You focus on the frog egg." if a == FOUND else seen] for a in actions]
+    assert World.abstract(u, steps) == plan
+
+
+@pytest.mark.parametrize("actions, seen, renamed", [
+    (["focus on egg giant frog", "pick up egg giant frog", "teleport to kitchen",
+      "move living thing in inventory to red box"], "giant frog egg",
+     ["focus on giant frog egg", "pick up giant frog egg", "teleport to kitchen",
+      "move giant frog egg to red box"]),
+    (["focus on butterfly", "move egg butterfly egg in inventory to box"], "butterfly egg",
+     ["focus on butterfly egg", "move butterfly egg to box"]),
+    (["focus on adult pea plant", "move flower pot 3 containing pea plant and soil in inventory to "
+      "red box"], "pea plant", ["focus on pea plant", "move flower pot 3 to red box"]),
+    (["focus on cup", "move cup to box"], "glass cup",
+     ["focus on glass cup", "move glass cup to box"])])
+def test_the_expert_names_things_as_they_are_seen(actions, seen, renamed):
+    steps = [[a, f"You focus on the {seen}." if a[0] == "f" else "Done."] for a in actions]
+    assert World._renamed(steps) == renamed
 
 
 @pytest.mark.slow

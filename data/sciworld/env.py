@@ -10,7 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from types import SimpleNamespace
 
-from common import Environment, InputError, task_type
+from common import Environment, InputError, seed_of, task_type
 
 
 class ScienceWorld(Environment):
@@ -139,28 +139,54 @@ class ScienceWorld(Environment):
     def expert(self, task: str) -> dict | None:
         """The gold path, replayed: {"instruction", "steps": [[action, observation], ...],
         "reward"}. Walks are replaced by `teleport to`, because `easy` has it and the prompts list
-        it; if that replay fails the original path is replayed. None if both fail."""
+        it, and things get the names that observations give them, which an agent can read. A path
+        that fails when it is replayed gives way to the one before. None if all fail."""
         u = self.reset(task, gold=True)
         path = list(self.api.getGoldActionSequence())
-        for actions in (self._teleport(path), path):
-            self.reset(task)
-            steps = []
-            for action in actions:
-                observation, reward, done, success = self.step(action)
-                steps.append([action, observation])
-                if done:
-                    break
-            if success:
-                return {"instruction": u, "steps": steps, "reward": reward}
-        return None
+        found = self._replay(task, self._teleport(path)) or self._replay(task, path)
+        renamed = found and self._replay(task, self._renamed(found[0]))
+        if renamed and not any(self.failed(o) for _, o in renamed[0]):
+            found = renamed
+        return found and {"instruction": u, "steps": found[0], "reward": found[1]}
+
+    def _replay(self, task: str, actions: list[str]) -> tuple[list, float] | None:
+        """([[action, observation], ...], reward) of a task played; None if it does not succeed."""
+        self.reset(task)
+        steps = []
+        for action in actions:
+            observation, reward, done, success = self.step(action)
+            steps.append([action, observation])
+            if done:
+                break
+        return (steps, reward) if success else None
+
+    @staticmethod
+    def _renamed(steps: list) -> list[str]:
+        """Actions with the names of observations: `egg frog` is `frog egg`, `cup` `glass cup`."""
+        text = "".join(f"{action}\n" for action, _ in steps)
+        for pattern, name in [
+                (r"^(pick up (.+)\n(?:.+\n)?move )living thing in", r"\1\2 in"),
+                (r" in inventory\b| containing .+? and soil\b", ""), (r"\bbaby baby\b", "baby"),
+                (r"\begg (.+?)(?: egg)?(?= to | in |$)", r"\1 egg"),
+                (r"^focus on adult (?=.*(?:tree|plant)$)", "focus on ")]:
+            text = re.sub(pattern, name, text, flags=re.M)
+        seen = [re.fullmatch(r"You focus on the ([a-z ]+)\.", o) for a, o in steps
+                if a.startswith("focus on ")]
+        for said, name in zip(re.findall("^focus on (.+)", text, flags=re.M), seen, strict=True):
+            if name and said in name[1]:
+                text = re.sub(rf"\b{said}\b", name[1], text.replace(name[1], said))
+        return text.splitlines()
 
     @staticmethod
     def _teleport(path: list[str]) -> list[str]:
         """Replace each walk (`open door to`, `go to`, `look around` on the way) by one
-        `teleport to` its last room. A `look around` in that room stays."""
+        `teleport to` its last room. A `look around` in that room stays, and there is one before it
+        focuses on a thing there, which nobody can name unseen."""
         text = "".join(f"{a}\n" for a in path if not a.startswith("open door to "))
         walk = r"^(?:go to .+\n(?:look around\n)*)*go to (.+\n)(look around\n)*"
-        return re.sub(walk, r"teleport to \1\2", text, flags=re.M).splitlines()
+        text = re.sub(walk, r"teleport to \1\2", text, flags=re.M)
+        return re.sub(r"^(teleport to .+\n)(?=focus on)", r"\1look around\n", text,
+                      flags=re.M).splitlines()
 
     @staticmethod
     def abstract(u: str, steps: list) -> list[str]:
@@ -169,14 +195,16 @@ class ScienceWorld(Environment):
         Keeps the order of sub-goals. Consecutive moves become one `go to ROOM`; `look around`,
         answers to "which one?" and instance numbers are dropped; and a repeated run of steps
         (waiting, measuring again) is kept once. What nobody knows beforehand has a general name:
-        the object that the expert chose is called as in the task ("find a(n) animal": the
-        animal), the box that depends on a result `the box for the result`; wires and light
-        bulbs that the task does not name lose their colour."""
+        the object that the expert chose is called as in the task, the box that depends on a result
+        `the box for the result`; wires and light bulbs that the task does not name lose their
+        colour. As with a model's plans, some are more concrete than others: half of them, by a
+        hash, name what the expert saw of the kind that it chose ("focus on the animal, such as the
+        dove egg or the frog egg")."""
         find = re.search(r"\bfind (?:a\(n\)|the) ([a-z -]+)(?:, then the ([a-z ]+))?", u)
         names = [] if not find else [find[1], *([f"animal with the {find[2]}"] if find[2] else [])]
         vague = set("egg baby adult juvenile in the inventory containing nothing table".split())
         chosen = [set(a.split()[2:]) - vague for a, _ in steps if a.startswith("focus on ")]
-        plan, wires = [], {}
+        plan, wires, seen = [], {}, ""
 
         def part(match: re.Match) -> str:
             if match[0] in u:
@@ -185,20 +213,30 @@ class ScienceWorld(Environment):
                 return match[1]
             return f"wire {wires.setdefault(match[0], chr(ord('A') + len(wires)))}"
 
+        def such_as(thing: str) -> str:
+            if not seed_of(u, steps) % 2:
+                return ""
+            alike = re.findall(rf"\ban? ((?:[a-z]+ ){{1,2}}{thing.split()[-1]})\b", seen)
+            return ", such as " + " or ".join(f"the {x}" for x in sorted({thing, *alike}))
+
         for action, observation in steps:
-            if action == "look around" and not plan and (
-                    start := re.match(r"This .+? is called the ([a-z ]+)\.", observation)):
-                action = f"go to {start[1]}"
+            if action == "look around":
+                seen = observation
+                start = re.match(r"This .+? is called the ([a-z ]+)\.", observation)
+                action = f"go to {start[1]}" if start and not plan else action
             if action == "look around" or action.isdigit():
                 continue
             action = re.sub(r"^teleport to ", "go to ", re.sub(r"^wait1?$", "wait", action))
             action = re.sub(r"(?<=[a-z]) \d+\b(?! degrees)", "", action)
+            action = re.sub(r"\w+ (wire|light bulb)\b", part, action)
             if match := re.match(r"(focus on|pick up|move) (.+?)( to .*)?$", action):
                 for name, words in zip(names, chosen, strict=False):
                     if words & set(match[2].split()) or match[2].startswith("living thing"):
                         action = f"{match[1]} the {name}{match[3] or ''}"
+                        thing = re.match(r"You focus on the ([a-z ]+)", observation)
+                        if thing and "life span" not in name and thing[1] != name:
+                            action += such_as(thing[1].strip())
                         break
-            action = re.sub(r"\w+ (wire|light bulb)\b", part, action)
             if re.search(r"\bIf\b", u):
                 action = re.sub(r"\w+ box$", "the box for the result", action)
             if plan and action.startswith("go to ") and plan[-1].startswith("go to "):

@@ -8,14 +8,9 @@ REPEATED = r"wait1?|pour .+"
 
 # (pattern, replacement), one after the other on the actions of the gold path, one per line
 CLEANED = [
-    # its names of things -> those of the observations
-    (r" in inventory\b", ""),
-    (r"\bbaby baby\b", "baby"),
-    (r"\begg (.+?)(?: egg)?(?= to |$)", r"\1 egg"),
-    (r"^focus on adult (?=.*(?:tree|plant)$)", "focus on "),
+    # its names of things that env.py has not put right
     (r"^(pour .+?)(?: in art studio| in desk)? in(?:to)? ", r"\1 into "),
     (r"\b(cathode|anode) in (.+)", r"\2 \1"),
-    (r" containing .+? and soil\b", ""),
     (r"\bsubstance in metal pot\b", "water"),
     # actions that are not needed
     (r"^open cupboard\npick up metal pot\n(look around\n)pick up recipe\n(read .+\n)look around\n",
@@ -33,7 +28,6 @@ CLEANED = [
     (r"^pick up thermometer\n(?!(?:.+\n)*use thermometer)", ""),
     # looking, where the gold path knows without
     (r"^open (.+)\n", r"open \1\nlook at \1\n"),
-    (r"\A(teleport to outside\n)(?=focus)", r"\1look around\n"),
 ]
 # (pattern in the actions, one per line; why such a trajectory is not worth imitating)
 DETOURS = [
