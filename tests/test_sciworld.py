@@ -78,9 +78,9 @@ def test_the_expert_solves_each_task(experts):
     ("Your task is to turn on the green light bulb with the red wire.",
      ["connect red wire terminal 1 to anode in green light bulb"],
      ["connect red wire terminal to anode in green light bulb"])])
-def test_a_plan_tells_nothing_that_nobody_can_know(u, actions, plan):
-    """Neither which object, box, wire or bulb it will be; but the room where the expert began, and
-    what it saw there of the kind that it found."""
+def test_what_a_plan_tells(u, actions, plan):
+    """Not which box, wire or bulb it will be; but the room where the expert began, and in half of
+    the plans what it saw there of the kind that it found."""
     seen = "This outside location is called the outside. Here you see: a dove egg, a frog egg."
     steps = [[a, "You focus on the frog egg." if a == FOUND else seen] for a in actions]
     assert World.abstract(u, steps) == plan

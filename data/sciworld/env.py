@@ -197,9 +197,9 @@ class ScienceWorld(Environment):
         (waiting, measuring again) is kept once. What nobody knows beforehand has a general name:
         the object that the expert chose is called as in the task, the box that depends on a result
         `the box for the result`; wires and light bulbs that the task does not name lose their
-        colour. As with a model's plans, some are more concrete than others: half of them, by a
-        hash, name what the expert saw of the kind that it chose ("focus on the animal, such as the
-        dove egg or the frog egg")."""
+        colour. Half of the plans to find a thing, by a hash, are more concrete and name what the
+        expert saw of the kind that it chose ("focus on the animal, such as the dove egg or the frog
+        egg"); if it saw one only, that is the one it chose."""
         find = re.search(r"\bfind (?:a\(n\)|the) ([a-z -]+)(?:, then the ([a-z ]+))?", u)
         names = [] if not find else [find[1], *([f"animal with the {find[2]}"] if find[2] else [])]
         vague = set("egg baby adult juvenile in the inventory containing nothing table".split())
