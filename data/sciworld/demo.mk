@@ -1,14 +1,14 @@
-# The demo: three task types, SmolLM2-135M as planner and agent.
+# The demo: three task types, SmolLM2-135M as planner and agent; evidence.mk, smaller.
 M := 4
 N := 1
-ENV_ARGS := --types find-animal find-non-living-thing find-plant --prompts brief \
+ENV_ARGS := --types find-animal find-living-thing find-non-living-thing --prompts brief \
   --observation_chars 400 --workers 2
 SEED_PLANS_ARGS := --limit 90 --plan_share 0.95
 AGENT_SFT_ARGS := --lr 3e-4 --epochs 2 --warmup_ratio 0.05
 SFT_ARGS := --lr 2e-4 --epochs 3 --warmup_ratio 0.05
-SERVE := --max_model_len 2048 --agent_tokens 32 --concurrency 32
-SCORE_ARGS := --limit 42 --plan_temperature 1.0 --plan_tokens 128 $(SERVE)
-DPO_ARGS := --beta 0.1 --lr 2e-5 --warmup_ratio 0.1 --epochs 3
+SERVE := --max_model_len 2048 --agent_tokens 32 --concurrency 48
+SCORE_ARGS := --limit 42 --plan_temperature 1.0 --plan_tokens 160 $(SERVE)
+DPO_ARGS := --beta 0.1 --lr 1e-4 --warmup_ratio 0.1 --epochs 3 --nll 1.0
 EXPLORE_ARGS := $(SERVE)
 ETO_ARGS := --beta 0.1 --lr 5e-5 --warmup_ratio 0.1 --epochs 3
-EVAL_ARGS := --limit 24 --plan_tokens 128 $(SERVE)
+EVAL_ARGS := --limit 24 --plan_tokens 160 $(SERVE)
