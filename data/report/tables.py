@@ -235,13 +235,13 @@ def gains(results: list[dict], differences: list[dict]) -> Table:
          *(text for m in metrics for text in (f"{METRICS[m][0]} (x100)", "p"))],
         note="Mean [95% bootstrap interval over tasks], two-sided p of a paired permutation test."
              + SUCCESS + notes(rows))
-    found = {(r["agent"], r["split"], r["insert"], r["plans"]): r["reward"] for r in results}
-    for *cell, plans in found:
-        sft, mpo, oracle = (found.get((*cell, s)) for s in ("sft", "mpo", "oracle"))
-        if plans == "oracle" and sft and mpo and oracle and oracle["mean"] > sft["mean"]:
-            share = (mpo["mean"] - sft["mean"]) / (oracle["mean"] - sft["mean"])
-            table.note += (f" {short(cell[0], results)}, {cell[1]}: MPO recovers {share:.0%} of "
-                           "the reward between SFT and oracle.")
+    over_sft = {(d["agent"], d["split"], d["plans"]): d["reward"] for d in differences
+                if d["insert"] == "instruction" and d["over"]["plans"] == "sft"}
+    for (agent, split, plans), room in over_sft.items():
+        mpo = over_sft.get((agent, split, "mpo"))
+        if plans == "oracle" and mpo and room["interval"][0] > 0:  # else there is none to recover
+            table.note += (f" {short(agent, results)}, {split}: MPO recovers "
+                           f"{mpo['mean'] / room['mean']:.0%} of the reward from SFT to oracle.")
     for d in differences:
         names = (named(c["plans"]) + f", {c['insert']}" * (c["insert"] != "instruction")
                  for c in (d, d["over"]))
