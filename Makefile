@@ -35,20 +35,15 @@ SCORE_ARGS ?= --plan_temperature 0.7 --agent_temperature 0.7
 DPO_ARGS ?= --beta 0.1 --batch_size 32 --lr 1e-5 --lr_scheduler cosine --warmup_ratio 0.03 --epochs 3
 RFT_ARGS ?= $(SFT_ARGS)
 PLANS ?= none sft mpo
-# agents with training (table 2), as in the line of work that the paper follows; ETO's first round
-# and its next ones; ETO_ARGS is for all rounds
-ROUNDS ?= 3
-AGENT_ARGS ?= --batch_size 48 --lr 2e-5 --lr_scheduler cosine --warmup_ratio 0.03 --epochs 3
-ETO_FIRST ?= --beta 0.1 --lr 1e-6
-ETO_NEXT ?= --beta 0.5 --lr 5e-7
-ETO_ARGS ?= --batch_size 32 --lr_scheduler constant --warmup_ratio 0.1 --epochs 3
+# ROUNDS=2: MPO's plans are scored, DPO goes on from there to mpo2 (pick the round on validation tasks)
+ROUNDS ?= 1
 # the agents of the tables, and the model that compares plans (figure 6)
 AGENTS ?= $(ACTOR)
 JUDGE ?= gpt-4o
 
+LATER := $(patsubst %,mpo%,$(wordlist 2,$(ROUNDS),1 2 3 4 5))
 AGENT_FILE := $(if $(AGENT_SFT_ARGS),$(R)/agent/config.json)
 ACTOR := $(if $(AGENT_FILE),$(R)/agent,$(AGENT))
-AGENT_SFT := $(or $(AGENT_SFT_ARGS),$(AGENT_ARGS))
 COMMON := --env $(ENV) --out $(R) $(ENV_ARGS)
 # splits by file, in a folder TASKS of lists [[type, variation], ...]
 SPLITS := $(if $(TASKS),--tasks train=$(TASKS)/train.json seen=$(TASKS)/dev.json unseen=$(TASKS)/test.json)
@@ -58,14 +53,11 @@ SFT = $(BIN) $(LAUNCH) 02_sft.py --seed $(SEED) $(TRAIN_ARGS)
 DPO = $(BIN) $(LAUNCH) 04_dpo.py --seed $(SEED) $(TRAIN_ARGS)
 SCORE = $(BIN) python 03_sample_score.py $(COMMON) $(SPLITS) --planner $(R)/sft --agent $(ACTOR) \
   --seed $(SEED) $(SCORE_ARGS)
-EXPLORE = $(BIN) python 03_sample_score.py explore $(COMMON) --experts $(R)/trajectories.jsonl \
-  --seed $(SEED) $(EXPLORE_ARGS)
 EVALUATE = $(BIN) python 05_eval.py $(COMMON) $(SPLITS) --agents $(AGENTS) --teacher $(TEACHER) \
   --seed $(SEED) $(EVAL_ARGS)
 
 .PHONY: help setup demo all stages check seed sft score dpo eval report table2 table3 table4 table6 \
-  fig3 fig4 fig5 fig6 agent-sft agent-eto agent-knowagent agent-wkm test test-slow test-all lint \
-  estimate bench-env bench-rollout bench-scale bench-train data
+  fig3 fig4 fig5 fig6 test test-slow test-all lint estimate bench-env bench-rollout bench-scale bench-train data
 .PRECIOUS: $(R)/%.jsonl $(R)/%/config.json $(R)/eval/done $(R)/fig5/%.pairs.jsonl $(R)/fig5/%/config.json
 
 help:
@@ -130,20 +122,27 @@ $(R)/pairs.jsonl: 03_sample_score.py $(R)/sft/config.json $(AGENT_FILE) | .venv/
 $(R)/mpo/config.json: 04_dpo.py $(R)/pairs.jsonl | .venv/ready
 	$(DPO) --model $(R)/sft --data $(R)/pairs.jsonl --out $(R)/mpo $(DPO_ARGS)
 
+# another round of DPO: model $(1) from $(2), by pairs in $(3) that the command $(4) finds with $(2)
+define ROUND
+$(R)/$(3)/pairs.jsonl: 03_sample_score.py $(R)/$(2)/config.json | .venv/ready
+	$(4) $(R)/$(2) --out $(R)/$(3)
+$(R)/$(1)/config.json: 04_dpo.py $(R)/$(3)/pairs.jsonl
+	$(DPO) --model $(R)/$(2) --data $(R)/$(3)/pairs.jsonl --out $(R)/$(1) $(5)
+endef
+before = $(filter-out $(1),$(shell expr $(2) - 1))
+$(foreach n,2 3 4 5,$(eval $(call ROUND,mpo$n,mpo$(call before,1,$n),round$n,\
+  $$(SCORE) --m $$(M) --n $$(N) --planner,$$(DPO_ARGS))))
+
 # rejection sampling (RFT, table 3): SFT on each task's best plan instead of DPO
 $(R)/rft/config.json: 02_sft.py $(R)/pairs.jsonl | .venv/ready
 	$(SFT) --model $(R)/sft --data $(R)/best_plans.jsonl --out $(R)/rft $(RFT_ARGS)
 
 # not results.md, which a report during an evaluation writes as well
-$(R)/eval/done: 05_eval.py $(R)/sft/config.json $(R)/mpo/config.json $(AGENT_FILE) | .venv/ready
-	$(EVALUATE) --plans $(PLANS)
+$(R)/eval/done: 05_eval.py $(patsubst %,$(R)/%/config.json,sft mpo $(LATER)) $(AGENT_FILE) | .venv/ready
+	$(EVALUATE) --plans $(PLANS) $(LATER)
 	touch $@
 
 # ---- the paper's tables and figures: each plays what is missing, then writes all that it can -----
-# tables 2 and 6 list every agent that exists
-EVERY_AGENT = $(AGENT) $(patsubst %/config.json,%,$(filter-out %/agent-knowagent/config.json \
-  %/agent-wkm/config.json,$(wildcard $(R)/agent/config.json $(R)/agent-*/config.json)))
-table2 table6: private AGENTS = $(EVERY_AGENT)
 
 PLAY_table2 = --plans none mpo
 PLAY_table3 = --plans none sft $(if $(filter rules,$(TEACHER)),,gpt) rft mpo
@@ -154,10 +153,7 @@ PLAY_fig4 = $(if $(word 2,$(AGENTS)),--plans none mpo,$(error fig4 compares agen
 table3: $(R)/rft/config.json
 table2 table3 table4 table6 fig3 fig4: $(R)/eval/done
 	$(EVALUATE) $(PLAY_$@)
-	$(if $(filter table2 table6,$@),$(if $(wildcard $(R)/agent-knowagent/config.json),\
-	  $(EVALUATE) --agents $(R)/agent-knowagent --prompts knowagent --plans none))
-	$(if $(filter table2 table6,$@),$(if $(wildcard $(R)/agent-wkm/config.json),\
-	  $(EVALUATE) --agents $(R)/agent-wkm --prompts wkm --plans wkm))
+	$(if $(filter table2 table6,$@),$(PLAY_OTHERS))
 fig6: $(R)/eval/done
 	$(BIN) python 05_eval.py judge --out $(R) --judge $(JUDGE) --plans sft mpo --seed $(SEED) $(JUDGE_ARGS)
 report: | .venv/ready
@@ -177,37 +173,6 @@ $(R)/fig5/%/config.json: 04_dpo.py $(R)/fig5/%.pairs.jsonl
 	if [ $* = m$(M)n$(N) ]; then ln -sfn ../mpo $(@D); exit; fi; \
 	$(DPO) --model $(R)/sft --data $(R)/fig5/$*.pairs.jsonl --out $(@D) $(DPO_ARGS)
 
-# ---- agents with training (table 2) --------------------------------------------------------------
-
-agent-sft: $(R)/agent/config.json
-agent-eto: $(R)/agent-eto$(ROUNDS)/config.json
-agent-knowagent: $(R)/agent-knowagent/config.json
-agent-wkm: $(R)/agent-wkm/config.json $(R)/wkm/config.json
-
-define ETO
-$(R)/eto$(1)/pairs.jsonl: 03_sample_score.py $(R)/agent$(2)/config.json | .venv/ready
-	$(EXPLORE) --out $(R)/eto$(1) --agent $(R)/agent$(2)
-$(R)/agent-eto$(1)/config.json: 04_dpo.py $(R)/eto$(1)/pairs.jsonl
-	$(DPO) --model $(R)/agent$(2) --data $(R)/eto$(1)/pairs.jsonl --out $(R)/agent-eto$(1) \
-	  $(if $(2),$(ETO_NEXT),$(ETO_FIRST)) $(ETO_ARGS)
-endef
-$(foreach n,1 2 3 4 5,$(eval $(call ETO,$(n),$(if $(filter-out 1,$(n)),-eto$(shell expr $(n) - 1)))))
-
-# KnowAgent: the prompt says what each action needs and does; the agent learns from its successes
-$(R)/knowagent/won.jsonl: 03_sample_score.py $(R)/agent/config.json | .venv/ready
-	$(EXPLORE) --prompts knowagent --out $(R)/knowagent --agent $(R)/agent
-$(R)/agent-knowagent/config.json: 02_sft.py $(R)/knowagent/won.jsonl
-	$(SFT) --model $(R)/agent --data $(R)/knowagent/won.jsonl --out $(@D) $(AGENT_SFT)
-
-# WKM: the teacher compares the expert's trajectories with the agent's failures; one model learns to
-# write such task knowledge, the agent learns to act with it in its prompt
-$(R)/wkm-seed/seed_plans.jsonl: 01_seed_plans.py $(R)/eto1/pairs.jsonl | .venv/ready
-	$(SEED_PLANS) --prompts wkm --out $(R)/wkm-seed --explored $(R)/eto1/explore.jsonl --plan_share 1
-$(R)/wkm/config.json: 02_sft.py $(R)/wkm-seed/seed_plans.jsonl
-	$(SFT) --model $(PLANNER) --data $(R)/wkm-seed/seed_plans.jsonl --out $(@D) $(SFT_ARGS)
-$(R)/agent-wkm/config.json: 02_sft.py $(R)/wkm-seed/seed_plans.jsonl
-	$(SFT) --model $(AGENT) --data $(R)/wkm-seed/agent_sft.jsonl --out $(@D) $(AGENT_SFT)
-
 # ---- the demo (the same rules, see DEMO above) and the project itself ----------------------------
 
 demo:
@@ -226,5 +191,4 @@ estimate: | .venv/ready
 	$(BIN) python data/estimate.py --env $(ENV) --gpus $(if $(filter-out 0,$(GPUS)),$(GPUS),8) \
 	  --m $(M) --n $(N) $(ESTIMATE_ARGS)
 
-include data/evidence.mk
--include $(wildcard data/*/rules.mk)
+include data/agents.mk data/evidence.mk $(wildcard data/*/rules.mk)

@@ -8,6 +8,6 @@ TEACHER := rules
 JUDGE := $(MODEL)
 JUDGE_ARGS := --tokens 300 --max_model_len 4096
 TRAIN_ARGS := --batch_size 8 --micro_tokens 2048 --save_steps 20
-ROUNDS := 1
+ETO_ROUNDS := 1
 PLANS := none wrong sft mpo oracle
 include data/$(ENV)/$(if $(filter evidence,$(DEMO)),evidence,demo).mk

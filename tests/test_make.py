@@ -82,7 +82,9 @@ def test_make_demo_trains_the_agent_first(env):
     ("table4", "--insert instruction thought observation"), ("table6", "--plans none mpo"),
     ("fig3", "--plans none sft mpo"), ("fig4", "--agents a b --teacher"),
     ("fig6", "judge --out runs/q --judge gpt-4o"), ("report", "report --out runs/q"),
-    ("agent-eto ROUNDS=2", "--model runs/q/agent-eto1 --data runs/q/eto2/pairs.jsonl"),
+    ("all ROUNDS=3", "--plans none sft mpo mpo2 mpo3"),
+    ("all ROUNDS=2", "--model runs/q/mpo --data runs/q/round2/pairs.jsonl --out runs/q/mpo2"),
+    ("agent-eto ETO_ROUNDS=2", "--model runs/q/agent-eto1 --data runs/q/eto2/pairs.jsonl"),
     ("agent-knowagent", "--prompts knowagent"),
     ("agent-wkm", "--explored runs/q/eto1/explore.jsonl")])
 def test_make_tables_and_agents(target, said):
