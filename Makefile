@@ -8,7 +8,10 @@ MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
 
 ENV ?= sciworld
-RUN ?= $(if $(DEMO),demo-)$(ENV)
+RUN ?= $(if $(DEMO),demo-)$(subst $() $(),+,$(ENV))
+ifneq ($(word 2,$(ENV)),)
+include data/joint.mk
+else
 R := runs/$(RUN)
 PYTHON ?= python3
 BIN := . .venv/bin/activate &&
@@ -192,3 +195,4 @@ estimate: | .venv/ready
 	  --m $(M) --n $(N) $(ESTIMATE_ARGS)
 
 include data/agents.mk data/evidence.mk $(wildcard data/*/rules.mk)
+endif

@@ -118,6 +118,17 @@ def test_make_evidence_holds_no_stage_back():
     assert int(seen) == int(evaluation["skip"]) >= int(scoring["limit"])
 
 
+def test_make_all_trains_one_planner_for_two_environments():
+    commands = make("-n", "all", "ENV=sciworld alfworld", "RUN=q")
+    of = "runs/q/sciworld/{0} runs/q/alfworld/{0}".format
+    wanted = ["RUN=q/$env seed", f"cat {of('seed_plans.jsonl')} > runs/q/seed_plans.jsonl",
+              "RUN=q AGENT_SFT_ARGS= sft", "ln -sfn ../sft runs/q/$env/sft", "RUN=q/$env score",
+              f"cat {of('pairs.jsonl')} > runs/q/pairs.jsonl", "RUN=q AGENT_SFT_ARGS= dpo",
+              "ln -sfn ../mpo runs/q/$env/mpo", "RUN=q/$env eval", "05_eval.py report --out"]
+    places = [commands.index(command) for command in wanted]
+    assert places == sorted(places)
+
+
 def test_make_help():
     assert make() == make("help")
     assert all(word in make() for word in ("make demo", "make test", "make all", "PLANNER"))
