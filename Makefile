@@ -60,7 +60,8 @@ EVALUATE = $(BIN) python 05_eval.py $(COMMON) $(SPLITS) --agents $(AGENTS) --tea
   --seed $(SEED) $(EVAL_ARGS)
 
 .PHONY: help setup demo all stages check seed sft score dpo eval report table2 table3 table4 table6 \
-  fig3 fig4 fig5 fig6 test test-slow test-all lint estimate bench-env bench-rollout bench-scale bench-train data
+  fig3 fig4 fig5 fig6 test test-slow test-all lint estimate bench-env bench-rollout bench-scale \
+  bench-train data
 .PRECIOUS: $(R)/%.jsonl $(R)/%/config.json $(R)/eval/done $(R)/fig5/%.pairs.jsonl $(R)/fig5/%/config.json
 
 help:
@@ -146,7 +147,6 @@ $(R)/eval/done: 05_eval.py $(patsubst %,$(R)/%/config.json,sft mpo $(LATER)) $(A
 	touch $@
 
 # ---- the paper's tables and figures: each plays what is missing, then writes all that it can -----
-
 PLAY_table2 = --plans none mpo
 PLAY_table3 = --plans none sft $(if $(filter rules,$(TEACHER)),,gpt) rft mpo
 PLAY_table4 = --plans none mpo --insert instruction thought observation

@@ -1,6 +1,7 @@
 # `make all ENV="a b"`: one planner for several environments (the paper's second limitation). Each has
 # its own settings, seed plans, agent, rollouts and evaluation in runs/$(RUN)/NAME; the planner, with
-# the settings of the first, learns from the seed plans and the pairs of all.
+# the settings of the first, learns from the seed plans and the pairs of all. The tables of all are in the
+# first one's folder pooled/.
 EACH = for env in $(ENV); do $(MAKE) ENV=$$env RUN=$(RUN)/$$env
 PLANNER_OF_ALL = $(MAKE) ENV=$(firstword $(ENV)) RUN=$(RUN) AGENT_SFT_ARGS=
 PARTS = $(ENV:%=runs/$(RUN)/%/$(1))
