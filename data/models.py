@@ -112,6 +112,7 @@ class Model:
                         except malformed:  # which the client does not retry
                             if not left:
                                 raise
+                            await asyncio.sleep(min(8, 0.5 * 2 ** (self.retries - left)))
             except (TimeoutError, openai.OpenAIError, *malformed) as e:
                 others = self.alive - {server}
                 if others and isinstance(e, TimeoutError | openai.APIConnectionError):

@@ -1,7 +1,6 @@
 """Models behind servers: errors, retries, several servers, rate limits."""
 
 import asyncio
-import random
 import threading
 import time
 
@@ -57,8 +56,9 @@ def test_a_limit_of_the_rate_is_waited_for(chat_server, monkeypatch):
     assert models.Model("gpt-4o", concurrency=7).concurrency == 7
 
 
-def test_rollouts_survive_an_outage(chat_server, monkeypatch):
-    """For a second, the server answers 503 or nonsense."""
+@pytest.mark.parametrize("answer", [(503, "down"), (200, "<html>")])
+def test_rollouts_survive_an_outage(chat_server, monkeypatch, answer):
+    """For a second, the server answers 503, or nonsense."""
     monkeypatch.setenv("MPO_MAX_RETRIES", "8")
     down = []
 
@@ -67,7 +67,7 @@ def test_rollouts_survive_an_outage(chat_server, monkeypatch):
         if len(server.requests) > 6 and not down:
             down.append(time.time())
         if down and time.time() < down[0] + 1:
-            return random.choice([(503, "down"), (200, "<html>")])
+            return answer
         return gold(messages)
 
     server = chat_server(reply)
