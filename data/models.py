@@ -31,10 +31,11 @@ class Reply(NamedTuple):
 class Model:
     """A chat model behind one or more OpenAI-compatible servers (`url`: addresses separated by
     commas; None: OpenAI or `OPENAI_BASE_URL`, with the key in `OPENAI_API_KEY`). The client retries
-    429, 5xx, lost connections and timeouts with growing pauses; then `InputError` is raised. A 429
-    that says how long to wait is waited for and is no try. A server that cannot be reached is left
-    out from then on, as long as there are others. `concurrency`: requests in flight; None: 32 for
-    an API, which has rate limits, else 64 a server and at least 256."""
+    429, 5xx, lost connections, timeouts and answers without a completion with growing pauses; then
+    `InputError` is raised. A 429 that says how long to wait is waited for and is no try. A server
+    that cannot be reached is left out from then on, as long as there are others. `concurrency`:
+    requests in flight; None: 32 for an API, which has rate limits, else 64 a server and at least
+    256."""
 
     TOO_LONG = re.compile(r"context.{0,20}length|maximum.{0,40}tokens|too (long|many tokens)",
                           re.I)
