@@ -24,6 +24,13 @@ lets a trained agent try the train tasks without a plan, and pairs its failures 
 trajectories (ETO, Song et al. 2024; paper table 2). Files in --out: explore.jsonl (as
 rollouts.jsonl), pairs.jsonl for 04_dpo.py, and won.jsonl, the successful conversations, for
 02_sft.py (the self-training of KnowAgent, Zhu et al. 2024).
+
+    python 03_sample_score.py filter --agents MODEL MODEL --seed_plans runs/NAME/seed_plans.jsonl \\
+        --out runs/NAME
+
+leaves out the seed plans with which one of the agents does worse than without a plan (the consensus
+filter of EAGLET, arXiv 2510.05608). Files in --out: filtered_plans.jsonl for 02_sft.py, and
+filter.jsonl (as rollouts.jsonl), where an agent's episodes without a plan serve all later plans.
 """
 
 import asyncio
@@ -32,6 +39,7 @@ import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import List, Optional
 
 from tqdm import tqdm
@@ -43,14 +51,11 @@ models = common.load_module(common.DATA / "models.py")
 
 
 @dataclass
-class AgentArgs:
-    """What scoring and exploring have in common."""
+class EpisodeArgs:
+    """What scoring, exploring and filtering have in common."""
 
     env: str = arg("sciworld", "environment: a folder of data/, or a path")
     out: str = arg("runs/sciworld", "run folder")
-    agent: str = arg("meta-llama/Llama-3.1-8B-Instruct", "the agent that acts (paper 3.2): a local "
-                     "model, or one of an OpenAI-compatible API")
-    agent_url: Optional[str] = arg(None, "OpenAI-compatible servers of the agent, with commas")
     agent_temperature: float = arg(0.7, "temperature of the agent (paper: 0.7)")
     agent_tokens: int = arg(512, "token limit of an agent's reply")
     prompts: Optional[str] = arg(None, "prompt folder: one of the environment's, or a path "
@@ -68,6 +73,13 @@ class AgentArgs:
     max_model_len: int = arg(32768, "context of a served model, tokens, at most its own")
     ray: bool = arg(False, "environment workers on a Ray cluster (RAY_ADDRESS)")
     seed: int = arg(0, "random seed of plans and rollouts")
+
+
+@dataclass
+class AgentArgs(EpisodeArgs):
+    agent: str = arg("meta-llama/Llama-3.1-8B-Instruct", "the agent that acts (paper 3.2): a local "
+                     "model, or one of an OpenAI-compatible API")
+    agent_url: Optional[str] = arg(None, "OpenAI-compatible servers of the agent, with commas")
 
 
 @dataclass
@@ -94,6 +106,15 @@ class ExploreArgs(AgentArgs):
     agent: str = arg("runs/sciworld/agent", "the agent that explores, and will be trained")
     experts: str = arg("runs/sciworld/trajectories.jsonl", "the expert's trajectories of the tasks")
     n: int = arg(1, "rollouts per task (ETO: 1)")
+
+
+@dataclass
+class FilterArgs(EpisodeArgs):
+    agents: List[str] = arg([AgentArgs.agent], "the agents: local models, models of an API, or "
+                            "URLs of servers")
+    agent_temperature: float = arg(0.0, "temperature of the agents")
+    seed_plans: str = arg("runs/sciworld/seed_plans.jsonl", "the plans, of 01_seed_plans.py")
+    n: int = arg(1, "rollouts of each agent with a plan, and without")
 
 
 async def sample_plans(a: Args, tasks: list[str], prompts, pool) -> list[dict]:
@@ -130,7 +151,7 @@ async def sample_plans(a: Args, tasks: list[str], prompts, pool) -> list[dict]:
     return plans
 
 
-async def play(a: Args | ExploreArgs, keys: list[tuple], prompts, pool, path: Path,
+async def play(a: AgentArgs | SimpleNamespace, keys: list[tuple], prompts, pool, path: Path,
                choose=None) -> dict[tuple, list[dict]]:
     """{(task, plan): its N rollouts} (equation 5). With `choose`, rounds of one more rollout for
     each plan in choose({plan: its rewards so far}, N) of a task, until it returns no plan. Jobs of
@@ -383,6 +404,44 @@ def explore(a: ExploreArgs) -> None:
     common.write_rows(Path(a.out) / "pairs.jsonl", pairs)
 
 
+# ---- filter of seed plans (EAGLET) ---------------------------------------------------------------
+
+
+def filter_seed_plans(a: FilterArgs) -> None:
+    """Write the seed plans p with Q(p) >= Q(no plan) on their own task for every agent. A plan
+    whose rollouts failed is kept. Raises `InputError` if no plan is left."""
+    prompts = common.Prompts(a.env, a.prompts, a.examples)
+    rows = common.read_rows(a.seed_plans, ("task", "plan", "messages"))
+    rows = [r for r in rows if not a.types or common.task_type(r["task"]) in a.types][: a.limit]
+    agents = [models.name_and_url(agent) for agent in a.agents]
+    for name, url in agents:
+        models.check_model(name, url)
+    common.check_data(a.env, a.out)
+
+    async def stage():
+        keys = list(dict.fromkeys((r["task"], p) for r in rows for p in (None, r["plan"])))
+        async with common.EnvPool(a.env, a.workers, a.concurrency, a.ray) as pool:
+            return {name: await play(SimpleNamespace(**vars(a), agent=name, agent_url=url), keys,
+                                     prompts, pool, Path(a.out) / "filter.jsonl")
+                    for name, url in agents}
+
+    kept = rows
+    for agent, scored in asyncio.run(stage()).items():
+        q = {key: quality(rollouts, a.n) for key, rollouts in scored.items()}
+        gain = {key: q[key] - q[key[0], None] for key in q
+                if key[1] and None not in (q[key], q[key[0], None])}
+        kept = [r for r in kept if gain.get((r["task"], r["plan"]), 0) >= 0]
+        print(f"{agent}: plans add {mean(gain.values()):+.3f} to the reward; "
+              f"{sum(x < 0 for x in gain.values())} of {len(gain)} do worse than no plan")
+    print(f"seed plans: {len(kept)} of {len(rows)} kept")
+    if not kept:
+        raise InputError(f"{a.seed_plans}: no plan is left: check --types, and that agents that "
+                         "were trained know plans (01_seed_plans.py --plan_share)")
+    common.write_rows(Path(a.out) / "filtered_plans.jsonl", kept)
+
+
+COMMANDS = {"explore": (explore, ExploreArgs), "filter": (filter_seed_plans, FilterArgs)}
+
 if __name__ == "__main__":
-    exploring = sys.argv[1:2] == ["explore"] and sys.argv.pop(1)
-    common.run_stage(*((explore, ExploreArgs) if exploring else (main, Args)))
+    named = len(sys.argv) > 1 and sys.argv[1] in COMMANDS
+    common.run_stage(*(COMMANDS[sys.argv.pop(1)] if named else (main, Args)))

@@ -224,12 +224,6 @@ async def greedy_plans(a: Args, tasks: list[str], pool) -> dict[str, str | None]
 # ---- episodes ------------------------------------------------------------------------------------
 
 
-def name_and_url(agent: str) -> tuple[str, str | None]:
-    """(name, url) of an --agents entry: a server is asked which model it serves."""
-    is_url = agent.startswith(("http://", "https://"))
-    return (models.identify("", agent), agent) if is_url else (agent, None)
-
-
 def cells_of(a: Args, plans_ids: dict[str, str | None], splits: dict[str, list[str]]) -> list[dict]:
     """The cells of this run: every agent with every plan setting, insertion and split; without a
     plan there is nothing to insert. `agent_id` identifies all that makes an agent's episodes,
@@ -238,7 +232,7 @@ def cells_of(a: Args, plans_ids: dict[str, str | None], splits: dict[str, list[s
     files = [s for s in a.plans if s.endswith(".jsonl")]
     names = {s: Path(s).name for s in files}
     for agent in a.agents:
-        name, url = name_and_url(agent)
+        name, url = models.name_and_url(agent)
         agent_id = common.digest(
             models.identify(name, url), prompts.agent_text, prompts.examples, a.agent_temperature,
             a.agent_tokens, common.STOP, a.observation_chars, a.max_steps, a.max_model_len,
@@ -268,7 +262,7 @@ async def play_missing(a: Args, cells: list[dict], pool) -> None:
                 jobs[key] = {"task": task, "plan": key[3], "rollout": 0, "agent": cell["agent"],
                              "insert": cell["insert"], "agent_id": cell["agent_id"]}
     for agent in a.agents:
-        name, url = name_and_url(agent)
+        name, url = models.name_and_url(agent)
         own = [job for job in jobs.values() if job["agent"] == name]
         if not own:
             continue
@@ -465,7 +459,7 @@ def judge(a: JudgeArgs) -> None:
     folder = Path(a.out) / "eval"
     rows = common.read_rows(folder / "plans.jsonl", ("task", "instruction"))
     u = {r["task"]: r["instruction"] for r in rows}
-    name, url = name_and_url(a.judge)
+    name, url = models.name_and_url(a.judge)
     models.check_model(name, url)
     prompt = (common.DATA / "report" / "judge.txt").read_text().strip()
     path, judge_id = folder / "judgements.jsonl", common.digest(
@@ -523,7 +517,7 @@ def write_plan(a: PlanArgs) -> None:
     """Print the plan for one task in words."""
     if not a.text:
         raise InputError('name the task: python 05_eval.py plan --planner MODEL "Your task is ..."')
-    prompts, (name, url) = common.Prompts(a.env, a.prompts), name_and_url(a.planner)
+    prompts, (name, url) = common.Prompts(a.env, a.prompts), models.name_and_url(a.planner)
     models.check_model(name, url)
 
     async def ask() -> str:

@@ -32,6 +32,8 @@ SEED ?= 0
 LAUNCH ?= $(if $(filter-out 0 1,$(GPUS)),accelerate launch --num_processes $(GPUS),python)
 # more arguments: ENV_ARGS of all stages that use the environment, TRAIN_ARGS of both training stages,
 # SEED_PLANS_ARGS, EXPLORE_ARGS, EVAL_ARGS, JUDGE_ARGS; AGENT_SFT_ARGS: train AGENT itself with these
+# FILTER="A B": SFT on the seed plans with which none of these agents does worse than without a plan
+FILTER_ARGS ?= $(EXPLORE_ARGS)
 TRAIN_ARGS ?= --gradient_checkpointing true
 SFT_ARGS ?= --batch_size 32 --lr 1e-5 --lr_scheduler cosine --epochs 3
 SCORE_ARGS ?= --plan_temperature 0.7 --agent_temperature 0.7
@@ -47,6 +49,7 @@ JUDGE ?= gpt-4o
 LATER := $(patsubst %,mpo%,$(wordlist 2,$(ROUNDS),1 2 3 4 5))
 AGENT_FILE := $(if $(AGENT_SFT_ARGS),$(R)/agent/config.json)
 ACTOR := $(if $(AGENT_FILE),$(R)/agent,$(AGENT))
+SFT_PLANS := $(R)/$(if $(FILTER),filtered,seed)_plans.jsonl
 COMMON := --env $(ENV) --out $(R) $(ENV_ARGS)
 # splits by file, in a folder TASKS of lists [[type, variation], ...]
 SPLITS := $(if $(TASKS),--tasks train=$(TASKS)/train.json seen=$(TASKS)/dev.json unseen=$(TASKS)/test.json)
@@ -97,7 +100,7 @@ all stages eval: $(R)/eval/done
 LEFT = $(MAKE) -n $(or $(WHAT),$(R)/eval/done)
 check: $(MODEL_FILES) | .venv/ready
 	@$(BIN) $(LEFT) | python data/check.py
-seed: $(R)/seed_plans.jsonl
+seed: $(SFT_PLANS)
 sft: $(R)/sft/config.json
 score: $(R)/pairs.jsonl
 dpo: $(R)/mpo/config.json
@@ -117,8 +120,12 @@ $(R)/agent/config.json: 02_sft.py $(if $(filter rules,$(TEACHER)),,$(R)/thoughts
   $(R)/agent_sft.jsonl $(MODEL_FILES) | .venv/ready
 	$(SFT) --model $(AGENT) --data $(R)/agent_sft.jsonl --out $(R)/agent $(AGENT_SFT)
 
-$(R)/sft/config.json: 02_sft.py $(R)/seed_plans.jsonl $(MODEL_FILES) | .venv/ready
-	$(SFT) --model $(PLANNER) --data $(R)/seed_plans.jsonl --out $(R)/sft $(SFT_ARGS)
+$(R)/filtered_plans.jsonl: 03_sample_score.py $(R)/seed_plans.jsonl $(AGENT_FILE) | .venv/ready
+	$(BIN) python 03_sample_score.py filter $(COMMON) --agents $(FILTER) --seed $(SEED) \
+	  --seed_plans $(R)/seed_plans.jsonl $(FILTER_ARGS)
+
+$(R)/sft/config.json: 02_sft.py $(SFT_PLANS) $(MODEL_FILES) | .venv/ready
+	$(SFT) --model $(PLANNER) --data $(SFT_PLANS) --out $(R)/sft $(SFT_ARGS)
 
 $(R)/pairs.jsonl: 03_sample_score.py $(R)/sft/config.json $(AGENT_FILE) | .venv/ready
 	$(SCORE) --m $(M) --n $(N)

@@ -37,5 +37,12 @@ $(R)/agent-wkm/config.json: 02_sft.py $(R)/wkm-seed/seed_plans.jsonl
 OWN_PROMPTS = $(wildcard $(patsubst %,$(R)/agent-%/config.json,knowagent wkm))
 table2 table6: private AGENTS = $(AGENT) $(patsubst %/config.json,%,$(filter-out $(OWN_PROMPTS),\
   $(wildcard $(R)/agent/config.json $(R)/agent-*/config.json)))
-PLAY_OTHERS = $(foreach a,$(OWN_PROMPTS:$(R)/agent-%/config.json=%),$(EVALUATE) --prompts $a \
-  --agents $(R)/agent-$a --plans $(if $(filter wkm,$a),wkm,none);)
+# a recipe line for each, as make check reads one command a line
+define PLAY_OTHERS
+$(foreach a,$(OWN_PROMPTS:$(R)/agent-%/config.json=%),$(EVALUATE) --prompts $a --agents \
+  $(R)/agent-$a --plans $(if $(filter wkm,$a),wkm,none)$(NEWLINE))
+endef
+define NEWLINE
+
+
+endef

@@ -67,10 +67,12 @@ def read_commands(text: str, commands: list) -> str:
 def models_asked(c) -> list[tuple[str, str | None]]:
     """(name, address of a running server) of each model that a command asks."""
     a = c.a
-    if hasattr(a, "agents"):
+    if hasattr(a, "plans_only"):
         planners = [c.module.planner_of(a, setting) for setting in c.module.split_commas(a.plans)]
         agents = [] if a.plans_only else c.module.split_commas(a.agents)
         found = [(name, None) for name in planners + agents if name]
+    elif hasattr(a, "agents"):
+        found = [(name, None) for name in a.agents]
     else:
         found = [(getattr(a, role), getattr(a, f"{role}_url", None))
                  for role in ("teacher", "planner", "agent", "judge") if hasattr(a, role)]

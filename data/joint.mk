@@ -3,10 +3,10 @@
 # the settings of the first, learns from the seed plans and the pairs of all. The tables of all are in the
 # first one's folder pooled/.
 EACH = for env in $(ENV); do $(MAKE) ENV=$$env RUN=$(RUN)/$$env
-PLANNER_OF_ALL = $(MAKE) ENV=$(firstword $(ENV)) RUN=$(RUN) AGENT_SFT_ARGS=
+PLANNER_OF_ALL = $(MAKE) ENV=$(firstword $(ENV)) FILTER= RUN=$(RUN) AGENT_SFT_ARGS=
 PARTS = $(ENV:%=runs/$(RUN)/%/$(1))
 # the rows of all, as old as the newest of their files
-JOIN = cat $(PARTS) > runs/$(RUN)/$(1) && touch -r $$(ls -t $(PARTS) | head -1) runs/$(RUN)/$(1)
+JOIN = cat $(PARTS) > runs/$(RUN)/$(2) && touch -r $$(ls -t $(PARTS) | head -1) runs/$(RUN)/$(2)
 SHARE = for env in $(ENV); do ln -sfn ../$(1) runs/$(RUN)/$$env/$(1); done
 
 .PHONY: all stages demo check seed sft score dpo eval
@@ -17,13 +17,13 @@ check:
 	$(EACH) check; done
 seed: | check
 	$(EACH) seed; done
-	$(call JOIN,seed_plans.jsonl)
+	$(call JOIN,$(if $(FILTER),filtered,seed)_plans.jsonl,seed_plans.jsonl)
 sft: seed
 	$(PLANNER_OF_ALL) sft
 	$(call SHARE,sft)
 score: sft
 	$(EACH) score; done
-	$(call JOIN,pairs.jsonl)
+	$(call JOIN,pairs.jsonl,pairs.jsonl)
 dpo: score
 	$(PLANNER_OF_ALL) dpo
 	$(call SHARE,mpo)

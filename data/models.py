@@ -191,6 +191,12 @@ def identify(name: str, url: str | None = None) -> str:
     return name if name in names or not names else names[0]
 
 
+def name_and_url(agent: str) -> tuple[str, str | None]:
+    """(name, url) of an entry of --agents: a server is asked which model it serves."""
+    is_url = agent.startswith(("http://", "https://"))
+    return (identify("", agent), agent) if is_url else (agent, None)
+
+
 def is_local(name: str) -> bool:
     """Whether a model is a directory or a Hugging Face name `owner/model`; `api:` marks the name of
     an API's model that has a slash."""

@@ -143,6 +143,46 @@ def test_explore(seeded, tmp_path, tokenizer, chat_server, capsys):
         score.explore(score.ExploreArgs(**{**vars(a), "out": str(tmp_path / "eto2")}))
 
 
+def test_filter_of_seed_plans(seeded, tmp_path, chat_server, capsys, monkeypatch):
+    """Dropped: the plan of task 0, which harms agent a, and that of task 1, which harms agent b.
+    Kept: a plan that makes no difference. Nothing is played twice, and an agent's episodes without
+    a plan serve other plans."""
+    gold = {r["instruction"]: r for r in read_rows(seeded / "trajectories.jsonl")}
+    tasks = [r["task"] for r in gold.values()]
+
+    def reply(messages, body):
+        e = gold[max(gold, key=messages[0]["content"].rfind)]
+        harmed = e["task"] == tasks["ab".index(body["model"])]
+        if harmed and "meta plan" in messages[0]["content"]:
+            return "Action: touch the trap"
+        return f"Action: {e['steps'][len(messages) // 2][0]}"
+
+    server = chat_server(reply)
+    monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    a = {"env": CORRIDOR, "workers": 1, "agents": ["a", "b"], "out": str(tmp_path),
+         "seed_plans": str(seeded / "seed_plans.jsonl")}
+    score.filter_seed_plans(score.FilterArgs(**a))
+    printed = capsys.readouterr().out
+    assert all(re.search(rf"^{agent}: plans add -0\.\d+ .*; 1 of 3 do worse", printed, re.M)
+               for agent in "ab") and "1 of 3 kept" in printed
+    rows = read_rows(seeded / "seed_plans.jsonl")
+    [kept] = read_rows(tmp_path / "filtered_plans.jsonl")
+    assert kept in rows and kept["task"] == tasks[2]
+    assert {b["temperature"] for b in server.requests} == {0.0}
+
+    server.requests.clear()
+    other = [r | {"plan": "Step 1: walk on"} for r in rows]
+    a["seed_plans"] = str(write_jsonl(tmp_path / "other.jsonl", other))
+    score.filter_seed_plans(score.FilterArgs(**a))
+    assert all("meta plan" in b["messages"][0]["content"] for b in server.requests)
+    server.requests.clear()
+    score.filter_seed_plans(score.FilterArgs(**a))
+    assert not server.requests
+    with pytest.raises(InputError, match="no plan is left"):
+        score.filter_seed_plans(score.FilterArgs(**a, limit=1))
+
+
 @pytest.mark.parametrize("env", sorted(p.parent.name for p in common.DATA.glob("*/knowagent")))
 def test_knowagents_prompt(env):
     """The agent's own prompt and example, and for every action what it needs and leads to."""

@@ -104,6 +104,12 @@ def test_settings(line, message):
         check.read_commands(f"python {line}", [])
 
 
+def test_the_agents_of_a_filter_are_checked():
+    c = check.read_command("python ", "03_sample_score.py",
+                           f" filter --env {CORRIDOR} --agents owner/a http://gpu:8000/v1")
+    assert check.models_asked(c) == [("owner/a", None), (*["http://gpu:8000/v1"] * 2,)]
+
+
 def test_an_environment_that_cannot_play():
     a = stage("05_eval").Args(env=CORRIDOR, tasks=["missing.json"])
     with pytest.raises(InputError, match="missing.json"):

@@ -1,5 +1,6 @@
 """The Makefile's commands and the scripts' command lines."""
 
+import os
 import re
 import subprocess
 import time
@@ -84,12 +85,27 @@ def test_make_demo_trains_the_agent_first(env):
     ("fig6", "judge --out runs/q --judge gpt-4o"), ("report", "report --out runs/q"),
     ("all ROUNDS=3", "--plans none sft mpo mpo2 mpo3"),
     ("all ROUNDS=2", "--model runs/q/mpo --data runs/q/round2/pairs.jsonl --out runs/q/mpo2"),
+    ("all FILTER=a", "filter --env sciworld --out runs/q  --agents a --seed 0"),
+    ("all FILTER=a", "--data runs/q/filtered_plans.jsonl --out runs/q/sft"),
     ("agent-eto ETO_ROUNDS=2", "--model runs/q/agent-eto1 --data runs/q/eto2/pairs.jsonl"),
     ("agent-knowagent", "--prompts knowagent"),
     ("agent-wkm", "--explored runs/q/eto1/explore.jsonl")])
 def test_make_tables_and_agents(target, said):
     agents = ["AGENTS=a b"] if target == "fig4" else []
     assert said in make("-n", *target.split(), "RUN=q", *agents)
+
+
+def test_make_table2_plays_agents_with_their_own_prompts(tmp_path):
+    """One command a line, which is how make check reads them."""
+    for name in ("knowagent", "wkm"):
+        (tmp_path / f"agent-{name}").mkdir()
+        (tmp_path / f"agent-{name}" / "config.json").touch()
+    run = os.path.relpath(tmp_path, ROOT / "runs")
+    lines = make("-n", "table2", f"RUN={run}").splitlines()
+    assert [re.findall(r"05_eval.py .*--prompts (\w+) --agents (\S+) +--plans (\S+)$", line.strip())
+            for line in lines if "--prompts" in line] == [
+        [(name, f"runs/{run}/agent-{name}", plans)]
+        for name, plans in (("knowagent", "none"), ("wkm", "wkm"))]
 
 
 def test_make_fig5_trains_a_planner_for_every_smaller_m_and_n():
