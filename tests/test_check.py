@@ -107,7 +107,8 @@ def test_settings(line, message):
 def test_the_agents_of_a_filter_are_checked():
     c = check.read_command("python ", "03_sample_score.py",
                            f" filter --env {CORRIDOR} --agents owner/a http://gpu:8000/v1")
-    assert check.models_asked(c) == [("owner/a", None), (*["http://gpu:8000/v1"] * 2,)]
+    url = "http://gpu:8000/v1"
+    assert check.models_asked(c) == [("owner/a", None), (url, url)]
 
 
 def test_an_environment_that_cannot_play():
