@@ -1,6 +1,5 @@
 """The Makefile's commands and the scripts' command lines."""
 
-import os
 import re
 import subprocess
 import time
@@ -100,11 +99,10 @@ def test_make_table2_plays_agents_with_their_own_prompts(tmp_path):
     for name in ("knowagent", "wkm"):
         (tmp_path / f"agent-{name}").mkdir()
         (tmp_path / f"agent-{name}" / "config.json").touch()
-    run = os.path.relpath(tmp_path, ROOT / "runs")
-    lines = make("-n", "table2", f"RUN={run}").splitlines()
+    lines = make("-n", "table2", f"R={tmp_path}").splitlines()
     assert [re.findall(r"05_eval.py .*--prompts (\w+) --agents (\S+) +--plans (\S+)$", line.strip())
             for line in lines if "--prompts" in line] == [
-        [(name, f"runs/{run}/agent-{name}", plans)]
+        [(name, f"{tmp_path}/agent-{name}", plans)]
         for name, plans in (("knowagent", "none"), ("wkm", "wkm"))]
 
 
