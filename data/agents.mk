@@ -38,11 +38,9 @@ OWN_PROMPTS = $(wildcard $(patsubst %,$(R)/agent-%/config.json,knowagent wkm))
 table2 table6: private AGENTS = $(AGENT) $(patsubst %/config.json,%,$(filter-out $(OWN_PROMPTS),\
   $(wildcard $(R)/agent/config.json $(R)/agent-*/config.json)))
 # a recipe line for each, as make check reads one command a line
-define PLAY_OTHERS
-$(foreach a,$(OWN_PROMPTS:$(R)/agent-%/config.json=%),$(EVALUATE) --prompts $a --agents \
-  $(R)/agent-$a --plans $(if $(filter wkm,$a),wkm,none)$(NEWLINE))
-endef
 define NEWLINE
 
 
 endef
+PLAY_OTHERS = $(foreach a,$(OWN_PROMPTS:$(R)/agent-%/config.json=%),$(EVALUATE) --prompts $a \
+  --agents $(R)/agent-$a --plans $(if $(filter wkm,$a),wkm,none)$(NEWLINE))
