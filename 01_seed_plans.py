@@ -42,28 +42,47 @@ models = common.load_module(common.DATA / "models.py")
 class Args:
     env: str = arg("sciworld", "environment: a folder of data/, or a path")
     out: str = arg("runs/sciworld", "run folder")
-    teacher: str = arg("gpt-4o", "the model that turns trajectories into plans (paper: gpt-4o): "
-                       "a model of an OpenAI-compatible API, a local model, or `rules`, no model")
+    teacher: str = arg(
+        "gpt-4o",
+        "the model that turns trajectories into plans (paper: gpt-4o): "
+        "a model of an OpenAI-compatible API, a local model, or `rules`, no model",
+    )
     teacher_url: Optional[str] = arg(None, "OpenAI-compatible server of the teacher")
-    prompts: Optional[str] = arg(None, "prompt folder: one of the environment's, or a path "
-                                 "(default: the environment's own)")
-    tasks: List[str] = arg([], "JSON file of tasks, [[type, variation], ...], or train=FILE "
-                           "(default: the train split)")
+    prompts: Optional[str] = arg(
+        None, "prompt folder: one of the environment's, or a path (default: the environment's own)"
+    )
+    tasks: List[str] = arg(
+        [], "JSON file of tasks, [[type, variation], ...], or train=FILE (default: the train split)"
+    )
     types: Optional[List[str]] = arg(None, "only tasks of these types")
     limit: Optional[int] = arg(None, "only the first N tasks")
-    temperatures: List[float] = arg([0.0, 0.7, 1.0], "a plan that fails quality control is asked "
-                                    "for again at the next of these temperatures")
+    temperatures: List[float] = arg(
+        [0.0, 0.7, 1.0],
+        "a plan that fails quality control is asked for again at the next of these temperatures",
+    )
     max_tokens: int = arg(512, "token limit of a teacher's reply")
     max_plan_steps: int = arg(20, "step limit of a plan")
-    thoughts: bool = arg(False, "agent_sft.jsonl has a thought before each action, by the teacher: "
-                         "one more call a trajectory")
-    explored: Optional[str] = arg(None, "explore.jsonl of an agent: with --prompts wkm the teacher "
-                                  "writes task knowledge from the expert's and the agent's "
-                                  "trajectories, not plans (WKM, Qiao et al. 2024)")
-    plan_share: float = arg(0.0, "share of agent_sft.jsonl rows with the seed plan in the prompt "
-                            "(paper: agents are trained without)")
-    examples: Optional[str] = arg(None, "type: a one-shot example of each task's type, also where "
-                                  "the environment has one for all (paper)")
+    thoughts: bool = arg(
+        False,
+        "agent_sft.jsonl has a thought before each action, by the teacher: "
+        "one more call a trajectory",
+    )
+    explored: Optional[str] = arg(
+        None,
+        "explore.jsonl of an agent: with --prompts wkm the teacher "
+        "writes task knowledge from the expert's and the agent's "
+        "trajectories, not plans (WKM, Qiao et al. 2024)",
+    )
+    plan_share: float = arg(
+        0.0,
+        "share of agent_sft.jsonl rows with the seed plan in the prompt "
+        "(paper: agents are trained without)",
+    )
+    examples: Optional[str] = arg(
+        None,
+        "type: a one-shot example of each task's type, also where "
+        "the environment has one for all (paper)",
+    )
     observation_chars: int = arg(0, "cut observations in agent_sft.jsonl to this length, 0: never")
     workers: int = arg(2, "environment worker processes")
     concurrency: int = arg(32, "teacher requests in flight")
@@ -84,8 +103,9 @@ async def expert_trajectories(a: Args) -> list[dict]:
         async with common.EnvPool(a.env, a.workers) as pool:
             tasks = await common.list_tasks(pool, a.env, "train", a.tasks, a.types, a.limit)
             todo = [t for t in tasks if (t,) not in done]
-            with tqdm(total=len(tasks), initial=len(tasks) - len(todo),
-                      desc="expert trajectories") as bar:
+            with tqdm(
+                total=len(tasks), initial=len(tasks) - len(todo), desc="expert trajectories"
+            ) as bar:
 
                 def keep(task, e):
                     e = e or {"instruction": "", "steps": [], "reward": 0.0}
@@ -109,14 +129,29 @@ async def expert_trajectories(a: Args) -> list[dict]:
 # a name with an instance number, `cabinet 4`; not a quantity, `wait 10 steps`, `above 50 degrees`
 INSTANCE = re.compile(
     r"\b(?!(?:steps?|for|wait|above|below|least|most|than|about|of|to|at|and|or|the)\b)"
-    r"[a-z]+ \(?\d+\b(?!\.?\d*\s*(?:degrees|steps|times|°))", re.I)
-SYNONYMS = [set(words.split()) for words in (
-    "go navigate walk head travel return proceed visit enter", "use apply employ operate utilize",
-    "find identify locate search discover determine seek", "put place drop position insert",
-    "check ensure verify confirm inspect examine observe look read",
-    "take pick grab get collect retrieve obtain acquire gather", "choose select pick decide",
-    "activate toggle turn switch start", "wait allow let monitor", "heat warm cook", "cool chill",
-    "clean wash rinse", "buy purchase", "mix combine stir", "focus concentrate")]
+    r"[a-z]+ \(?\d+\b(?!\.?\d*\s*(?:degrees|steps|times|°))",
+    re.I,
+)
+SYNONYMS = [
+    set(words.split())
+    for words in (
+        "go navigate walk head travel return proceed visit enter",
+        "use apply employ operate utilize",
+        "find identify locate search discover determine seek",
+        "put place drop position insert",
+        "check ensure verify confirm inspect examine observe look read",
+        "take pick grab get collect retrieve obtain acquire gather",
+        "choose select pick decide",
+        "activate toggle turn switch start",
+        "wait allow let monitor",
+        "heat warm cook",
+        "cool chill",
+        "clean wash rinse",
+        "buy purchase",
+        "mix combine stir",
+        "focus concentrate",
+    )
+]
 KNOWLEDGE = {"when", "before", "after", "if", "never", "always", "do"}  # first words of WKM's rules
 
 
@@ -154,15 +189,23 @@ def explored_trajectories(a: Args) -> dict[str, str]:
     if a.teacher == "rules":
         raise InputError("--explored needs a model as --teacher: it compares two trajectories")
     rows = common.read_rows(a.explored, ("task", "reward", "success", "steps", "setting"))
-    rows = [r for r in rows  # of the agent as it is now
-            if r["setting"] == rows[-1]["setting"] and not r["success"] and r["steps"]]
+    rows = [
+        r
+        for r in rows  # of the agent as it is now
+        if r["setting"] == rows[-1]["setting"] and not r["success"] and r["steps"]
+    ]
     rows.sort(key=lambda r: -r["reward"])
-    return {r["task"]: "\n".join(f"{reply}\nObservation: {observation}"
-                                 for reply, observation in r["steps"]) for r in rows}
+    return {
+        r["task"]: "\n".join(
+            f"{reply}\nObservation: {observation}" for reply, observation in r["steps"]
+        )
+        for r in rows
+    }
 
 
-async def ask_teacher(teacher, prompts, check, e: dict, explored: str,
-                      a: Args) -> tuple[str | None, str | None]:
+async def ask_teacher(
+    teacher, prompts, check, e: dict, explored: str, a: Args
+) -> tuple[str | None, str | None]:
     """(plan, None) or (last plan or reply, reason). Appendix C: a plan with too much detail or with
     verbs the environment lacks is asked for again at another temperature; for a reply in the wrong
     format, the teacher is first asked to extract the plan from it."""
@@ -173,11 +216,16 @@ async def ask_teacher(teacher, prompts, check, e: dict, explored: str,
         text = (await teacher.ask(messages, temperature, a.max_tokens, seed)).text
         plan = common.parse_plan(text)
         if plan is None and text.strip():
-            extract = [*messages, {"role": "assistant", "content": text}, {
-                "role": "user", "content":
-                "Take the meta plan out of your reply and write it again as numbered steps, "
-                "\"Step 1: ...\", one a line, between <meta_plan> and </meta_plan>. Write nothing "
-                "else."}]
+            extract = [
+                *messages,
+                {"role": "assistant", "content": text},
+                {
+                    "role": "user",
+                    "content": "Take the meta plan out of your reply and write it again as numbered steps, "
+                    '"Step 1: ...", one a line, between <meta_plan> and </meta_plan>. Write nothing '
+                    "else.",
+                },
+            ]
             text = (await teacher.ask(extract, 0.0, a.max_tokens, a.seed)).text
             plan = common.parse_plan(text)
         reason = check(plan)
@@ -187,8 +235,9 @@ async def ask_teacher(teacher, prompts, check, e: dict, explored: str,
     return text, reason
 
 
-async def seed_plans(a: Args, trajectories: list[dict], explored: dict[str, str],
-                     prompts) -> list[dict]:
+async def seed_plans(
+    a: Args, trajectories: list[dict], explored: dict[str, str], prompts
+) -> list[dict]:
     """Rows of seed_plans.jsonl for the trajectories whose plan passes quality control (with
     --explored, of those the agent failed at); writes the rejected plans."""
     out, cls = Path(a.out), common.environment(a.env)
@@ -217,25 +266,34 @@ async def seed_plans(a: Args, trajectories: list[dict], explored: dict[str, str]
         fields = ("task", "plan", "teacher", "reason", "setting", "asked")
         rows = common.read_rows(out / "teacher_plans.jsonl", fields, missing_ok=True)
         # a plan that was rejected may pass when it is asked for with other temperatures
-        found = {r["task"]: r for r in rows if r["setting"] == setting
-                 and (r["reason"] is None or r["asked"] == asked)} | found
+        found = {
+            r["task"]: r
+            for r in rows
+            if r["setting"] == setting and (r["reason"] is None or r["asked"] == asked)
+        } | found
     if todo := [e for task, e in by_task.items() if task not in found]:
         if not prompts.teacher_text:
-            raise InputError(f"--prompts {a.prompts} has no teacher.txt, which --teacher "
-                             f"{a.teacher} needs")
+            raise InputError(
+                f"--prompts {a.prompts} has no teacher.txt, which --teacher {a.teacher} needs"
+            )
         texts = [prompts.teacher(e["instruction"], conversation(e["steps"])) for e in todo]
         tokens = sum(len(messages[0]["content"]) for messages in texts) // 4
-        print(f"teacher {a.teacher}: {len(todo)} calls (up to {2 * len(a.temperatures)} each if "
-              f"plans fail quality control), about {tokens:,} prompt tokens and "
-              f"{150 * len(todo):,} generated tokens for one call each")
-        with (common.Appender(out / "teacher_plans.jsonl") as append,
-              models.open_model(a.teacher, a.teacher_url, a) as teacher,
-              tqdm(total=len(todo), desc="seed plans") as bar):
+        print(
+            f"teacher {a.teacher}: {len(todo)} calls (up to {2 * len(a.temperatures)} each if "
+            f"plans fail quality control), about {tokens:,} prompt tokens and "
+            f"{150 * len(todo):,} generated tokens for one call each"
+        )
+        with (
+            common.Appender(out / "teacher_plans.jsonl") as append,
+            models.open_model(a.teacher, a.teacher_url, a) as teacher,
+            tqdm(total=len(todo), desc="seed plans") as bar,
+        ):
 
             async def work(e):
                 try:
                     plan, reason = await ask_teacher(
-                        teacher, prompts, check, e, explored.get(e["task"], ""), a)
+                        teacher, prompts, check, e, explored.get(e["task"], ""), a
+                    )
                 except common.ContextOverflow:
                     plan, reason = "", "the trajectory is longer than the teacher's context"
                 row = verdict(e["task"], plan, Path(a.teacher).name, reason)
@@ -246,21 +304,39 @@ async def seed_plans(a: Args, trajectories: list[dict], explored: dict[str, str]
             await asyncio.gather(*[work(e) for e in todo])
 
     kept = [found[task] for task in by_task if found[task]["reason"] is None]
-    rejected = [verdict(*(found[task][k] for k in ("task", "plan", "teacher", "reason")))
-                for task in by_task if found[task]["reason"]]
+    rejected = [
+        verdict(*(found[task][k] for k in ("task", "plan", "teacher", "reason")))
+        for task in by_task
+        if found[task]["reason"]
+    ]
     path = out / "seed_plans.rejected.jsonl"
     common.write_rows(path, rejected)
-    print(f"seed plans: {len(kept)} kept, {len(rejected)} rejected"
-          + (f" (see {path}; copy rows into edited_plans.jsonl, edit their plans and run this "
-             "stage again)" if rejected else ""))
+    print(
+        f"seed plans: {len(kept)} kept, {len(rejected)} rejected"
+        + (
+            f" (see {path}; copy rows into edited_plans.jsonl, edit their plans and run this "
+            "stage again)"
+            if rejected
+            else ""
+        )
+    )
     types = Counter(map(common.task_type, by_task))
     for kind, n in Counter(common.task_type(r["task"]) for r in rejected).items():
         print(f"  {kind}: {types[kind] - n} of {types[kind]} kept")
     for reason, n in Counter(r["reason"].split(":")[0] for r in rejected).most_common():
         print(f"  rejected {n}: {reason}")
-    return [{"task": r["task"], "plan": r["plan"], "teacher": r["teacher"], "messages": [
-        *prompts.planner(by_task[r["task"]]["instruction"]),
-        {"role": "assistant", "content": common.plan_reply(r["plan"])}]} for r in kept]
+    return [
+        {
+            "task": r["task"],
+            "plan": r["plan"],
+            "teacher": r["teacher"],
+            "messages": [
+                *prompts.planner(by_task[r["task"]]["instruction"]),
+                {"role": "assistant", "content": common.plan_reply(r["plan"])},
+            ],
+        }
+        for r in kept
+    ]
 
 
 # ---- what an agent learns from -------------------------------------------------------------------
@@ -296,15 +372,20 @@ async def teacher_thoughts(a: Args, trajectories: list[dict]) -> dict[str, list[
     found = {r["task"]: r["thoughts"] for r in rows if r["setting"] == setting}
     todo = [e for e in trajectories if e["task"] not in found]
     if todo:
-        with (common.Appender(path) as append,
-              models.open_model(a.teacher, a.teacher_url, a) as teacher,
-              tqdm(total=len(todo), desc="thoughts") as bar):
+        with (
+            common.Appender(path) as append,
+            models.open_model(a.teacher, a.teacher_url, a) as teacher,
+            tqdm(total=len(todo), desc="thoughts") as bar,
+        ):
 
             async def work(e):
-                steps = "\n".join(f"Action {i}: {action}\nObservation: {observation}"
-                                  for i, (action, observation) in enumerate(e["steps"], 1))
-                text = common.fill(THOUGHTS, task=e["instruction"], conversation=steps,
-                                   count=str(len(e["steps"])))
+                steps = "\n".join(
+                    f"Action {i}: {action}\nObservation: {observation}"
+                    for i, (action, observation) in enumerate(e["steps"], 1)
+                )
+                text = common.fill(
+                    THOUGHTS, task=e["instruction"], conversation=steps, count=str(len(e["steps"]))
+                )
                 thoughts, messages = None, [{"role": "user", "content": text}]
                 for i, temperature in enumerate(a.temperatures):
                     seed = common.seed_of(a.seed, e["task"], "thoughts", i)
@@ -319,13 +400,20 @@ async def teacher_thoughts(a: Args, trajectories: list[dict]) -> dict[str, list[
 
             await asyncio.gather(*[work(e) for e in todo])
     missing = sum(found[e["task"]] is None for e in trajectories)
-    print(f"thoughts: {len(trajectories) - missing} trajectories have them, {missing} have not: no "
-          "reply had as many thoughts as actions")
+    print(
+        f"thoughts: {len(trajectories) - missing} trajectories have them, {missing} have not: no "
+        "reply had as many thoughts as actions"
+    )
     return found
 
 
-def agent_conversations(a: Args, trajectories: list[dict], plans: dict[str, str],
-                        thoughts: dict[str, list[str] | None], prompts) -> list[dict]:
+def agent_conversations(
+    a: Args,
+    trajectories: list[dict],
+    plans: dict[str, str],
+    thoughts: dict[str, list[str] | None],
+    prompts,
+) -> list[dict]:
     """Rows of agent_sft.jsonl: the expert's trajectories as the agent's conversations. A seeded
     share of `plan_share` has p in the prompt."""
     rows = []
@@ -336,8 +424,10 @@ def agent_conversations(a: Args, trajectories: list[dict], plans: dict[str, str]
         messages = prompts.agent(e["instruction"], plan, e["task"])
         said = common.expert_replies(e["steps"], thoughts.get(e["task"]))
         for reply, (_, observation) in zip(said, e["steps"], strict=True):
-            messages += [{"role": "assistant", "content": reply},
-                         common.observation_message(observation, a.observation_chars)]
+            messages += [
+                {"role": "assistant", "content": reply},
+                common.observation_message(observation, a.observation_chars),
+            ]
         rows.append({"task": e["task"], "with_plan": with_plan, "messages": messages[:-1]})
     return rows
 

@@ -34,14 +34,19 @@ class Args:
     max_grad_norm: float = arg(1.0, "clip gradients to this norm, 0: no clipping")
     max_length: int = arg(4096, "rows with more tokens are skipped, and counted")
     micro_tokens: int = arg(8192, "tokens per micro-batch and process; lower it to save memory")
-    precision: str = arg("bf16", "bf16: float32 weights and optimizer state, bf16 computation; "
-                         "fp32: all float32")
-    gradient_checkpointing: bool = arg(False, "recompute activations in the backward pass: less "
-                                       "memory, a third slower")
+    precision: str = arg(
+        "bf16", "bf16: float32 weights and optimizer state, bf16 computation; fp32: all float32"
+    )
+    gradient_checkpointing: bool = arg(
+        False, "recompute activations in the backward pass: less memory, a third slower"
+    )
     compile: bool = arg(False, "torch.compile the decoder layers: slow first steps, then faster")
     lora_rank: int = arg(0, "train adapters of this rank, 0: all weights (paper)")
-    lora_merge: bool = arg(True, "merge the adapters into the model at the end, as the next stages "
-                           "expect; False: write them alone")
+    lora_merge: bool = arg(
+        True,
+        "merge the adapters into the model at the end, as the next stages "
+        "expect; False: write them alone",
+    )
     eval_share: float = arg(0.0, "share of tasks held out for a loss per epoch (paper: none)")
     log_with: Optional[str] = arg(None, "also log to a tracker: tensorboard, wandb, trackio, ...")
     save_steps: int = arg(50, "optimizer steps between checkpoints, 0: none")
@@ -80,8 +85,9 @@ def held_out_loss(model, rows: list[tuple], a: Args, accelerator) -> float:
     import torch
 
     total = torch.zeros((), device=accelerator.device)
-    [micros] = common.plan_epoch(common.lengths(rows), len(rows), a.micro_tokens,
-                                 accelerator.num_processes, 0, 0)
+    [micros] = common.plan_epoch(
+        common.lengths(rows), len(rows), a.micro_tokens, accelerator.num_processes, 0, 0
+    )
     for micro in micros[accelerator.process_index :: accelerator.num_processes]:
         with torch.no_grad():
             log_probs, _ = common.target_log_probs(model, [rows[i][0] for i in micro])
@@ -96,13 +102,23 @@ def main(a: Args) -> None:
     world, rank = accelerator.num_processes, accelerator.process_index
     model, tokenizer = common.load_model(a.model)
     rows, held = common.hold_out(load_rows(a, tokenizer, accelerator.print), a)
-    plan = [step for epoch in range(a.epochs) for step in common.plan_epoch(
-        common.lengths(rows), a.batch_size, a.micro_tokens, world, a.seed, epoch)]
+    plan = [
+        step
+        for epoch in range(a.epochs)
+        for step in common.plan_epoch(
+            common.lengths(rows), a.batch_size, a.micro_tokens, world, a.seed, epoch
+        )
+    ]
     model, optimizer = common.prepare_model(model, accelerator, a)
     run = common.Training(a, accelerator, model, optimizer, tokenizer, len(plan))
 
-    bar = tqdm(range(run.start, len(plan)), initial=run.start, total=len(plan), desc="sft",
-               disable=not accelerator.is_main_process)
+    bar = tqdm(
+        range(run.start, len(plan)),
+        initial=run.start,
+        total=len(plan),
+        desc="sft",
+        disable=not accelerator.is_main_process,
+    )
     for step in bar:
         began = time.time()
         batch = [rows[i] for micro in plan[step] for i in micro]
@@ -121,8 +137,12 @@ def main(a: Args) -> None:
             group["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
-        metrics = {"loss": loss, "lr": lr, "grad_norm": norm,
-                   "tokens_per_second": tokens / (time.time() - began)}
+        metrics = {
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": norm,
+            "tokens_per_second": tokens / (time.time() - began),
+        }
         if held and (step + 1) % (len(plan) // a.epochs) == 0:
             metrics["eval_loss"] = held_out_loss(model, held, a, accelerator)
         bar.set_postfix_str(run.step(step + 1, metrics))

@@ -58,17 +58,22 @@ class EpisodeArgs:
     out: str = arg("runs/sciworld", "run folder")
     agent_temperature: float = arg(0.7, "temperature of the agent (paper: 0.7)")
     agent_tokens: int = arg(512, "token limit of an agent's reply")
-    prompts: Optional[str] = arg(None, "prompt folder: one of the environment's, or a path "
-                                 "(default: the environment's own)")
-    examples: Optional[str] = arg(None, "type: a one-shot example of each task's type, also where "
-                                  "the environment has one for all (paper)")
+    prompts: Optional[str] = arg(
+        None, "prompt folder: one of the environment's, or a path (default: the environment's own)"
+    )
+    examples: Optional[str] = arg(
+        None,
+        "type: a one-shot example of each task's type, also where "
+        "the environment has one for all (paper)",
+    )
     observation_chars: int = arg(0, "cut observations to this length, 0: never")
     max_steps: Optional[int] = arg(None, "step limit of an episode (default: the environment's)")
     types: Optional[List[str]] = arg(None, "only tasks of these types")
     limit: Optional[int] = arg(None, "only the first N tasks")
     workers: int = arg(16, "environment worker processes")
-    concurrency: Optional[int] = arg(None, "episodes in flight (default: 64 a server, at "
-                                     "least 256; 32 with an agent of an API)")
+    concurrency: Optional[int] = arg(
+        None, "episodes in flight (default: 64 a server, at least 256; 32 with an agent of an API)"
+    )
     tensor_parallel: int = arg(1, "GPUs of one replica of a served model")
     max_model_len: int = arg(32768, "context of a served model, tokens, at most its own")
     ray: bool = arg(False, "environment workers on a Ray cluster (RAY_ADDRESS)")
@@ -77,8 +82,10 @@ class EpisodeArgs:
 
 @dataclass
 class AgentArgs(EpisodeArgs):
-    agent: str = arg("meta-llama/Llama-3.1-8B-Instruct", "the agent that acts (paper 3.2): a local "
-                     "model, or one of an OpenAI-compatible API")
+    agent: str = arg(
+        "meta-llama/Llama-3.1-8B-Instruct",
+        "the agent that acts (paper 3.2): a local model, or one of an OpenAI-compatible API",
+    )
     agent_url: Optional[str] = arg(None, "OpenAI-compatible servers of the agent, with commas")
 
 
@@ -90,10 +97,14 @@ class Args(AgentArgs):
     n: int = arg(5, "N, rollouts per plan (paper: 5)")
     plan_temperature: float = arg(0.7, "temperature of the planner (paper: 0.7)")
     plan_tokens: int = arg(512, "token limit of a plan")
-    tasks: List[str] = arg([], "JSON file of tasks, [[type, variation], ...], or train=FILE "
-                           "(default: the train split)")
-    pairs: Optional[str] = arg(None, "write the pairs to this file; with a smaller --m or --n than "
-                               "were played, without new rollouts (figure 5)")
+    tasks: List[str] = arg(
+        [], "JSON file of tasks, [[type, variation], ...], or train=FILE (default: the train split)"
+    )
+    pairs: Optional[str] = arg(
+        None,
+        "write the pairs to this file; with a smaller --m or --n than "
+        "were played, without new rollouts (figure 5)",
+    )
     min_gap: float = arg(0.0, "leave out pairs whose Q differ by less than this (paper: none)")
     all_pairs: bool = arg(False, "pair any two plans of a task (paper: the best with the worst)")
     adaptive: bool = arg(False, "play only rollouts that can change which plan is best or worst")
@@ -110,8 +121,9 @@ class ExploreArgs(AgentArgs):
 
 @dataclass
 class FilterArgs(EpisodeArgs):
-    agents: List[str] = arg([AgentArgs.agent], "the agents: local models, models of an API, or "
-                            "URLs of servers")
+    agents: List[str] = arg(
+        [AgentArgs.agent], "the agents: local models, models of an API, or URLs of servers"
+    )
     agent_temperature: float = arg(0.0, "temperature of the agents")
     seed_plans: str = arg("runs/sciworld/seed_plans.jsonl", "the plans, of 01_seed_plans.py")
     n: int = arg(1, "rollouts of each agent with a plan, and without")
@@ -121,26 +133,36 @@ async def sample_plans(a: Args, tasks: list[str], prompts, pool) -> list[dict]:
     """{p_i | i = 1..M} ~ pi_g(p|u) for every task. A reply without a plan is asked for again with
     another seed; after three attempts the row's plan is None and it is ignored."""
     path, planner_id = Path(a.out) / "plans.jsonl", models.identify(a.planner, a.planner_url)
-    setting = common.digest(planner_id, prompts.planner_text, a.plan_temperature, a.plan_tokens,
-                            a.seed)
+    setting = common.digest(
+        planner_id, prompts.planner_text, a.plan_temperature, a.plan_tokens, a.seed
+    )
     rows = common.read_rows(path, ("task", "m", "plan", "setting"), missing_ok=True)
     done = common.finished((r for r in rows if r["setting"] == setting), "task", "m")
     todo = [(task, m) for task in tasks for m in range(a.m) if (task, m) not in done]
     if todo:
         u = await pool.each(list(dict.fromkeys(t for t, _ in todo)), "reset")
-        with (common.Appender(path) as append,
-              models.open_model(a.planner, a.planner_url, a) as planner,
-              tqdm(total=len(todo), desc="sample plans") as bar):
+        with (
+            common.Appender(path) as append,
+            models.open_model(a.planner, a.planner_url, a) as planner,
+            tqdm(total=len(todo), desc="sample plans") as bar,
+        ):
 
             async def sample(task, m):
                 for attempt in range(3):
                     seed = common.seed_of(a.seed, task, m, attempt)
-                    reply = await planner.ask(prompts.planner(u[task]), a.plan_temperature,
-                                              a.plan_tokens, seed)
+                    reply = await planner.ask(
+                        prompts.planner(u[task]), a.plan_temperature, a.plan_tokens, seed
+                    )
                     if plan := common.parse_plan(reply.text):
                         break
-                done[task, m] = {"task": task, "m": m, "plan": plan, "instruction": u[task],
-                                 "planner": planner_id, "setting": setting}
+                done[task, m] = {
+                    "task": task,
+                    "m": m,
+                    "plan": plan,
+                    "instruction": u[task],
+                    "planner": planner_id,
+                    "setting": setting,
+                }
                 append(done[task, m])
                 bar.update()
 
@@ -151,19 +173,36 @@ async def sample_plans(a: Args, tasks: list[str], prompts, pool) -> list[dict]:
     return plans
 
 
-async def play(a: AgentArgs | SimpleNamespace, keys: list[tuple], prompts, pool, path: Path,
-               choose=None) -> dict[tuple, list[dict]]:
+async def play(
+    a: AgentArgs | SimpleNamespace, keys: list[tuple], prompts, pool, path: Path, choose=None
+) -> dict[tuple, list[dict]]:
     """{(task, plan): its N rollouts} (equation 5). With `choose`, rounds of one more rollout for
     each plan in choose({plan: its rewards so far}, N) of a task, until it returns no plan. Jobs of
     one task and plan are adjacent: their prompts share a prefix, which the server caches."""
     agent_id = models.identify(a.agent, a.agent_url)
     setting = common.digest(
-        agent_id, prompts.agent_text, prompts.examples, a.agent_temperature, a.agent_tokens,
-        common.STOP, a.observation_chars, a.max_steps, a.max_model_len, a.seed)
+        agent_id,
+        prompts.agent_text,
+        prompts.examples,
+        a.agent_temperature,
+        a.agent_tokens,
+        common.STOP,
+        a.observation_chars,
+        a.max_steps,
+        a.max_model_len,
+        a.seed,
+    )
     fields = ("task", "plan", "rollout", "reward", "setting", "end")
-    done = common.finished((r for r in common.read_rows(path, fields, missing_ok=True)
-                            if r["setting"] == setting and r["end"] != "crash"),
-                           "task", "plan", "rollout")
+    done = common.finished(
+        (
+            r
+            for r in common.read_rows(path, fields, missing_ok=True)
+            if r["setting"] == setting and r["end"] != "crash"
+        ),
+        "task",
+        "plan",
+        "rollout",
+    )
 
     def found() -> dict[tuple, list[dict]]:
         return {key: [done[*key, n] for n in range(a.n) if (*key, n) in done] for key in keys}
@@ -175,24 +214,42 @@ async def play(a: AgentArgs | SimpleNamespace, keys: list[tuple], prompts, pool,
         rewards: dict[str, dict] = {}
         for (task, plan), rows in found().items():
             rewards.setdefault(task, {})[plan] = [r["reward"] for r in rows]
-        return [(task, plan, next(n for n in range(a.n) if (task, plan, n) not in done))
-                for task, of_plans in rewards.items() for plan in choose(of_plans, a.n)]
+        return [
+            (task, plan, next(n for n in range(a.n) if (task, plan, n) not in done))
+            for task, of_plans in rewards.items()
+            for plan in choose(of_plans, a.n)
+        ]
 
     retries = 0
     if todo := missing():
         with common.Appender(path) as append, models.open_model(a.agent, a.agent_url, a) as agent:
-            c = common.RolloutConfig(prompts, a.agent_temperature, a.agent_tokens,
-                                     a.observation_chars, a.seed, max_steps=a.max_steps)
+            c = common.RolloutConfig(
+                prompts,
+                a.agent_temperature,
+                a.agent_tokens,
+                a.observation_chars,
+                a.seed,
+                max_steps=a.max_steps,
+            )
 
             def keep(row):
                 append(row)
                 done[row["task"], row["plan"], row["rollout"]] = row
 
             while todo:
-                jobs = [{"task": task, "plan": plan, "rollout": n, "agent": agent_id,
-                         "setting": setting} for task, plan, n in todo]
-                retries += await common.rollouts(jobs, agent, pool, a.env, c, agent.concurrency,
-                                                 keep)
+                jobs = [
+                    {
+                        "task": task,
+                        "plan": plan,
+                        "rollout": n,
+                        "agent": agent_id,
+                        "setting": setting,
+                    }
+                    for task, plan, n in todo
+                ]
+                retries += await common.rollouts(
+                    jobs, agent, pool, a.env, c, agent.concurrency, keep
+                )
                 todo = missing()
     if retries:
         print(f"{retries} episodes were retried because their environment worker died")
@@ -203,14 +260,18 @@ async def score_plans(a: Args, plans: list[dict], prompts, pool) -> dict[tuple, 
     """{(task, plan): its rollouts}: N, or as many as --adaptive needed. Equal plans of a task are
     scored once."""
     unique = list(dict.fromkeys((p["task"], p["plan"]) for p in plans if p["plan"]))
-    scored = await play(a, unique, prompts, pool, Path(a.out) / "rollouts.jsonl",
-                        undecided if a.adaptive else None)
+    scored = await play(
+        a, unique, prompts, pool, Path(a.out) / "rollouts.jsonl", undecided if a.adaptive else None
+    )
     ends = Counter(r["end"] for rows in scored.values() for r in rows)
     share = ends.total() / max(1, a.n * len(unique))
-    print(f"rollouts: {ends.total()} of {len(unique)} plans"
-          + (f" ({share:.0%} of {a.n} each)" if a.adaptive else "")
-          + f", mean reward {mean(r['reward'] for rows in scored.values() for r in rows):.3f}; "
-          + "ends: " + ", ".join(f"{k} {v}" for k, v in ends.most_common()))
+    print(
+        f"rollouts: {ends.total()} of {len(unique)} plans"
+        + (f" ({share:.0%} of {a.n} each)" if a.adaptive else "")
+        + f", mean reward {mean(r['reward'] for rows in scored.values() for r in rows):.3f}; "
+        + "ends: "
+        + ", ".join(f"{k} {v}" for k, v in ends.most_common())
+    )
     return scored
 
 
@@ -242,8 +303,12 @@ def undecided(rewards: dict[str, list[float]], n: int) -> list[str]:
         high[plan] = (sum(r) + min(left, left * p + spread)) / n
     best = max(rewards, key=lambda p: (mean(rewards[p]), len(rewards[p])))
     worst = min(rewards, key=lambda p: (mean(rewards[p]), -len(rewards[p])))
-    open_plans = {p for p in rewards if (p != best and high[p] > mean(rewards[best]))
-                  or (p != worst and low[p] < mean(rewards[worst]))}
+    open_plans = {
+        p
+        for p in rewards
+        if (p != best and high[p] > mean(rewards[best]))
+        or (p != worst and low[p] < mean(rewards[worst]))
+    }
     if any(high[p] > low[best] for p in rewards if p != best):
         open_plans.add(best)
     if any(low[p] < high[worst] for p in rewards if p != worst):
@@ -271,8 +336,13 @@ def assistant(plan: str) -> list[dict]:
     return [{"role": "assistant", "content": common.plan_reply(plan)}]
 
 
-def contrastive_pairs(plans: list[dict], q: dict[tuple, float | None], prompts,
-                      min_gap: float = 0.0, all_pairs: bool = False) -> list[dict]:
+def contrastive_pairs(
+    plans: list[dict],
+    q: dict[tuple, float | None],
+    prompts,
+    min_gap: float = 0.0,
+    all_pairs: bool = False,
+) -> list[dict]:
     """(u, p_w, p_l) for each task: its plans of highest and lowest Q(p), of equals the first
     sampled (equation 7), or any two plans. Pairs of the same Q are skipped, and those that differ
     by less than `min_gap`."""
@@ -282,11 +352,18 @@ def contrastive_pairs(plans: list[dict], q: dict[tuple, float | None], prompts,
         if all_pairs:
             different = {p["plan"]: (score, p) for score, p in rows}
             couples = itertools.combinations(different.values(), 2)
-        pairs += [{"task": task, "prompt": prompts.planner(best["instruction"]),
-                   "chosen": assistant(best["plan"]), "rejected": assistant(worst["plan"]),
-                   "q_chosen": q_best, "q_rejected": q_worst}
-                  for (q_best, best), (q_worst, worst) in couples
-                  if q_best > q_worst and q_best - q_worst >= min_gap]
+        pairs += [
+            {
+                "task": task,
+                "prompt": prompts.planner(best["instruction"]),
+                "chosen": assistant(best["plan"]),
+                "rejected": assistant(worst["plan"]),
+                "q_chosen": q_best,
+                "q_rejected": q_worst,
+            }
+            for (q_best, best), (q_worst, worst) in couples
+            if q_best > q_worst and q_best - q_worst >= min_gap
+        ]
     return pairs
 
 
@@ -294,9 +371,15 @@ def best_plans(plans: list[dict], q: dict[tuple, float | None], prompts) -> list
     """SFT rows with each task's plan of highest Q(p), for rejection sampling (RFT, paper table 3).
     Tasks whose plans all earned nothing are skipped."""
     best = {task: rows[0] for task, rows in ranked_plans(plans, q).items() if rows[0][0]}
-    return [{"task": task, "q": score, "plan": p["plan"],
-             "messages": prompts.planner(p["instruction"]) + assistant(p["plan"])}
-            for task, (score, p) in best.items()]
+    return [
+        {
+            "task": task,
+            "q": score,
+            "plan": p["plan"],
+            "messages": prompts.planner(p["instruction"]) + assistant(p["plan"]),
+        }
+        for task, (score, p) in best.items()
+    ]
 
 
 def main(a: Args) -> None:
@@ -314,17 +397,26 @@ def main(a: Args) -> None:
             return plans, await score_plans(a, plans, prompts, pool)
 
     plans, scored = asyncio.run(stage())
-    q = {key: quality(rows, len(rows) if a.adaptive else a.n, a.allow_partial)
-         for key, rows in scored.items()}
+    q = {
+        key: quality(rows, len(rows) if a.adaptive else a.n, a.allow_partial)
+        for key, rows in scored.items()
+    }
     if partial := sum(any(r["end"] == "crash" for r in rows) for rows in scored.values()):
-        print(f'{partial} plans have rollouts that failed three times (see "error" in their rows): '
-              + ("they are compared by the others" if a.allow_partial
-                 else "they are not compared; --allow_partial compares them by the others"))
+        print(
+            f'{partial} plans have rollouts that failed three times (see "error" in their rows): '
+            + (
+                "they are compared by the others"
+                if a.allow_partial
+                else "they are not compared; --allow_partial compares them by the others"
+            )
+        )
     pairs = contrastive_pairs(plans, q, prompts, a.min_gap, a.all_pairs)
     if not a.pairs:
         if not pairs:
-            raise InputError("no task has a better and a worse plan, so DPO has nothing to learn: "
-                             "use more tasks, a larger --m or --n, or a higher --plan_temperature")
+            raise InputError(
+                "no task has a better and a worse plan, so DPO has nothing to learn: "
+                "use more tasks, a larger --m or --n, or a higher --plan_temperature"
+            )
         common.write_rows(Path(a.out) / "best_plans.jsonl", best_plans(plans, q, prompts))
     common.write_rows(a.pairs or Path(a.out) / "pairs.jsonl", pairs)
     gap = mean(p["q_chosen"] - p["q_rejected"] for p in pairs)
@@ -339,13 +431,16 @@ def turns(steps: list, observation_chars: int) -> list[dict]:
     """The conversation after the first message, from the agent's first reply to its last."""
     messages = []
     for reply, observation in steps:
-        messages += [{"role": "assistant", "content": reply},
-                     common.observation_message(observation, observation_chars)]
+        messages += [
+            {"role": "assistant", "content": reply},
+            common.observation_message(observation, observation_chars),
+        ]
     return messages[:-1]
 
 
-def trajectory_pairs(experts: list[dict], explored: dict[str, list[dict]], prompts,
-                     observation_chars: int) -> list[dict]:
+def trajectory_pairs(
+    experts: list[dict], explored: dict[str, list[dict]], prompts, observation_chars: int
+) -> list[dict]:
     """(u, e_w, e_l): for each task the expert's trajectory against every explored one of lower
     reward, and the best explored one against the worst if they differ in reward. Crashed and empty
     ones are ignored. A worse trajectory is cut five turns after the length of the better one.
@@ -356,17 +451,25 @@ def trajectory_pairs(experts: list[dict], explored: dict[str, list[dict]], promp
         if not tried:
             continue
         said = common.expert_replies(e["steps"], e.get("thoughts"))
-        expert = {"reward": e["reward"], "steps": [
-            [reply, o] for reply, (_, o) in zip(said, e["steps"], strict=True)]}
+        expert = {
+            "reward": e["reward"],
+            "steps": [[reply, o] for reply, (_, o) in zip(said, e["steps"], strict=True)],
+        }
         couples = [(expert, r) for r in tried if e["solved"] and r["reward"] < e["reward"]]
         best, worst = (f(tried, key=lambda r: r["reward"]) for f in (max, min))
         couples += [(best, worst)] if best["reward"] > worst["reward"] else []
         prompt = prompts.agent(e["instruction"] or tried[0]["instruction"], None, e["task"])
-        pairs += [{"task": e["task"], "prompt": prompt,
-                   "chosen": turns(won["steps"], observation_chars),
-                   "rejected": turns(lost["steps"][: len(won["steps"]) + 5], observation_chars),
-                   "q_chosen": won["reward"], "q_rejected": lost["reward"]}
-                  for won, lost in couples]
+        pairs += [
+            {
+                "task": e["task"],
+                "prompt": prompt,
+                "chosen": turns(won["steps"], observation_chars),
+                "rejected": turns(lost["steps"][: len(won["steps"]) + 5], observation_chars),
+                "q_chosen": won["reward"],
+                "q_rejected": lost["reward"],
+            }
+            for won, lost in couples
+        ]
     return pairs
 
 
@@ -376,8 +479,9 @@ def explore(a: ExploreArgs) -> None:
     experts = common.read_rows(a.experts, ("task", "instruction", "steps", "reward", "solved"))
     experts = [e for e in experts if not a.types or common.task_type(e["task"]) in a.types]
     experts = experts[: a.limit]
-    thoughts = common.read_rows(Path(a.experts).with_name("thoughts.jsonl"), ("task", "thoughts"),
-                                missing_ok=True)
+    thoughts = common.read_rows(
+        Path(a.experts).with_name("thoughts.jsonl"), ("task", "thoughts"), missing_ok=True
+    )
     thoughts = {r["task"]: r["thoughts"] for r in thoughts}
     experts = [{**e, "thoughts": thoughts.get(e["task"])} for e in experts]
     if not experts:
@@ -393,14 +497,26 @@ def explore(a: ExploreArgs) -> None:
     pairs = trajectory_pairs(experts, explored, prompts, a.observation_chars)
     every = [r for rows in explored.values() for r in rows]
     won = [r for r in every if r["success"]]
-    common.write_rows(Path(a.out) / "won.jsonl", [{
-        "task": r["task"], "messages": prompts.agent(r["instruction"], None, r["task"])
-        + turns(r["steps"], a.observation_chars)} for r in won])
-    print(f"exploration: {len(every)} episodes, mean reward "
-          f"{mean(r['reward'] for r in every):.3f}, {len(won)} successful; {len(pairs)} pairs")
+    common.write_rows(
+        Path(a.out) / "won.jsonl",
+        [
+            {
+                "task": r["task"],
+                "messages": prompts.agent(r["instruction"], None, r["task"])
+                + turns(r["steps"], a.observation_chars),
+            }
+            for r in won
+        ],
+    )
+    print(
+        f"exploration: {len(every)} episodes, mean reward "
+        f"{mean(r['reward'] for r in every):.3f}, {len(won)} successful; {len(pairs)} pairs"
+    )
     if not pairs:
-        raise InputError("the agent did as well as the expert on every task, so it has no failure "
-                         "to learn from: use more tasks, a larger --n or --agent_temperature")
+        raise InputError(
+            "the agent did as well as the expert on every task, so it has no failure "
+            "to learn from: use more tasks, a larger --n or --agent_temperature"
+        )
     common.write_rows(Path(a.out) / "pairs.jsonl", pairs)
 
 
@@ -421,22 +537,36 @@ def filter_seed_plans(a: FilterArgs) -> None:
     async def stage():
         keys = list(dict.fromkeys((r["task"], p) for r in rows for p in (None, r["plan"])))
         async with common.EnvPool(a.env, a.workers, a.concurrency, a.ray) as pool:
-            return {name: await play(SimpleNamespace(**vars(a), agent=name, agent_url=url), keys,
-                                     prompts, pool, Path(a.out) / "filter.jsonl")
-                    for name, url in agents}
+            return {
+                name: await play(
+                    SimpleNamespace(**vars(a), agent=name, agent_url=url),
+                    keys,
+                    prompts,
+                    pool,
+                    Path(a.out) / "filter.jsonl",
+                )
+                for name, url in agents
+            }
 
     kept = rows
     for agent, scored in asyncio.run(stage()).items():
         q = {key: quality(rollouts, a.n) for key, rollouts in scored.items()}
-        gain = {key: q[key] - q[key[0], None] for key in q
-                if key[1] and None not in (q[key], q[key[0], None])}
+        gain = {
+            key: q[key] - q[key[0], None]
+            for key in q
+            if key[1] and None not in (q[key], q[key[0], None])
+        }
         kept = [r for r in kept if gain.get((r["task"], r["plan"]), 0) >= 0]
-        print(f"{agent}: plans add {mean(gain.values()):+.3f} to the reward; "
-              f"{sum(x < 0 for x in gain.values())} of {len(gain)} do worse than no plan")
+        print(
+            f"{agent}: plans add {mean(gain.values()):+.3f} to the reward; "
+            f"{sum(x < 0 for x in gain.values())} of {len(gain)} do worse than no plan"
+        )
     print(f"seed plans: {len(kept)} of {len(rows)} kept")
     if not kept:
-        raise InputError(f"{a.seed_plans}: no plan is left: check --types, and that agents that "
-                         "were trained know plans (01_seed_plans.py --plan_share)")
+        raise InputError(
+            f"{a.seed_plans}: no plan is left: check --types, and that agents that "
+            "were trained know plans (01_seed_plans.py --plan_share)"
+        )
     common.write_rows(Path(a.out) / "filtered_plans.jsonl", kept)
 
 

@@ -26,12 +26,15 @@ from common import InputError, arg
 @dataclass
 class Args:
     model: str = arg("runs/sciworld/sft", "the SFT meta planner: first policy, and the reference")
-    data: str = arg("runs/sciworld/pairs.jsonl", "preference rows, JSONL with `prompt`, `chosen`, "
-                    "`rejected`")
+    data: str = arg(
+        "runs/sciworld/pairs.jsonl", "preference rows, JSONL with `prompt`, `chosen`, `rejected`"
+    )
     out: str = arg("runs/sciworld/mpo", "folder for the trained model, in Hugging Face format")
     beta: float = arg(0.1, "beta of the DPO loss (paper: 0.1)")
-    nll: float = arg(0.0, "weight of -log pi(p_w|u) per token, added to the loss (paper: none; "
-                     "Pang et al. 2024: 1)")
+    nll: float = arg(
+        0.0,
+        "weight of -log pi(p_w|u) per token, added to the loss (paper: none; Pang et al. 2024: 1)",
+    )
     batch_size: int = arg(32, "pairs per optimizer step, over all processes (paper: 32)")
     lr: float = arg(1e-5, "peak learning rate (paper: 1e-5)")
     epochs: int = arg(3, "passes over the pairs (paper: 3)")
@@ -41,18 +44,27 @@ class Args:
     max_grad_norm: float = arg(1.0, "clip gradients to this norm, 0: no clipping")
     max_length: int = arg(4096, "pairs with more tokens on a side are skipped, and counted")
     micro_tokens: int = arg(8192, "tokens per micro-batch and process; lower it to save memory")
-    share_prefix: bool = arg(True, "compute the prompt of a pair once: the same result, less work; "
-                             "ignored where the model's attention does not allow it")
-    precision: str = arg("bf16", "bf16: float32 weights and optimizer state, bf16 computation; "
-                         "fp32: all float32")
-    gradient_checkpointing: bool = arg(False, "recompute activations in the backward pass: less "
-                                       "memory, a third slower")
+    share_prefix: bool = arg(
+        True,
+        "compute the prompt of a pair once: the same result, less work; "
+        "ignored where the model's attention does not allow it",
+    )
+    precision: str = arg(
+        "bf16", "bf16: float32 weights and optimizer state, bf16 computation; fp32: all float32"
+    )
+    gradient_checkpointing: bool = arg(
+        False, "recompute activations in the backward pass: less memory, a third slower"
+    )
     compile: bool = arg(False, "torch.compile the decoder layers: slow first steps, then faster")
     lora_rank: int = arg(0, "train adapters of this rank, 0: all weights (paper)")
-    lora_merge: bool = arg(True, "merge the adapters into the model at the end, as the next stages "
-                           "expect; False: write them alone")
-    eval_share: float = arg(0.0, "share of tasks held out for loss, accuracy and margin after each "
-                            "epoch (paper: none)")
+    lora_merge: bool = arg(
+        True,
+        "merge the adapters into the model at the end, as the next stages "
+        "expect; False: write them alone",
+    )
+    eval_share: float = arg(
+        0.0, "share of tasks held out for loss, accuracy and margin after each epoch (paper: none)"
+    )
     log_with: Optional[str] = arg(None, "also log to a tracker: tensorboard, wandb, trackio, ...")
     save_steps: int = arg(50, "optimizer steps between checkpoints, 0: none")
     limit: Optional[int] = arg(None, "use only the first N pairs")
@@ -81,8 +93,9 @@ def load_pairs(a: Args, tokenizer, say=print) -> list[tuple]:
         sides = []
         for side in ("chosen", "rejected"):
             if not isinstance(row["prompt"], list) or not isinstance(row[side], list):
-                raise InputError(f"{a.data}:{line}: `prompt` and `{side}` must be lists of "
-                                 "messages")
+                raise InputError(
+                    f"{a.data}:{line}: `prompt` and `{side}` must be lists of messages"
+                )
             sides.append(common.tokenize(row["prompt"] + row[side], tokenizer, f"{a.data}:{line}"))
             if not any(sides[-1][1]):
                 raise InputError(f"{a.data}:{line}: `{side}` has no assistant message")
@@ -109,8 +122,14 @@ def log_probs_without_gradient(model, pairs: list[tuple], a: Args, accelerator):
     import torch
 
     out = torch.zeros(len(pairs), 2, dtype=torch.float64, device=accelerator.device)
-    [micros] = common.plan_epoch(common.lengths(pairs, a.share_prefix), len(pairs), a.micro_tokens,
-                                 accelerator.num_processes, 0, 0)
+    [micros] = common.plan_epoch(
+        common.lengths(pairs, a.share_prefix),
+        len(pairs),
+        a.micro_tokens,
+        accelerator.num_processes,
+        0,
+        0,
+    )
     mine = micros[accelerator.process_index :: accelerator.num_processes]
     quiet = not accelerator.is_main_process
     for micro in tqdm(mine, "log-probabilities", disable=quiet, leave=False):
@@ -142,9 +161,15 @@ def measure(policy, reference, pairs: list[tuple], a: Args):
     if a.nll and pairs:
         tokens = policy.new_tensor([sum(mask[1:]) for ((_, mask), _), *_ in pairs])
         losses = losses - a.nll * policy_sides[0] / tokens
-    metrics = {"loss": losses, "reward_accuracy": chosen > rejected, "reward_chosen": chosen,
-               "reward_rejected": rejected, "reward_margin": chosen - rejected,
-               "logp_chosen": policy_sides[0], "logp_rejected": policy_sides[1]}
+    metrics = {
+        "loss": losses,
+        "reward_accuracy": chosen > rejected,
+        "reward_chosen": chosen,
+        "reward_rejected": rejected,
+        "reward_margin": chosen - rejected,
+        "logp_chosen": policy_sides[0],
+        "logp_rejected": policy_sides[1],
+    }
     return losses, {k: v.detach().float().sum() for k, v in metrics.items()}
 
 
@@ -154,14 +179,29 @@ def main(a: Args) -> None:
     model, tokenizer = common.load_model(a.model)
     a.share_prefix = a.share_prefix and model.packing == "rows"
     pairs, held = common.hold_out(load_pairs(a, tokenizer, accelerator.print), a)
-    plan = [step for epoch in range(a.epochs) for step in common.plan_epoch(
-        common.lengths(pairs, a.share_prefix), a.batch_size, a.micro_tokens, world, a.seed, epoch)]
+    plan = [
+        step
+        for epoch in range(a.epochs)
+        for step in common.plan_epoch(
+            common.lengths(pairs, a.share_prefix),
+            a.batch_size,
+            a.micro_tokens,
+            world,
+            a.seed,
+            epoch,
+        )
+    ]
     model, optimizer = common.prepare_model(model, accelerator, a)
     run = common.Training(a, accelerator, model, optimizer, tokenizer, len(plan))
     reference = reference_log_probs(run, pairs + held)
 
-    bar = tqdm(range(run.start, len(plan)), initial=run.start, total=len(plan), desc="dpo",
-               disable=not accelerator.is_main_process)
+    bar = tqdm(
+        range(run.start, len(plan)),
+        initial=run.start,
+        total=len(plan),
+        desc="dpo",
+        disable=not accelerator.is_main_process,
+    )
     for step in bar:
         began = time.time()
         batch, sums = [pairs[i] for micro in plan[step] for i in micro], collections.Counter()
@@ -180,16 +220,23 @@ def main(a: Args) -> None:
             group["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
-        metrics |= {"lr": lr, "grad_norm": norm,
-                    "tokens_per_second": sum(common.lengths(batch)) / (time.time() - began)}
+        metrics |= {
+            "lr": lr,
+            "grad_norm": norm,
+            "tokens_per_second": sum(common.lengths(batch)) / (time.time() - began),
+        }
         if held and (step + 1) % (len(plan) // a.epochs) == 0:
             policy = log_probs_without_gradient(model, held, a, accelerator)
-            _, sums = measure(policy, reference[len(pairs):], held, a)
-            metrics |= {f"eval_{k}": sums[k].item() / len(held)
-                        for k in ("loss", "reward_accuracy", "reward_margin")}
+            _, sums = measure(policy, reference[len(pairs) :], held, a)
+            metrics |= {
+                f"eval_{k}": sums[k].item() / len(held)
+                for k in ("loss", "reward_accuracy", "reward_margin")
+            }
         line = run.step(step + 1, metrics)
-        bar.set_postfix_str(f"accuracy {metrics['reward_accuracy']:.2f}, "
-                            f"margin {metrics['reward_margin']:.3f}, {line}")
+        bar.set_postfix_str(
+            f"accuracy {metrics['reward_accuracy']:.2f}, "
+            f"margin {metrics['reward_margin']:.3f}, {line}"
+        )
     run.finish("DPO (MPO, equation 8)")
 
 

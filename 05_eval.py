@@ -53,37 +53,56 @@ DIMENSIONS = ("correctness", "followability", "standardization")  # paper 5.6
 class Args:
     env: str = arg("sciworld", "environment: a folder of data/, or a path")
     out: str = arg("runs/sciworld", "run folder")
-    agents: List[str] = arg(["meta-llama/Llama-3.1-8B-Instruct"], "local models, models of an "
-                            "OpenAI-compatible API, or URLs of servers (http://...; several of "
-                            "one model with commas)")
-    plans: List[str] = arg(["none", "sft", "mpo"], "plan settings: none; the planner checkpoint of "
-                           "that name in --out (sft, rft, mpo); gpt: --teacher asked directly; "
-                           "a JSONL file with `task` and `plan`; or a control: wrong, mpo's plan "
-                           "for a task of another type; oracle, the plan that --teacher rules "
-                           "makes of the test task's own expert trajectory")
+    agents: List[str] = arg(
+        ["meta-llama/Llama-3.1-8B-Instruct"],
+        "local models, models of an "
+        "OpenAI-compatible API, or URLs of servers (http://...; several of "
+        "one model with commas)",
+    )
+    plans: List[str] = arg(
+        ["none", "sft", "mpo"],
+        "plan settings: none; the planner checkpoint of "
+        "that name in --out (sft, rft, mpo); gpt: --teacher asked directly; "
+        "a JSONL file with `task` and `plan`; or a control: wrong, mpo's plan "
+        "for a task of another type; oracle, the plan that --teacher rules "
+        "makes of the test task's own expert trajectory",
+    )
     splits: List[str] = arg([], "splits of the environment (default: its test splits)")
-    insert: List[str] = arg(["instruction"], "where the agent reads the plan: instruction (paper), "
-                            "thought, observation (paper 5.2)")
+    insert: List[str] = arg(
+        ["instruction"],
+        "where the agent reads the plan: instruction (paper), thought, observation (paper 5.2)",
+    )
     teacher: str = arg("gpt-4o", "the planner of --plans gpt (paper: gpt-4o)")
     plans_only: bool = arg(False, "make the plans, for other agents to use, and play nothing")
     agent_temperature: float = arg(0.0, "temperature of the agent (paper: 0, as of the planner)")
     plan_tokens: int = arg(512, "token limit of a plan")
     agent_tokens: int = arg(512, "token limit of an agent's reply")
-    prompts: Optional[str] = arg(None, "prompt folder: one of the environment's, or a path "
-                                 "(default: the environment's own)")
-    examples: Optional[str] = arg(None, "type: a one-shot example of each task's type, also where "
-                                  "the environment has one for all (paper)")
+    prompts: Optional[str] = arg(
+        None, "prompt folder: one of the environment's, or a path (default: the environment's own)"
+    )
+    examples: Optional[str] = arg(
+        None,
+        "type: a one-shot example of each task's type, also where "
+        "the environment has one for all (paper)",
+    )
     observation_chars: int = arg(0, "cut observations to this length, 0: never")
     max_steps: Optional[int] = arg(None, "step limit of an episode (default: the environment's)")
-    tasks: List[str] = arg([], "JSON files of tasks, [[type, variation], ...], SPLIT=FILE each, in "
-                           "place of the environment's splits")
+    tasks: List[str] = arg(
+        [],
+        "JSON files of tasks, [[type, variation], ...], SPLIT=FILE each, in "
+        "place of the environment's splits",
+    )
     types: Optional[List[str]] = arg(None, "only tasks of these types")
     limit: Optional[int] = arg(None, "only the first N tasks of each split")
-    skip: int = arg(0, "leave out the first N tasks of each split, before --limit: --splits train "
-                    "--skip N has validation tasks if the other stages used the first N")
+    skip: int = arg(
+        0,
+        "leave out the first N tasks of each split, before --limit: --splits train "
+        "--skip N has validation tasks if the other stages used the first N",
+    )
     workers: int = arg(16, "environment worker processes")
-    concurrency: Optional[int] = arg(None, "episodes in flight (default: 64 a server, at "
-                                     "least 256; 32 with an agent of an API)")
+    concurrency: Optional[int] = arg(
+        None, "episodes in flight (default: 64 a server, at least 256; 32 with an agent of an API)"
+    )
     ray: bool = arg(False, "environment workers on a Ray cluster (RAY_ADDRESS)")
     tensor_parallel: int = arg(1, "GPUs of one replica of a served model")
     max_model_len: int = arg(32768, "context of a served model, tokens, at most its own")
@@ -93,8 +112,11 @@ class Args:
 @dataclass
 class JudgeArgs:
     out: str = arg("runs/sciworld", "run folder")
-    judge: str = arg("gpt-4o", "who compares the plans: a model of an API (paper: gpt-4o), a local "
-                     "model, or a server's URL")
+    judge: str = arg(
+        "gpt-4o",
+        "who compares the plans: a model of an API (paper: gpt-4o), a local "
+        "model, or a server's URL",
+    )
     plans: List[str] = arg(["sft", "mpo"], "the two plan settings to compare, evaluated before")
     tokens: int = arg(1024, "token limit of a judgement")
     concurrency: int = arg(32, "requests in flight")
@@ -105,8 +127,11 @@ class JudgeArgs:
 
 @dataclass
 class ReportArgs:
-    out: List[str] = arg([Args.out], "run folder; several: environments or seeds to report "
-                         "together, in the first one's subfolder pooled/")
+    out: List[str] = arg(
+        [Args.out],
+        "run folder; several: environments or seeds to report "
+        "together, in the first one's subfolder pooled/",
+    )
     seed: int = arg(0, "random seed of the bootstrap")
 
 
@@ -127,8 +152,9 @@ def planner_of(a: Args, setting: str) -> str | None:
     """The model that makes the plans of a setting; None if there are none, or another source."""
     if setting in ("none", "oracle") or setting.endswith(".jsonl"):
         return None
-    return a.teacher if setting == "gpt" else str(
-        Path(a.out) / {"wrong": "mpo"}.get(setting, setting))
+    return (
+        a.teacher if setting == "gpt" else str(Path(a.out) / {"wrong": "mpo"}.get(setting, setting))
+    )
 
 
 def digest_of_plans(a: Args, setting: str, prompts) -> str | None:
@@ -140,14 +166,19 @@ def digest_of_plans(a: Args, setting: str, prompts) -> str | None:
     if setting.endswith(".jsonl"):
         return common.digest(Path(setting).read_text())
     planner_id = models.identify(planner_of(a, setting))
-    return common.digest(planner_id, prompts.planner_text, a.plan_tokens,
-                         *([setting, a.seed] if setting == "wrong" else []))
+    return common.digest(
+        planner_id,
+        prompts.planner_text,
+        a.plan_tokens,
+        *([setting, a.seed] if setting == "wrong" else []),
+    )
 
 
 def of_another_type(a: Args, task: str, tasks: list[str]) -> str:
     """A task of another type, drawn by seed; another task where all are of one type (WebShop)."""
-    others = ([t for t in tasks if common.task_type(t) != common.task_type(task)]
-              or [t for t in tasks if t != task])
+    others = [t for t in tasks if common.task_type(t) != common.task_type(task)] or [
+        t for t in tasks if t != task
+    ]
     if not others:
         raise InputError("--plans wrong needs two test tasks")
     return others[common.seed_of(a.seed, "wrong", task) % len(others)]
@@ -163,8 +194,9 @@ def plans_in_file(path: str, tasks: list[str]) -> dict[str, str | None]:
         if not isinstance(plan, str | None):
             raise InputError(f"{path}: the plan for {task} must be text, or null for none")
     if absent := [t for t in tasks if t not in plans]:
-        raise InputError(f"{path} has no plan for {absent[0]} and {len(absent) - 1} other tasks of "
-                         "--splits")
+        raise InputError(
+            f"{path} has no plan for {absent[0]} and {len(absent) - 1} other tasks of --splits"
+        )
     return {t: plans[t] for t in tasks}
 
 
@@ -179,17 +211,29 @@ async def greedy_plans(a: Args, tasks: list[str], pool) -> dict[str, str | None]
     ids = {s: digest_of_plans(a, s, prompts[s]) for s in settings}
     rows = common.read_rows(path, ("plans_id", "task", "plan"), missing_ok=True)
     done = common.finished(rows, "plans_id", "task")
-    todo = {s: missing for s in sorted(ids, key="wrong".__eq__) if s != "none"  # wrong: last
-            and (missing := [t for t in tasks if (ids[s], t) not in done])}
+    todo = {
+        s: missing
+        for s in sorted(ids, key="wrong".__eq__)
+        if s != "none"  # wrong: last
+        and (missing := [t for t in tasks if (ids[s], t) not in done])
+    }
     source = {t: of_another_type(a, t, tasks) for t in todo.get("wrong", ())}
     if todo:
         u = await pool.each(list(dict.fromkeys(t for ts in todo.values() for t in ts)), "reset")
-        with (common.Appender(path) as append,
-              tqdm(total=sum(map(len, todo.values())), desc="plans") as bar):
+        with (
+            common.Appender(path) as append,
+            tqdm(total=sum(map(len, todo.values())), desc="plans") as bar,
+        ):
 
             def keep(setting, task, plan, **more):
-                row = {"setting": setting, "task": task, "plan": plan, "instruction": u[task],
-                       "plans_id": ids[setting], **more}
+                row = {
+                    "setting": setting,
+                    "task": task,
+                    "plan": plan,
+                    "instruction": u[task],
+                    "plans_id": ids[setting],
+                    **more,
+                }
                 append(row)
                 done[ids[setting], task] = row
                 bar.update()
@@ -210,8 +254,14 @@ async def greedy_plans(a: Args, tasks: list[str], pool) -> dict[str, str | None]
                 elif setting == "oracle":
                     found = await pool.each(missing, "expert")
                     for task, e in found.items():
-                        keep(setting, task, e and common.number_steps(
-                            common.environment(a.env).abstract(e["instruction"], e["steps"])))
+                        keep(
+                            setting,
+                            task,
+                            e
+                            and common.number_steps(
+                                common.environment(a.env).abstract(e["instruction"], e["steps"])
+                            ),
+                        )
                 else:
                     for task, plan in plans_in_file(setting, missing).items():
                         keep(setting, task, plan)
@@ -234,18 +284,36 @@ def cells_of(a: Args, plans_ids: dict[str, str | None], splits: dict[str, list[s
     for agent in a.agents:
         name, url = models.name_and_url(agent)
         agent_id = common.digest(
-            models.identify(name, url), prompts.agent_text, prompts.examples, a.agent_temperature,
-            a.agent_tokens, common.STOP, a.observation_chars, a.max_steps, a.max_model_len,
-            *([a.seed] if a.agent_temperature else []))
+            models.identify(name, url),
+            prompts.agent_text,
+            prompts.examples,
+            a.agent_temperature,
+            a.agent_tokens,
+            common.STOP,
+            a.observation_chars,
+            a.max_steps,
+            a.max_model_len,
+            *([a.seed] if a.agent_temperature else []),
+        )
         for setting in a.plans:
             shown = names.get(setting, setting)
             if list(names.values()).count(shown) > 1:
                 shown = setting
             for insert in a.insert if setting != "none" else ["instruction"]:
-                cells += [{"env": a.env, "agent": name, "agent_id": agent_id, "insert": insert,
-                           "split": split, "tasks": tasks, "plans": shown,
-                           "plans_id": plans_ids[setting], "note": common.environment(a.env).note()}
-                          for split, tasks in splits.items()]
+                cells += [
+                    {
+                        "env": a.env,
+                        "agent": name,
+                        "agent_id": agent_id,
+                        "insert": insert,
+                        "split": split,
+                        "tasks": tasks,
+                        "plans": shown,
+                        "plans_id": plans_ids[setting],
+                        "note": common.environment(a.env).note(),
+                    }
+                    for split, tasks in splits.items()
+                ]
     return cells
 
 
@@ -259,8 +327,14 @@ async def play_missing(a: Args, cells: list[dict], pool) -> None:
         for task, row in cell["episodes"].items():
             if row is None:
                 key = cell["agent_id"], cell["insert"], task, cell["texts"].get(task)
-                jobs[key] = {"task": task, "plan": key[3], "rollout": 0, "agent": cell["agent"],
-                             "insert": cell["insert"], "agent_id": cell["agent_id"]}
+                jobs[key] = {
+                    "task": task,
+                    "plan": key[3],
+                    "rollout": 0,
+                    "agent": cell["agent"],
+                    "insert": cell["insert"],
+                    "agent_id": cell["agent_id"],
+                }
     for agent in a.agents:
         name, url = models.name_and_url(agent)
         own = [job for job in jobs.values() if job["agent"] == name]
@@ -268,12 +342,25 @@ async def play_missing(a: Args, cells: list[dict], pool) -> None:
             continue
         with common.Appender(path) as append, models.open_model(name, url, a) as model:
             for insert in report.unique(own, "insert"):
-                c = common.RolloutConfig(prompts, a.agent_temperature, a.agent_tokens,
-                                         a.observation_chars, a.seed, max_steps=a.max_steps,
-                                         insert=insert)
-                await common.rollouts([job for job in own if job["insert"] == insert], model, pool,
-                                      a.env, c, model.concurrency, append,
-                                      desc=f"evaluation, {Path(name).name}, {insert}")
+                c = common.RolloutConfig(
+                    prompts,
+                    a.agent_temperature,
+                    a.agent_tokens,
+                    a.observation_chars,
+                    a.seed,
+                    max_steps=a.max_steps,
+                    insert=insert,
+                )
+                await common.rollouts(
+                    [job for job in own if job["insert"] == insert],
+                    model,
+                    pool,
+                    a.env,
+                    c,
+                    model.concurrency,
+                    append,
+                    desc=f"evaluation, {Path(name).name}, {insert}",
+                )
 
 
 def with_episodes(out: str, cells: list[dict]) -> list[dict]:
@@ -282,20 +369,36 @@ def with_episodes(out: str, cells: list[dict]) -> list[dict]:
     "run", its run folder."""
     folder = Path(out) / "eval"
     fields = ("task", "plan", "reward", "agent_id", "insert", "end")
-    plans = common.finished(common.read_rows(folder / "plans.jsonl", ("plans_id", "task", "plan"),
-                                             missing_ok=True), "plans_id", "task")
+    plans = common.finished(
+        common.read_rows(folder / "plans.jsonl", ("plans_id", "task", "plan"), missing_ok=True),
+        "plans_id",
+        "task",
+    )
     rows = common.read_rows(folder / "rollouts.jsonl", fields, missing_ok=True)
-    played = common.finished((r for r in rows if r["end"] != "crash"),
-                             "agent_id", "insert", "task", "plan")
+    played = common.finished(
+        (r for r in rows if r["end"] != "crash"), "agent_id", "insert", "task", "plan"
+    )
     found = []
     for cell in cells:
-        own = {t: plans[cell["plans_id"], t] for t in cell["tasks"]
-               if (cell["plans_id"], t) in plans}
+        own = {
+            t: plans[cell["plans_id"], t] for t in cell["tasks"] if (cell["plans_id"], t) in plans
+        }
         texts = {t: row["plan"] for t, row in own.items()}
-        episodes = {t: played.get((cell["agent_id"], cell["insert"], t, texts.get(t)))
-                    if t in texts or cell["plans"] == "none" else None for t in cell["tasks"]}
-        found.append({**cell, "texts": texts, "episodes": episodes, "run": out,
-                      "untagged": sum(row.get("untagged", False) for row in own.values())})
+        episodes = {
+            t: played.get((cell["agent_id"], cell["insert"], t, texts.get(t)))
+            if t in texts or cell["plans"] == "none"
+            else None
+            for t in cell["tasks"]
+        }
+        found.append(
+            {
+                **cell,
+                "texts": texts,
+                "episodes": episodes,
+                "run": out,
+                "untagged": sum(row.get("untagged", False) for row in own.values()),
+            }
+        )
     return found
 
 
@@ -311,8 +414,11 @@ def asked_cells(out: str, folders=()) -> tuple[list[dict], int]:
     agents = {r["agent"]: r["agent_id"] for r in rows}
     plans = {r["plans"]: r["plans_id"] for r in rows}
     every = common.finished(rows, "agent", "plans", "insert", "split").values()
-    cells = [r for r in every if r["agent_id"] == agents[r["agent"]]
-             and r["plans_id"] == plans[r["plans"]]]
+    cells = [
+        r
+        for r in every
+        if r["agent_id"] == agents[r["agent"]] and r["plans_id"] == plans[r["plans"]]
+    ]
     cells.sort(key=lambda c: (list(agents).index(c["agent"]), report.rank(c)))
     return cells, len(every) - len(cells)
 
@@ -330,9 +436,14 @@ def mean_and_interval(strata: list, seed: int) -> dict:
     if all(s.min() == s.max() for s in strata):
         return {"mean": average, "interval": [average] * 2}
     pairs = [s.repeat(2) if len(s) == 1 else s for s in strata]  # SciPy wants two values or more
-    found = bootstrap(pairs, lambda *xs, axis: np.mean([x.mean(axis) for x in xs], 0),
-                      n_resamples=10_000, batch=500, method="percentile",
-                      rng=seed).confidence_interval
+    found = bootstrap(
+        pairs,
+        lambda *xs, axis: np.mean([x.mean(axis) for x in xs], 0),
+        n_resamples=10_000,
+        batch=500,
+        method="percentile",
+        rng=seed,
+    ).confidence_interval
     return {"mean": average, "interval": [float(found.low), float(found.high)]}
 
 
@@ -345,9 +456,15 @@ def paired_test(strata: list, seed: int) -> dict:
     gains, p = np.concatenate([np.asarray(s, dtype=float) for s in strata]), 1.0
     weights = np.concatenate([[len(gains) / len(strata) / len(s)] * len(s) for s in strata])
     if len(gains) > 1 and gains.any():
-        p = permutation_test((gains,), lambda x, axis: (x * weights).mean(axis), rng=seed,
-                             permutation_type="samples", n_resamples=9_999, batch=500,
-                             vectorized=True).pvalue
+        p = permutation_test(
+            (gains,),
+            lambda x, axis: (x * weights).mean(axis),
+            rng=seed,
+            permutation_type="samples",
+            n_resamples=9_999,
+            batch=500,
+            vectorized=True,
+        ).pvalue
     return {**mean_and_interval(strata, seed), "p": float(p)}
 
 
@@ -361,39 +478,71 @@ def summarise(cells: list[dict], seed: int, several: bool) -> tuple[list[dict], 
         every = [r for s in cell["strata"] for rs in s.values() for r in rs]
         rows = [r for r in every if r]
         names = {k: cell[k] for k in ("agent", "plans", "insert", "split")}
-        thoughts = [r["continued"] for r in rows
-                    if r["insert"] == "thought" and r.get("continued") is not None]
-        result = {**names, "total": cell["total"], "tasks": sum(map(len, cell["strata"])),
-                  "runs": len(report.unique(cell["cells"], "run")),
-                  "episodes": len(rows), "missing": len(every) - len(rows),
-                  "ends": dict(Counter(r["end"] for r in rows)),
-                  "format_errors": sum(r.get("format_errors", 0) for r in rows),
-                  "context_overflows": sum(r["end"] == "context" for r in rows),
-                  "continued": sum(thoughts), "own_turn": len(thoughts) - sum(thoughts),
-                  "untagged": sum(c["untagged"] for c in cell["cells"]),
-                  "notes": list(dict.fromkeys(c["note"] for c in cell["cells"] if c.get("note"))),
-                  "steps": mean(len(r["steps"]) for r in rows)}
+        thoughts = [
+            r["continued"]
+            for r in rows
+            if r["insert"] == "thought" and r.get("continued") is not None
+        ]
+        result = {
+            **names,
+            "total": cell["total"],
+            "tasks": sum(map(len, cell["strata"])),
+            "runs": len(report.unique(cell["cells"], "run")),
+            "episodes": len(rows),
+            "missing": len(every) - len(rows),
+            "ends": dict(Counter(r["end"] for r in rows)),
+            "format_errors": sum(r.get("format_errors", 0) for r in rows),
+            "context_overflows": sum(r["end"] == "context" for r in rows),
+            "continued": sum(thoughts),
+            "own_turn": len(thoughts) - sum(thoughts),
+            "untagged": sum(c["untagged"] for c in cell["cells"]),
+            "notes": list(dict.fromkeys(c["note"] for c in cell["cells"] if c.get("note"))),
+            "steps": mean(len(r["steps"]) for r in rows),
+        }
         complete = bool(rows) and not result["missing"]
         for name, (_, value) in report.METRICS.items():
-            result[name] = mean_and_interval([[mean(map(value, rs)) for rs in s.values()]
-                                              for s in cell["strata"]], seed) if complete else None
+            result[name] = (
+                mean_and_interval(
+                    [[mean(map(value, rs)) for rs in s.values()] for s in cell["strata"]], seed
+                )
+                if complete
+                else None
+            )
         results.append(result)
         for other in cells if complete else []:
             same = all(other[k] == cell[k] for k in ("agent", "split", "total"))
-            comparable = (other["plans"] in ("none", cell["plans"])
-                          or other["insert"] == cell["insert"])
-            if not (same and comparable and report.rank(other) < report.rank(cell)
-                    and all(r for s in other["strata"] for rs in s.values() for r in rs)):
+            comparable = (
+                other["plans"] in ("none", cell["plans"]) or other["insert"] == cell["insert"]
+            )
+            if not (
+                same
+                and comparable
+                and report.rank(other) < report.rank(cell)
+                and all(r for s in other["strata"] for rs in s.values() for r in rs)
+            ):
                 continue
-            both = [[(rs, o[t]) for t, rs in s.items() if t in o]
-                    for s, o in zip(cell["strata"], other["strata"], strict=True)]
+            both = [
+                [(rs, o[t]) for t, rs in s.items() if t in o]
+                for s, o in zip(cell["strata"], other["strata"], strict=True)
+            ]
             if all(both):
-                differences.append({
-                    **names, "tasks": sum(map(len, both)),
-                    "over": {"plans": other["plans"], "insert": other["insert"]},
-                    **{name: paired_test([[mean(map(value, rs)) - mean(map(value, o))
-                                           for rs, o in pairs] for pairs in both], seed)
-                       for name, (_, value) in report.METRICS.items()}})
+                differences.append(
+                    {
+                        **names,
+                        "tasks": sum(map(len, both)),
+                        "over": {"plans": other["plans"], "insert": other["insert"]},
+                        **{
+                            name: paired_test(
+                                [
+                                    [mean(map(value, rs)) - mean(map(value, o)) for rs, o in pairs]
+                                    for pairs in both
+                                ],
+                                seed,
+                            )
+                            for name, (_, value) in report.METRICS.items()
+                        },
+                    }
+                )
     return results, differences
 
 
@@ -408,8 +557,9 @@ def parse_judgement(reply: str) -> dict | None:
             answer, _ = json.JSONDecoder().raw_decode(reply[match.start() :])
         except ValueError:
             continue
-        said = {d: str(answer.get(f"{d}_better", "")).strip().lower()
-                for d in (*DIMENSIONS, "overall")}
+        said = {
+            d: str(answer.get(f"{d}_better", "")).strip().lower() for d in (*DIMENSIONS, "overall")
+        }
         return said if all(v in ("first", "second", "tie") for v in said.values()) else None
     return None
 
@@ -428,8 +578,10 @@ def count_verdicts(rows: list[dict], plans: list[str]) -> dict[str, Counter]:
             if len(answers) < 2 or None in answers.values():
                 count["invalid"] += 1
                 continue
-            won = {{"first": first, "second": plans[first == plans[0]], "tie": None}[answer[d]]
-                   for first, answer in answers.items()}
+            won = {
+                {"first": first, "second": plans[first == plans[0]], "tie": None}[answer[d]]
+                for first, answer in answers.items()
+            }
             tie = len(won) > 1 or None in won
             count["tie" if tie else "win" if won == {plans[1]} else "loss"] += 1
     return counts
@@ -462,27 +614,51 @@ def judge(a: JudgeArgs) -> None:
     name, url = models.name_and_url(a.judge)
     models.check_model(name, url)
     prompt = (common.DATA / "report" / "judge.txt").read_text().strip()
-    path, judge_id = folder / "judgements.jsonl", common.digest(
-        models.identify(name, url), prompt, a.tokens, a.plans, texts)
+    path, judge_id = (
+        folder / "judgements.jsonl",
+        common.digest(models.identify(name, url), prompt, a.tokens, a.plans, texts),
+    )
     rows = common.read_rows(path, ("task", "first", "answer", "judge_id"), missing_ok=True)
     done = common.finished((r for r in rows if r["judge_id"] == judge_id), "task", "first")
-    todo = [(t, *order) for t in texts[a.plans[0]] if t in texts[a.plans[1]]
-            for order in (a.plans, a.plans[::-1]) if (t, order[0]) not in done]
+    todo = [
+        (t, *order)
+        for t in texts[a.plans[0]]
+        if t in texts[a.plans[1]]
+        for order in (a.plans, a.plans[::-1])
+        if (t, order[0]) not in done
+    ]
 
     async def ask_all() -> None:
-        with (common.Appender(path) as append, tqdm(total=len(todo), desc="judgements") as bar,
-              models.open_model(name, url, a) as model):
+        with (
+            common.Appender(path) as append,
+            tqdm(total=len(todo), desc="judgements") as bar,
+            models.open_model(name, url, a) as model,
+        ):
 
             async def ask(task, first, second):
-                text = common.fill(prompt, task=u[task], first=texts[first][task],
-                                   second=texts[second][task])
+                text = common.fill(
+                    prompt, task=u[task], first=texts[first][task], second=texts[second][task]
+                )
                 for attempt in range(3):  # an invalid answer is asked for again, less greedily
-                    reply = await model.ask([{"role": "user", "content": text}], 0.3 * attempt,
-                                            a.tokens, common.seed_of(task, first, attempt))
+                    reply = await model.ask(
+                        [{"role": "user", "content": text}],
+                        0.3 * attempt,
+                        a.tokens,
+                        common.seed_of(task, first, attempt),
+                    )
                     if answer := parse_judgement(reply.text):
                         break
-                append({"task": task, "plans": a.plans, "first": first, "answer": answer,
-                        "reply": reply.text, "judge": name, "judge_id": judge_id})
+                append(
+                    {
+                        "task": task,
+                        "plans": a.plans,
+                        "first": first,
+                        "answer": answer,
+                        "reply": reply.text,
+                        "judge": name,
+                        "judge_id": judge_id,
+                    }
+                )
                 bar.update()
 
             await asyncio.gather(*[ask(*key) for key in todo])
@@ -521,8 +697,16 @@ def write_plan(a: PlanArgs) -> None:
     models.check_model(name, url)
 
     async def ask() -> str:
-        with tempfile.TemporaryDirectory() as out, models.open_model(name, url, SimpleNamespace(
-                out=out, concurrency=1, tensor_parallel=1, max_model_len=a.max_model_len)) as model:
+        with (
+            tempfile.TemporaryDirectory() as out,
+            models.open_model(
+                name,
+                url,
+                SimpleNamespace(
+                    out=out, concurrency=1, tensor_parallel=1, max_model_len=a.max_model_len
+                ),
+            ) as model,
+        ):
             return (await model.ask(prompts.planner(a.text), 0.0, a.plan_tokens)).text
 
     reply = asyncio.run(ask())
@@ -533,8 +717,11 @@ def write_plan(a: PlanArgs) -> None:
 
 def split_commas(values: list[str]) -> list[str]:
     """'a,b' 'c' -> a, b, c; a URL may have commas of its own."""
-    return list(dict.fromkeys(part for v in values
-                              for part in ([v] if v.startswith("http") else v.split(",")) if part))
+    return list(
+        dict.fromkeys(
+            part for v in values for part in ([v] if v.startswith("http") else v.split(",")) if part
+        )
+    )
 
 
 def main(a: Args) -> None:
@@ -550,8 +737,10 @@ def main(a: Args) -> None:
         elif planner:
             models.check_model(planner)
             if setting != "gpt" and not Path(planner).is_dir():
-                raise InputError(f"--plans {setting}: there is no planner {planner}; run the stage "
-                                 "that makes it, or leave it out")
+                raise InputError(
+                    f"--plans {setting}: there is no planner {planner}; run the stage "
+                    "that makes it, or leave it out"
+                )
     for agent in a.agents if not a.plans_only else []:
         if not agent.startswith("http"):
             models.check_model(agent)
@@ -561,8 +750,14 @@ def main(a: Args) -> None:
         async with common.EnvPool(a.env, a.workers, a.concurrency, a.ray) as pool:
             named = [s for s in common.task_files(a.tasks) if s != "train"]
             names = a.splits or named or common.environment(a.env).tests()
-            splits = {s: (await common.list_tasks(pool, a.env, s, a.tasks, a.types, a.limit and
-                                                  a.skip + a.limit))[a.skip:] for s in names}
+            splits = {
+                s: (
+                    await common.list_tasks(
+                        pool, a.env, s, a.tasks, a.types, a.limit and a.skip + a.limit
+                    )
+                )[a.skip :]
+                for s in names
+            }
             if empty := [s for s in splits if not splits[s] or a.skip < 0]:
                 raise InputError(f"--skip {a.skip} is negative or leaves no task of {empty[0]}")
             every = list(dict.fromkeys(t for tasks in splits.values() for t in tasks))
@@ -583,8 +778,11 @@ def main(a: Args) -> None:
         write_report(ReportArgs([a.out], a.seed))
 
 
-COMMANDS = {"judge": (judge, JudgeArgs), "report": (write_report, ReportArgs),
-            "plan": (write_plan, PlanArgs, "text")}
+COMMANDS = {
+    "judge": (judge, JudgeArgs),
+    "report": (write_report, ReportArgs),
+    "plan": (write_plan, PlanArgs, "text"),
+}
 
 if __name__ == "__main__":
     named = len(sys.argv) > 1 and sys.argv[1] in COMMANDS

@@ -73,8 +73,9 @@ def run_stage(main, args_class, positional: str | None = None, training: bool = 
         pass
 
     doc = sys.modules[args_class.__module__].__doc__
-    parser = HfArgumentParser(args_class, description=doc, allow_abbrev=False,
-                              formatter_class=Formatter)
+    parser = HfArgumentParser(
+        args_class, description=doc, allow_abbrev=False, formatter_class=Formatter
+    )
     args, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
     if positional and unknown and not unknown[0].startswith("-"):
         setattr(args, positional, " ".join(unknown))
@@ -85,11 +86,20 @@ def run_stage(main, args_class, positional: str | None = None, training: bool = 
     except InputError as e:
         parser.exit(2, f"error: {e}\n")
     except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT, errno.EEXIST,
-                           errno.ENOTDIR):
+        if e.errno not in (
+            errno.ENOSPC,
+            errno.EROFS,
+            errno.EACCES,
+            errno.EDQUOT,
+            errno.EEXIST,
+            errno.ENOTDIR,
+        ):
             raise
-        parser.exit(2, f"error: cannot write {e.filename or 'the run folder'}: {e.strerror}. Free "
-                       "some space or choose another --out; finished rows are kept.\n")
+        parser.exit(
+            2,
+            f"error: cannot write {e.filename or 'the run folder'}: {e.strerror}. Free "
+            "some space or choose another --out; finished rows are kept.\n",
+        )
     except KeyboardInterrupt:
         parser.exit(130, "interrupted: finished rows are kept, run the same command to resume\n")
     if training:
@@ -104,7 +114,8 @@ def load_module(path: Path, name: str | None = None):
     import its neighbours (`from .shop import Shop`)."""
     name = name or f"{path.parent.name}.{path.stem}"
     spec = importlib.util.spec_from_file_location(
-        name, path, submodule_search_locations=[str(path.parent)])
+        name, path, submodule_search_locations=[str(path.parent)]
+    )
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -137,10 +148,13 @@ def read_rows(path, required: tuple = (), missing_ok: bool = False) -> list[dict
                 if not line.endswith(b"\n"):
                     break
                 raise InputError(
-                    f"{path}:{number}: invalid JSON ({e}); fix or delete that line") from None
+                    f"{path}:{number}: invalid JSON ({e}); fix or delete that line"
+                ) from None
             if not isinstance(row, dict) or any(k not in row for k in required):
-                raise InputError(f"{path}:{number}: each line must be a JSON object with the "
-                                 f"fields {', '.join(required)}")
+                raise InputError(
+                    f"{path}:{number}: each line must be a JSON object with the "
+                    f"fields {', '.join(required)}"
+                )
             rows.append(row)
     return rows
 
@@ -169,8 +183,9 @@ class Appender:
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise InputError(f"{path} is being written by another run; wait for it or choose "
-                             "another --out") from None
+            raise InputError(
+                f"{path} is being written by another run; wait for it or choose another --out"
+            ) from None
         self.file.seek(0)
         content = self.file.read()
         if tail := content[content.rfind(b"\n") + 1 :]:
@@ -260,10 +275,13 @@ class Prompts:
 
         if not folder.is_dir() or not text("agent.txt"):
             known = ", ".join(sorted(p.parent.name for p in base.glob("*/*.txt")))
-            raise InputError(f"--prompts {name}: {folder} has no prompts; it must be a folder with "
-                             f"planner.txt and agent.txt (folders of {env}: {known})")
+            raise InputError(
+                f"--prompts {name}: {folder} has no prompts; it must be a folder with "
+                f"planner.txt and agent.txt (folders of {env}: {known})"
+            )
         self.planner_text, self.agent_text, self.teacher_text = map(
-            text, ("planner.txt", "agent.txt", "teacher.txt"))
+            text, ("planner.txt", "agent.txt", "teacher.txt")
+        )
         self.examples = json.loads(text("examples.json") or "{}")
         if examples not in (None, "type"):
             raise InputError(f"--examples {examples}: the only value is `type`")
@@ -289,8 +307,10 @@ class Prompts:
         messages = [{"role": "user", "content": content}]
         if plan and insert == "thought":
             thought = f"Thought: I will go about the task by this meta plan:\n{plan}"
-            messages += [{"role": "assistant", "content": thought},
-                         {"role": "user", "content": "Observation: OK."}]
+            messages += [
+                {"role": "assistant", "content": thought},
+                {"role": "user", "content": "Observation: OK."},
+            ]
         return messages
 
 
@@ -303,8 +323,9 @@ def parse_plan(reply: str) -> str | None:
     """The plan between the <meta_plan> tags of a reply, its steps renumbered from 1; None if there
     is none. The closing tag may be missing. Lines below a step, up to an empty one, continue it."""
     match = re.search(r"<meta[ _]plan>(.*?)(?:</meta[ _]plan>|\Z)", reply, re.S | re.I)
-    _, *steps = re.split(r"^[ \t]*(?:step\s*)?\d+\s*[:.)][ \t]*(?=\S)", match[1] if match else "",
-                         flags=re.M | re.I)
+    _, *steps = re.split(
+        r"^[ \t]*(?:step\s*)?\d+\s*[:.)][ \t]*(?=\S)", match[1] if match else "", flags=re.M | re.I
+    )
     steps = [" ".join(re.split(r"\n\s*\n", step)[0].split()) for step in steps]
     return number_steps(steps) if steps else None
 
@@ -413,8 +434,10 @@ def environment_folder(name: str) -> Path:
     folder = Path(name).resolve() if os.sep in name else DATA / name
     if not (folder / "env.py").exists():
         known = ", ".join(sorted(p.parent.name for p in DATA.glob("*/env.py")))
-        raise InputError(f"--env {name}: {folder / 'env.py'} does not exist; --env is a folder of "
-                         f"data/ ({known}) or a path")
+        raise InputError(
+            f"--env {name}: {folder / 'env.py'} does not exist; --env is a folder of "
+            f"data/ ({known}) or a path"
+        )
     return folder
 
 
@@ -424,13 +447,18 @@ def environment(name: str) -> type[Environment]:
     try:
         module = load_module(folder / "env.py", f"environments.{folder.name}")
     except ImportError as e:
-        raise InputError(f"--env {name} needs the package {e.name}: pip install -r "
-                         f"{folder / 'requirements.txt'}") from None
-    found = [v for v in vars(module).values() if isinstance(v, type) and issubclass(v, Environment)
-             and v.__module__ == module.__name__]
+        raise InputError(
+            f"--env {name} needs the package {e.name}: pip install -r {folder / 'requirements.txt'}"
+        ) from None
+    found = [
+        v
+        for v in vars(module).values()
+        if isinstance(v, type) and issubclass(v, Environment) and v.__module__ == module.__name__
+    ]
     if len(found) != 1:
-        raise InputError(f"{folder / 'env.py'} must define one subclass of common.Environment, "
-                         f"not {len(found)}")
+        raise InputError(
+            f"{folder / 'env.py'} must define one subclass of common.Environment, not {len(found)}"
+        )
     return found[0]
 
 
@@ -440,8 +468,10 @@ def check_data(env: str, out) -> None:
     if not version:
         return
     if path.exists() and path.read_text() != version:
-        raise InputError(f"{out} has rows of other {env} data ({path}): use another run folder for "
-                         "this data (make RUN=, --out)")
+        raise InputError(
+            f"{out} has rows of other {env} data ({path}): use another run folder for "
+            "this data (make RUN=, --out)"
+        )
     write_text(path, version)
 
 
@@ -464,7 +494,8 @@ class Sessions:
         try:
             if session not in self.live:
                 self.live[session] = (
-                    self.free.pop() if self.free else environment(self.env)(self.sessions))
+                    self.free.pop() if self.free else environment(self.env)(self.sessions)
+                )
             return getattr(self.live[session], method)(*args)
         except InputError:
             raise
@@ -478,8 +509,9 @@ def _start_worker(env: str, sessions: int) -> None:
     global _sessions
     os.setsid()
     parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os.killpg(0, signal.SIGKILL)),
-                     daemon=True).start()
+    threading.Thread(
+        target=lambda: (parent.join(), os.killpg(0, signal.SIGKILL)), daemon=True
+    ).start()
     _sessions = Sessions(env, sessions)
 
 
@@ -497,9 +529,14 @@ class RayExecutor:
 
         if not ray.is_initialized():
             variables = {k: os.environ[k] for k in environment(env).VARIABLES if k in os.environ}
-            ray.init(os.environ.get("RAY_ADDRESS") or "local", log_to_driver=False,
-                     logging_level="ERROR", runtime_env={"env_vars": {
-                         "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "0", **variables}})
+            ray.init(
+                os.environ.get("RAY_ADDRESS") or "local",
+                log_to_driver=False,
+                logging_level="ERROR",
+                runtime_env={
+                    "env_vars": {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "0", **variables}
+                },
+            )
         self.ray, self.died = ray, (ray.exceptions.RayActorError, TimeoutError)
         self.actor = ray.remote(num_cpus=1)(Sessions).remote(env, sessions)
 
@@ -520,7 +557,7 @@ class ProcessExecutor:
         self.pool = ProcessPoolExecutor(1, spawn, _start_worker, (env, sessions))
         others = multiprocessing.active_children()
         self.pool.submit(os.getpid)  # starts the process
-        self.process, = set(multiprocessing.active_children()) - set(others)
+        (self.process,) = set(multiprocessing.active_children()) - set(others)
 
     def submit(self, *args):
         return self.pool.submit(_call_session, *args)
@@ -586,10 +623,15 @@ class EnvPool(contextlib.AbstractAsyncContextManager):
             except (BrokenExecutor, *executor.died) as e:
                 if worker.executor is executor:
                     self._kill(worker)
-                what = (f"did not answer {method} within {deadline:.0f} s"
-                        if isinstance(e, TimeoutError) else "died")
-                raise WorkerDied(f"an environment worker {what}; finished rows are kept, run the "
-                                 "same command to resume") from None
+                what = (
+                    f"did not answer {method} within {deadline:.0f} s"
+                    if isinstance(e, TimeoutError)
+                    else "died"
+                )
+                raise WorkerDied(
+                    f"an environment worker {what}; finished rows are kept, run the "
+                    "same command to resume"
+                ) from None
 
         try:
             yield call
@@ -647,14 +689,21 @@ def task_files(values: list[str]) -> dict[str, str]:
     return dict(v.split("=", 1) if "=" in v else ("tasks", v) for v in values)
 
 
-async def list_tasks(pool: EnvPool, env: str, split: str, tasks: list[str],
-                     types: list[str] | None, limit: int | None) -> list[str]:
+async def list_tasks(
+    pool: EnvPool,
+    env: str,
+    split: str,
+    tasks: list[str],
+    types: list[str] | None,
+    limit: int | None,
+) -> list[str]:
     """The tasks of a split, from its file in --tasks (JSON: [[type, variation], ...]) if there is
     one; of the given types only; the first `limit` of them."""
     cls = environment(env)
     if unknown := sorted(set(types or []) - set(cls.MAX_STEPS)):
-        raise InputError(f"unknown task type {unknown[0]!r}: --types takes "
-                         f"{', '.join(sorted(cls.MAX_STEPS))}")
+        raise InputError(
+            f"unknown task type {unknown[0]!r}: --types takes {', '.join(sorted(cls.MAX_STEPS))}"
+        )
     if limit is not None and limit < 1:
         raise InputError("--limit must be at least 1")
     files = task_files(tasks)
@@ -662,8 +711,9 @@ async def list_tasks(pool: EnvPool, env: str, split: str, tasks: list[str],
         try:
             tasks = [cls.named(kind, v) for kind, v in json.loads(Path(file).read_text())]
         except (OSError, ValueError, TypeError) as e:
-            raise InputError(f"--tasks {file}: must be a JSON file of the form "
-                             f'[["TYPE", VARIATION], ...] ({e})') from None
+            raise InputError(
+                f'--tasks {file}: must be a JSON file of the form [["TYPE", VARIATION], ...] ({e})'
+            ) from None
         for task in tasks:
             cls.check(task)
     else:
@@ -698,8 +748,9 @@ def observation_message(observation: str, limit: int, plan: str | None = None) -
     return {"role": "user", "content": f"Observation: {observation}{repeated}"}
 
 
-async def episode(env, model, cls, task: str, plan: str | None, rollout: int,
-                  c: RolloutConfig) -> dict:
+async def episode(
+    env, model, cls, task: str, plan: str | None, rollout: int, c: RolloutConfig
+) -> dict:
     """One trajectory e ~ pi_theta(e|u, p) (paper equation 2) in one environment session.
 
     Returns {"instruction": u, "reward": r(u, e), "success", "end", "steps": [[reply, observation],
@@ -714,8 +765,16 @@ async def episode(env, model, cls, task: str, plan: str | None, rollout: int,
     started = f"{plan}\nThought:" if plan and c.insert == "thought" and model.continues else ""
     messages = c.prompts.agent(u, None if started else plan, task, c.insert)
     repeated = plan if c.insert == "observation" else None
-    row = {"instruction": u, "reward": 0.0, "success": False, "end": "steps", "steps": [],
-           "format_errors": 0, "prompt_tokens": 0, "completion_tokens": 0}
+    row = {
+        "instruction": u,
+        "reward": 0.0,
+        "success": False,
+        "end": "steps",
+        "steps": [],
+        "format_errors": 0,
+        "prompt_tokens": 0,
+        "completion_tokens": 0,
+    }
     row |= {"continued": bool(started)} if plan and c.insert == "thought" else {}
     failures = 0
     for i in range(c.max_steps or cls.max_steps(task)):
@@ -742,13 +801,24 @@ async def episode(env, model, cls, task: str, plan: str | None, rollout: int,
         if failures == cls.MAX_FAILURES:
             row["end"] = "errors"
             break
-        messages += [{"role": "assistant", "content": said},
-                     observation_message(observation, c.observation_chars, repeated)]
+        messages += [
+            {"role": "assistant", "content": said},
+            observation_message(observation, c.observation_chars, repeated),
+        ]
     return row
 
 
-async def rollouts(jobs: list[dict], model, pool: EnvPool, env: str, c: RolloutConfig,
-                   concurrency: int, append, desc: str = "rollouts", attempts: int = 3) -> int:
+async def rollouts(
+    jobs: list[dict],
+    model,
+    pool: EnvPool,
+    env: str,
+    c: RolloutConfig,
+    concurrency: int,
+    append,
+    desc: str = "rollouts",
+    attempts: int = 3,
+) -> int:
     """Play all jobs {"task", "plan", "rollout", ...}, `concurrency` at a time; each finished one is
     appended as the job plus the result of `episode`. Jobs of one task and plan should be adjacent:
     their prompts share a prefix, which the server caches. An episode whose worker dies is retried;
@@ -765,19 +835,32 @@ async def rollouts(jobs: list[dict], model, pool: EnvPool, env: str, c: RolloutC
             nonlocal failed, total
             began = time.time()
             try:
-                row = await pool.use(job["task"], lambda session: episode(
-                    session, model, cls, job["task"], job["plan"], job["rollout"], c),
-                    attempts, lambda: retries.append(job))
+                row = await pool.use(
+                    job["task"],
+                    lambda session: episode(
+                        session, model, cls, job["task"], job["plan"], job["rollout"], c
+                    ),
+                    attempts,
+                    lambda: retries.append(job),
+                )
             except (WorkerDied, RuntimeError) as e:
-                row = {"instruction": None, "reward": 0.0, "success": False, "end": "crash",
-                       "steps": [], "error": str(e)}
+                row = {
+                    "instruction": None,
+                    "reward": 0.0,
+                    "success": False,
+                    "end": "crash",
+                    "steps": [],
+                    "error": str(e),
+                }
             append({**job, **row, "seconds": round(time.time() - began, 2)})
             failed, total = failed + (row["end"] == "crash"), total + row["reward"]
             done, seconds = bar.n + 1, time.time() - start
             bar.set_postfix_str(
                 f"{60 * done / seconds:.0f} ep/min, {model.completion_tokens / seconds:.0f} tok/s, "
                 f"reward {total / max(1, done - failed):.3f}, {failed} failed, {len(retries)} "
-                "retries", refresh=False)
+                "retries",
+                refresh=False,
+            )
             bar.update()
 
         await run_concurrently(work, jobs, min(concurrency, len(jobs)))
@@ -797,8 +880,9 @@ def load_model(name: str):
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", use_safetensors=True)
     except (OSError, ValueError, SafetensorError) as e:
-        raise InputError(f"cannot load {name}, as a model directory or from the Hub: "
-                         f"{str(e).splitlines()[0]}") from None
+        raise InputError(
+            f"cannot load {name}, as a model directory or from the Hub: {str(e).splitlines()[0]}"
+        ) from None
     if not tokenizer.chat_template:
         raise InputError(f"the tokenizer of {name} has no chat template: training needs one")
     for module in model.modules():  # no dropout in train mode either
@@ -811,10 +895,18 @@ def tokenize(messages: list[dict], tokenizer, where: str) -> tuple[list[int], li
     """A conversation as (token ids, target mask). Targets are what the model itself writes: the
     text of each assistant message and the end token after it. The chat template writes the BOS
     token, if any, so the tokenizer adds none. `where` names file and line in errors."""
-    if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) and all(
-            isinstance(m.get(k), str) for k in ("role", "content")) for m in messages):
-        raise InputError(f"{where}: a conversation must be a list of objects with `role` and "
-                         "`content`, both strings")
+    if (
+        not isinstance(messages, list)
+        or not messages
+        or not all(
+            isinstance(m, dict) and all(isinstance(m.get(k), str) for k in ("role", "content"))
+            for m in messages
+        )
+    ):
+        raise InputError(
+            f"{where}: a conversation must be a list of objects with `role` and "
+            "`content`, both strings"
+        )
     render = functools.partial(tokenizer.apply_chat_template, tokenize=False)
     text, spans = render(messages), []
     for i, message in enumerate(messages):
@@ -822,12 +914,15 @@ def tokenize(messages: list[dict], tokenizer, where: str) -> tuple[list[int], li
             before = render(messages[:i], add_generation_prompt=True)
             upto = render(messages[: i + 1])
             if not (upto.startswith(before) and text.startswith(upto)):
-                raise InputError(f"{where}: the chat template rewrites earlier turns, so the model "
-                                 "would not see what it is trained on; use one that only appends")
+                raise InputError(
+                    f"{where}: the chat template rewrites earlier turns, so the model "
+                    "would not see what it is trained on; use one that only appends"
+                )
             spans.append((len(before), len(upto.rstrip())))
     out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    mask = [any(first <= begin < last for first, last in spans)
-            for begin, _ in out["offset_mapping"]]
+    mask = [
+        any(first <= begin < last for first, last in spans) for begin, _ in out["offset_mapping"]
+    ]
     return out["input_ids"], mask
 
 
@@ -835,11 +930,15 @@ def hold_out(rows: list[tuple], a) -> tuple[list[tuple], list[tuple]]:
     """(training, held-out) rows of (sequences, task, line): the rows of about `a.eval_share` of the
     tasks are held out, each task by its name alone."""
     out = [seed_of("held out", task) < a.eval_share * 2**31 for _, task, _ in rows]
-    train, held = ([row for row, is_out in zip(rows, out, strict=True) if is_out == side]
-                   for side in (False, True))
+    train, held = (
+        [row for row, is_out in zip(rows, out, strict=True) if is_out == side]
+        for side in (False, True)
+    )
     if not train:
-        raise InputError(f"{a.data} has no row to train on (--max_length {a.max_length}, "
-                         f"--eval_share {a.eval_share})")
+        raise InputError(
+            f"{a.data} has no row to train on (--max_length {a.max_length}, "
+            f"--eval_share {a.eval_share})"
+        )
     return train, held
 
 
@@ -848,14 +947,16 @@ def lengths(rows: list[tuple], share_prefix: bool = False) -> list[int]:
     return [len(pack([sequences], share_prefix)[0]) for sequences, *_ in rows]
 
 
-def plan_epoch(lengths: list[int], batch_size: int, micro_tokens: int, processes: int, seed: int,
-               epoch: int) -> list[list[list[int]]]:
+def plan_epoch(
+    lengths: list[int], batch_size: int, micro_tokens: int, processes: int, seed: int, epoch: int
+) -> list[list[list[int]]]:
     """The batches of one epoch: [optimizer step][micro-batch] -> row indices.
 
     Rows are shuffled by (seed, epoch) alone and cut into batches. Each batch is spread over as few
     micro-batches of at most `micro_tokens` tokens (or one row) as it fits in, the longest row first
     into the emptiest one. Every process computes the same plan and runs micro-batches rank,
     rank + processes, ...: their number is a multiple of `processes`; some may be empty."""
+
     def split(batch: list[int]) -> list[list[int]]:
         for count in range(processes, len(batch) + processes, processes):
             micros, filled = [[] for _ in range(count)], [0] * count
@@ -888,8 +989,9 @@ def pack(groups: list, share_prefix: bool = False):
             shared = min(shared, len(sequence) - 1)
             own = len(sequence) - shared
             places = [*range(begin, begin + shared), *range(len(ids), len(ids) + own)]
-            targets += [(places[i - 1], sequence[i], len(rows))
-                        for i in range(1, len(sequence)) if mask[i]]
+            targets += [
+                (places[i - 1], sequence[i], len(rows)) for i in range(1, len(sequence)) if mask[i]
+            ]
             ids += sequence[shared:]
             positions += range(shared, len(sequence))
             rows.append((shared, own))
@@ -908,10 +1010,15 @@ def choose_packing(model) -> None:
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     softcap = getattr(config, "attn_logit_softcapping", None)
     sinks = any(name.endswith("sinks") for name, _ in model.named_parameters())
-    if (model._is_stateful or not model._supports_attention_backend
-            or not kinds <= {"full_attention", "sliding_attention"}):
-        raise InputError(f"{config.model_type} models have layers that are not attention: rows "
-                         "cannot be packed, choose another model")
+    if (
+        model._is_stateful
+        or not model._supports_attention_backend
+        or not kinds <= {"full_attention", "sliding_attention"}
+    ):
+        raise InputError(
+            f"{config.model_type} models have layers that are not attention: rows "
+            "cannot be packed, choose another model"
+        )
     if "sliding_attention" in kinds or getattr(config, "sliding_window", None) or softcap or sinks:
         model.packing = "mask"
         if softcap:
@@ -937,8 +1044,11 @@ def row_attention(module, query, key, value, attention_mask, *, rows, scaling=No
             keys, values = k, v
         else:
             k, v = torch.cat([keys[:, :, :shared], k], 2), torch.cat([values[:, :, :shared], v], 2)
-        out.append(torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=causal_lower_right(own, shared + own), scale=scaling))
+        out.append(
+            torch.nn.functional.scaled_dot_product_attention(
+                q, k, v, attn_mask=causal_lower_right(own, shared + own), scale=scaling
+            )
+        )
     return torch.cat(out, 2).transpose(1, 2).contiguous(), None
 
 
@@ -952,8 +1062,13 @@ def target_log_probs(model, groups: list, share_prefix: bool = False):
     ids, positions, targets = (torch.tensor(x, device=model.device) for x in packed)
     sources, labels, owners = targets.unbind(1)
     more = {"rows": SimpleNamespace(lengths=rows)} if model.packing == "rows" else {}
-    logits = model(input_ids=ids[None], position_ids=positions[None], logits_to_keep=sources,
-                   use_cache=False, **more).logits[0]
+    logits = model(
+        input_ids=ids[None],
+        position_ids=positions[None],
+        logits_to_keep=sources,
+        use_cache=False,
+        **more,
+    ).logits[0]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     log_probs = -torch.nn.functional.cross_entropy(logits, labels, reduction="none")
     return log_probs * bool(groups), owners
@@ -981,13 +1096,18 @@ def make_accelerator(a):
         raise InputError(f"unknown --precision {a.precision!r}: bf16 or fp32")
     for kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         if os.environ.get(f"ACCELERATE_USE_{kind}", "").lower() in ("true", "1"):
-            raise InputError(f"the Accelerate configuration turns on {kind}, but training shards "
-                             "the model itself: launch with a configuration without it")
+            raise InputError(
+                f"the Accelerate configuration turns on {kind}, but training shards "
+                "the model itself: launch with a configuration without it"
+            )
     wait = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # while one process writes the model
     try:
-        return Accelerator(cpu=torch.backends.mps.is_available(),  # FSDP2 needs CUDA or a CPU
-                           kwargs_handlers=[wait], log_with=a.log_with,
-                           project_dir=f"{Path(a.out)}.logs" if a.log_with else None)
+        return Accelerator(
+            cpu=torch.backends.mps.is_available(),  # FSDP2 needs CUDA or a CPU
+            kwargs_handlers=[wait],
+            log_with=a.log_with,
+            project_dir=f"{Path(a.out)}.logs" if a.log_with else None,
+        )
     except (ImportError, ValueError) as e:
         raise InputError(f"--log_with {a.log_with}: {e}") from None
 
@@ -1008,9 +1128,15 @@ def prepare_model(model, accelerator, a):
         from peft import LoraConfig, get_peft_model
 
         torch.manual_seed(a.seed)  # every process and every run begins with the same adapters
-        model = get_peft_model(model, LoraConfig(
-            r=a.lora_rank, lora_alpha=2 * a.lora_rank, target_modules="all-linear",
-            task_type="CAUSAL_LM"))
+        model = get_peft_model(
+            model,
+            LoraConfig(
+                r=a.lora_rank,
+                lora_alpha=2 * a.lora_rank,
+                target_modules="all-linear",
+                task_type="CAUSAL_LM",
+            ),
+        )
     if a.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()  # transformers skips checkpointing in eval mode
@@ -1020,8 +1146,9 @@ def prepare_model(model, accelerator, a):
             layer.compile()
     device = accelerator.device.type
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device == "cuda" else "gloo", store=dist.HashStore(),
-                                rank=0, world_size=1)
+        dist.init_process_group(
+            "nccl" if device == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1
+        )
     bf16 = a.precision == "bf16"
     policy = MixedPrecisionPolicy(torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32)
     for module in [*layers, model]:
@@ -1050,18 +1177,30 @@ class Training:
     settings in `FREE`; else it starts over. The finished model replaces `out` in one rename."""
 
     # these change results by rounding at most
-    FREE = {"out", "log_with", "micro_tokens", "share_prefix", "gradient_checkpointing", "compile",
-            "save_steps"}
+    FREE = {
+        "out",
+        "log_with",
+        "micro_tokens",
+        "share_prefix",
+        "gradient_checkpointing",
+        "compile",
+        "save_steps",
+    }
 
     def __init__(self, a, accelerator, model, optimizer, tokenizer, total: int):
         self.a, self.out, self.accelerator, self.model = a, Path(a.out), accelerator, model
         self.optimizer, self.tokenizer, self.total = optimizer, tokenizer, total
         self.partial = self.out.with_name(f"{self.out.name}.partial")
         settings = {**dataclasses.asdict(a), "model": model_id(a.model)}
-        self.key = digest({k: v for k, v in settings.items() if k not in self.FREE},
-                          tokenizer.chat_template, read_rows(a.data)[: a.limit])
-        if self.out.exists() and not (self.out.is_dir() and (
-                list(self.out.glob("*config.json")) or not any(self.out.iterdir()))):
+        self.key = digest(
+            {k: v for k, v in settings.items() if k not in self.FREE},
+            tokenizer.chat_template,
+            read_rows(a.data)[: a.limit],
+        )
+        if self.out.exists() and not (
+            self.out.is_dir()
+            and (list(self.out.glob("*config.json")) or not any(self.out.iterdir()))
+        ):
             raise InputError(f"--out {a.out} exists and is not a model: choose another")
         self.start, self.log, metrics = 0, [], self.partial / "metrics.jsonl"
         if accelerator.is_main_process:
@@ -1081,8 +1220,10 @@ class Training:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             self.append.keep(self.start)
         if accelerator.log_with:
-            accelerator.init_trackers(self.out.name, {
-                k: v for k, v in settings.items() if isinstance(v, int | float | str)})
+            accelerator.init_trackers(
+                self.out.name,
+                {k: v for k, v in settings.items() if isinstance(v, int | float | str)},
+            )
         accelerator.wait_for_everyone()
 
     def check(self, done: int, loss: float, norm: float, lines: list) -> None:
@@ -1094,7 +1235,8 @@ class Training:
             raise InputError(
                 f"the loss is {loss:.4g} and the gradient norm {norm:.4g} at step {done}: lower "
                 f"--lr, or look at lines {', '.join(map(str, sorted(lines)))} of {self.a.data}; "
-                f"the last checkpoint is in {self.partial}")
+                f"the last checkpoint is in {self.partial}"
+            )
 
     def step(self, done: int, metrics: dict) -> str:
         """Log optimizer step `done` (from 1), save a checkpoint every --save_steps steps; returns a
@@ -1103,8 +1245,11 @@ class Training:
 
         import torch
 
-        peak = (torch.cuda.max_memory_allocated() if self.accelerator.device.type == "cuda" else
-                resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        peak = (
+            torch.cuda.max_memory_allocated()
+            if self.accelerator.device.type == "cuda"
+            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        )
         metrics["memory_gb"] = peak / 1e9
         row = {"step": done, **{k: float(f"{v:.6g}") for k, v in metrics.items()}}
         self.log.append(row)
@@ -1114,14 +1259,17 @@ class Training:
             self.accelerator.log(metrics, step=done)
         if self.a.save_steps and done % self.a.save_steps == 0 and done < self.total:
             self._save(done)
-        return (f"loss {metrics['loss']:.3f}, lr {metrics['lr']:.1e}, "
-                f"{metrics['tokens_per_second']:.0f} tok/s, {metrics['memory_gb']:.1f} GB")
+        return (
+            f"loss {metrics['loss']:.3f}, lr {metrics['lr']:.1e}, "
+            f"{metrics['tokens_per_second']:.0f} tok/s, {metrics['memory_gb']:.1f} GB"
+        )
 
     def _state(self) -> dict:
         from torch.distributed.checkpoint.state_dict import get_state_dict
 
-        return dict(zip(("model", "optimizer"), get_state_dict(self.model, self.optimizer),
-                        strict=True))
+        return dict(
+            zip(("model", "optimizer"), get_state_dict(self.model, self.optimizer), strict=True)
+        )
 
     def _save(self, done: int) -> None:
         """Write a checkpoint, then delete the one before."""
@@ -1131,8 +1279,10 @@ class Training:
         try:
             dcp.save(self._state(), checkpoint_id=temporary)
         except dcp.api.CheckpointException as e:  # for example a full disk
-            raise next((error for error, _ in e.failures.values() if isinstance(error, OSError)),
-                       RuntimeError(str(e))) from None
+            raise next(
+                (error for error, _ in e.failures.values() if isinstance(error, OSError)),
+                RuntimeError(str(e)),
+            ) from None
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             write_text(temporary / "settings", self.key)
@@ -1147,8 +1297,12 @@ class Training:
 
         state = self._state()
         dcp.load(state, checkpoint_id=folder)
-        set_state_dict(self.model, self.optimizer, model_state_dict=state["model"],
-                       optim_state_dict=state["optimizer"])
+        set_state_dict(
+            self.model,
+            self.optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+        )
 
     def finish(self, method: str) -> None:
         """Write the model in Hugging Face format, in the base model's dtype, with tokenizer, chat
@@ -1180,11 +1334,13 @@ class Training:
             write_rows(final / "metrics.jsonl", self.log)
             report = load_module(DATA / "report" / "report.py")
             report.plot_curves(self.log, final / "curves.png")
-            write_text(final / "README.md",
-                       f"# {a.out}\n\n{a.model} after {method} on {a.data}.\n\n"
-                       f"Settings: `{json.dumps(dataclasses.asdict(a))}`\n\n"
-                       f"Last step: `{json.dumps(self.log[-1:])}`; all steps in metrics.jsonl and "
-                       "curves.png.\n")
+            write_text(
+                final / "README.md",
+                f"# {a.out}\n\n{a.model} after {method} on {a.data}.\n\n"
+                f"Settings: `{json.dumps(dataclasses.asdict(a))}`\n\n"
+                f"Last step: `{json.dumps(self.log[-1:])}`; all steps in metrics.jsonl and "
+                "curves.png.\n",
+            )
             if self.out.is_symlink():
                 self.out.unlink()
             elif self.out.exists():

@@ -50,9 +50,14 @@ def read_command(launcher: str, script: str, rest: str) -> SimpleNamespace:
     if hasattr(a, "env"):
         common.Prompts(a.env, getattr(a, "prompts", None))
     processes = re.search(r"--num_processes[= ](\d+)", launcher)
-    return SimpleNamespace(script=script, module=module, a=a, trains=hasattr(a, "save_steps"),
-                           processes=int(processes[1]) if processes else 1,
-                           machines="--num_machines" in launcher)
+    return SimpleNamespace(
+        script=script,
+        module=module,
+        a=a,
+        trains=hasattr(a, "save_steps"),
+        processes=int(processes[1]) if processes else 1,
+        machines="--num_machines" in launcher,
+    )
 
 
 def read_commands(text: str, commands: list) -> str:
@@ -74,10 +79,14 @@ def models_asked(c) -> list[tuple[str, str | None]]:
     elif hasattr(a, "agents"):
         found = [(name, None) for name in a.agents]
     else:
-        found = [(getattr(a, role), getattr(a, f"{role}_url", None))
-                 for role in ("teacher", "planner", "agent", "judge") if hasattr(a, role)]
-    return [(name, name if name.startswith("http") else url) for name, url in found
-            if name != "rules"]
+        found = [
+            (getattr(a, role), getattr(a, f"{role}_url", None))
+            for role in ("teacher", "planner", "agent", "judge")
+            if hasattr(a, role)
+        ]
+    return [
+        (name, name if name.startswith("http") else url) for name, url in found if name != "rules"
+    ]
 
 
 def uses_vllm() -> bool:
@@ -88,16 +97,18 @@ def check_packages() -> str:
     server = "vllm.entrypoints.openai.api_server" if uses_vllm() else "transformers.cli.serve"
     names = ["torch", "transformers", "accelerate", "openai", *["vllm"] * uses_vllm()]
     code = f"import {', '.join(names)}, {server}\n" + "".join(
-        f"print('{name}', {name}.__version__)\n" for name in names)
+        f"print('{name}', {name}.__version__)\n" for name in names
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     if done.returncode:
         said = [f"exit status {done.returncode}", *done.stderr.strip().splitlines()][-1]
         raise InputError(f"{', '.join(names)}: an import fails ({said}): run make setup")
-    return ", ".join(done.stdout.splitlines()[-len(names):])
+    return ", ".join(done.stdout.splitlines()[-len(names) :])
 
 
 def check_environment(a, tasks: Counter) -> str:
     """Play one step; count the tasks of each split into `tasks`."""
+
     async def play():
         async with common.EnvPool(a.env, 1) as pool:
             for split in (*common.environment(a.env).tests(), "train"):
@@ -149,8 +160,10 @@ def find_model(name: str) -> tuple[Path, float]:
             folder = Path(hf_hub_download(name, file)).parent
         return folder, sum(files[f] for f in files if re.fullmatch("model[^/]*safetensors", f))
     except errors.GatedRepoError:
-        said = (f"is gated: accept its licence at https://huggingface.co/{name} and set HF_TOKEN "
-                "to a token of that account")
+        said = (
+            f"is gated: accept its licence at https://huggingface.co/{name} and set HF_TOKEN "
+            "to a token of that account"
+        )
     except errors.RepositoryNotFoundError:
         said = "is not on the Hub, or private: check the name, or set HF_TOKEN"
     except Exception as e:  # the connection, the server or the token
@@ -194,39 +207,58 @@ def memory() -> tuple[list[tuple[int, int]], int]:
     limit = Path("/sys/fs/cgroup/memory.max")
     limit = limit.read_text().strip() if limit.exists() else ""
     host = psutil.virtual_memory().available
-    return ([torch.cuda.mem_get_info(i) for i in range(torch.cuda.device_count())],
-            min(host, int(limit)) if limit.isdigit() else host)
+    return (
+        [torch.cuda.mem_get_info(i) for i in range(torch.cuda.device_count())],
+        min(host, int(limit)) if limit.isdigit() else host,
+    )
 
 
 def check_training(c, m) -> str:
     common.choose_packing(m.model)
     (gpus, host), (shared, each) = memory(), estimate.training_memory(m, c.a)
-    what, less = f"{c.script} of {m.name}", ("take a smaller model, lower --micro_tokens, set "
-                                             "--gradient_checkpointing true or --lora_rank 16")
+    what, less = (
+        f"{c.script} of {m.name}",
+        (
+            "take a smaller model, lower --micro_tokens, set "
+            "--gradient_checkpointing true or --lora_rank 16"
+        ),
+    )
     if not gpus:
         return room(what, shared + each * c.processes, host, less)
     if c.processes > len(gpus) and not c.machines:
         raise InputError(f"{what} has {c.processes} processes for {len(gpus)} GPUs: set GPUS")
     # while it is loaded: the weights as they were saved, once, and the processes' shares in float32
     room(f"{what}, on the host,", 6 * m.parameters + 1e9 * c.processes, host, "use more memory")
-    return room(f"{what}, on each of {c.processes} GPUs,", shared / c.processes + each,
-                min(free for free, _ in gpus), f"take more GPUs, {less}")
+    return room(
+        f"{what}, on each of {c.processes} GPUs,",
+        shared / c.processes + each,
+        min(free for free, _ in gpus),
+        f"take more GPUs, {less}",
+    )
 
 
 def check_serving(c, m) -> str:
     (gpus, host), length = memory(), min(c.a.max_model_len, m.context)
     parallel, what = getattr(c.a, "tensor_parallel", 1), f"serving {m.name}"
     if gpus and (parallel > len(gpus) or m.heads % parallel):
-        raise InputError(f"{what}: --tensor_parallel {parallel} does not divide {m.heads} heads "
-                         f"among {len(gpus)} GPUs")
+        raise InputError(
+            f"{what}: --tensor_parallel {parallel} does not divide {m.heads} heads "
+            f"among {len(gpus)} GPUs"
+        )
     if gpus:
-        return room(f"{what}, on each GPU,", estimate.serving_memory(m, length, parallel),
-                    min(min(free, 0.9 * every) for free, every in gpus),
-                    "raise --tensor_parallel or lower --max_model_len")
+        return room(
+            f"{what}, on each GPU,",
+            estimate.serving_memory(m, length, parallel),
+            min(min(free, 0.9 * every) for free, every in gpus),
+            "raise --tensor_parallel or lower --max_model_len",
+        )
     if uses_vllm():
-        room(f"{what} with {length} tokens of context", length * m.cached,
-             1e9 * float(os.environ.get("VLLM_CPU_KVCACHE_SPACE", 2)),
-             "set VLLM_CPU_KVCACHE_SPACE (GB) or lower --max_model_len")
+        room(
+            f"{what} with {length} tokens of context",
+            length * m.cached,
+            1e9 * float(os.environ.get("VLLM_CPU_KVCACHE_SPACE", 2)),
+            "set VLLM_CPU_KVCACHE_SPACE (GB) or lower --max_model_len",
+        )
     return room(what, estimate.serving_memory(m, length, 0), host, "take a smaller model")
 
 
@@ -246,21 +278,35 @@ def check_disk(commands: list, known: dict, tasks: Counter) -> str:
             episodes = tasks.total() * math.prod(x if isinstance(x, int) else len(x) for x in times)
             steps = common.mean(common.environment(a.env).MAX_STEPS.values())
             stages.append((episodes * estimate.episode_bytes(steps), 0.0))
-    for folder, need in ((commands[0].a.out, estimate.most_disk(stages)),
-                         (HF_HUB_CACHE, sum(m.download for m in known.values()))):
+    for folder, need in (
+        (commands[0].a.out, estimate.most_disk(stages)),
+        (HF_HUB_CACHE, sum(m.download for m in known.values())),
+    ):
         folder = next(f for f in (Path(folder).absolute() / "x").parents if f.exists())
         first, more = needs.get(folder.stat().st_dev, (folder, 0))
         needs[folder.stat().st_dev] = first, more + need
-    return "; ".join(room(f"the disk of {folder}", need, shutil.disk_usage(folder).free,
-                          "free some, or move runs/ or HF_HOME to another disk")
-                     for folder, need in needs.values() if need)
+    return "; ".join(
+        room(
+            f"the disk of {folder}",
+            need,
+            shutil.disk_usage(folder).free,
+            "free some, or move runs/ or HF_HOME to another disk",
+        )
+        for folder, need in needs.values()
+        if need
+    )
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__,
-                            formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    os.environ |= {"MPO_MAX_RETRIES": "2", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-                   "TRANSFORMERS_VERBOSITY": "error", **os.environ}
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
+    os.environ |= {
+        "MPO_MAX_RETRIES": "2",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        **os.environ,
+    }
     commands, known, tasks, lines = [], {}, Counter(), []
 
     def check(kind, do, *args):
@@ -288,7 +334,8 @@ def main() -> None:
     for a in {c.a.env: c.a for c in commands if hasattr(c.a, "tasks")}.values():
         check("environment", check_environment, a, tasks)
     for name, url in dict.fromkeys(
-            key for c in commands for key in [(c.base, None)] * c.trains + c.asks):
+        key for c in commands for key in [(c.base, None)] * c.trains + c.asks
+    ):
         local = not url and models.is_local(name)
         check("model", *(check_model, name, known) if local else (check_api, name, url))
     for c in commands:

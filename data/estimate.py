@@ -81,17 +81,27 @@ def model_sizes(folder: Path) -> SimpleNamespace:
     hidden, heads = text.hidden_size, text.num_attention_heads
     in_layers, every = (sum(p.numel() for p in m.parameters()) for m in (layers, model))
     return SimpleNamespace(
-        model=model, parameters=every, layers=len(layers), hidden=hidden, heads=heads,
-        vocabulary=text.vocab_size, context=getattr(text, "max_position_embeddings", math.inf),
+        model=model,
+        parameters=every,
+        layers=len(layers),
+        hidden=hidden,
+        heads=heads,
+        vocabulary=text.vocab_size,
+        context=getattr(text, "max_position_embeddings", math.inf),
         weights=(1 if hasattr(config, "quantization_config") else SAVED) * every,  # bytes to serve
-        cached=4 * len(layers)  # bytes of a token's keys and values
+        cached=4
+        * len(layers)  # bytes of a token's keys and values
         * (getattr(text, "num_key_value_heads", None) or heads)
         * (getattr(text, "head_dim", None) or hidden // heads),
         # bytes of a token that a layer keeps for the backward pass
         kept=24 * hidden + 8 * getattr(text, "intermediate_size", 4 * hidden),
         gathered=every - in_layers + in_layers // len(layers),  # parameters whole at one time
-        linear=sum(m.in_features + m.out_features for m in layers.modules()
-                   if isinstance(m, torch.nn.Linear)))
+        linear=sum(
+            m.in_features + m.out_features
+            for m in layers.modules()
+            if isinstance(m, torch.nn.Linear)
+        ),
+    )
 
 
 def training_memory(m, a) -> tuple[float, float]:
@@ -121,8 +131,10 @@ async def measure(a) -> dict:
     """Tasks of each split, and the shapes of --sample of them as the expert plays."""
     cls, prompts = common.environment(a.env), common.Prompts(a.env, a.prompts)
     async with common.EnvPool(a.env, 2) as pool:
-        splits = {s: await common.list_tasks(pool, a.env, s, [], a.types, None)
-                  for s in ("train", *cls.tests())}
+        splits = {
+            s: await common.list_tasks(pool, a.env, s, [], a.types, None)
+            for s in ("train", *cls.tests())
+        }
         found = []
         await pool.each(splits["train"][: a.sample], "expert", lambda *result: found.append(result))
     solved = [(t, e) for t, e in found if e]
@@ -136,11 +148,15 @@ async def measure(a) -> dict:
         "limit": mean(cls.max_steps(t) for t, _ in found),
         "observation": mean(tokens(o) + 8 for _, o in steps),
         "planner_prompt": mean(
-            tokens(prompts.planner(e["instruction"])[0]["content"]) for _, e in solved),
+            tokens(prompts.planner(e["instruction"])[0]["content"]) for _, e in solved
+        ),
         "teacher_prompt": mean(
-            tokens(prompts.teacher(e["instruction"], "")[0]["content"]) for _, e in solved),
+            tokens(prompts.teacher(e["instruction"], "")[0]["content"]) for _, e in solved
+        ),
         "agent_prompt": mean(
-            tokens(prompts.agent(e["instruction"], None, t)[0]["content"]) for t, e in solved)}
+            tokens(prompts.agent(e["instruction"], None, t)[0]["content"]) for t, e in solved
+        ),
+    }
 
 
 def measure_run(run: Path) -> dict:
@@ -161,7 +177,8 @@ def measure_run(run: Path) -> dict:
         "pairs": len(common.read_rows(run / "pairs.jsonl")) / len(tasks),
         "unique": len({(r["task"], r["plan"]) for r in plans}) / len(plans),
         "bytes": (run / "rollouts.jsonl").stat().st_size / len(episodes),
-        "trajectory": mean(sum(tokens(x + o) + 6 for x, o in r["steps"]) for r in trajectories)}
+        "trajectory": mean(sum(tokens(x + o) + 6 for x, o in r["steps"]) for r in trajectories),
+    }
     # the server's token counts are exact: the first prompt is the rest without the conversation
     growth = (out["reply"] + out["observation"]) * mean((len(r["steps"]) - 1) / 2 for r in episodes)
     out["agent_prompt"] = sum(r["prompt_tokens"] for r in episodes) / steps - growth
@@ -174,7 +191,8 @@ def estimate(shape: dict, rate: dict, a) -> list[dict]:
     train = min(a.limit or tasks["train"], tasks["train"])
     experts = min(a.seed_limit or train, tasks["train"])
     steps = shape.get("steps") or (
-        rate["success"] * shape["expert_steps"] + (1 - rate["success"]) * shape["limit"])
+        rate["success"] * shape["expert_steps"] + (1 - rate["success"]) * shape["limit"]
+    )
     reply, plan, pairs = (shape.get(k) or rate[k] for k in ("reply", "plan", "pairs"))
     unique, growth = shape.get("unique", 1.0), reply + shape["observation"]
     size = shape.get("bytes") or episode_bytes(steps, growth)
@@ -192,30 +210,54 @@ def estimate(shape: dict, rate: dict, a) -> list[dict]:
         of which share a first prompt. The servers read what is sent, except what they cached."""
         calls, first = episodes * steps, shape["agent_prompt"]
         sent = plans * shape["planner_prompt"] + episodes * (
-            steps * first + growth * steps * (steps - 1) / 2)
+            steps * first + growth * steps * (steps - 1) / 2
+        )
         new = prompts * shape["planner_prompt"] + episodes * (first / per_prefix + steps * growth)
         written = plans * plan + calls * reply
-        return {"stage": stage, "calls": plans + calls, "prompt": sent, "generated": written,
-                "gpu": serve_hours(new, written), "disk": episodes * size,
-                "env": (episodes * cpu["reset"] + calls * cpu["step"]) / 3600}
+        return {
+            "stage": stage,
+            "calls": plans + calls,
+            "prompt": sent,
+            "generated": written,
+            "gpu": serve_hours(new, written),
+            "disk": episodes * size,
+            "env": (episodes * cpu["reset"] + calls * cpu["step"]) / 3600,
+        }
 
     seeds = experts * shape.get("solved", 1.0)
     rows = min(a.sft_limit or seeds, seeds)
     tests = sum(min(a.eval_limit or tasks[s], tasks[s]) for s in tasks if s != "train")
     row, dpo_epochs = shape["planner_prompt"] + plan, a.dpo_epochs or a.epochs
     return [
-        {"stage": "1 seed plans", "calls": seeds, "generated": seeds * plan, "gpu": 0.0,
-         "prompt": seeds * (shape.get("teacher_prompt", 0) + shape["trajectory"]),
-         "env": experts * cpu["expert"] / 3600,
-         "disk": experts * shape["trajectory"] * CHARACTERS * 3},
-        {"stage": "2 SFT", "steps": math.ceil(rows / a.batch) * a.epochs, "env": 0.0,
-         "gpu": train_hours(rows, row, a.epochs), "disk": model, "meanwhile": checkpoints},
+        {
+            "stage": "1 seed plans",
+            "calls": seeds,
+            "generated": seeds * plan,
+            "gpu": 0.0,
+            "prompt": seeds * (shape.get("teacher_prompt", 0) + shape["trajectory"]),
+            "env": experts * cpu["expert"] / 3600,
+            "disk": experts * shape["trajectory"] * CHARACTERS * 3,
+        },
+        {
+            "stage": "2 SFT",
+            "steps": math.ceil(rows / a.batch) * a.epochs,
+            "env": 0.0,
+            "gpu": train_hours(rows, row, a.epochs),
+            "disk": model,
+            "meanwhile": checkpoints,
+        },
         play("3 sample and score", train * a.m, train, train * a.m * unique * a.n, a.n),
-        {"stage": "4 DPO", "steps": math.ceil(train * pairs / a.batch) * dpo_epochs, "env": 0.0,
-         # a pair is one sequence, its prompt once; the reference takes a third of an epoch
-         "gpu": train_hours(train * pairs, row + plan, dpo_epochs + 1 / 3),
-         "disk": model, "meanwhile": checkpoints},
-        play("5 evaluation", 2 * tests, 2 * tests, 3 * tests, 1)]
+        {
+            "stage": "4 DPO",
+            "steps": math.ceil(train * pairs / a.batch) * dpo_epochs,
+            "env": 0.0,
+            # a pair is one sequence, its prompt once; the reference takes a third of an epoch
+            "gpu": train_hours(train * pairs, row + plan, dpo_epochs + 1 / 3),
+            "disk": model,
+            "meanwhile": checkpoints,
+        },
+        play("5 evaluation", 2 * tests, 2 * tests, 3 * tests, 1),
+    ]
 
 
 def hours(row: dict, a) -> float:
@@ -226,23 +268,36 @@ def hours(row: dict, a) -> float:
 def show(rows: list[dict], shape: dict, rate: dict, sources: dict, a) -> None:
     tasks = ", ".join(f"{n:,} {s} tasks" for s, n in shape["tasks"].items())
     print(f"{a.env}: {tasks}; M = {a.m}, N = {a.n}, {a.gpus} GPUs\n")
-    columns = {"calls": ("model calls", 14, 0), "steps": ("optimizer steps", 17, 0),
-               "prompt": ("prompt tokens", 17, 0), "generated": ("generated", 14, 0),
-               "env": ("env core-h", 12, 1), "gpu": ("GPU-h", 9, 1), "hours": ("hours", 8, 1),
-               "GB": ("GB", 8, 1)}
+    columns = {
+        "calls": ("model calls", 14, 0),
+        "steps": ("optimizer steps", 17, 0),
+        "prompt": ("prompt tokens", 17, 0),
+        "generated": ("generated", 14, 0),
+        "env": ("env core-h", 12, 1),
+        "gpu": ("GPU-h", 9, 1),
+        "hours": ("hours", 8, 1),
+        "GB": ("GB", 8, 1),
+    }
     for r in rows:
         r["hours"], r["GB"] = hours(r, a), r["disk"] / 1e9
     total = {"stage": "all", **{k: sum(r.get(k, 0) for r in rows) for k in columns}}
     print(f"{'stage':20}" + "".join(f"{name:>{width}}" for name, width, _ in columns.values()))
     for r in [*rows, total]:
-        print(f"{r['stage']:20}" + "".join(
-            f"{r[k]:{w},.{d}f}" if r.get(k) else f"{'-':>{w}}" for k, (_, w, d) in columns.items()))
+        print(
+            f"{r['stage']:20}"
+            + "".join(
+                f"{r[k]:{w},.{d}f}" if r.get(k) else f"{'-':>{w}}"
+                for k, (_, w, d) in columns.items()
+            )
+        )
     seed = rows[0]
     bill = (seed["prompt"] * rate["teacher_in"] + seed["generated"] * rate["teacher_out"]) / 1e6
     most = most_disk([(r["disk"], r.get("meanwhile", 0.0)) for r in rows]) / 1e9
-    print(f"\nteacher: about ${bill:,.0f}, with one call a plan; disk: at most {most:,.0f} GB at "
-          f"once, in training, of which {max(r.get('meanwhile', 0.0) for r in rows) / 1e9:,.0f} GB "
-          "are two checkpoints; the models to download are extra")
+    print(
+        f"\nteacher: about ${bill:,.0f}, with one call a plan; disk: at most {most:,.0f} GB at "
+        f"once, in training, of which {max(r.get('meanwhile', 0.0) for r in rows) / 1e9:,.0f} GB "
+        "are two checkpoints; the models to download are extra"
+    )
     print("rates: " + "; ".join(f"{k} {rate[k]:g} ({sources[k]})" for k in RATES))
     seconds = common.environment(a.env).SECONDS
     print("environment, core-seconds: " + ", ".join(f"{k} {v:g}" for k, v in seconds.items()))
@@ -250,16 +305,22 @@ def show(rows: list[dict], shape: dict, rate: dict, sources: dict, a) -> None:
 
 def actual_hours(run: Path) -> dict[str, float]:
     """Wall time of a run's stages, from the times at which `make` finished their files."""
-    order = [("1 seed plans", "seed_plans.jsonl"), ("agent", "agent/config.json"),
-             ("2 SFT", "sft/config.json"), ("3 sample and score", "pairs.jsonl"),
-             ("4 DPO", "mpo/config.json"), ("5 evaluation", "results.md")]
+    order = [
+        ("1 seed plans", "seed_plans.jsonl"),
+        ("agent", "agent/config.json"),
+        ("2 SFT", "sft/config.json"),
+        ("3 sample and score", "pairs.jsonl"),
+        ("4 DPO", "mpo/config.json"),
+        ("5 evaluation", "results.md"),
+    ]
     done = sorted((p.stat().st_mtime, stage) for stage, name in order if (p := run / name).exists())
     return {stage: (t - before) / 3600 for (before, _), (t, stage) in itertools.pairwise(done)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--env", default="sciworld")
     parser.add_argument("--gpus", type=int, default=8)
     parser.add_argument("--m", type=int, default=5, help="plans a task")
@@ -267,8 +328,12 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3, help="of SFT, and of DPO by default")
     parser.add_argument("--dpo_epochs", type=int)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--cores", type=int, default=os.cpu_count(),
-                        help="cores of the environment workers (default: this machine's)")
+    parser.add_argument(
+        "--cores",
+        type=int,
+        default=os.cpu_count(),
+        help="cores of the environment workers (default: this machine's)",
+    )
     parser.add_argument("--limit", type=int, help="train tasks at most")
     parser.add_argument("--seed_limit", type=int, help="train tasks of stage 1 at most")
     parser.add_argument("--sft_limit", type=int, help="seed plans of stage 2 at most")
@@ -293,8 +358,11 @@ def main() -> None:
     show(rows, shape, rate, sources, a)
     if a.check and a.run:
         actual = actual_hours(Path(a.run))
-        both = [(r["stage"], 60 * hours(r, a), 60 * actual[r["stage"]]) for r in rows
-                if r["stage"] in actual]
+        both = [
+            (r["stage"], 60 * hours(r, a), 60 * actual[r["stage"]])
+            for r in rows
+            if r["stage"] in actual
+        ]
         print("\nstage                 estimated, min      actual, min   ratio")
         total = ("all of these", sum(b[1] for b in both), sum(b[2] for b in both))
         for stage, guess, was in [*both, total]:

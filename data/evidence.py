@@ -24,8 +24,11 @@ tables = common.load_module(common.DATA / "report" / "report.py")
 class Args:
     runs: List[str] = arg([], "evaluated run folders, whose names end in the seed")
     rows: Optional[str] = arg(None, "a file of rows, in place of --runs")
-    to: Optional[str] = arg(None, "where to write the rows of the test splits; without it the "
-                            "table is of the validation tasks (split train)")
+    to: Optional[str] = arg(
+        None,
+        "where to write the rows of the test splits; without it the "
+        "table is of the validation tasks (split train)",
+    )
     seed: int = arg(0, "random seed of the bootstrap")
 
 
@@ -38,11 +41,20 @@ def rows_of(runs: list[str], validation: bool) -> list[dict]:
             if (cell["split"] == "train") != validation:
                 continue
             if missing := [t for t, e in cell["episodes"].items() if not e]:
-                raise InputError(f"{run}: {cell['plans']} has no episode of {missing[0]} and "
-                                 f"{len(missing) - 1} other tasks: run make evidence again")
-            rows += [{"plans": cell["plans"], "seed": seed, "task": task,
-                      "reward": round(e["reward"], 4), "success": bool(e["success"])}
-                     for task, e in cell["episodes"].items()]
+                raise InputError(
+                    f"{run}: {cell['plans']} has no episode of {missing[0]} and "
+                    f"{len(missing) - 1} other tasks: run make evidence again"
+                )
+            rows += [
+                {
+                    "plans": cell["plans"],
+                    "seed": seed,
+                    "task": task,
+                    "reward": round(e["reward"], 4),
+                    "success": bool(e["success"]),
+                }
+                for task, e in cell["episodes"].items()
+            ]
     return rows
 
 
@@ -54,8 +66,11 @@ def table(rows: list[dict], seed: int = 0) -> str:
     strata = {s: {} for s in sorted(tables.unique(rows, "seed"))}
     for r in rows:
         strata[r["seed"]].setdefault(r["task"])
-    settings = [s for s in tables.unique(rows, "plans")
-                if all((s, seed, t) in value for seed, tasks in strata.items() for t in tasks)]
+    settings = [
+        s
+        for s in tables.unique(rows, "plans")
+        if all((s, seed, t) in value for seed, tasks in strata.items() for t in tasks)
+    ]
     settings.sort(key=lambda s: tables.rank({"plans": s, "insert": "instruction"}))
     if "sft" not in settings:
         raise InputError("the table compares with sft's plans: there are none of every seed")
@@ -69,11 +84,18 @@ def table(rows: list[dict], seed: int = 0) -> str:
         return [[value[plans, s, t][metric] for t in tasks] for s, tasks in strata.items()]
 
     def gain(plans: str, metric: int) -> dict:
-        return ev.paired_test([[x - y for x, y in zip(a, b, strict=True)] for a, b in zip(
-            values(plans, metric), values("sft", metric), strict=True)], seed)
+        return ev.paired_test(
+            [
+                [x - y for x, y in zip(a, b, strict=True)]
+                for a, b in zip(values(plans, metric), values("sft", metric), strict=True)
+            ],
+            seed,
+        )
 
-    lines = ["| plans | reward | success | reward over SFT | success over SFT | of the room |",
-             "| --- | --- | --- | --- | --- | --- |"]
+    lines = [
+        "| plans | reward | success | reward over SFT | success over SFT | of the room |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
     room = {s: mean(map(mean, values(s, 0))) - mean(map(mean, values("sft", 0))) for s in settings}
     for s in settings:
         cells = [cell(ev.mean_and_interval(values(s, m), seed)) for m in (0, 1)]

@@ -104,7 +104,8 @@ async def main(env: str) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("env", metavar="NAME", help="a folder of data/, or a path")
     try:
         asyncio.run(main(parser.parse_args().env))

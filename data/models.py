@@ -37,17 +37,23 @@ class Model:
     requests in flight; None: 32 for an API, which has rate limits, else 64 a server and at least
     256."""
 
-    TOO_LONG = re.compile(r"context.{0,20}length|maximum.{0,40}tokens|too (long|many tokens)",
-                          re.I)
+    TOO_LONG = re.compile(r"context.{0,20}length|maximum.{0,40}tokens|too (long|many tokens)", re.I)
 
-    def __init__(self, name: str, url: str | None = None, concurrency: int | None = None,
-                 timeout: float = 300.0):
+    def __init__(
+        self,
+        name: str,
+        url: str | None = None,
+        concurrency: int | None = None,
+        timeout: float = 300.0,
+    ):
         import openai
 
         key = os.environ.get("OPENAI_API_KEY")
         if url is None and not key:
-            raise InputError(f"asking {name} needs an API key: set OPENAI_API_KEY (and "
-                             "OPENAI_BASE_URL for a server other than OpenAI's)")
+            raise InputError(
+                f"asking {name} needs an API key: set OPENAI_API_KEY (and "
+                "OPENAI_BASE_URL for a server other than OpenAI's)"
+            )
         self.name = name
         self.where = f"the model server {url or os.environ.get('OPENAI_BASE_URL', 'OpenAI')}"
         servers = url.split(",") if url else [None]
@@ -55,11 +61,16 @@ class Model:
         self.slots = asyncio.Semaphore(self.concurrency)
         self.retries = int(os.environ.get("MPO_MAX_RETRIES", 16))  # 16: pauses of 80-100 s in all
         self.deadline = 3 * timeout  # seconds for one completion with its retries
-        self.clients = [openai.AsyncOpenAI(
-            base_url=u, api_key=key if url is None else "none", max_retries=self.retries,
-            timeout=openai.Timeout(timeout, connect=10.0),
-            http_client=patient_client(self.concurrency))
-            for u in servers]
+        self.clients = [
+            openai.AsyncOpenAI(
+                base_url=u,
+                api_key=key if url is None else "none",
+                max_retries=self.retries,
+                timeout=openai.Timeout(timeout, connect=10.0),
+                http_client=patient_client(self.concurrency),
+            )
+            for u in servers
+        ]
         self.in_flight, self.assigned = [0] * len(self.clients), [0] * len(self.clients)
         self.alive = set(range(len(self.clients)))
         self.completion_tokens = 0  # generated so far
@@ -77,9 +88,15 @@ class Model:
             self.assigned[least] += 1
         return home["server"]
 
-    async def ask(self, messages: list[dict], temperature: float = 0.0, max_tokens: int = 256,
-                  seed: int | None = None, home: dict | None = None,
-                  stop: list[str] | None = None) -> Reply:
+    async def ask(
+        self,
+        messages: list[dict],
+        temperature: float = 0.0,
+        max_tokens: int = 256,
+        seed: int | None = None,
+        home: dict | None = None,
+        stop: list[str] | None = None,
+    ) -> Reply:
         """One completion, up to a `stop` string; it continues the last message if that is the
         assistant's. Raises `ContextOverflow` if the prompt does not fit, `InputError` if the
         server refuses the key or the model, cannot be reached, or sends no completion."""
@@ -95,8 +112,13 @@ class Model:
         body = {"messages": messages}
         if messages[-1]["role"] == "assistant":
             body |= {"continue_final_message": True, "add_generation_prompt": False}
-        malformed = (IndexError, TypeError, ValueError, AttributeError,
-                     openai.APIResponseValidationError)
+        malformed = (
+            IndexError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            openai.APIResponseValidationError,
+        )
         async with self.slots:
             server = self._choose(home)
             self.in_flight[server] += 1
@@ -106,8 +128,14 @@ class Model:
                     for left in reversed(range(self.retries + 1)):
                         try:
                             answer = await self.clients[server].chat.completions.create(
-                                model=self.name, messages=[], temperature=temperature,
-                                max_tokens=max_tokens, seed=seed, extra_body=body, **more)
+                                model=self.name,
+                                messages=[],
+                                temperature=temperature,
+                                max_tokens=max_tokens,
+                                seed=seed,
+                                extra_body=body,
+                                **more,
+                            )
                             text, usage = answer.choices[0].message.content or "", answer.usage
                             break
                         except malformed:  # which the client does not retry
@@ -118,21 +146,37 @@ class Model:
                 others = self.alive - {server}
                 if others and isinstance(e, TimeoutError | openai.APIConnectionError):
                     if server in self.alive:
-                        print(f"{self.clients[server].base_url} cannot be reached or does not "
-                              f"answer: {len(others)} other servers do its work", file=sys.stderr)
+                        print(
+                            f"{self.clients[server].base_url} cannot be reached or does not "
+                            f"answer: {len(others)} other servers do its work",
+                            file=sys.stderr,
+                        )
                     self.alive = others
                     raise ServerLost from None
                 status, said = getattr(e, "status_code", None), str(e)[:300]
                 if status == 400 and self.TOO_LONG.search(said):
-                    raise ContextOverflow(f"a prompt exceeds the context of {self.where} "
-                                          f"(--max_model_len): {said}") from None
-                what = (f"answers {status}: {said}" if status and status >= 300 else
-                        "sends answers without a completion" if isinstance(e, malformed) else
-                        "cannot be reached or does not answer")
-                hint = {401: "check OPENAI_API_KEY", 403: "check OPENAI_API_KEY", 400: "",
-                        404: f"does it have a model {self.name!r}?"}.get(status, (
-                            f"after {self.retries + 1} tries; finished rows are kept, run the same "
-                            "command to resume"))
+                    raise ContextOverflow(
+                        f"a prompt exceeds the context of {self.where} (--max_model_len): {said}"
+                    ) from None
+                what = (
+                    f"answers {status}: {said}"
+                    if status and status >= 300
+                    else "sends answers without a completion"
+                    if isinstance(e, malformed)
+                    else "cannot be reached or does not answer"
+                )
+                hint = {
+                    401: "check OPENAI_API_KEY",
+                    403: "check OPENAI_API_KEY",
+                    400: "",
+                    404: f"does it have a model {self.name!r}?",
+                }.get(
+                    status,
+                    (
+                        f"after {self.retries + 1} tries; finished rows are kept, run the same "
+                        "command to resume"
+                    ),
+                )
                 raise InputError(f"{self.where} {what}; {hint}") from None
             finally:
                 self.in_flight[server] -= 1
@@ -178,8 +222,9 @@ def served(url: str) -> list[dict]:
     except (LookupError, TypeError):
         return []  # this server does not list its models
     except (OSError, ValueError) as e:
-        raise InputError(f"the model server {server} cannot be reached ({e}): start it, or fix the "
-                         "URL") from None
+        raise InputError(
+            f"the model server {server} cannot be reached ({e}): start it, or fix the URL"
+        ) from None
 
 
 def identify(name: str, url: str | None = None) -> str:
@@ -215,8 +260,10 @@ def check_model(name: str, url: str | None = None) -> None:
         for file in ("config.json", "tokenizer_config.json"):
             if not (path / file).exists():
                 raise InputError(f"{name} has no {file}: it must be a Hugging Face model directory")
-        if not (list(path.glob("*chat_template*"))
-                or '"chat_template"' in (path / "tokenizer_config.json").read_text()):
+        if not (
+            list(path.glob("*chat_template*"))
+            or '"chat_template"' in (path / "tokenizer_config.json").read_text()
+        ):
             raise InputError(f"{name} has no chat template: use an instruction-tuned model")
     elif name.startswith((".", os.sep, "~")) or path.parts[0] in ("runs", "models"):
         raise InputError(f"model directory {name} does not exist: run the stage that makes it")
@@ -232,7 +279,8 @@ def open_model(name: str, url: str | None, a):
         elif is_local(name):
             check_model(name)
             url = stack.enter_context(
-                serve(name, Path(a.out) / "logs", a.tensor_parallel, a.max_model_len))
+                serve(name, Path(a.out) / "logs", a.tensor_parallel, a.max_model_len)
+            )
         model = Model(name.removeprefix("api:"), url, a.concurrency)
         with contextlib.suppress(InputError):  # a server that lists no models is not vLLM
             model.continues = bool(url) and any(m.get("owned_by") == "vllm" for m in served(url))
@@ -243,16 +291,23 @@ def open_model(name: str, url: str | None, a):
 
 
 @contextlib.contextmanager
-def serve(model: str, log_dir="logs", tensor_parallel: int = 1, max_model_len: int = 8192,
-          wait: float = 900.0):
+def serve(
+    model: str,
+    log_dir="logs",
+    tensor_parallel: int = 1,
+    max_model_len: int = 8192,
+    wait: float = 900.0,
+):
     """Serve a local model on loopback, downloaded first if need be; yields the addresses, for
     `Model`. On GPUs there is one server for every `tensor_parallel` GPUs. Servers end with the
     `with`, or with this process. Raises `InputError` with the end of the log if a server ends early
     or is not healthy within `wait` seconds."""
     gpus = visible_gpus()
     if tensor_parallel < 1 or (gpus and tensor_parallel > len(gpus)):
-        raise InputError(f"--tensor_parallel {tensor_parallel}: must be between 1 and the number "
-                         f"of GPUs, {len(gpus)}")
+        raise InputError(
+            f"--tensor_parallel {tensor_parallel}: must be between 1 and the number "
+            f"of GPUs, {len(gpus)}"
+        )
     download(model)
     max_model_len, servers = min(max_model_len, context_of(model)), []
     try:
@@ -278,12 +333,16 @@ def download(model: str) -> None:
     if Path(model).is_dir():
         return
     try:
-        snapshot_download(model, allow_patterns=["*.json", "*.jinja", "*.model", "*.txt",
-                                                 "*.safetensors"], ignore_patterns="original/*")
+        snapshot_download(
+            model,
+            allow_patterns=["*.json", "*.jinja", "*.model", "*.txt", "*.safetensors"],
+            ignore_patterns="original/*",
+        )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
-        raise InputError(f"cannot download {model} ({str(e).splitlines()[0]}): if it is gated, "
-                         f"accept its licence at https://huggingface.co/{model} and set HF_TOKEN"
-                         ) from None
+        raise InputError(
+            f"cannot download {model} ({str(e).splitlines()[0]}): if it is gated, "
+            f"accept its licence at https://huggingface.co/{model} and set HF_TOKEN"
+        ) from None
 
 
 def context_of(model: str) -> float:
@@ -308,17 +367,41 @@ def server_command(model: str, port: int, gpus: list[str], max_model_len: int) -
     address = ["--host", "127.0.0.1", "--port", str(port), "--dtype", "bfloat16"]
     if os.environ.get("MPO_SERVER", "vllm") != "vllm" or not importlib.util.find_spec("vllm"):
         return [str(Path(sys.executable).with_name("transformers")), "serve", model, *address]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model,
-               "--served-model-name", model, *address, "--max-model-len", str(max_model_len),
-               "--generation-config", "vllm", "--enable-prefix-caching"]
+    command = [
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        model,
+        "--served-model-name",
+        model,
+        *address,
+        "--max-model-len",
+        str(max_model_len),
+        "--generation-config",
+        "vllm",
+        "--enable-prefix-caching",
+    ]
     if gpus:
-        return [*command, "--tensor-parallel-size", str(len(gpus)),
-                "--gpu-memory-utilization", "0.9"]
+        return [
+            *command,
+            "--tensor-parallel-size",
+            str(len(gpus)),
+            "--gpu-memory-utilization",
+            "0.9",
+        ]
     # no chunked prefill: vLLM's CPU engine crashes on a seeded request whose prompt is split
     # ("CPU Generator does not use offset", 0.32.0)
     # blocks of 32 tokens, not 128: an episode's next prompt finds more of it in the cache
-    return [*command, "--enforce-eager", "--block-size", "32", "--no-enable-chunked-prefill",
-            "--max-num-batched-tokens", str(max(8192, max_model_len))]
+    return [
+        *command,
+        "--enforce-eager",
+        "--block-size",
+        "32",
+        "--no-enable-chunked-prefill",
+        "--max-num-batched-tokens",
+        str(max(8192, max_model_len)),
+    ]
 
 
 # runs a server and ends its whole process group when the input closes, that is when the parent ends
@@ -344,23 +427,29 @@ def _start_server(model: str, gpus: list[str], max_model_len: int, log_dir: Path
         port = s.getsockname()[1]
     # vLLM keeps a core free for its engine, which would be half of a machine with two
     binding = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"} if os.cpu_count() < 4 else {}
-    env = {"VLLM_CPU_KVCACHE_SPACE": "2", **binding, **os.environ,
-           "TOKENIZERS_PARALLELISM": "false"}
+    env = {
+        "VLLM_CPU_KVCACHE_SPACE": "2",
+        **binding,
+        **os.environ,
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     if gpus:
         env["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     log_dir.mkdir(parents=True, exist_ok=True)
     log = log_dir / f"server-{Path(model).name}-{port}.log"
     command = [sys.executable, "-c", SUPERVISOR, *server_command(model, port, gpus, max_model_len)]
     with log.open("w") as f:
-        process = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=f, stderr=f,
-                                   start_new_session=True)
+        process = subprocess.Popen(
+            command, env=env, stdin=subprocess.PIPE, stdout=f, stderr=f, start_new_session=True
+        )
     return SimpleNamespace(model=model, process=process, log=log, url=f"http://127.0.0.1:{port}")
 
 
 def _wait_healthy(server, wait: float) -> None:
     start = time.time()
-    with tqdm(desc=f"starting a server for {server.model}", bar_format="{desc}: {elapsed}",
-              leave=False) as bar:
+    with tqdm(
+        desc=f"starting a server for {server.model}", bar_format="{desc}: {elapsed}", leave=False
+    ) as bar:
         while True:
             with contextlib.suppress(OSError):
                 with urllib.request.urlopen(f"{server.url}/health", timeout=5) as answer:
@@ -371,7 +460,8 @@ def _wait_healthy(server, wait: float) -> None:
                 tail = "\n".join(server.log.read_text(errors="replace").splitlines()[-15:])
                 what = "ended" if ended else f"was not healthy after {wait:.0f} s"
                 raise InputError(
-                    f"the server of {server.model} {what}; the end of {server.log}:\n{tail}")
+                    f"the server of {server.model} {what}; the end of {server.log}:\n{tail}"
+                )
             with contextlib.suppress(RuntimeError):  # without an event loop Ctrl-C raises by itself
                 if asyncio.current_task().cancelling():
                     raise KeyboardInterrupt

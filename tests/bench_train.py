@@ -30,8 +30,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-GOALS = {"dpo_pairs_per_s": 1.6, "dpo_memory": 0.7, "sft_rows_per_s_padded": 1.3,
-         "sft_rows_per_s_packed": 1.0, "sft_memory": 0.8}
+GOALS = {
+    "dpo_pairs_per_s": 1.6,
+    "dpo_memory": 0.7,
+    "sft_rows_per_s_padded": 1.3,
+    "sft_rows_per_s_packed": 1.0,
+    "sft_memory": 0.8,
+}
 GPU_GOALS = {"dpo_pairs_per_s": 1.5, "dpo_memory": 0.7, "sft_mfu": 0.45}
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16 FLOP/s
 
@@ -46,8 +51,14 @@ def make_rows(tokenizer, count: int) -> list[dict]:
         ids = tokenizer(" ".join(draw.choices(words, k=tokens)))["input_ids"]
         return [{"role": role, "content": tokenizer.decode(ids[:tokens])}]
 
-    return [{"prompt": message("user", 400, 700), "chosen": message("assistant", 60, 150),
-             "rejected": message("assistant", 60, 150)} for _ in range(count)]
+    return [
+        {
+            "prompt": message("user", 400, 700),
+            "chosen": message("assistant", 60, 150),
+            "rejected": message("assistant", 60, 150),
+        }
+        for _ in range(count)
+    ]
 
 
 def peak_gb() -> float:
@@ -63,17 +74,26 @@ def run_ours(a, folder: Path) -> dict:
 
     module = importlib.import_module("02_sft" if a.child == "sft" else "04_dpo")
     args = module.Args(
-        model=a.model, data=str(folder / f"{a.child}.jsonl"), out=str(folder / "out"),
-        batch_size=a.batch, epochs=a.steps, micro_tokens=a.micro_tokens, save_steps=0,
-        gradient_checkpointing=a.checkpointing)
+        model=a.model,
+        data=str(folder / f"{a.child}.jsonl"),
+        out=str(folder / "out"),
+        batch_size=a.batch,
+        epochs=a.steps,
+        micro_tokens=a.micro_tokens,
+        save_steps=0,
+        gradient_checkpointing=a.checkpointing,
+    )
     module.main(args)
     load = module.load_rows if a.child == "sft" else module.load_pairs
     rows = load(args, common.load_model(a.model)[1])
     tokens = sum(common.lengths(rows))
     log = common.read_rows(folder / "out" / "metrics.jsonl")
-    return {"seconds": [tokens / row["tokens_per_second"] for row in log[1:]], "tokens": tokens,
-            "flops": flops(a.model, [side for sides, *_ in rows for side in sides]),
-            "memory": max(row["memory_gb"] for row in log)}
+    return {
+        "seconds": [tokens / row["tokens_per_second"] for row in log[1:]],
+        "tokens": tokens,
+        "flops": flops(a.model, [side for sides, *_ in rows for side in sides]),
+        "memory": max(row["memory_gb"] for row in log),
+    }
 
 
 def flops(model: str, sequences: list[tuple]) -> float:
@@ -83,8 +103,10 @@ def flops(model: str, sequences: list[tuple]) -> float:
     m = common.load_module(common.DATA / "estimate.py").model_sizes(Path(model))
     head = m.vocabulary * m.hidden
     in_layers = m.parameters - head * (1 if m.model.config.tie_word_embeddings else 2)
-    return 6 * sum(in_layers * len(ids) + head * sum(mask) + m.layers * m.hidden * len(ids) ** 2
-                   for ids, mask in sequences)
+    return 6 * sum(
+        in_layers * len(ids) + head * sum(mask) + m.layers * m.hidden * len(ids) ** 2
+        for ids, mask in sequences
+    )
 
 
 def run_trl(a, folder: Path) -> dict:
@@ -109,22 +131,40 @@ def run_trl(a, folder: Path) -> dict:
     if a.child == "sft":
         rows = [{"prompt": r["messages"][:-1], "completion": r["messages"][-1:]} for r in rows]
     settings = {
-        "output_dir": str(folder / "trl"), "per_device_train_batch_size": a.micro,
-        "gradient_accumulation_steps": a.batch // a.micro, "num_train_epochs": a.steps,
-        "learning_rate": 1e-5, "lr_scheduler_type": "cosine", "max_length": None, "bf16": True,
-        "use_cpu": not torch.cuda.is_available(), "gradient_checkpointing": False,
-        "report_to": "none", "save_strategy": "no", "logging_steps": 1,
-        "optim": "adamw_torch_fused", "torch_compile": a.compile}
+        "output_dir": str(folder / "trl"),
+        "per_device_train_batch_size": a.micro,
+        "gradient_accumulation_steps": a.batch // a.micro,
+        "num_train_epochs": a.steps,
+        "learning_rate": 1e-5,
+        "lr_scheduler_type": "cosine",
+        "max_length": None,
+        "bf16": True,
+        "use_cpu": not torch.cuda.is_available(),
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "optim": "adamw_torch_fused",
+        "torch_compile": a.compile,
+    }
     if a.packing:  # one packed sequence per step, as many tokens per pass over the rows
-        settings |= {"packing": True, "max_length": a.packed_tokens,
-                     "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1,
-                     "num_train_epochs": 1 + a.steps // 2}
+        settings |= {
+            "packing": True,
+            "max_length": a.packed_tokens,
+            "per_device_train_batch_size": 1,
+            "gradient_accumulation_steps": 1,
+            "num_train_epochs": 1 + a.steps // 2,
+        }
     if a.child == "dpo":
         settings["precompute_ref_log_probs"] = True
     trainer, config = (SFTTrainer, SFTConfig) if a.child == "sft" else (DPOTrainer, DPOConfig)
-    trainer = trainer(AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.float32),
-                      args=config(**settings), train_dataset=Dataset.from_list(rows),
-                      processing_class=AutoTokenizer.from_pretrained(a.model), callbacks=[Clock()])
+    trainer = trainer(
+        AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.float32),
+        args=config(**settings),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(a.model),
+        callbacks=[Clock()],
+    )
     packs = len(trainer.train_dataset)
     trainer.train()
     # with packing, a pass over the rows is `packs` steps
@@ -138,28 +178,34 @@ def child(a, folder: str, *args) -> dict:
     command = [sys.executable, __file__, "--folder", folder, *args]
     for name in ("batch", "steps", "model", "micro_tokens", "packed_tokens"):
         command += [f"--{name}", getattr(a, name)]
-    done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          text=True)
+    done = subprocess.run(
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     if done.returncode:
         sys.exit(f"{' '.join(map(str, args))} failed:\n{done.stdout[-3000:]}")
     return json.loads(result.read_text())
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", help="default: SmolLM2-135M, on a GPU those of --shapes")
-    parser.add_argument("--shapes", nargs="*", default=["1B", "3B"], help="of random models, on a "
-                        "GPU: 1B, 3B, 8B")
+    parser.add_argument(
+        "--shapes", nargs="*", default=["1B", "3B"], help="of random models, on a GPU: 1B, 3B, 8B"
+    )
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--batch", type=int, help="default: 8, on a GPU 32")
     parser.add_argument("--steps", type=int, default=3, help="per run; the first does not count")
     parser.add_argument("--micro_tokens", type=int, help="our micro-batches (4096, GPU: 16384)")
-    parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=True,
-                        help="for our runs, as in `make all`")
+    parser.add_argument(
+        "--checkpointing",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="for our runs, as in `make all`",
+    )
     parser.add_argument("--packed_tokens", type=int, default=2048, help="TRL's packed sequences")
-    parser.add_argument("--micros", type=int, nargs="+",
-                        help="TRL's micro-batches (1 2, GPU: 2 8)")
+    parser.add_argument("--micros", type=int, nargs="+", help="TRL's micro-batches (1 2, GPU: 2 8)")
     parser.add_argument("--only", default="", help="run only what begins with this, e.g. ours")
     parser.add_argument("--child", choices=["sft", "dpo"], help=argparse.SUPPRESS)
     for name in ("trl", "packing", "compile"):
@@ -220,11 +266,20 @@ def bench(a, goals: dict[str, float]) -> None:
                 if name.endswith("compiled") and not n:
                     args += ["--micro", best(results, name).split()[-1]]
                 results.setdefault(name, []).append(child(a, folder, *args))
-                print(f"round {n + 1}: {name}: {a.batch * rate(results, name):.3f} /s, "
-                      f"{memory(results, name):.2f} GB", flush=True)
+                print(
+                    f"round {n + 1}: {name}: {a.batch * rate(results, name):.3f} /s, "
+                    f"{memory(results, name):.2f} GB",
+                    flush=True,
+                )
     if not a.only:
-        report(a, goals, results, torch.cuda.get_device_name() if torch.cuda.is_available() else
-               f"{torch.get_num_threads()} CPU cores")
+        report(
+            a,
+            goals,
+            results,
+            torch.cuda.get_device_name()
+            if torch.cuda.is_available()
+            else f"{torch.get_num_threads()} CPU cores",
+        )
 
 
 def rate(results, name: str) -> float:
@@ -239,26 +294,33 @@ def memory(results, name: str) -> float:
 def best(results, name: str) -> str:
     """The fastest of TRL's runs of the stage of `name`, without packing."""
     stage = name.split()[1]
-    return max((k for k in results if k.startswith(f"trl {stage} micro")),
-               key=lambda k: rate(results, k))
+    return max(
+        (k for k in results if k.startswith(f"trl {stage} micro")), key=lambda k: rate(results, k)
+    )
 
 
 def report(a, goals: dict[str, float], results, machine: str) -> None:
-    print(f"\n{machine}, {Path(a.model).name}, steps of {a.batch} rows or pairs, our micro-batches "
-          f"{a.micro_tokens} tokens, gradient checkpointing {'on' if a.checkpointing else 'off'}"
-          "\n\n| | rows or pairs/s | tokens/s | peak memory, GB |\n| --- | --- | --- | --- |")
+    print(
+        f"\n{machine}, {Path(a.model).name}, steps of {a.batch} rows or pairs, our micro-batches "
+        f"{a.micro_tokens} tokens, gradient checkpointing {'on' if a.checkpointing else 'off'}"
+        "\n\n| | rows or pairs/s | tokens/s | peak memory, GB |\n| --- | --- | --- | --- |"
+    )
     for name in results:
         tokens = results[f"ours {name.split()[1]}"][0]["tokens"]
-        print(f"| {name} | {a.batch * rate(results, name):.3f} | "
-              f"{tokens * rate(results, name):,.0f} | {memory(results, name):.2f} |")
+        print(
+            f"| {name} | {a.batch * rate(results, name):.3f} | "
+            f"{tokens * rate(results, name):,.0f} | {memory(results, name):.2f} |"
+        )
     print("\ntokens/s count a pair as two sequences\n")
     sft, dpo = best(results, "trl sft"), best(results, "trl dpo")
     ours = {stage: rate(results, f"ours {stage}") for stage in ("sft", "dpo")}
-    measured = {"dpo_pairs_per_s": ours["dpo"] / rate(results, dpo),
-                "dpo_memory": memory(results, "ours dpo") / memory(results, dpo),
-                "sft_rows_per_s_padded": ours["sft"] / rate(results, sft),
-                "sft_rows_per_s_packed": ours["sft"] / rate(results, "trl sft packed"),
-                "sft_memory": memory(results, "ours sft") / memory(results, sft)}
+    measured = {
+        "dpo_pairs_per_s": ours["dpo"] / rate(results, dpo),
+        "dpo_memory": memory(results, "ours dpo") / memory(results, dpo),
+        "sft_rows_per_s_padded": ours["sft"] / rate(results, sft),
+        "sft_rows_per_s_packed": ours["sft"] / rate(results, "trl sft packed"),
+        "sft_memory": memory(results, "ours sft") / memory(results, sft),
+    }
     if peak := next((f for card, f in PEAK.items() if card in machine), None):
         measured["sft_mfu"] = results["ours sft"][0]["flops"] * ours["sft"] / peak
     for name, goal in goals.items():

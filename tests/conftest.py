@@ -23,7 +23,8 @@ models = common.load_module(common.DATA / "models.py")
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 
 
 def pytest_addoption(parser):
@@ -36,8 +37,11 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(config, items):
     wanted = config.getoption("--slow")
-    keep = [i for i in items if wanted == "all" or (wanted == "only") == bool(
-        i.get_closest_marker("slow"))]
+    keep = [
+        i
+        for i in items
+        if wanted == "all" or (wanted == "only") == bool(i.get_closest_marker("slow"))
+    ]
     config.hook.pytest_deselected(items=[i for i in items if i not in set(keep)])
     # two files run at a time; the longest start first
     items[:] = sorted(keep, key=lambda item: -item.path.stat().st_size)
@@ -51,15 +55,30 @@ def stage(name: str):
 def script_env(**env) -> dict:
     """The environment of a script: no key, no GPU, no network, few threads, few retries."""
     base = {k: v for k, v in os.environ.items() if not k.startswith("OPENAI_")}
-    return base | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
-                   "MPO_MAX_RETRIES": "1"} | env
+    return (
+        base
+        | {
+            "CUDA_VISIBLE_DEVICES": "",
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",
+            "MPO_MAX_RETRIES": "1",
+        }
+        | env
+    )
 
 
-def run_script(name: str, *args, env: dict | None = None,
-               timeout: float = 240) -> subprocess.CompletedProcess:
+def run_script(
+    name: str, *args, env: dict | None = None, timeout: float = 240
+) -> subprocess.CompletedProcess:
     """Run a stage to its end with this interpreter, in the repository root."""
-    return subprocess.run([sys.executable, name, *map(str, args)], cwd=ROOT, text=True,
-                          env=script_env(**(env or {})), capture_output=True, timeout=timeout)
+    return subprocess.run(
+        [sys.executable, name, *map(str, args)],
+        cwd=ROOT,
+        text=True,
+        env=script_env(**(env or {})),
+        capture_output=True,
+        timeout=timeout,
+    )
 
 
 def check_run(name: str, *args, **options) -> str:
@@ -72,9 +91,13 @@ def check_run(name: str, *args, **options) -> str:
 
 def start_script(name: str, *args, **env) -> subprocess.Popen:
     """Start a stage that the test will kill."""
-    return subprocess.Popen([sys.executable, name, *map(str, args)], cwd=ROOT,
-                            env=script_env(**env), stdout=subprocess.DEVNULL,
-                            stderr=subprocess.DEVNULL)
+    return subprocess.Popen(
+        [sys.executable, name, *map(str, args)],
+        cwd=ROOT,
+        env=script_env(**env),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
 
 
 def write_jsonl(path: Path, rows) -> Path:
@@ -93,18 +116,27 @@ def make_tokenizer(template: str = CHATML, bos: str | None = None, trim_offsets:
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *([bos] if bos else [])]
     trainer = trainers.BpeTrainer(
-        vocab_size=600, special_tokens=special, show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+        vocab_size=600,
+        special_tokens=special,
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     tokenizer.train([str(p) for p in sorted((ROOT / "data").glob("*/*.txt"))], trainer)
     byte_level = processors.ByteLevel(trim_offsets=trim_offsets)
     tokenizer.post_processor = byte_level
     if bos:
         add_bos = processors.TemplateProcessing(
-            single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))])
+            single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))]
+        )
         tokenizer.post_processor = processors.Sequence([byte_level, add_bos])
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
-        bos_token=bos, clean_up_tokenization_spaces=False, model_max_length=4096)
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        bos_token=bos,
+        clean_up_tokenization_spaces=False,
+        model_max_length=4096,
+    )
     fast.chat_template = template
     return fast
 
@@ -116,13 +148,23 @@ def make_model(tokenizer, dtype="float32", seed: int = 0, kind: str = "llama", *
 
     torch.manual_seed(seed)
     settings = {
-        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096,
-        "initializer_range": 0.1, "vocab_size": len(tokenizer), "bos_token_id": None,
-        "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
-        "tie_word_embeddings": True, **config}
-    made = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings),
-                                            dtype=torch.float32)
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 4096,
+        "initializer_range": 0.1,
+        "vocab_size": len(tokenizer),
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "tie_word_embeddings": True,
+        **config,
+    }
+    made = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(kind, **settings), dtype=torch.float32
+    )
     return made.to(getattr(torch, dtype)).eval()
 
 
@@ -133,12 +175,32 @@ def save_model(folder: Path, tokenizer=None, **options) -> Path:
     return folder
 
 
-LARGE = {"1B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
-                "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": True},
-         "3B": {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28,
-                "num_attention_heads": 24, "num_key_value_heads": 8, "tie_word_embeddings": True},
-         "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-                "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False}}
+LARGE = {
+    "1B": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "tie_word_embeddings": True,
+    },
+    "3B": {
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 24,
+        "num_key_value_heads": 8,
+        "tie_word_embeddings": True,
+    },
+    "8B": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "tie_word_embeddings": False,
+    },
+}
 
 
 def save_large_model(folder: Path, name: str, device: str, **config) -> str:
@@ -148,8 +210,9 @@ def save_large_model(folder: Path, name: str, device: str, **config) -> str:
 
     shape = {**LARGE[name], "vocab_size": 128256, **config}
     with torch.device(device):
-        AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **shape),
-                                         dtype=torch.bfloat16).save_pretrained(folder)
+        AutoModelForCausalLM.from_config(
+            AutoConfig.for_model("llama", **shape), dtype=torch.bfloat16
+        ).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return str(folder)
 
@@ -177,8 +240,9 @@ class ChatServer(ThreadingHTTPServer):
         self.reply, self.requests, self.keys, self.owner = reply, [], set(), "test"
         self.lock = threading.Lock()
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
-        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05},
-                         daemon=True).start()
+        threading.Thread(
+            target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
+        ).start()
 
     def handle_error(self, request, client_address):
         """Clients that were killed are expected."""
@@ -190,15 +254,17 @@ class ChatHandler(BaseHTTPRequestHandler):
     def answer(self, status: int, body, headers=None) -> None:
         content = (body if isinstance(body, str) else json.dumps(body)).encode()
         self.send_response(status)
-        for name, value in {"Content-Type": "application/json", **(headers or {}),
-                            "Content-Length": str(len(content))}.items():
+        for name, value in {
+            "Content-Type": "application/json",
+            **(headers or {}),
+            "Content-Length": str(len(content)),
+        }.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(content)
 
     def do_GET(self):
-        model = {"id": "scripted", "object": "model", "created": 0,
-                 "owned_by": self.server.owner}
+        model = {"id": "scripted", "object": "model", "created": 0, "owned_by": self.server.owner}
         self.answer(200, {"object": "list", "data": [model]})
 
     def do_POST(self):
@@ -211,11 +277,23 @@ class ChatHandler(BaseHTTPRequestHandler):
             status, text, *headers = text
             error = {"error": {"message": text, "type": "scripted", "code": status}}
             return self.answer(status, text if status == 200 else error, *headers)
-        self.answer(200, {
-            "id": "0", "object": "chat.completion", "created": 0, "model": "scripted",
-            "choices": [{"index": 0, "finish_reason": "stop",
-                         "message": {"role": "assistant", "content": text}}],
-            "usage": {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}})
+        self.answer(
+            200,
+            {
+                "id": "0",
+                "object": "chat.completion",
+                "created": 0,
+                "model": "scripted",
+                "choices": [
+                    {
+                        "index": 0,
+                        "finish_reason": "stop",
+                        "message": {"role": "assistant", "content": text},
+                    }
+                ],
+                "usage": {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10},
+            },
+        )
 
     def log_message(self, *_):
         pass

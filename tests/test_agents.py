@@ -13,13 +13,26 @@ seed, score, dpo = stage("01_seed_plans"), stage("03_sample_score"), stage("04_d
 
 
 def expert(task, steps, reward=1.0, solved=True) -> dict:
-    return {"task": task, "solved": solved, "instruction": f"Do {task}." if solved else "",
-            "steps": steps, "reward": reward}
+    return {
+        "task": task,
+        "solved": solved,
+        "instruction": f"Do {task}." if solved else "",
+        "steps": steps,
+        "reward": reward,
+    }
 
 
 def tried(task, reward, steps, rollout=0, end="steps") -> dict:
-    return {"task": task, "rollout": rollout, "reward": reward, "success": reward == 1.0,
-            "end": end, "steps": steps, "setting": "now", "instruction": f"Do {task}."}
+    return {
+        "task": task,
+        "rollout": rollout,
+        "reward": reward,
+        "success": reward == 1.0,
+        "end": end,
+        "steps": steps,
+        "setting": "now",
+        "instruction": f"Do {task}.",
+    }
 
 
 def said(messages) -> list[str]:
@@ -28,6 +41,7 @@ def said(messages) -> list[str]:
 
 def test_trajectory_pairs():
     """Expert against failure, better against worse; never across tasks."""
+
     def go(*words):
         return [[f"Action: {w}", f"{w} done"] for w in words]
 
@@ -36,14 +50,23 @@ def test_trajectory_pairs():
     explored = {
         "a/1": [tried("a/1", 0.0, go("look", "fail"))],
         "a/2": [tried("a/2", 1.0, go("open", "win")), tried("a/2", 1.0, go("win"), 1)],
-        "a/3": [tried("a/3", 0.2, go("a")), tried("a/3", 0.6, go("b"), 1), tried("a/3", 0.0, [], 2),
-                tried("a/3", 0.0, go("c"), 3, "crash")],
-        "a/4": [tried("a/4", 0.1, go("a")), tried("a/4", 0.7, go("b"), 1)]}
+        "a/3": [
+            tried("a/3", 0.2, go("a")),
+            tried("a/3", 0.6, go("b"), 1),
+            tried("a/3", 0.0, [], 2),
+            tried("a/3", 0.0, go("c"), 3, "crash"),
+        ],
+        "a/4": [tried("a/4", 0.1, go("a")), tried("a/4", 0.7, go("b"), 1)],
+    }
     pairs = score.trajectory_pairs(experts, explored, Prompts(CORRIDOR), 0)
     won = ["open", "win"]
     assert [(p["task"], said(p["chosen"]), said(p["rejected"])) for p in pairs] == [
-        ("a/1", won, ["look", "fail"]), ("a/3", won, ["a"]), ("a/3", won, ["b"]),
-        ("a/3", ["b"], ["a"]), ("a/4", ["b"], ["a"])]
+        ("a/1", won, ["look", "fail"]),
+        ("a/3", won, ["a"]),
+        ("a/3", won, ["b"]),
+        ("a/3", ["b"], ["a"]),
+        ("a/4", ["b"], ["a"]),
+    ]
     for p in pairs:
         [prompt] = p["prompt"]
         assert p["q_chosen"] > p["q_rejected"] and f"Do {p['task']}." in prompt["content"]
@@ -59,21 +82,34 @@ def test_worse_trajectories_are_cut_and_experts_think():
     e = expert("a/1", [["open", "o"], ["win", ""]]) | {"thoughts": ["It is shut.", "Now."]}
     [pair] = score.trajectory_pairs([e], {"a/1": [long]}, Prompts(CORRIDOR), 0)
     assert said(pair["rejected"]) == [str(i) for i in range(7)]
-    assert said(pair["chosen"]) == ["Thought: It is shut.\nAction: open",
-                                    "Thought: Now.\nAction: win"]
+    assert said(pair["chosen"]) == [
+        "Thought: It is shut.\nAction: open",
+        "Thought: Now.\nAction: win",
+    ]
 
 
 def test_only_the_agents_turns_are_targets(tmp_path, tokenizer, capsys):
     """Of both sides of a pair of trajectories; the turns that they share are packed once. Pairs
     longer than the limit are counted and left out."""
+
     def talk(*words):
         return score.turns([[f"Action: {w}", f"{w}!"] for w in words], 0)
 
     prompt = [{"role": "user", "content": "Do it."}]
-    rows = [{"task": "a/1", "prompt": prompt, "chosen": talk("open", "take cup", "win"),
-             "rejected": talk("open", "wait")},
-            {"task": "a/2", "prompt": prompt, "chosen": talk("win"),
-             "rejected": talk(*["look around"] * 40)}]
+    rows = [
+        {
+            "task": "a/1",
+            "prompt": prompt,
+            "chosen": talk("open", "take cup", "win"),
+            "rejected": talk("open", "wait"),
+        },
+        {
+            "task": "a/2",
+            "prompt": prompt,
+            "chosen": talk("win"),
+            "rejected": talk(*["look around"] * 40),
+        },
+    ]
     data = write_jsonl(tmp_path / "pairs.jsonl", rows)
     [(pair, *_)] = dpo.load_pairs(dpo.Args(data=str(data), max_length=200), tokenizer)
     for (ids, targets), side in zip(pair, ("chosen", "rejected"), strict=True):
@@ -117,8 +153,14 @@ def test_explore(seeded, tmp_path, tokenizer, chat_server, capsys):
         return f"Action: {e['steps'][len(messages) // 2][0] if known else 'touch the trap'}"
 
     server, out = chat_server(reply), tmp_path / "eto1"
-    a = score.ExploreArgs(env=CORRIDOR, workers=1, agent="scripted", agent_url=server.url,
-                          out=str(out), experts=str(seeded / "trajectories.jsonl"))
+    a = score.ExploreArgs(
+        env=CORRIDOR,
+        workers=1,
+        agent="scripted",
+        agent_url=server.url,
+        out=str(out),
+        experts=str(seeded / "trajectories.jsonl"),
+    )
     score.explore(a)
     printed = capsys.readouterr().out
     assert "exploration: 3 episodes, " in printed and "1 successful; 2 pairs" in printed
@@ -135,8 +177,11 @@ def test_explore(seeded, tmp_path, tokenizer, chat_server, capsys):
     assert len(server.requests) == asked, "nothing is played twice"
 
     agent = str(save_model(tmp_path / "agent", tokenizer))
-    dpo.main(dpo.Args(model=agent, data=str(out / "pairs.jsonl"), out=str(tmp_path / "trained"),
-                      epochs=1))
+    dpo.main(
+        dpo.Args(
+            model=agent, data=str(out / "pairs.jsonl"), out=str(tmp_path / "trained"), epochs=1
+        )
+    )
     assert (tmp_path / "trained" / "model.safetensors").exists()
     wins.update(tasks)
     with pytest.raises(InputError, match="no failure to learn from"):
@@ -160,12 +205,22 @@ def test_filter_of_seed_plans(seeded, tmp_path, chat_server, capsys, monkeypatch
     server = chat_server(reply)
     monkeypatch.setenv("OPENAI_BASE_URL", server.url)
     monkeypatch.setenv("OPENAI_API_KEY", "none")
-    a = {"env": CORRIDOR, "workers": 1, "agents": ["a", "b"], "out": str(tmp_path),
-         "seed_plans": str(seeded / "seed_plans.jsonl")}
+    a = {
+        "env": CORRIDOR,
+        "workers": 1,
+        "agents": ["a", "b"],
+        "out": str(tmp_path),
+        "seed_plans": str(seeded / "seed_plans.jsonl"),
+    }
     score.filter_seed_plans(score.FilterArgs(**a))
     printed = capsys.readouterr().out
-    assert all(re.search(rf"^{agent}: plans add -0\.\d+ .*; 1 of 3 do worse", printed, re.M)
-               for agent in "ab") and "1 of 3 kept" in printed
+    assert (
+        all(
+            re.search(rf"^{agent}: plans add -0\.\d+ .*; 1 of 3 do worse", printed, re.M)
+            for agent in "ab"
+        )
+        and "1 of 3 kept" in printed
+    )
     rows = read_rows(seeded / "seed_plans.jsonl")
     [kept] = read_rows(tmp_path / "filtered_plans.jsonl")
     assert kept in rows and kept["task"] == tasks[2]
@@ -188,8 +243,9 @@ def test_knowagents_prompt(env):
     """The agent's own prompt and example, and for every action what it needs and leads to."""
     usual, knowing = Prompts(env), Prompts(env, "knowagent")
     assert knowing.examples == usual.examples and usual.examples
-    actions = re.findall(r"^(?:\d\. )?([a-z][a-z0-9 ]+(?:OBJ|RECEP|LOC|\[|:).*?)(?::|$)",
-                         usual.agent_text, re.M)
+    actions = re.findall(
+        r"^(?:\d\. )?([a-z][a-z0-9 ]+(?:OBJ|RECEP|LOC|\[|:).*?)(?::|$)", usual.agent_text, re.M
+    )
     assert len(actions) >= 2
     for action in actions:
         verb = re.escape(re.split(r"[\[:]| [A-Z]", action)[0])
@@ -204,18 +260,26 @@ def test_knowledge_from_expert_against_failure(seeded, tmp_path, chat_server):
     server = chat_server(lambda messages, body: common.plan_reply(knowledge))
     gold = {r["task"]: r for r in read_rows(seeded / "trajectories.jsonl")}
     first, *others = gold
-    failures = [tried(t, 0.1 * i, [[f"Action: wrong {i}", "No."]], i) for i in (2, 1)
-                for t in others]
+    failures = [
+        tried(t, 0.1 * i, [[f"Action: wrong {i}", "No."]], i) for i in (2, 1) for t in others
+    ]
     old = tried(first, 0.0, [["Action: older", "No."]]) | {"setting": "before retraining"}
-    failed = write_jsonl(tmp_path / "explore.jsonl", [
-        old, *failures, tried(first, 1.0, [["Action: right", "Yes."]])])
+    failed = write_jsonl(
+        tmp_path / "explore.jsonl", [old, *failures, tried(first, 1.0, [["Action: right", "Yes."]])]
+    )
     prompts = tmp_path / "wkm"
     prompts.mkdir()
     (prompts / "planner.txt").write_text("Write task knowledge.\n{task}")
     (prompts / "teacher.txt").write_text("{task}\n{conversation}\nFailed:\n{explored}")
     out = tmp_path / "wkm-seed"
-    a = {"env": CORRIDOR, "workers": 1, "out": str(out), "limit": 3, "plan_share": 1.0,
-         "explored": str(failed)}
+    a = {
+        "env": CORRIDOR,
+        "workers": 1,
+        "out": str(out),
+        "limit": 3,
+        "plan_share": 1.0,
+        "explored": str(failed),
+    }
     seed.main(seed.Args(**a, prompts=str(prompts), teacher="t", teacher_url=server.url))
     assert len(server.requests) == 2
     for body in server.requests:
@@ -226,8 +290,10 @@ def test_knowledge_from_expert_against_failure(seeded, tmp_path, chat_server):
     rows = read_rows(out / "seed_plans.jsonl")
     assert [(r["task"], r["plan"]) for r in rows] == [(t, knowledge) for t in others]
     assert rows[0]["messages"][0]["content"].startswith("Write task knowledge.")
-    told = {r["task"]: knowledge in r["messages"][0]["content"]
-            for r in read_rows(out / "agent_sft.jsonl")}
+    told = {
+        r["task"]: knowledge in r["messages"][0]["content"]
+        for r in read_rows(out / "agent_sft.jsonl")
+    }
     assert told == {t: t in others for t in gold}
     with pytest.raises(InputError, match="--explored needs a model"):
         seed.main(seed.Args(**a, teacher="rules"))

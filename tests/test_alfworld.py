@@ -20,8 +20,10 @@ from common import EnvPool, InputError, task_type
 pytest.importorskip("alfworld")
 ALFWorld = common.environment("alfworld")
 DATA = Path(os.environ.get("ALFWORLD_DATA") or "~/.cache/alfworld").expanduser()
-pytestmark = pytest.mark.skipif(not (DATA / ALFWorld.FOLDER).is_dir(),
-                                reason=f"no ALFWorld games in {DATA}: make data ENV=alfworld")
+pytestmark = pytest.mark.skipif(
+    not (DATA / ALFWorld.FOLDER).is_dir(),
+    reason=f"no ALFWorld games in {DATA}: make data ENV=alfworld",
+)
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +52,9 @@ def test_splits(tasks):
 
 def old_dialect(command: str, draw: random.Random) -> str:
     """A command in the words of the papers' prompts, written as a careless model would."""
-    command = re.sub(r"^move (.+?) to (.+)", rf"put \1 {draw.choice(['in/on', 'in', 'on'])} \2",
-                     command)
+    command = re.sub(
+        r"^move (.+?) to (.+)", rf"put \1 {draw.choice(['in/on', 'in', 'on'])} \2", command
+    )
     command = draw.choice([str, str.capitalize, str.upper])(re.sub("^use ", "toggle ", command))
     return draw.choice(["{}", "{}.", '"{}"', " {} ", "'{}.'"]).format(command)
 
@@ -91,14 +94,25 @@ def test_same_as_the_stock_environment(tasks):
     observations, rewards and admissible commands are those of unpatched TextWorld."""
     pool = [t for split in ("seen", "unseen") for t in tasks[split][:40]]
     size = {t: (folder(t) / "game.tw-pddl").stat().st_size for t in pool}
-    ranked = [sorted((t for t in pool if task_type(t) == kind), key=size.get)[:4]
-              for kind in ALFWorld.MAX_STEPS]
+    ranked = [
+        sorted((t for t in pool if task_type(t) == kind), key=size.get)[:4]
+        for kind in ALFWorld.MAX_STEPS
+    ]
     games = [t for column in itertools.zip_longest(*ranked) for t in column if t][:20]
-    jobs = [json.dumps({"game": str(folder(t) / "game.tw-pddl"), "steps": 30, "seed": i}) + "\n"
-            for i, t in enumerate(games)]
-    stock = [subprocess.Popen([sys.executable, str(ROOT / "tests" / "stock_env.py")], text=True,
-                              stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                              stderr=subprocess.DEVNULL) for _ in range(2)]
+    jobs = [
+        json.dumps({"game": str(folder(t) / "game.tw-pddl"), "steps": 30, "seed": i}) + "\n"
+        for i, t in enumerate(games)
+    ]
+    stock = [
+        subprocess.Popen(
+            [sys.executable, str(ROOT / "tests" / "stock_env.py")],
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        for _ in range(2)
+    ]
     for i, process in enumerate(stock):
         process.stdin.write("".join(jobs[i::2]))
         process.stdin.close()
@@ -117,10 +131,17 @@ def test_same_as_the_stock_environment(tasks):
         assert process.wait() == 0
 
 
-@pytest.mark.parametrize("said, meant", [
-    ("put mug 1 in/on desk 2", "move mug 1 to desk 2"), ("Toggle desklamp 1.", "use desklamp 1"),
-    ("place cd 3 on the bed", "move cd 3 to the bed"), ("'go to shelf 1'", "go to shelf 1"),
-    ("use desklamp 1 with cd 2", "use desklamp 1"), ("LOOK", "look")])
+@pytest.mark.parametrize(
+    "said, meant",
+    [
+        ("put mug 1 in/on desk 2", "move mug 1 to desk 2"),
+        ("Toggle desklamp 1.", "use desklamp 1"),
+        ("place cd 3 on the bed", "move cd 3 to the bed"),
+        ("'go to shelf 1'", "go to shelf 1"),
+        ("use desklamp 1 with cd 2", "use desklamp 1"),
+        ("LOOK", "look"),
+    ],
+)
 def test_meanings(said, meant):
     assert ALFWorld.meanings(said)[0] == meant
 
@@ -143,13 +164,27 @@ def test_expert(tasks):
 
 
 def test_plan_names_every_kind_of_place_that_was_searched():
-    actions = ["go to drawer 1", "open drawer 1", "close drawer 1", "go to shelf 1",
-               "go to drawer 2", "open drawer 2", "take mug 1 from drawer 2", "go to sofa 1",
-               "go to fridge 1", "open fridge 1", "put mug 1 in/on fridge 1"]
+    actions = [
+        "go to drawer 1",
+        "open drawer 1",
+        "close drawer 1",
+        "go to shelf 1",
+        "go to drawer 2",
+        "open drawer 2",
+        "take mug 1 from drawer 2",
+        "go to sofa 1",
+        "go to fridge 1",
+        "open fridge 1",
+        "put mug 1 in/on fridge 1",
+    ]
     u = "Your task is to: put a mug in fridge."
     assert ALFWorld.abstract(u, [[a, ""] for a in actions]) == [
-        "go to where the mug may be, such as the drawer or the shelf", "take the mug",
-        "go to the fridge", "open the fridge", "put the mug in/on the fridge"]
+        "go to where the mug may be, such as the drawer or the shelf",
+        "take the mug",
+        "go to the fridge",
+        "open the fridge",
+        "put the mug in/on the fridge",
+    ]
 
 
 def test_sessions_of_a_process_do_not_affect_each_other(tasks):
@@ -192,11 +227,23 @@ def test_stages(tasks, tmp_path, chat_server):
             good = body["seed"] % 2
             return common.plan_reply(plans[e["task"]] if good else "Step 1: go to the fridge")
         known = plans[e["task"]] in first
-        return (f"Action: {e['steps'][len(messages) // 2][0].upper()}." if known else "I wonder.")
+        return f"Action: {e['steps'][len(messages) // 2][0].upper()}." if known else "I wonder."
 
     url = chat_server(reply).url
-    check_run("03_sample_score.py", *flags, "--planner_url", url, "--agent_url", url, "--m", 6,
-              "--n", 1, "--limit", 3)
+    check_run(
+        "03_sample_score.py",
+        *flags,
+        "--planner_url",
+        url,
+        "--agent_url",
+        url,
+        "--m",
+        6,
+        "--n",
+        1,
+        "--limit",
+        3,
+    )
     pairs = common.read_rows(out / "pairs.jsonl")
     assert pairs and all((p["q_chosen"], p["q_rejected"]) == (1.0, 0.0) for p in pairs)
     check_run("05_eval.py", *flags, "--agents", url, "--plans", "none", "--max_steps", 4)
@@ -225,14 +272,23 @@ def test_bad_games_are_named_and_left_out(tasks, tmp_path, monkeypatch, capfd):
     assert env.tasks("seen") == tasks["seen"][:1]
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 4 and all(line.startswith("left out: ") for line in lines)
-    for where, reason in ((truncated, "incomplete"), (no_game, "No such file"),
-                          (no_data, "traj_data.json"), (unsolvable, "solvable")):
+    for where, reason in (
+        (truncated, "incomplete"),
+        (no_game, "No such file"),
+        (no_data, "traj_data.json"),
+        (unsolvable, "solvable"),
+    ):
         assert any(str(where) in line and reason in line for line in lines), lines
 
     data = json.loads(whole)
     rules = data["grammar"].replace('"task"', '"chore"')
-    for bad in (whole[: len(whole) // 2], b"", b"[]", json.dumps({**data, "grammar": rules}),
-                json.dumps({**data, "pddl_problem": "(define (problem p)"})):
+    for bad in (
+        whole[: len(whole) // 2],
+        b"",
+        b"[]",
+        json.dumps({**data, "grammar": rules}),
+        json.dumps({**data, "pddl_problem": "(define (problem p)"}),
+    ):
         (truncated / "game.tw-pddl").write_bytes(bad if isinstance(bad, bytes) else bad.encode())
         with pytest.raises(InputError, match=f"{truncated}.*cannot be played.*make data"):
             env.reset(tasks["seen"][1])
@@ -243,8 +299,16 @@ def test_bad_games_are_named_and_left_out(tasks, tmp_path, monkeypatch, capfd):
 
 def test_no_games(tmp_path):
     (tmp_path / "json_2.1.0").mkdir()
-    result = run_script("01_seed_plans.py", "--env", "alfworld", "--teacher", "rules", "--out",
-                        tmp_path / "run", env={"ALFWORLD_DATA": str(tmp_path)})
+    result = run_script(
+        "01_seed_plans.py",
+        "--env",
+        "alfworld",
+        "--teacher",
+        "rules",
+        "--out",
+        tmp_path / "run",
+        env={"ALFWORLD_DATA": str(tmp_path)},
+    )
     error = result.stderr.strip().splitlines()[-1]
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert "no ALFWorld games" in error and "make data" in error and "json_2.1.0 only" in error

@@ -11,23 +11,55 @@ from conftest import CORRIDOR, ROOT, models, stage, write_jsonl
 import common
 from common import InputError, digest, plan_reply, read_rows
 
-seed, sft, score, dpo, ev = map(stage, (
-    "01_seed_plans", "02_sft", "03_sample_score", "04_dpo", "05_eval"))
-TALK = {"messages": [{"role": "user", "content": "Boil water."},
-                     {"role": "assistant", "content": "Action: wait"}]}
-PAIR = {"prompt": TALK["messages"][:1], "chosen": TALK["messages"][1:],
-        "rejected": [{"role": "assistant", "content": "Action: eat"}]}
+seed, sft, score, dpo, ev = map(
+    stage, ("01_seed_plans", "02_sft", "03_sample_score", "04_dpo", "05_eval")
+)
+TALK = {
+    "messages": [
+        {"role": "user", "content": "Boil water."},
+        {"role": "assistant", "content": "Action: wait"},
+    ]
+}
+PAIR = {
+    "prompt": TALK["messages"][:1],
+    "chosen": TALK["messages"][1:],
+    "rejected": [{"role": "assistant", "content": "Action: eat"}],
+}
 
 
 def run_seed(out, **more) -> None:
-    seed.main(seed.Args(**{"env": CORRIDOR, "out": str(out), "teacher": "rules", "limit": 2,
-                           "workers": 1, **more}))
+    seed.main(
+        seed.Args(
+            **{
+                "env": CORRIDOR,
+                "out": str(out),
+                "teacher": "rules",
+                "limit": 2,
+                "workers": 1,
+                **more,
+            }
+        )
+    )
 
 
 def run_score(out, url, **more) -> None:
-    score.main(score.Args(**{
-        "env": CORRIDOR, "workers": 1, "out": str(out), "limit": 2, "planner": "p", "agent": "a",
-        "planner_url": url, "agent_url": url, "m": 2, "n": 1, **more}))
+    score.main(
+        score.Args(
+            **{
+                "env": CORRIDOR,
+                "workers": 1,
+                "out": str(out),
+                "limit": 2,
+                "planner": "p",
+                "agent": "a",
+                "planner_url": url,
+                "agent_url": url,
+                "m": 2,
+                "n": 1,
+                **more,
+            }
+        )
+    )
 
 
 # ---- the command line ----------------------------------------------------------------------------
@@ -67,10 +99,16 @@ def test_out_is_a_file(tmp_path):
     assert (tmp_path / "run").read_text() == "not a folder"
 
 
-@pytest.mark.parametrize("more, says", [
-    ({"types": ["find-unicorn"]}, "find-unicorn"), ({"limit": 0}, "--limit"),
-    ({"prompts": "nowhere"}, "--prompts nowhere"), ({"workers": 0}, "--workers"),
-    ({"tasks": ["none.json"]}, "--tasks none.json: .*No such file")])
+@pytest.mark.parametrize(
+    "more, says",
+    [
+        ({"types": ["find-unicorn"]}, "find-unicorn"),
+        ({"limit": 0}, "--limit"),
+        ({"prompts": "nowhere"}, "--prompts nowhere"),
+        ({"workers": 0}, "--workers"),
+        ({"tasks": ["none.json"]}, "--tasks none.json: .*No such file"),
+    ],
+)
 def test_settings_of_the_environment(tmp_path, more, says):
     with pytest.raises(InputError, match=says):
         run_seed(tmp_path, **more)
@@ -84,13 +122,20 @@ def test_no_episode_in_flight(tmp_path):
 # ---- files ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("module, row", [
-    (sft, {"message": []}), (sft, {"messages": "Boil water."}), (sft, {"messages": ["Boil."]}),
-    (sft, {"messages": [{"role": "assistant"}]}),
-    (sft, {"messages": [{"role": "assistant", "content": None}]}),
-    (sft, {"messages": TALK["messages"][:1]}),
-    (dpo, {"prompt": PAIR["prompt"], "chosen": PAIR["chosen"]}),
-    (dpo, {**PAIR, "rejected": "Action: eat"}), (dpo, {**PAIR, "rejected": []})])
+@pytest.mark.parametrize(
+    "module, row",
+    [
+        (sft, {"message": []}),
+        (sft, {"messages": "Boil water."}),
+        (sft, {"messages": ["Boil."]}),
+        (sft, {"messages": [{"role": "assistant"}]}),
+        (sft, {"messages": [{"role": "assistant", "content": None}]}),
+        (sft, {"messages": TALK["messages"][:1]}),
+        (dpo, {"prompt": PAIR["prompt"], "chosen": PAIR["chosen"]}),
+        (dpo, {**PAIR, "rejected": "Action: eat"}),
+        (dpo, {**PAIR, "rejected": []}),
+    ],
+)
 def test_row_of_the_wrong_shape(tmp_path, tokenizer, module, row):
     data = write_jsonl(tmp_path / "rows.jsonl", [TALK | PAIR, row])
     load = module.load_rows if module is sft else module.load_pairs
@@ -157,8 +202,9 @@ def test_truncated_model_files(tmp_path, tiny_model, file):
 
 
 def test_a_planner_that_was_not_trained(tmp_path):
-    a = ev.Args(env=CORRIDOR, out=str(tmp_path), plans=["none", "sft"],
-                agents=["http://127.0.0.1:9/v1"])
+    a = ev.Args(
+        env=CORRIDOR, out=str(tmp_path), plans=["none", "sft"], agents=["http://127.0.0.1:9/v1"]
+    )
     with pytest.raises(InputError, match="sft"):
         ev.main(a)
 

@@ -19,9 +19,15 @@ check = common.load_module(common.DATA / "check.py")
 
 def run_check(commands: str, **env) -> subprocess.CompletedProcess:
     # transformers' server is imported faster than vLLM
-    return subprocess.run([sys.executable, "data/check.py"], input=commands, cwd=ROOT, text=True,
-                          env=script_env(MPO_SERVER="transformers", **env), capture_output=True,
-                          timeout=120)
+    return subprocess.run(
+        [sys.executable, "data/check.py"],
+        input=commands,
+        cwd=ROOT,
+        text=True,
+        env=script_env(MPO_SERVER="transformers", **env),
+        capture_output=True,
+        timeout=120,
+    )
 
 
 def commands(out, model, teacher="gpt-4o", env=CORRIDOR) -> str:
@@ -46,7 +52,13 @@ def test_a_run_that_can_be_done(tmp_path, tiny_model, chat_server):
     lines = [line.split() for line in done.stdout.splitlines()]
     assert {line[0] for line in lines} == {"ok"}
     assert Counter(line[1] for line in lines) == {
-        "settings": 1, "packages": 1, "environment": 1, "model": 2, "memory": 3, "disk": 1}
+        "settings": 1,
+        "packages": 1,
+        "environment": 1,
+        "model": 2,
+        "memory": 3,
+        "disk": 1,
+    }
     assert [r["max_tokens"] for r in server.requests] == [1]
     assert not list(tmp_path.iterdir()), "a check leaves nothing"
 
@@ -73,21 +85,31 @@ class GatedHub(BaseHTTPRequestHandler):
 def test_each_thing_that_is_wrong_is_one_line(tmp_path):
     hub = ThreadingHTTPServer(("127.0.0.1", 0), GatedHub)
     threading.Thread(target=hub.serve_forever, daemon=True).start()
-    done = run_check(commands(tmp_path, "owner/gated"), HF_HUB_OFFLINE="0", HF_HOME=str(tmp_path),
-                     HF_ENDPOINT=f"http://127.0.0.1:{hub.server_port}")
+    done = run_check(
+        commands(tmp_path, "owner/gated"),
+        HF_HUB_OFFLINE="0",
+        HF_HOME=str(tmp_path),
+        HF_ENDPOINT=f"http://127.0.0.1:{hub.server_port}",
+    )
     hub.shutdown()
     hub.server_close()
     wrong = [line for line in done.stdout.splitlines() if not line.startswith("ok ")]
     assert done.returncode == 2 and done.stderr.strip().endswith("2 of 6 checks failed")
     assert len(wrong) == 2 and "Traceback" not in done.stderr
     assert "gpt-4o needs an API key: set OPENAI_API_KEY" in wrong[0]
-    assert "owner/gated is gated: accept its licence at https://huggingface.co/owner/gated and " \
+    assert (
+        "owner/gated is gated: accept its licence at https://huggingface.co/owner/gated and "
         "set HF_TOKEN" in wrong[1]
+    )
 
 
-@pytest.mark.parametrize("status, said, advice", [
-    (401, "no such key", "401: .*no such key.*check OPENAI_API_KEY"),
-    (404, "no such model", "404: .*no such model.*does it have a model 'gpt-9'")])
+@pytest.mark.parametrize(
+    "status, said, advice",
+    [
+        (401, "no such key", "401: .*no such key.*check OPENAI_API_KEY"),
+        (404, "no such model", "404: .*no such model.*does it have a model 'gpt-9'"),
+    ],
+)
 def test_a_key_or_a_teacher_that_is_refused(status, said, advice, chat_server, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "k")
     monkeypatch.setenv("OPENAI_BASE_URL", chat_server(lambda *_: (status, said)).url)
@@ -95,18 +117,25 @@ def test_a_key_or_a_teacher_that_is_refused(status, said, advice, chat_server, m
         check.check_api("gpt-9", None)
 
 
-@pytest.mark.parametrize("line, message", [
-    ("03_sample_score.py --env nowhere", "--env nowhere.*does not exist"),
-    ("03_sample_score.py --mm 3", "03_sample_score.py: unknown argument --mm"),
-    ("02_sft.py --epochs three", "02_sft.py: argument --epochs: invalid int value")])
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("03_sample_score.py --env nowhere", "--env nowhere.*does not exist"),
+        ("03_sample_score.py --mm 3", "03_sample_score.py: unknown argument --mm"),
+        ("02_sft.py --epochs three", "02_sft.py: argument --epochs: invalid int value"),
+    ],
+)
 def test_settings(line, message):
     with pytest.raises(InputError, match=message):
         check.read_commands(f"python {line}", [])
 
 
 def test_the_agents_of_a_filter_are_checked():
-    c = check.read_command("python ", "03_sample_score.py",
-                           f" filter --env {CORRIDOR} --agents owner/a http://gpu:8000/v1")
+    c = check.read_command(
+        "python ",
+        "03_sample_score.py",
+        f" filter --env {CORRIDOR} --agents owner/a http://gpu:8000/v1",
+    )
     url = "http://gpu:8000/v1"
     assert check.models_asked(c) == [("owner/a", None), (url, url)]
 
@@ -129,17 +158,29 @@ def eight_billion(tmp_path, tiny_model):
     """The sizes of an 8B model, from its configuration."""
     from transformers import LlamaConfig
 
-    LlamaConfig(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, vocab_size=128256,
-                num_attention_heads=32, num_key_value_heads=8, tie_word_embeddings=False,
-                max_position_embeddings=131072).save_pretrained(tmp_path)
+    LlamaConfig(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        vocab_size=128256,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        tie_word_embeddings=False,
+        max_position_embeddings=131072,
+    ).save_pretrained(tmp_path)
     sizes = check.estimate.model_sizes(tmp_path)
     sizes.name, sizes.download = "eight", 0
     return sizes
 
 
 def training(tmp_path, processes: int, **settings):
-    [c] = [check.read_command(f"launch --num_processes {processes} ", "02_sft.py",
-                              f" --out {tmp_path}/run/sft --gradient_checkpointing true")]
+    [c] = [
+        check.read_command(
+            f"launch --num_processes {processes} ",
+            "02_sft.py",
+            f" --out {tmp_path}/run/sft --gradient_checkpointing true",
+        )
+    ]
     vars(c.a).update(settings)
     c.base = "eight"
     return c

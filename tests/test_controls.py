@@ -15,6 +15,7 @@ ev = stage("05_eval")
 def test_controls(tmp_path, tiny_model, chat_server, monkeypatch):
     """`wrong` is the planner's plan for a task of another type; `oracle` is made of the task's own
     expert trajectory and is in no file that a planner is trained on."""
+
     def reply(messages, body):
         first = messages[0]["content"]
         planning = "Action" not in first
@@ -23,8 +24,14 @@ def test_controls(tmp_path, tiny_model, chat_server, monkeypatch):
     server = chat_server(reply)
     monkeypatch.setattr(ev.models, "serve", lambda *_: contextlib.nullcontext(server.url))
     (tmp_path / "mpo").symlink_to(tiny_model)
-    a = {"env": CORRIDOR, "workers": 1, "out": str(tmp_path), "agents": [server.url],
-         "splits": ["seen"], "max_steps": 2}
+    a = {
+        "env": CORRIDOR,
+        "workers": 1,
+        "out": str(tmp_path),
+        "agents": [server.url],
+        "splits": ["seen"],
+        "max_steps": 2,
+    }
     ev.main(ev.Args(**a, plans=["none", "wrong", "mpo", "oracle"]))
     rows = read_rows(tmp_path / "eval" / "plans.jsonl")
     plans = {(r["setting"], r["task"]): r["plan"] for r in rows}
@@ -45,7 +52,7 @@ def test_controls(tmp_path, tiny_model, chat_server, monkeypatch):
     for name in ("table2", "table3", "table6"):
         assert len((tmp_path / f"{name}.md").read_text().split("```")[0].splitlines()) >= 8
     ev.main(ev.Args(**a, types=["find-key"], seed=1, plans=["wrong"]))  # all of one type
-    for r in read_rows(tmp_path / "eval" / "plans.jsonl")[len(rows):]:
+    for r in read_rows(tmp_path / "eval" / "plans.jsonl")[len(rows) :]:
         assert r["plan"] and u[r["task"]] not in r["plan"], "still of another task"
     with pytest.raises(InputError, match="--plans wrong needs two test tasks"):
         ev.main(ev.Args(**a, limit=1, seed=2, plans=["wrong"]))
@@ -55,8 +62,15 @@ def test_validation_tasks_are_those_after_the_others(tmp_path, chat_server, monk
     """--skip leaves out the tasks that the other stages use with --limit."""
     server = chat_server(lambda messages, body: "Action: walk on")
     monkeypatch.setattr(ev.models, "serve", lambda *_: contextlib.nullcontext(server.url))
-    a = {"env": CORRIDOR, "workers": 1, "out": str(tmp_path), "agents": [server.url],
-         "splits": ["train"], "max_steps": 1, "plans": ["none"]}
+    a = {
+        "env": CORRIDOR,
+        "workers": 1,
+        "out": str(tmp_path),
+        "agents": [server.url],
+        "splits": ["train"],
+        "max_steps": 1,
+        "plans": ["none"],
+    }
     ev.main(ev.Args(**a, skip=3, limit=2))
     [cell] = read_rows(tmp_path / "eval" / "cells.jsonl")
     assert cell["tasks"] == common.environment(CORRIDOR)().tasks("train")[3:5]
@@ -71,11 +85,24 @@ def test_the_room_between_sft_and_oracle():
     def note(low: float) -> str:
         over = {"plans": "sft", "insert": "instruction"}
         found = {"mpo": [0.1, -0.1, 0.3], "oracle": [0.4, low, 0.7]}
-        return tables.gains([], [
-            {"agent": "a", "split": "all", "plans": plans, "insert": "instruction", "over": over,
-             "tasks": 3} | {metric: {"mean": mean, "interval": [a, b], "p": 0.5}
-                            for metric in ("reward", "solved", "ended")}
-            for plans, (mean, a, b) in found.items()]).note
+        return tables.gains(
+            [],
+            [
+                {
+                    "agent": "a",
+                    "split": "all",
+                    "plans": plans,
+                    "insert": "instruction",
+                    "over": over,
+                    "tasks": 3,
+                }
+                | {
+                    metric: {"mean": mean, "interval": [a, b], "p": 0.5}
+                    for metric in ("reward", "solved", "ended")
+                }
+                for plans, (mean, a, b) in found.items()
+            ],
+        ).note
 
     assert "a, all: MPO recovers 25% of the reward from SFT" in note(0.1)
     assert "recovers" not in note(-0.1)

@@ -32,8 +32,10 @@ def test_loading(tmp_path):
 
 def test_an_environment_is_light():
     """Loading one imports neither torch nor transformers: workers start fast."""
-    code = (f"import sys, common; common.environment({CORRIDOR!r})\n"
-            "print([m for m in ('torch', 'transformers', 'openai') if m in sys.modules])")
+    code = (
+        f"import sys, common; common.environment({CORRIDOR!r})\n"
+        "print([m for m in ('torch', 'transformers', 'openai') if m in sys.modules])"
+    )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.stdout == "[]\n", result.stderr
 
@@ -75,8 +77,11 @@ def test_a_new_folder_in_data_is_all_it_takes(tmp_path, chat_server):
     """In a copy of the repository: with tests/corridor as data/corridor and without data/webshop,
     stages 1, 3 and 5 play it by name, and the tests of the rest pass."""
     copy = tmp_path / "copy"
-    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(
-        ".git", ".venv", "runs", "models", "logs", "__pycache__"))
+    shutil.copytree(
+        ROOT,
+        copy,
+        ignore=shutil.ignore_patterns(".git", ".venv", "runs", "models", "logs", "__pycache__"),
+    )
     shutil.copytree(copy / "tests" / "corridor", copy / "data" / "corridor")
     shutil.rmtree(copy / "data" / "webshop")
     (copy / "tests" / "test_webshop.py").unlink()
@@ -84,29 +89,72 @@ def test_a_new_folder_in_data_is_all_it_takes(tmp_path, chat_server):
 
     def run(script, *args):
         command = [sys.executable, script, "--env", "corridor", "--out", "run", "--workers", "2"]
-        result = subprocess.run([*command, *map(str, args)], cwd=copy, env=script_env(),
-                                capture_output=True, text=True, timeout=120)
+        result = subprocess.run(
+            [*command, *map(str, args)],
+            cwd=copy,
+            env=script_env(),
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
         assert result.returncode == 0, result.stdout + result.stderr
 
     run("01_seed_plans.py", "--teacher", "rules", "--types", "find-lamp")
     seeds = read_rows(copy / "run" / "seed_plans.jsonl")
     assert [r["task"] for r in seeds] == [f"find-lamp/{i}" for i in range(4)]
     assert all(parse_plan(r["messages"][-1]["content"]) == r["plan"] for r in seeds)
-    run("03_sample_score.py", "--planner", "p", "--agent", "a", "--planner_url", url, "--agent_url",
-        url, "--m", 8, "--n", 1, "--types", "find-lamp")
+    run(
+        "03_sample_score.py",
+        "--planner",
+        "p",
+        "--agent",
+        "a",
+        "--planner_url",
+        url,
+        "--agent_url",
+        url,
+        "--m",
+        8,
+        "--n",
+        1,
+        "--types",
+        "find-lamp",
+    )
     pairs = read_rows(copy / "run" / "pairs.jsonl")
     assert pairs and {(p["q_chosen"], p["q_rejected"]) for p in pairs} == {(1.0, 0.0)}
-    plans = write_jsonl(tmp_path / "told.jsonl", [
-        {"task": f"find-lamp/{i}", "plan": "Step 1: walk on until there is a lamp"}
-        for i in range(10, 14)])
-    run("05_eval.py", "--agents", url, "--plans", "none", plans, "--types", "find-lamp", "--splits",
-        "seen")
+    plans = write_jsonl(
+        tmp_path / "told.jsonl",
+        [
+            {"task": f"find-lamp/{i}", "plan": "Step 1: walk on until there is a lamp"}
+            for i in range(10, 14)
+        ],
+    )
+    run(
+        "05_eval.py",
+        "--agents",
+        url,
+        "--plans",
+        "none",
+        plans,
+        "--types",
+        "find-lamp",
+        "--splits",
+        "seen",
+    )
     results = json.loads((copy / "run" / "results.json").read_text())["results"]
     assert [(r["plans"], r["tasks"], r["reward"]["mean"]) for r in results] == [
-        ("none", 4, 0.0), ("told.jsonl", 4, 1.0)]
+        ("none", 4, 0.0),
+        ("told.jsonl", 4, 1.0),
+    ]
     tests = [f"tests/test_{name}.py" for name in ("rows", "prompts", "make", "environment", "eval")]
-    result = subprocess.run([sys.executable, "-m", "pytest", "-q", *tests], cwd=copy,
-                            env=script_env(), capture_output=True, text=True, timeout=400)
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", *tests],
+        cwd=copy,
+        env=script_env(),
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
     assert result.returncode == 0, result.stdout[-3000:]
 
 
@@ -114,8 +162,13 @@ def test_nothing_else_names_an_environment():
     """Only the default value of --env, and of paths made from it, may name one outside its
     folder."""
     names = [p.parent.name for p in (ROOT / "data").glob("*/env.py")]
-    files = [*ROOT.glob("*.py"), ROOT / "Makefile", *ROOT.glob("requirements*.txt"),
-             *(p for p in (ROOT / "data").glob("*.py")), *(ROOT / "data" / "report").glob("*")]
+    files = [
+        *ROOT.glob("*.py"),
+        ROOT / "Makefile",
+        *ROOT.glob("requirements*.txt"),
+        *(p for p in (ROOT / "data").glob("*.py")),
+        *(ROOT / "data" / "report").glob("*"),
+    ]
     for path in files:
         if path.suffix == ".png":
             continue

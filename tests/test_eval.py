@@ -21,26 +21,54 @@ SEEN, UNSEEN = ["boil/1", "boil/2"], ["melt/1", "melt/2"]
 
 
 def episode(task, plan, reward, steps, agent="a", insert="instruction", end=None, **more) -> dict:
-    return {"task": task, "plan": plan, "rollout": 0, "agent": agent, "insert": insert,
-            "agent_id": f"id of {agent}", "instruction": f"Your task is {task}.", "reward": reward,
-            "success": reward == 1.0, "end": end or ("success" if reward == 1.0 else "steps"),
-            "format_errors": 0,
-            "steps": [[f"Action: go {i}", f"You went {i}."] for i in range(steps)], **more}
+    return {
+        "task": task,
+        "plan": plan,
+        "rollout": 0,
+        "agent": agent,
+        "insert": insert,
+        "agent_id": f"id of {agent}",
+        "instruction": f"Your task is {task}.",
+        "reward": reward,
+        "success": reward == 1.0,
+        "end": end or ("success" if reward == 1.0 else "steps"),
+        "format_errors": 0,
+        "steps": [[f"Action: go {i}", f"You went {i}."] for i in range(steps)],
+        **more,
+    }
 
 
 def cell(plans, split, tasks, agent="a", insert="instruction", **more) -> dict:
-    return {"env": "lab", "agent": agent, "agent_id": f"id of {agent}", "plans": plans,
-            "insert": insert, "split": split, "tasks": tasks,
-            "plans_id": None if plans == "none" else f"id of {plans}", **more}
+    return {
+        "env": "lab",
+        "agent": agent,
+        "agent_id": f"id of {agent}",
+        "plans": plans,
+        "insert": insert,
+        "split": split,
+        "tasks": tasks,
+        "plans_id": None if plans == "none" else f"id of {plans}",
+        **more,
+    }
 
 
 def write_run(out: Path, cells: list[dict], plans: dict, rollouts: list[dict]) -> Path:
     """A run folder of `cells`, {(setting, task): plan} and episodes."""
     (out / "eval").mkdir(parents=True)
     write_jsonl(out / "eval" / "cells.jsonl", cells)
-    write_jsonl(out / "eval" / "plans.jsonl", [
-        {"setting": s, "task": t, "plan": p, "instruction": f"Your task is {t}.",
-         "plans_id": f"id of {s}"} for (s, t), p in plans.items()])
+    write_jsonl(
+        out / "eval" / "plans.jsonl",
+        [
+            {
+                "setting": s,
+                "task": t,
+                "plan": p,
+                "instruction": f"Your task is {t}.",
+                "plans_id": f"id of {s}",
+            }
+            for (s, t), p in plans.items()
+        ],
+    )
     write_jsonl(out / "eval" / "rollouts.jsonl", rollouts)
     return out
 
@@ -59,8 +87,11 @@ def by_setting(out) -> dict:
 
 def rows_of(table: Path) -> list[list[str]]:
     """The head and the rows of a Markdown table, without the intervals."""
-    return [[c.strip().split(" [")[0] for c in line.split("|")[1:-1]]
-            for line in table.read_text().splitlines() if line.startswith("| ")]
+    return [
+        [c.strip().split(" [")[0] for c in line.split("|")[1:-1]]
+        for line in table.read_text().splitlines()
+        if line.startswith("| ")
+    ]
 
 
 @pytest.fixture
@@ -69,38 +100,56 @@ def known(tmp_path) -> Path:
     is of an episode that could not be completed."""
     plans = {("mpo", t): f"Step 1: do {t}" for t in SEEN + UNSEEN}
     rewards = {"none": [0.0, 0.5, 0.0, 1.0], "mpo": [1.0, 1.0, 0.5, 1.0]}
-    rollouts = [episode(t, plans.get((s, t)), r, 4, end="failure" if r == 0.5 else None)
-                for s, rs in rewards.items() for t, r in zip(SEEN + UNSEEN, rs, strict=True)]
-    cells = [cell(s, split, tasks) for s in rewards
-             for split, tasks in (("seen", SEEN), ("unseen", UNSEEN))]
+    rollouts = [
+        episode(t, plans.get((s, t)), r, 4, end="failure" if r == 0.5 else None)
+        for s, rs in rewards.items()
+        for t, r in zip(SEEN + UNSEEN, rs, strict=True)
+    ]
+    cells = [
+        cell(s, split, tasks)
+        for s in rewards
+        for split, tasks in (("seen", SEEN), ("unseen", UNSEEN))
+    ]
     return write_run(tmp_path / "run", cells, plans, rollouts)
 
 
 def test_known_table(known):
     write_report(known)
     found = by_setting(known)
-    means = {key: tuple(r[m]["mean"] for m in ("reward", "solved", "ended", "reward_per_step"))
-             for key, r in found.items()}
+    means = {
+        key: tuple(r[m]["mean"] for m in ("reward", "solved", "ended", "reward_per_step"))
+        for key, r in found.items()
+    }
     assert means == {
-        ("none", "seen"): (0.25, 0.0, 0.5, 0.0625), ("none", "unseen"): (0.5, 0.5, 0.5, 0.125),
-        ("none", "all"): (0.375, 0.25, 0.5, 0.09375), ("mpo", "seen"): (1.0, 1.0, 1.0, 0.25),
-        ("mpo", "unseen"): (0.75, 0.5, 1.0, 0.1875), ("mpo", "all"): (0.875, 0.75, 1.0, 0.21875)}
+        ("none", "seen"): (0.25, 0.0, 0.5, 0.0625),
+        ("none", "unseen"): (0.5, 0.5, 0.5, 0.125),
+        ("none", "all"): (0.375, 0.25, 0.5, 0.09375),
+        ("mpo", "seen"): (1.0, 1.0, 1.0, 0.25),
+        ("mpo", "unseen"): (0.75, 0.5, 1.0, 0.1875),
+        ("mpo", "all"): (0.875, 0.75, 1.0, 0.21875),
+    }
     assert found["mpo", "seen"]["reward"]["interval"] == [1.0, 1.0]
     assert found["none", "seen"]["reward"]["interval"] == [0.0, 0.5]
     assert found["none", "all"]["ends"] == {"steps": 2, "failure": 1, "success": 1}
     table = (known / "table2.md").read_text()
     assert rows_of(known / "table2.md") == [
         ["agent", "plans", "seen (x100)", "unseen (x100)", "all (x100)", "gain over no plan, all"],
-        ["a", "no plan", "25.0", "50.0", "37.5", ""], ["a", "MPO", "100.0", "75.0", "87.5",
-                                                       "+50.0"]]
+        ["a", "no plan", "25.0", "50.0", "37.5", ""],
+        ["a", "MPO", "100.0", "75.0", "87.5", "+50.0"],
+    ]
     assert "| +50.0 [+12.5, +87.5], p " in table
     assert r"a & MPO & 100.0 [100.0, 100.0] & 75.0" in table and r"\begin{tabular}" in table
     assert rows_of(known / "table6.md") == [
-        ["agent", "plans", *(f"{s}, {m} (x100)" for s in ("seen", "unseen", "all")
-                             for m in ("solved", "ended")),
-         "gain over no plan, all, solved", "gain over no plan, all, ended"],
+        [
+            "agent",
+            "plans",
+            *(f"{s}, {m} (x100)" for s in ("seen", "unseen", "all") for m in ("solved", "ended")),
+            "gain over no plan, all, solved",
+            "gain over no plan, all, ended",
+        ],
         ["a", "no plan", "0.0", "50.0", "50.0", "50.0", "25.0", "50.0", "", ""],
-        ["a", "MPO", "100.0", "100.0", "50.0", "100.0", "75.0", "100.0", "+50.0", "+50.0"]]
+        ["a", "MPO", "100.0", "100.0", "50.0", "100.0", "75.0", "100.0", "+50.0", "+50.0"],
+    ]
     assert "Ended: the episode is done" in (known / "table6.md").read_text()
     assert (known / "fig3.png").stat().st_size > 1000
     assert not (known / "table4.md").exists() and not (known / "fig4.png").exists()
@@ -123,8 +172,11 @@ def test_figure_5_waits_for_all_its_episodes(tmp_path):
     settings = ("fig5/m2n1", "fig5/m4n1")
     plans = {(s, t): f"Step 1: do {t} {s}" for s in settings for t in SEEN + UNSEEN}
     rows = [episode(t, plan, 1.0, 2) for (s, t), plan in plans.items()]
-    cells = [cell(s, split, tasks) for s in settings
-             for split, tasks in (("seen", SEEN), ("unseen", UNSEEN))]
+    cells = [
+        cell(s, split, tasks)
+        for s in settings
+        for split, tasks in (("seen", SEEN), ("unseen", UNSEEN))
+    ]
     out = write_run(tmp_path / "run", cells, plans, [r for r in rows if r["task"] != UNSEEN[1]])
     write_report(out)
     assert (out / "fig5.md").exists() and not (out / "fig5.png").exists()
@@ -135,8 +187,10 @@ def test_figure_5_waits_for_all_its_episodes(tmp_path):
 
 @pytest.mark.parametrize("retrained", ["planner", "agent"])
 def test_cells_of_earlier_versions_are_left_out(known, retrained):
-    new = {"planner": cell("mpo", "seen", SEEN) | {"plans_id": "new"},
-           "agent": cell("none", "seen", SEEN) | {"agent_id": "new"}}[retrained]
+    new = {
+        "planner": cell("mpo", "seen", SEEN) | {"plans_id": "new"},
+        "agent": cell("none", "seen", SEEN) | {"agent_id": "new"},
+    }[retrained]
     with (known / "eval" / "cells.jsonl").open("a") as f:
         f.write(json.dumps(new) + "\n")
     text = write_report(known)
@@ -154,8 +208,12 @@ def test_results_recomputed_from_the_rows(tmp_path):
     draw = random.Random(1)
     tasks = {"seen": [f"boil/{i}" for i in range(9)], "unseen": [f"melt/{i}" for i in range(7)]}
     agents, settings = ["a", "b"], ["none", "sft", "mpo"]
-    plans = {(s, t): f"Step 1: {s if draw.random() < 0.7 else 'both'} {t}" for s in settings[1:]
-             for ts in tasks.values() for t in ts}
+    plans = {
+        (s, t): f"Step 1: {s if draw.random() < 0.7 else 'both'} {t}"
+        for s in settings[1:]
+        for ts in tasks.values()
+        for t in ts
+    }
     cells, rows = [], {}
     for agent in agents:
         for s in settings:
@@ -164,10 +222,19 @@ def test_results_recomputed_from_the_rows(tmp_path):
                     cells.append(cell(s, split, ts, agent, insert))
                     for t in ts:
                         key = agent, insert, t, plans.get((s, t))
-                        rows.setdefault(key, episode(
-                            t, key[3], round(draw.random(), 3), draw.randint(0, 9), agent, insert,
-                            format_errors=draw.randint(0, 2),
-                            end=draw.choice(["steps", "context", "errors", "failure"])))
+                        rows.setdefault(
+                            key,
+                            episode(
+                                t,
+                                key[3],
+                                round(draw.random(), 3),
+                                draw.randint(0, 9),
+                                agent,
+                                insert,
+                                format_errors=draw.randint(0, 2),
+                                end=draw.choice(["steps", "context", "errors", "failure"]),
+                            ),
+                        )
     out = write_run(tmp_path / "run", cells, plans, list(rows.values()))
     write_report(out)
     results = numbers(out)["results"]
@@ -179,10 +246,12 @@ def test_results_recomputed_from_the_rows(tmp_path):
         mine = [rows[r["agent"], r["insert"], t, plans.get((r["plans"], t))] for t in ts]
         assert r["tasks"] == r["episodes"] == len(ts) and not r["missing"]
         per_step = [e["reward"] / (len(e["steps"]) or 1) for e in mine]
-        for metric, values in (("reward", [e["reward"] for e in mine]),
-                               ("solved", [e["success"] for e in mine]),
-                               ("ended", [e["end"] == "failure" for e in mine]),
-                               ("reward_per_step", per_step)):
+        for metric, values in (
+            ("reward", [e["reward"] for e in mine]),
+            ("solved", [e["success"] for e in mine]),
+            ("ended", [e["end"] == "failure" for e in mine]),
+            ("reward_per_step", per_step),
+        ):
             assert r[metric]["mean"] == pytest.approx(sum(values) / len(ts), abs=1e-9)
         assert r["ends"] == Counter(e["end"] for e in mine)
         assert r["format_errors"] == sum(e["format_errors"] for e in mine)
@@ -196,9 +265,15 @@ def test_results_recomputed_from_the_rows(tmp_path):
         assert d["reward"]["mean"] == pytest.approx(gain, abs=1e-9)
     first, second, third = common.INSERTS
     assert {(d["plans"], d["insert"], *d["over"].values()) for d in differences} == {
-        ("sft", first, "none", first), ("mpo", first, "none", first), ("mpo", first, "sft", first),
-        ("mpo", second, "none", first), ("mpo", third, "none", first),
-        ("mpo", second, "mpo", first), ("mpo", third, "mpo", first), ("mpo", third, "mpo", second)}
+        ("sft", first, "none", first),
+        ("mpo", first, "none", first),
+        ("mpo", first, "sft", first),
+        ("mpo", second, "none", first),
+        ("mpo", third, "none", first),
+        ("mpo", second, "mpo", first),
+        ("mpo", third, "mpo", first),
+        ("mpo", third, "mpo", second),
+    }
 
 
 def test_statistics():
@@ -241,8 +316,12 @@ def verdict(*better: str) -> str:
 
 def test_parse_judgement():
     reply = f"Here it is:\n```json\n{verdict('First', 'tie', 'second', 'first')}\n```"
-    assert ev.parse_judgement(reply) == {"correctness": "first", "followability": "tie",
-                                         "standardization": "second", "overall": "first"}
+    assert ev.parse_judgement(reply) == {
+        "correctness": "first",
+        "followability": "tie",
+        "standardization": "second",
+        "overall": "first",
+    }
     cut = verdict(*["tie"] * 4)[:-5]
     wrong = verdict("both", "tie", "tie", "tie")
     for reply in ("", "first", "{", '{"correctness_better": "first"}', wrong, "[1]", cut):
@@ -265,10 +344,13 @@ def test_judge(tmp_path, chat_server):
         mpo, sft = ("first", "second") if order == "mpo" else ("second", "first")
         ties = verdict(*["tie"] * 4)
         again = ties if asked[task, order] > 1 else '{"correctness_better": "mpo"}'
-        return {"boil/0": "I think:\n" + verdict(mpo, mpo, mpo, mpo),
-                "boil/1": verdict(*["first"] * 4),
-                "boil/2": ties if order == "mpo" else "They are both fine.",
-                "boil/3": again, "boil/4": verdict(sft, mpo, sft, sft)}[task]
+        return {
+            "boil/0": "I think:\n" + verdict(mpo, mpo, mpo, mpo),
+            "boil/1": verdict(*["first"] * 4),
+            "boil/2": ties if order == "mpo" else "They are both fine.",
+            "boil/3": again,
+            "boil/4": verdict(sft, mpo, sft, sft),
+        }[task]
 
     server = chat_server(reply)
     a = ev.JudgeArgs(out=str(out), judge=server.url)
@@ -276,8 +358,12 @@ def test_judge(tmp_path, chat_server):
     judged = numbers(out)["judged"]
     assert judged.pop("plans") == ["sft", "mpo"]
     usual = {"win": 1, "tie": 2, "loss": 1, "invalid": 1}
-    assert judged == {"correctness": usual, "followability": usual | {"win": 2, "loss": 0},
-                      "standardization": usual, "overall": usual}
+    assert judged == {
+        "correctness": usual,
+        "followability": usual | {"win": 2, "loss": 0},
+        "standardization": usual,
+        "overall": usual,
+    }
     assert asked["boil/2", "sft"] == 3 and asked["boil/3", "mpo"] == 2
     assert asked["boil/0", "mpo"] == 1
     assert (out / "fig6.png").stat().st_size > 1000
@@ -302,31 +388,46 @@ def evaluate(tmp_path):
     listed.write_text(json.dumps([t.split("/") for t in TASKS]))
 
     def run(**settings):
-        ev.main(ev.Args(**{"env": CORRIDOR, "workers": 1, "out": str(tmp_path / "run"),
-                           "tasks": [str(listed)], **settings}))
+        ev.main(
+            ev.Args(
+                **{
+                    "env": CORRIDOR,
+                    "workers": 1,
+                    "out": str(tmp_path / "run"),
+                    "tasks": [str(listed)],
+                    **settings,
+                }
+            )
+        )
+
     return run
 
 
 def test_the_three_insertions_differ_where_they_should(tmp_path, evaluate, chat_server):
     """Table 4: complete conversations, one of them as in tests/golden/insert.json."""
+
     def plan_for(task):
         return f"Step 1: walk on for {task}\nStep 2: take it"
 
     server = chat_server(lambda m, body: f"Thought: {len(m)} messages.\nAction: walk on")
     plans = write_jsonl(tmp_path / "mine.jsonl", [{"task": t, "plan": plan_for(t)} for t in TASKS])
-    evaluate(agents=[server.url], plans=[str(plans)], max_steps=3,
-             insert=["instruction,thought", "observation"])
+    evaluate(
+        agents=[server.url],
+        plans=[str(plans)],
+        max_steps=3,
+        insert=["instruction,thought", "observation"],
+    )
     out = tmp_path / "run"
     assert [(r["plans"], r["insert"]) for r in numbers(out)["results"]] == [
-        ("mine.jsonl", i) for i in common.INSERTS]
+        ("mine.jsonl", i) for i in common.INSERTS
+    ]
     u = {r["task"]: r["instruction"] for r in read_rows(out / "eval" / "plans.jsonl")}
     talks: dict[str, dict] = {t: {} for t in TASKS}
     for body in server.requests:
         messages = body["messages"]
         [task] = [t for t in TASKS if u[t] in messages[0]["content"]]
         held = [plan_for(task) in m["content"] for m in messages]
-        insert = ("instruction" if held[0] else "observation" if not any(held[:2])
-                  else "thought")
+        insert = "instruction" if held[0] else "observation" if not any(held[:2]) else "thought"
         if len(messages) > len(talks[task].get(insert, [])):
             talks[task][insert] = messages
     for task, by_insert in talks.items():
@@ -340,7 +441,8 @@ def test_the_three_insertions_differ_where_they_should(tmp_path, evaluate, chat_
         assert len(thought) == len(plain) + 2 and thought[0] == plain[0]
         assert [m | {"content": m["content"].removesuffix(line)} for m in observation] == plain
         assert [m["content"].endswith(line) for m in observation] == [
-            i > 0 and m["role"] == "user" for i, m in enumerate(observation)]
+            i > 0 and m["role"] == "user" for i, m in enumerate(observation)
+        ]
     golden = json.loads(GOLDEN.read_text())
     assert talks[TASKS[0]] == golden, "after an intended change, write this file again and read it"
 
@@ -348,6 +450,7 @@ def test_the_three_insertions_differ_where_they_should(tmp_path, evaluate, chat_
 def test_plans_of_the_teacher_and_of_files(tmp_path, evaluate, chat_server, monkeypatch, capsys):
     """--plans gpt asks the teacher with the environment's own prompt; plans are made once and used
     by all agents."""
+
     def reply(messages, body):
         if body["model"] == "gpt-4o":
             return plan_reply(f"Step 1: {len(messages[0]['content'])}")
@@ -365,7 +468,8 @@ def test_plans_of_the_teacher_and_of_files(tmp_path, evaluate, chat_server, monk
     evaluate(**more, plans=["none,gpt"])
     rows = read_rows(out / "eval" / "rollouts.jsonl")
     assert Counter((r["agent"], r["plan"] is None) for r in rows) == {
-        (a, p): 2 for a in ("small", "large") for p in (True, False)}
+        (a, p): 2 for a in ("small", "large") for p in (True, False)
+    }
     assert sum(b["model"] == "gpt-4o" for b in server.requests) == 2
     assert (out / "table3.md").exists() and not (out / "fig4.png").exists()
     before = len(server.requests)
@@ -373,9 +477,10 @@ def test_plans_of_the_teacher_and_of_files(tmp_path, evaluate, chat_server, monk
     assert len(server.requests) == before
     bad = tmp_path / "bad.jsonl"
     for written, says in (
-            ([{"task": TASKS[0], "plan": "x"}], f"no plan for {TASKS[1]}"),
-            ([{"task": t, "plan": p} for t in TASKS for p in "xy"], "several plans"),
-            ([{"task": t, "plan": 3} for t in TASKS], "must be text")):
+        ([{"task": TASKS[0], "plan": "x"}], f"no plan for {TASKS[1]}"),
+        ([{"task": t, "plan": p} for t in TASKS for p in "xy"], "several plans"),
+        ([{"task": t, "plan": 3} for t in TASKS], "must be text"),
+    ):
         write_jsonl(bad, written)
         with pytest.raises(InputError, match=f"bad.jsonl.*{says}"):
             evaluate(**more, plans=[str(bad)])

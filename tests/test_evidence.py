@@ -15,9 +15,12 @@ COMMITTED = sorted(common.DATA.glob("*/evidence.json"))
 
 def rows(values: dict) -> list[dict]:
     """{plans: {seed: [reward, ...]}} as rows, a task for each reward; success is a reward of 1."""
-    return [{"plans": plans, "seed": seed, "task": f"find/{i}", "reward": r, "success": r == 1}
-            for plans, seeds in values.items() for seed, rewards in seeds.items()
-            for i, r in enumerate(rewards)]
+    return [
+        {"plans": plans, "seed": seed, "task": f"find/{i}", "reward": r, "success": r == 1}
+        for plans, seeds in values.items()
+        for seed, rewards in seeds.items()
+        for i, r in enumerate(rewards)
+    ]
 
 
 def test_table():
@@ -25,10 +28,13 @@ def test_table():
     sft = {0: [0.0, 0.5] * 20, 1: [0.5, 0.5] * 20}
     mpo = {0: [0.5, 0.5] * 20, 1: [0.5, 1.0] * 20}
     oracle = {0: [1.0, 1.0] * 20, 1: [1.0, 1.0] * 20}
-    text = evidence.table(rows({"oracle": oracle, "mpo": mpo, "sft": sft,
-                                "half": {0: [1.0] * 40}}))
-    lines = {cells[0]: cells for line in text.splitlines() if line.startswith("|")
-             for cells in [[c.strip() for c in line.strip("|").split("|")]]}
+    text = evidence.table(rows({"oracle": oracle, "mpo": mpo, "sft": sft, "half": {0: [1.0] * 40}}))
+    lines = {
+        cells[0]: cells
+        for line in text.splitlines()
+        if line.startswith("|")
+        for cells in [[c.strip() for c in line.strip("|").split("|")]]
+    }
     assert list(lines) == ["plans", "---", "SFT", "MPO", "oracle (control)"], "half has one seed"
     assert lines["SFT"][1].startswith("37.5 [") and lines["SFT"][2].startswith("0.0 [0.0, 0.0]")
     assert lines["MPO"][1].startswith("62.5 [") and lines["MPO"][2].startswith("25.0 [")
@@ -57,12 +63,30 @@ def test_committed_rows_give_the_readme_s_table(path):
 def test_rows_of_runs(tmp_path):
     """Validation and test tasks are apart; an episode that is missing is named."""
     folder = tmp_path / "seed3" / "eval"
-    cell = {"env": "e", "agent": "a", "agent_id": "1", "insert": "instruction", "plans": "none",
-            "plans_id": None}
-    common.write_rows(folder / "cells.jsonl", [{**cell, "split": "train", "tasks": ["t/1"]},
-                                               {**cell, "split": "seen", "tasks": ["t/2"]}])
-    episodes = [{"task": f"t/{i}", "plan": None, "reward": i / 4, "success": i == 2,
-                 "agent_id": "1", "insert": "instruction", "end": "steps"} for i in (1, 2)]
+    cell = {
+        "env": "e",
+        "agent": "a",
+        "agent_id": "1",
+        "insert": "instruction",
+        "plans": "none",
+        "plans_id": None,
+    }
+    common.write_rows(
+        folder / "cells.jsonl",
+        [{**cell, "split": "train", "tasks": ["t/1"]}, {**cell, "split": "seen", "tasks": ["t/2"]}],
+    )
+    episodes = [
+        {
+            "task": f"t/{i}",
+            "plan": None,
+            "reward": i / 4,
+            "success": i == 2,
+            "agent_id": "1",
+            "insert": "instruction",
+            "end": "steps",
+        }
+        for i in (1, 2)
+    ]
     common.write_rows(folder / "rollouts.jsonl", episodes)
     run = str(tmp_path / "seed3")
     [row] = evidence.rows_of([run], validation=True)

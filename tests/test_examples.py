@@ -45,8 +45,11 @@ def turns(example: str) -> tuple[str, list]:
     return task, found
 
 
-COMMITTED = [(path.parent, kind) for path in sorted(DATA.glob("*/examples.json"))
-             for kind in examples_of(path.parent)]
+COMMITTED = [
+    (path.parent, kind)
+    for path in sorted(DATA.glob("*/examples.json"))
+    for kind in examples_of(path.parent)
+]
 
 
 @pytest.mark.parametrize("folder, kind", COMMITTED, ids=lambda x: getattr(x, "name", x))
@@ -70,26 +73,35 @@ def test_committed_examples(folder, kind):
 
 GOOD = [["walk on", "You see nothing."], ["walk on", "You see a key."], ["take key", "Done."]]
 WORDS = SimpleNamespace(
-    PREFIX="Task: ", LONGEST=500, REPEATED="wait",
+    PREFIX="Task: ",
+    LONGEST=500,
+    REPEATED="wait",
     detour=lambda u, steps: "dances: jig" if "jig" in dict(steps) else None,
-    thoughts=lambda u, steps: ["" if a == "stand" else f"I {a}." for a, _ in steps])
+    thoughts=lambda u, steps: ["" if a == "stand" else f"I {a}." for a, _ in steps],
+)
 
 
-@pytest.mark.parametrize("steps, reason", [
-    (GOOD, None),
-    ([["wait", "You wait."], ["wait", "You wait."], *GOOD], None),
-    ([["walk on", "You see nothing."], *GOOD], "does the same twice and sees the same: walk on"),
-    ([["take key", "You cannot do that."], *GOOD], "an action fails: take key"),
-    ([["jig", "You dance."], *GOOD], "dances: jig"),
-    ([["stand", "You stand."], *GOOD], "no thought for its first action"),
-    ([["walk on", "You see nothing" + 70 * " at all"], *GOOD], "too long"),
-])
+@pytest.mark.parametrize(
+    "steps, reason",
+    [
+        (GOOD, None),
+        ([["wait", "You wait."], ["wait", "You wait."], *GOOD], None),
+        (
+            [["walk on", "You see nothing."], *GOOD],
+            "does the same twice and sees the same: walk on",
+        ),
+        ([["take key", "You cannot do that."], *GOOD], "an action fails: take key"),
+        ([["jig", "You dance."], *GOOD], "dances: jig"),
+        ([["stand", "You stand."], *GOOD], "no thought for its first action"),
+        ([["walk on", "You see nothing" + 70 * " at all"], *GOOD], "too long"),
+    ],
+)
 def test_faults(steps, reason):
     cls = common.environment(CORRIDOR)
     assert make_examples.fault("Find it.", steps, cls, WORDS) == reason
 
 
-HOOK = '''
+HOOK = """
 PREFIX, FIXED, LONGEST, REPEATED = "Task: ", "find-key", 1000, "walk on"
 
 
@@ -103,7 +115,7 @@ def detour(u, steps):
 
 def thoughts(u, steps):
     return ["I look for the thing.", *[""] * (len(steps) - 1)]
-'''
+"""
 
 
 def test_make_examples(tmp_path, capsys):
@@ -116,7 +128,8 @@ def test_make_examples(tmp_path, capsys):
     assert list(examples) == ["*", "find-lamp"]
     assert examples["*"] == (
         "Task: Find the key of corridor 0.\nThought: I look for the thing.\nAction: walk on\n"
-        "Observation: You see a key.\nAction: take key\nObservation: You have the key.")
+        "Observation: You see a key.\nAction: take key\nObservation: You have the key."
+    )
     assert "{'is far': 1}" in capsys.readouterr().out
 
 

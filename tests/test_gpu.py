@@ -28,13 +28,16 @@ import common
 from common import read_rows, target_log_probs
 
 DEVICE = os.environ.get("MPO_TEST_DEVICE", "cuda")
-pytestmark = pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(),
-                                reason="needs CUDA, or MPO_TEST_DEVICE=cpu")
+pytestmark = pytest.mark.skipif(
+    DEVICE == "cuda" and not torch.cuda.is_available(), reason="needs CUDA, or MPO_TEST_DEVICE=cpu"
+)
 sft, dpo = stage("02_sft"), stage("04_dpo")
 SHAPE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4}
 # a stage with deterministic kernels: which stage, and its arguments
-SCRIPT = ("import runpy, sys, torch; torch.use_deterministic_algorithms(True); "
-          "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')")
+SCRIPT = (
+    "import runpy, sys, torch; torch.use_deterministic_algorithms(True); "
+    "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -82,8 +85,17 @@ def test_sft_equals_float64(tokenizer, kind, packing, config):
 def test_dpo_equals_float64(tokenizer, share):
     exact, model = two_models(tokenizer, "llama", {})
     pairs = as_pairs(PAIRS, tokenizer)
-    sides = torch.stack([torch.stack([log_prob_alone(exact, p["prompt"] + p[side], tokenizer)[0]
-                                      for side in ("chosen", "rejected")]) for p in PAIRS])
+    sides = torch.stack(
+        [
+            torch.stack(
+                [
+                    log_prob_alone(exact, p["prompt"] + p[side], tokenizer)[0]
+                    for side in ("chosen", "rejected")
+                ]
+            )
+            for p in PAIRS
+        ]
+    )
     reference, a = sides.detach() - 0.5, dpo.Args()
     expected = dpo.measure(sides, reference, pairs, a)[0].mean()
     expected_grads = gradients(exact, expected)
@@ -116,16 +128,28 @@ def test_settings_that_change_nothing(tmp_path, base, script):
 
     def run(name, **settings):
         out = tmp_path / name
-        module.main(module.Args(model=base, data=data, out=str(out), batch_size=4, lr=1e-4,
-                                epochs=3, save_steps=0, **{"precision": "fp32", **settings}))
+        module.main(
+            module.Args(
+                model=base,
+                data=data,
+                out=str(out),
+                batch_size=4,
+                lr=1e-4,
+                epochs=3,
+                save_steps=0,
+                **{"precision": "fp32", **settings},
+            )
+        )
         AcceleratorState._reset_state(True)
         return losses(out)
 
     plain = run("plain")
-    for name, settings, near in (("checkpointing", {"gradient_checkpointing": True}, 1e-4),
-                                 ("compiled", {"compile": True}, 1e-3),
-                                 ("micro", {"micro_tokens": 60}, 1e-4),
-                                 ("bf16", {"precision": "bf16"}, 3e-2)):
+    for name, settings, near in (
+        ("checkpointing", {"gradient_checkpointing": True}, 1e-4),
+        ("compiled", {"compile": True}, 1e-3),
+        ("micro", {"micro_tokens": 60}, 1e-4),
+        ("bf16", {"precision": "bf16"}, 3e-2),
+    ):
         if name != "compiled" or DEVICE == "cuda":
             assert run(name, **settings) == pytest.approx(plain, rel=near), name
     written = load_file(tmp_path / "plain" / "model.safetensors", device="cpu")
@@ -138,9 +162,25 @@ def test_settings_that_change_nothing(tmp_path, base, script):
 
 @pytest.mark.parametrize("script", ["02_sft.py", "04_dpo.py"])
 def test_killed_training_resumes_bit_for_bit(tmp_path, base, script):
-    arguments = [sys.executable, "-c", SCRIPT, script, "--model", base, "--data",
-                 data_of(script, tmp_path), "--batch_size", "1", "--lr", "1e-3", "--epochs", "12",
-                 "--save_steps", "1", "--out"]
+    arguments = [
+        sys.executable,
+        "-c",
+        SCRIPT,
+        script,
+        "--model",
+        base,
+        "--data",
+        data_of(script, tmp_path),
+        "--batch_size",
+        "1",
+        "--lr",
+        "1e-3",
+        "--epochs",
+        "12",
+        "--save_steps",
+        "1",
+        "--out",
+    ]
     env = script_env(CUBLAS_WORKSPACE_CONFIG=":4096:8")
     if DEVICE == "cuda":
         env.pop("CUDA_VISIBLE_DEVICES")
@@ -163,13 +203,33 @@ def test_killed_training_resumes_bit_for_bit(tmp_path, base, script):
 @pytest.mark.skipif(DEVICE == "cuda" and torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_processes_train_as_one(tmp_path, base):
     data = data_of("02_sft.py", tmp_path)
-    arguments = ["02_sft.py", "--model", base, "--data", data, "--batch_size", "4", "--epochs", "3",
-                 "--precision", "fp32", "--lr", "1e-4", "--out"]
+    arguments = [
+        "02_sft.py",
+        "--model",
+        base,
+        "--data",
+        data,
+        "--batch_size",
+        "4",
+        "--epochs",
+        "3",
+        "--precision",
+        "fp32",
+        "--lr",
+        "1e-4",
+        "--out",
+    ]
     env = script_env()
     if DEVICE == "cuda":
         env.pop("CUDA_VISIBLE_DEVICES")
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2",
-              *(["--cpu"] if DEVICE == "cpu" else [])]
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--num_processes",
+        "2",
+        *(["--cpu"] if DEVICE == "cpu" else []),
+    ]
     subprocess.run([*launch, *arguments, tmp_path / "two"], cwd=ROOT, env=env, check=True)
     subprocess.run([sys.executable, *arguments, tmp_path / "one"], cwd=ROOT, env=env, check=True)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
@@ -184,10 +244,17 @@ def test_peak_memory_is_the_estimate(tmp_path, tokenizer):
     torch.cuda.reset_peak_memory_stats()
     row = [{"role": "user", "content": "go " * 600}, {"role": "assistant", "content": "on " * 300}]
     ids, _ = common.tokenize(row, tokenizer, "row")
-    a = sft.Args(model=str(tmp_path / "model"), out=str(tmp_path / "out"), batch_size=4, epochs=1,
-                 data=str(write_jsonl(tmp_path / "rows.jsonl", [{"messages": row}] * 4)),
-                 micro_tokens=4 * len(ids), max_length=len(ids), save_steps=0,
-                 gradient_checkpointing=True)
+    a = sft.Args(
+        model=str(tmp_path / "model"),
+        out=str(tmp_path / "out"),
+        batch_size=4,
+        epochs=1,
+        data=str(write_jsonl(tmp_path / "rows.jsonl", [{"messages": row}] * 4)),
+        micro_tokens=4 * len(ids),
+        max_length=len(ids),
+        save_steps=0,
+        gradient_checkpointing=True,
+    )
     sft.main(a)
     [metrics] = read_rows(tmp_path / "out" / "metrics.jsonl")
     estimate = common.load_module(common.DATA / "estimate.py")

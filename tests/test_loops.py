@@ -61,8 +61,17 @@ def assert_loads(out, base) -> None:
 
 def test_sft_learns_its_rows(tmp_path, tiny_model, talks):
     out = tmp_path / "sft"
-    sft.main(sft.Args(model=tiny_model, data=talks, out=str(out), batch_size=5, lr=1e-2, epochs=60,
-                      precision="fp32"))
+    sft.main(
+        sft.Args(
+            model=tiny_model,
+            data=talks,
+            out=str(out),
+            batch_size=5,
+            lr=1e-2,
+            epochs=60,
+            precision="fp32",
+        )
+    )
     assert losses(out)[0] > 3 and losses(out)[-1] < 0.5 and len(losses(out)) == 60
     assert_loads(out, tiny_model)
     assert [p.name for p in tmp_path.iterdir()] == ["sft"], "no partial run is left"
@@ -70,8 +79,9 @@ def test_sft_learns_its_rows(tmp_path, tiny_model, talks):
 
 def test_dpo_learns_which_is_better(tmp_path, tokenizer, preferences):
     base, out = save_model(tmp_path / "base", tokenizer, dtype="bfloat16"), tmp_path / "mpo"
-    dpo.main(dpo.Args(model=str(base), data=preferences, out=str(out), batch_size=4, lr=1e-3,
-                      epochs=10))
+    dpo.main(
+        dpo.Args(model=str(base), data=preferences, out=str(out), batch_size=4, lr=1e-3, epochs=10)
+    )
     rows = read_rows(out / "metrics.jsonl")
     assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-3), "the policy is the reference"
     assert rows[-1]["reward_accuracy"] == 1.0 and rows[-1]["reward_margin"] > 0.1
@@ -98,8 +108,21 @@ def test_long_rows_are_counted_and_left_out(tmp_path, tokenizer, capsys):
 def test_killed_training_resumes(tmp_path, tiny_model, talks, preferences, script):
     """Killed in the middle and run again, it ends bit for bit as if it had not been."""
     data = talks if script == "02_sft.py" else preferences
-    args = [script, "--model", tiny_model, "--data", data,
-            "--batch_size", 1, "--lr", 1e-3, "--epochs", 12, "--save_steps", 1]
+    args = [
+        script,
+        "--model",
+        tiny_model,
+        "--data",
+        data,
+        "--batch_size",
+        1,
+        "--lr",
+        1e-3,
+        "--epochs",
+        12,
+        "--save_steps",
+        1,
+    ]
     out, partial = tmp_path / "killed", tmp_path / "killed.partial"
     process = start_script(*args, "--out", out)
     try:
@@ -113,8 +136,17 @@ def test_killed_training_resumes(tmp_path, tiny_model, talks, preferences, scrip
     assert not out.exists()
     assert "resuming from step " in check_run(*args, "--out", out) and not partial.exists()
     module = sft if script == "02_sft.py" else dpo
-    module.main(module.Args(model=tiny_model, data=args[4], out=str(tmp_path / "whole"),
-                            batch_size=1, lr=1e-3, epochs=12, save_steps=0))
+    module.main(
+        module.Args(
+            model=tiny_model,
+            data=args[4],
+            out=str(tmp_path / "whole"),
+            batch_size=1,
+            lr=1e-3,
+            epochs=12,
+            save_steps=0,
+        )
+    )
     whole, resumed = (load_file(tmp_path / x / "model.safetensors") for x in ("whole", "killed"))
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[k], resumed[k]) for k in whole)
@@ -127,8 +159,14 @@ def test_what_starts_over(tmp_path, tokenizer, talks, monkeypatch, capsys, chang
     weights. One checkpoint is kept."""
     base, data = save_model(tmp_path / "base", tokenizer), tmp_path / "rows.jsonl"
     data.write_text(Path(talks).read_text())
-    args = sft.Args(model=str(base), data=str(data), out=str(tmp_path / "sft"), batch_size=2,
-                    epochs=2, save_steps=1)
+    args = sft.Args(
+        model=str(base),
+        data=str(data),
+        out=str(tmp_path / "sft"),
+        batch_size=2,
+        epochs=2,
+        save_steps=1,
+    )
     steps, step = [], common.Training.step
 
     def until_three(run, done, metrics):
@@ -184,8 +222,15 @@ def test_out_is_a_model_or_nothing(tmp_path, tiny_model, talks):
 
 def test_training_that_diverges_stops(tmp_path, tiny_model, talks):
     """Before the weights are lost, with the step and its lines; the last checkpoint is kept."""
-    args = sft.Args(model=tiny_model, data=talks, out=str(tmp_path / "sft"), batch_size=1, lr=1e30,
-                    epochs=5, save_steps=1)
+    args = sft.Args(
+        model=tiny_model,
+        data=talks,
+        out=str(tmp_path / "sft"),
+        batch_size=1,
+        lr=1e30,
+        epochs=5,
+        save_steps=1,
+    )
     with pytest.raises(InputError, match=r"norm nan at step 2: lower --lr, or look at lines \d of"):
         sft.main(args)
     partial = tmp_path / "sft.partial"
@@ -209,8 +254,11 @@ def test_a_full_disk_at_a_checkpoint(tmp_path, tiny_model, talks, monkeypatch):
 
     monkeypatch.setattr(dcp, "save", full)
     with pytest.raises(OSError, match="No space left"):
-        sft.main(sft.Args(model=tiny_model, data=talks, out=str(tmp_path / "sft"), batch_size=2,
-                          save_steps=1))
+        sft.main(
+            sft.Args(
+                model=tiny_model, data=talks, out=str(tmp_path / "sft"), batch_size=2, save_steps=1
+            )
+        )
 
 
 @pytest.mark.parametrize("variable", ["FSDP", "DEEPSPEED"])
@@ -223,8 +271,16 @@ def test_a_configuration_of_ones_own_is_refused(tmp_path, tiny_model, talks, mon
 def test_settings_are_checked(tmp_path, tiny_model, talks):
     for setting, value in (("precision", "fp8"), ("lr_scheduler", "triangle"), ("log_with", "x")):
         with pytest.raises(InputError, match=f"--{setting}.*{value}"):
-            sft.main(sft.Args(**{"model": tiny_model, "data": talks, "out": str(tmp_path / "sft"),
-                                 setting: value}))
+            sft.main(
+                sft.Args(
+                    **{
+                        "model": tiny_model,
+                        "data": talks,
+                        "out": str(tmp_path / "sft"),
+                        setting: value,
+                    }
+                )
+            )
         AcceleratorState._reset_state(True)
 
 
@@ -237,8 +293,19 @@ def test_lora(tmp_path, tokenizer, preferences, merge, precision):
     import peft
 
     base, out = save_model(tmp_path / "base", tokenizer, dtype="bfloat16"), tmp_path / "mpo"
-    dpo.main(dpo.Args(model=str(base), data=preferences, out=str(out), batch_size=2, lr=1e-2,
-                      epochs=10, lora_rank=4, lora_merge=merge, precision=precision))
+    dpo.main(
+        dpo.Args(
+            model=str(base),
+            data=preferences,
+            out=str(out),
+            batch_size=2,
+            lr=1e-2,
+            epochs=10,
+            lora_rank=4,
+            lora_merge=merge,
+            precision=precision,
+        )
+    )
     rows = read_rows(out / "metrics.jsonl")
     assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-3)
     assert rows[-1]["reward_accuracy"] == 1.0 and rows[-1]["loss"] < 0.6
@@ -256,8 +323,17 @@ def test_held_out_tasks_and_tracker(tmp_path, tiny_model, tokenizer):
 
     rows = [{"task": f"t/{i % 6}", "messages": TALKS[i % len(TALKS)]} for i in range(12)]
     data, out = write_jsonl(tmp_path / "rows.jsonl", rows), tmp_path / "sft"
-    a = sft.Args(model=tiny_model, data=str(data), out=str(out), batch_size=4, lr=1e-2, epochs=3,
-                 eval_share=0.4, precision="fp32", log_with="tensorboard")
+    a = sft.Args(
+        model=tiny_model,
+        data=str(data),
+        out=str(out),
+        batch_size=4,
+        lr=1e-2,
+        epochs=3,
+        eval_share=0.4,
+        precision="fp32",
+        log_with="tensorboard",
+    )
     train, held = common.hold_out(sft.load_rows(a, tokenizer), a)
     assert len(train) + len(held) == 12 and held
     assert {task for _, task, _ in train}.isdisjoint(task for _, task, _ in held)
@@ -281,35 +357,69 @@ def test_held_out_tasks_and_tracker(tmp_path, tiny_model, tokenizer):
 @pytest.mark.parametrize("script", ["02_sft.py", "04_dpo.py"])
 def test_accelerate_launch(tmp_path, tiny_model, talks, preferences, script):
     """The command that make uses; on a CPU it starts one process."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu",
-               script, "--model", tiny_model, "--out", str(tmp_path / "out"), "--epochs", "1",
-               "--data", talks if script == "02_sft.py" else preferences]
-    result = subprocess.run(command, cwd=ROOT, env=script_env(), capture_output=True, text=True,
-                            timeout=200)
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--num_processes",
+        "2",
+        "--cpu",
+        script,
+        "--model",
+        tiny_model,
+        "--out",
+        str(tmp_path / "out"),
+        "--epochs",
+        "1",
+        "--data",
+        talks if script == "02_sft.py" else preferences,
+    ]
+    result = subprocess.run(
+        command, cwd=ROOT, env=script_env(), capture_output=True, text=True, timeout=200
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     assert losses(tmp_path / "out")
 
 
-PRECISIONS = {"fp32": {"precision": "fp32"},
-              "bf16": {"precision": "bf16", "gradient_checkpointing": True}}
+PRECISIONS = {
+    "fp32": {"precision": "fp32"},
+    "bf16": {"precision": "bf16", "gradient_checkpointing": True},
+}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("script", ["02_sft.py", "04_dpo.py"])
-def test_two_processes_train_as_one_does(tmp_path, tiny_model, talks, preferences, script,
-                                         precision):
+def test_two_processes_train_as_one_does(
+    tmp_path, tiny_model, talks, preferences, script, precision
+):
     """Sharded over two processes (FSDP2 on gloo), also when killed in the middle. With small
     micro-batches and an odd number of rows, one process has less to do, at times nothing."""
     module, data = (sft, talks) if script == "02_sft.py" else (dpo, preferences)
-    settings = {"model": tiny_model, "data": data, "batch_size": 3, "micro_tokens": 64, "lr": 1e-3,
-                "epochs": 4, "save_steps": 1, **PRECISIONS[precision]}
+    settings = {
+        "model": tiny_model,
+        "data": data,
+        "batch_size": 3,
+        "micro_tokens": 64,
+        "lr": 1e-3,
+        "epochs": 4,
+        "save_steps": 1,
+        **PRECISIONS[precision],
+    }
     module.main(module.Args(**settings, out=str(tmp_path / "one")))
     # it prints if the interpreter shuts down, where a thread of gloo can abort the process
     (tmp_path / "sitecustomize.py").write_text(
-        "import atexit, os\nif 'RANK' in os.environ: atexit.register(print, 'shut down')\n")
-    args = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script,
-            *[str(x) for k, v in settings.items() for x in (f"--{k}", v)]]
+        "import atexit, os\nif 'RANK' in os.environ: atexit.register(print, 'shut down')\n"
+    )
+    args = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        script,
+        *[str(x) for k, v in settings.items() for x in (f"--{k}", v)],
+    ]
     env, out = {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(tmp_path)}, tmp_path / "two"
     process = start_script(*args, "--out", out, **env)
     end = time.time() + 100
@@ -357,23 +467,40 @@ def load_and_check(folder: str, settings: str) -> None:
 def load_with(processes: int, folder: Path, **settings) -> list[dict]:
     """The result of `load_and_check` of each of `processes` processes."""
     folder.mkdir()
-    check_run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes,
-              __file__, folder, json.dumps(settings), env={"ACCELERATE_USE_CPU": "true"})
+    check_run(
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        processes,
+        __file__,
+        folder,
+        json.dumps(settings),
+        env={"ACCELERATE_USE_CPU": "true"},
+    )
     results = [json.loads(file.read_text()) for file in folder.iterdir()]
     assert len(results) == processes
     return results
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tied, settings", [
-    (True, {}), (True, {"lora_rank": 4}), (False, {"lora_rank": 4, "precision": "fp32"})],
-    ids=["tied", "lora", "untied-lora-fp32"])
+@pytest.mark.parametrize(
+    "tied, settings",
+    [(True, {}), (True, {"lora_rank": 4}), (False, {"lora_rank": 4, "precision": "fp32"})],
+    ids=["tied", "lora", "untied-lora-fp32"],
+)
 def test_two_processes_load_the_checkpoint(tmp_path, tokenizer, tied, settings):
     """Also weights that do not divide by two. Adapters and buffers are those of one process."""
-    base = save_model(tmp_path / "base", tokenizer, dtype="bfloat16", tie_word_embeddings=tied,
-                      intermediate_size=65)
-    results = [r for n in (1, 2) for r in load_with(n, tmp_path / str(n), model=str(base),
-                                                    **settings)]
+    base = save_model(
+        tmp_path / "base",
+        tokenizer,
+        dtype="bfloat16",
+        tie_word_embeddings=tied,
+        intermediate_size=65,
+    )
+    results = [
+        r for n in (1, 2) for r in load_with(n, tmp_path / str(n), model=str(base), **settings)
+    ]
     assert all(r["digest"] == results[0]["digest"] for r in results)
     kinds = " ".join(results[0]["names"])
     assert "inv_freq" in kinds and ("lora_A" in kinds) == ("lora_rank" in settings)
@@ -384,11 +511,19 @@ def test_memory_of_loading_on_two_processes(tmp_path, tokenizer):
     """Two processes need less than 1.5 GB more than one to load 1 GB of bf16 weights. Peaks are of
     resident memory, as the kernel keeps them: pages of the file that both have mapped count twice,
     so the sum is at least what they use."""
-    base = save_model(tmp_path / "base", tokenizer, dtype="bfloat16", hidden_size=2048,
-                      intermediate_size=5632, num_hidden_layers=12, num_attention_heads=16)
+    base = save_model(
+        tmp_path / "base",
+        tokenizer,
+        dtype="bfloat16",
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=12,
+        num_attention_heads=16,
+    )
     size = (base / "model.safetensors").stat().st_size
-    one, two = (sum(r["peak"] for r in load_with(n, tmp_path / str(n), model=str(base)))
-                for n in (1, 2))
+    one, two = (
+        sum(r["peak"] for r in load_with(n, tmp_path / str(n), model=str(base))) for n in (1, 2)
+    )
     (base / "model.safetensors").unlink()  # pytest keeps the folder
     assert size > 1e9 and 2 * size < one < 4 * size, "float32, and one copy in bf16 at most"
     assert two < one + 1.5e9

@@ -13,10 +13,14 @@ ENVIRONMENTS = sorted(p.parent.name for p in ROOT.glob("data/*/demo.mk"))
 
 def make(*args) -> str:
     """The output of make, without the variables of a surrounding make."""
-    env = {k: v for k, v in script_env().items()
-           if k not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "MAKEOVERRIDES", "ENV", "RUN")}
-    result = subprocess.run(["make", *args], cwd=ROOT, env=env, capture_output=True, text=True,
-                            timeout=60)
+    env = {
+        k: v
+        for k, v in script_env().items()
+        if k not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "MAKEOVERRIDES", "ENV", "RUN")
+    }
+    result = subprocess.run(
+        ["make", *args], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60
+    )
     assert result.returncode == 0, result.stderr
     return result.stdout.replace("\\\n", " ")
 
@@ -40,13 +44,29 @@ def test_make_all_uses_the_papers_settings():
     training = {"batch_size": "32", "lr": "1e-5", "lr_scheduler": "cosine", "epochs": "3"}
     wanted = {
         "01_seed_plans.py": {"teacher": "gpt-4o", **env},
-        "02_sft.py": {"model": llama, "data": "runs/not-there/seed_plans.jsonl",
-                      "out": "runs/not-there/sft", **training},
-        "03_sample_score.py": {"planner": "runs/not-there/sft", "agent": llama, "m": "5", "n": "5",
-                               "plan_temperature": "0.7", "agent_temperature": "0.7", **env},
-        "04_dpo.py": {"model": "runs/not-there/sft", "data": "runs/not-there/pairs.jsonl",
-                      "out": "runs/not-there/mpo", "beta": "0.1", "warmup_ratio": "0.03",
-                      **training},
+        "02_sft.py": {
+            "model": llama,
+            "data": "runs/not-there/seed_plans.jsonl",
+            "out": "runs/not-there/sft",
+            **training,
+        },
+        "03_sample_score.py": {
+            "planner": "runs/not-there/sft",
+            "agent": llama,
+            "m": "5",
+            "n": "5",
+            "plan_temperature": "0.7",
+            "agent_temperature": "0.7",
+            **env,
+        },
+        "04_dpo.py": {
+            "model": "runs/not-there/sft",
+            "data": "runs/not-there/pairs.jsonl",
+            "out": "runs/not-there/mpo",
+            "beta": "0.1",
+            "warmup_ratio": "0.03",
+            **training,
+        },
         "05_eval.py": {"agents": llama, **env},
     }
     for script, values in wanted.items():
@@ -55,14 +75,28 @@ def test_make_all_uses_the_papers_settings():
     assert order == sorted(order)
 
 
-@pytest.mark.parametrize("script, values", [
-    ("02_sft.py", {"batch_size": "32", "lr": "1e-05", "epochs": "3", "lr_scheduler": "cosine"}),
-    ("03_sample_score.py", {"m": "5", "n": "5", "plan_temperature": "0.7",
-                            "agent_temperature": "0.7"}),
-    ("04_dpo.py", {"beta": "0.1", "batch_size": "32", "lr": "1e-05", "epochs": "3",
-                   "warmup_ratio": "0.03", "lr_scheduler": "cosine"}),
-    ("05_eval.py", {"agent_temperature": "0.0", "plans": "['none', 'sft', 'mpo']"}),
-])
+@pytest.mark.parametrize(
+    "script, values",
+    [
+        ("02_sft.py", {"batch_size": "32", "lr": "1e-05", "epochs": "3", "lr_scheduler": "cosine"}),
+        (
+            "03_sample_score.py",
+            {"m": "5", "n": "5", "plan_temperature": "0.7", "agent_temperature": "0.7"},
+        ),
+        (
+            "04_dpo.py",
+            {
+                "beta": "0.1",
+                "batch_size": "32",
+                "lr": "1e-05",
+                "epochs": "3",
+                "warmup_ratio": "0.03",
+                "lr_scheduler": "cosine",
+            },
+        ),
+        ("05_eval.py", {"agent_temperature": "0.0", "plans": "['none', 'sft', 'mpo']"}),
+    ],
+)
 def test_the_scripts_own_defaults_are_the_papers(script, values):
     assert values.items() <= defaults(script).items()
 
@@ -77,18 +111,26 @@ def test_make_demo_trains_the_agent_first(env):
     assert scoring["agent"].endswith("/agent") and scoring["m"] == "4" and scoring["n"] == "1"
 
 
-@pytest.mark.parametrize("target, said", [
-    ("table2", "--plans none mpo"), ("table3", "--plans none sft gpt rft mpo"),
-    ("table4", "--insert instruction thought observation"), ("table6", "--plans none mpo"),
-    ("fig3", "--plans none sft mpo"), ("fig4", "--agents a b --teacher"),
-    ("fig6", "judge --out runs/q --judge gpt-4o"), ("report", "report --out runs/q"),
-    ("all ROUNDS=3", "--plans none sft mpo mpo2 mpo3"),
-    ("all ROUNDS=2", "--model runs/q/mpo --data runs/q/round2/pairs.jsonl --out runs/q/mpo2"),
-    ("all FILTER=a", "filter --env sciworld --out runs/q  --agents a --seed 0"),
-    ("all FILTER=a", "--data runs/q/filtered_plans.jsonl --out runs/q/sft"),
-    ("agent-eto ETO_ROUNDS=2", "--model runs/q/agent-eto1 --data runs/q/eto2/pairs.jsonl"),
-    ("agent-knowagent", "--prompts knowagent"),
-    ("agent-wkm", "--explored runs/q/eto1/explore.jsonl")])
+@pytest.mark.parametrize(
+    "target, said",
+    [
+        ("table2", "--plans none mpo"),
+        ("table3", "--plans none sft gpt rft mpo"),
+        ("table4", "--insert instruction thought observation"),
+        ("table6", "--plans none mpo"),
+        ("fig3", "--plans none sft mpo"),
+        ("fig4", "--agents a b --teacher"),
+        ("fig6", "judge --out runs/q --judge gpt-4o"),
+        ("report", "report --out runs/q"),
+        ("all ROUNDS=3", "--plans none sft mpo mpo2 mpo3"),
+        ("all ROUNDS=2", "--model runs/q/mpo --data runs/q/round2/pairs.jsonl --out runs/q/mpo2"),
+        ("all FILTER=a", "filter --env sciworld --out runs/q  --agents a --seed 0"),
+        ("all FILTER=a", "--data runs/q/filtered_plans.jsonl --out runs/q/sft"),
+        ("agent-eto ETO_ROUNDS=2", "--model runs/q/agent-eto1 --data runs/q/eto2/pairs.jsonl"),
+        ("agent-knowagent", "--prompts knowagent"),
+        ("agent-wkm", "--explored runs/q/eto1/explore.jsonl"),
+    ],
+)
 def test_make_tables_and_agents(target, said):
     agents = ["AGENTS=a b"] if target == "fig4" else []
     assert said in make("-n", *target.split(), "RUN=q", *agents)
@@ -100,10 +142,14 @@ def test_make_table2_plays_agents_with_their_own_prompts(tmp_path):
         (tmp_path / f"agent-{name}").mkdir()
         (tmp_path / f"agent-{name}" / "config.json").touch()
     lines = make("-n", "table2", f"R={tmp_path}").splitlines()
-    assert [re.findall(r"05_eval.py .*--prompts (\w+) --agents (\S+) +--plans (\S+)$", line.strip())
-            for line in lines if "--prompts" in line] == [
+    assert [
+        re.findall(r"05_eval.py .*--prompts (\w+) --agents (\S+) +--plans (\S+)$", line.strip())
+        for line in lines
+        if "--prompts" in line
+    ] == [
         [(name, f"{tmp_path}/agent-{name}", plans)]
-        for name, plans in (("knowagent", "none"), ("wkm", "wkm"))]
+        for name, plans in (("knowagent", "none"), ("wkm", "wkm"))
+    ]
 
 
 def test_make_fig5_trains_a_planner_for_every_smaller_m_and_n():
@@ -135,10 +181,18 @@ def test_make_evidence_holds_no_stage_back():
 def test_make_all_trains_one_planner_for_two_environments():
     commands = make("-n", "all", "ENV=sciworld alfworld", "RUN=q")
     of = "runs/q/sciworld/{0} runs/q/alfworld/{0}".format
-    wanted = ["RUN=q/$env seed", f"cat {of('seed_plans.jsonl')} > runs/q/seed_plans.jsonl",
-              "RUN=q AGENT_SFT_ARGS= sft", "ln -sfn ../sft runs/q/$env/sft", "RUN=q/$env score",
-              f"cat {of('pairs.jsonl')} > runs/q/pairs.jsonl", "RUN=q AGENT_SFT_ARGS= dpo",
-              "ln -sfn ../mpo runs/q/$env/mpo", "RUN=q/$env eval", "05_eval.py report --out"]
+    wanted = [
+        "RUN=q/$env seed",
+        f"cat {of('seed_plans.jsonl')} > runs/q/seed_plans.jsonl",
+        "RUN=q AGENT_SFT_ARGS= sft",
+        "ln -sfn ../sft runs/q/$env/sft",
+        "RUN=q/$env score",
+        f"cat {of('pairs.jsonl')} > runs/q/pairs.jsonl",
+        "RUN=q AGENT_SFT_ARGS= dpo",
+        "ln -sfn ../mpo runs/q/$env/mpo",
+        "RUN=q/$env eval",
+        "05_eval.py report --out",
+    ]
     places = [commands.index(command) for command in wanted]
     assert places == sorted(places)
 

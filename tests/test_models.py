@@ -15,15 +15,22 @@ def ask(url, name="scripted", **options):
     return asyncio.run(models.Model(name, url, **options).ask([{"role": "user", "content": "Hi"}]))
 
 
-@pytest.mark.parametrize("reply, says", [
-    ((401, "bad key"), "OPENAI_API_KEY"), ((404, "no such model"), "a model 'scripted'"),
-    ((429, "slow down"), "429"), ((500, "out of order"), "500"),
-    ((400, "temperature is out of range"), "temperature"),
-    ((400, "This model's maximum context length is 64 tokens."), "context"),
-    ((200, '{"id": "0", "object": "chat.completion", "choi'), "without a completion"),
-    ((200, '{"id": "0", "created": 0, "model": "m", "choices": []}'), "without a completion"),
-    ((200, ""), "without a completion"), ((200, '"hello"'), "without a completion"),
-], ids=lambda v: None if isinstance(v, str) else f"{v[0]} {v[1][:14]}")
+@pytest.mark.parametrize(
+    "reply, says",
+    [
+        ((401, "bad key"), "OPENAI_API_KEY"),
+        ((404, "no such model"), "a model 'scripted'"),
+        ((429, "slow down"), "429"),
+        ((500, "out of order"), "500"),
+        ((400, "temperature is out of range"), "temperature"),
+        ((400, "This model's maximum context length is 64 tokens."), "context"),
+        ((200, '{"id": "0", "object": "chat.completion", "choi'), "without a completion"),
+        ((200, '{"id": "0", "created": 0, "model": "m", "choices": []}'), "without a completion"),
+        ((200, ""), "without a completion"),
+        ((200, '"hello"'), "without a completion"),
+    ],
+    ids=lambda v: None if isinstance(v, str) else f"{v[0]} {v[1][:14]}",
+)
 def test_a_server_that_fails(chat_server, monkeypatch, reply, says):
     monkeypatch.setenv("MPO_MAX_RETRIES", "1")
     server = chat_server(lambda messages, body: reply)
@@ -77,6 +84,7 @@ def test_rollouts_survive_an_outage(chat_server, monkeypatch, answer):
 
 def test_several_servers_share_the_load(chat_server):
     """Requests are spread over the servers; an episode stays with one of them."""
+
     def reply(messages, body):
         time.sleep(0.03)
         return gold(messages)

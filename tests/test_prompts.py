@@ -21,52 +21,70 @@ check_plan = stage("01_seed_plans").check_plan
 VERBS = set("look go open focus move use repeat wait".split())
 
 
-@pytest.mark.parametrize("reply, action", [
-    ("Thought: the kitchen has water.\nAction: teleport to kitchen", "teleport to kitchen"),
-    ("Action: look around", "look around"),
-    ("action:look around", "look around"),
-    ("**Action:** look around", "look around"),
-    ("**Action: look around**", "look around"),
-    ("Action: `open door to kitchen`", "open door to kitchen"),
-    ('Action: "wait1"  ', "wait1"),
-    ("  Action: 'focus on red box'\n", "focus on red box"),
-    ("Action: look around\nAction: wait", "look around"),
-    ("Action: take apple\nObservation: You take the apple.\nAction: wait", "take apple"),
-    ("Thought: no action: yet\nAction: use lamp on water", "use lamp on water"),
-    ("Action: connect wire terminal 1 to bulb cathode", "connect wire terminal 1 to bulb cathode"),
-    ("I would look around.", None),
-    ("Thought: my last action was bad.", None),
-    ("Action:", None),
-    ("Action: ``", None),
-    ("", None),
-])
+@pytest.mark.parametrize(
+    "reply, action",
+    [
+        ("Thought: the kitchen has water.\nAction: teleport to kitchen", "teleport to kitchen"),
+        ("Action: look around", "look around"),
+        ("action:look around", "look around"),
+        ("**Action:** look around", "look around"),
+        ("**Action: look around**", "look around"),
+        ("Action: `open door to kitchen`", "open door to kitchen"),
+        ('Action: "wait1"  ', "wait1"),
+        ("  Action: 'focus on red box'\n", "focus on red box"),
+        ("Action: look around\nAction: wait", "look around"),
+        ("Action: take apple\nObservation: You take the apple.\nAction: wait", "take apple"),
+        ("Thought: no action: yet\nAction: use lamp on water", "use lamp on water"),
+        (
+            "Action: connect wire terminal 1 to bulb cathode",
+            "connect wire terminal 1 to bulb cathode",
+        ),
+        ("I would look around.", None),
+        ("Thought: my last action was bad.", None),
+        ("Action:", None),
+        ("Action: ``", None),
+        ("", None),
+    ],
+)
 def test_parse_action(reply, action):
     assert parse_reply(reply)[1] == action
 
 
-@pytest.mark.parametrize("reply, kept", [
-    (" Thought: a lamp.\nAction: take it \nIt shines.\nAction: wait",
-     "Thought: a lamp.\nAction: take it"),
-    ("Action: look\n", "Action: look"), ("I wonder.\n", "I wonder."),
-    ("Action: ``\nmore", "Action: ``\nmore")])
+@pytest.mark.parametrize(
+    "reply, kept",
+    [
+        (
+            " Thought: a lamp.\nAction: take it \nIt shines.\nAction: wait",
+            "Thought: a lamp.\nAction: take it",
+        ),
+        ("Action: look\n", "Action: look"),
+        ("I wonder.\n", "I wonder."),
+        ("Action: ``\nmore", "Action: ``\nmore"),
+    ],
+)
 def test_a_reply_is_kept_up_to_its_action(reply, kept):
     assert parse_reply(reply)[0] == kept
 
 
-@pytest.mark.parametrize("reply, plan", [
-    ("<meta_plan>\nStep 1: go\nStep 2: wait\n</meta_plan>", "Step 1: go\nStep 2: wait"),
-    ("Here it is:\n<meta_plan>\nStep 1: go\n</meta_plan>\nGood luck!", "Step 1: go"),
-    ("<meta_plan>\nStep 1: go\nStep 2: wait", "Step 1: go\nStep 2: wait"),
-    ("<meta_plan>\nStep 3: look\nStep 7: wait\n</meta_plan>", "Step 1: look\nStep 2: wait"),
-    ("<meta_plan>\n1. look around\n2) wait\n</meta_plan>", "Step 1: look around\nStep 2: wait"),
-    ("<Meta Plan>\n step 1 :  look around  \n</Meta Plan>", "Step 1: look around"),
-    ("<meta_plan>\nStep 1: look around,\n  then wait\nStep 2: go\n\nGood luck!\n</meta_plan>",
-     "Step 1: look around, then wait\nStep 2: go"),
-    ("Step 1: look around", None),
-    ("<meta_plan>\nlook around, then wait\n</meta_plan>", None),
-    ("<meta_plan></meta_plan>", None),
-    ("", None),
-])
+@pytest.mark.parametrize(
+    "reply, plan",
+    [
+        ("<meta_plan>\nStep 1: go\nStep 2: wait\n</meta_plan>", "Step 1: go\nStep 2: wait"),
+        ("Here it is:\n<meta_plan>\nStep 1: go\n</meta_plan>\nGood luck!", "Step 1: go"),
+        ("<meta_plan>\nStep 1: go\nStep 2: wait", "Step 1: go\nStep 2: wait"),
+        ("<meta_plan>\nStep 3: look\nStep 7: wait\n</meta_plan>", "Step 1: look\nStep 2: wait"),
+        ("<meta_plan>\n1. look around\n2) wait\n</meta_plan>", "Step 1: look around\nStep 2: wait"),
+        ("<Meta Plan>\n step 1 :  look around  \n</Meta Plan>", "Step 1: look around"),
+        (
+            "<meta_plan>\nStep 1: look around,\n  then wait\nStep 2: go\n\nGood luck!\n</meta_plan>",
+            "Step 1: look around, then wait\nStep 2: go",
+        ),
+        ("Step 1: look around", None),
+        ("<meta_plan>\nlook around, then wait\n</meta_plan>", None),
+        ("<meta_plan></meta_plan>", None),
+        ("", None),
+    ],
+)
 def test_parse_plan(reply, plan):
     assert parse_plan(reply) == plan
 
@@ -77,36 +95,48 @@ def test_plan_round_trip():
     assert parse_plan(plan_reply(plan)) == plan and plan_steps(plan) == steps
 
 
-@pytest.mark.parametrize("step", [
-    "go to where the animal may be",
-    "focus on the animal",
-    "wait 10 steps until the water is above 100 degrees",
-    "move the substance to the red box if it is below 50.5 degrees celsius",
-    "repeat steps 2 and 3 until it boils",
-    "use the thermometer on the substance 3 times",
-])
+@pytest.mark.parametrize(
+    "step",
+    [
+        "go to where the animal may be",
+        "focus on the animal",
+        "wait 10 steps until the water is above 100 degrees",
+        "move the substance to the red box if it is below 50.5 degrees celsius",
+        "repeat steps 2 and 3 until it boils",
+        "use the thermometer on the substance 3 times",
+    ],
+)
 def test_good_plan_passes(step):
     assert check_plan(number_steps(["look around", step]), VERBS) is None
 
 
-@pytest.mark.parametrize("step, verb", [
-    ("Navigate to the kitchen", "go"), ("identify the animal", "find"), ("pick up the cup", "take"),
-    ("Ensure that the water boils", "check")])
+@pytest.mark.parametrize(
+    "step, verb",
+    [
+        ("Navigate to the kitchen", "go"),
+        ("identify the animal", "find"),
+        ("pick up the cup", "take"),
+        ("Ensure that the water boils", "check"),
+    ],
+)
 def test_synonyms_of_verbs_pass(step, verb):
     assert check_plan(f"Step 1: {step}", {verb}) is None
     assert "verb the environment does not have" in check_plan(f"Step 1: {step}", {"dance"})
 
 
-@pytest.mark.parametrize("plan, reason", [
-    ("Step 1: go to cabinet 4", "instance detail.*cabinet 4"),
-    ("Step 1: look around\nStep 2: open the fridge (1)", "instance detail.*fridge"),
-    ("Step 1: heat the water with the microwave", "verb.*heat"),
-    ("Step 1: Click on the search button", "verb.*Click"),
-    (number_steps(["look around"] * 21), "too long.*21 steps"),
-    ("Step 1: look " + "around and " * 40, "too long.*words"),
-    (None, "format"),
-    ("", "format"),
-])
+@pytest.mark.parametrize(
+    "plan, reason",
+    [
+        ("Step 1: go to cabinet 4", "instance detail.*cabinet 4"),
+        ("Step 1: look around\nStep 2: open the fridge (1)", "instance detail.*fridge"),
+        ("Step 1: heat the water with the microwave", "verb.*heat"),
+        ("Step 1: Click on the search button", "verb.*Click"),
+        (number_steps(["look around"] * 21), "too long.*21 steps"),
+        ("Step 1: look " + "around and " * 40, "too long.*words"),
+        (None, "format"),
+        ("", "format"),
+    ],
+)
 def test_plan_faults(plan, reason):
     with pytest.raises(InputError, match=reason):
         raise InputError(check_plan(plan, VERBS))
@@ -214,7 +244,8 @@ def test_one_bos():
 
 def test_a_template_that_rewrites_earlier_turns_is_refused():
     forgetful = CHATML.replace(
-        "m['content'] +", "(m['content'] if loop.last or m['role'] == 'user' else '...') +")
+        "m['content'] +", "(m['content'] if loop.last or m['role'] == 'user' else '...') +"
+    )
     with pytest.raises(InputError, match=r"rows\.jsonl:3: .*template"):
         tokenize(TALK, make_tokenizer(template=forgetful), "rows.jsonl:3")
     assert trained(make_tokenizer(template=forgetful), TALK[:2])

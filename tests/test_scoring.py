@@ -123,8 +123,11 @@ def test_what_an_agent_is_asked(chat_server):
     [[row], _] = play(server.url, jobs_of(tasks_of()[:1]), max_steps=2)
     body = server.requests[-1]
     assert {k: body[k] for k in ("model", "temperature", "max_tokens", "stop")} == {
-        "model": "scripted", "temperature": 0.0, "max_tokens": 64,
-        "stop": ["\nObservation:", "\nTask:", "\n---"]}
+        "model": "scripted",
+        "temperature": 0.0,
+        "max_tokens": 64,
+        "stop": ["\nObservation:", "\nTask:", "\n---"],
+    }
     assert "continue_final_message" not in body and isinstance(body["seed"], int)
     kept = "Thought: on.\nAction: walk on"
     assert [m["role"] for m in body["messages"]] == ["user", "assistant", "user"]
@@ -236,10 +239,17 @@ def test_errors_of_the_environment_cross_processes():
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("content, error", [
-    ('[["find-lamp", 3]', "tasks.json.*JSON"), ('{"find-lamp": 3}', "tasks.json.*JSON"),
-    ("[3]", "tasks.json.*JSON"), ('[["find-unicorn", 3]]', "find-unicorn"), ("[]", "no tasks"),
-    (None, "tasks.json.*No such file")])
+@pytest.mark.parametrize(
+    "content, error",
+    [
+        ('[["find-lamp", 3]', "tasks.json.*JSON"),
+        ('{"find-lamp": 3}', "tasks.json.*JSON"),
+        ("[3]", "tasks.json.*JSON"),
+        ('[["find-unicorn", 3]]', "find-unicorn"),
+        ("[]", "no tasks"),
+        (None, "tasks.json.*No such file"),
+    ],
+)
 def test_bad_task_files(tmp_path, content, error):
     path = tmp_path / "tasks.json"
     if content is not None:
@@ -257,8 +267,11 @@ def test_task_types_and_limit():
     tasks = asyncio.run(listed())
     kind = common.task_type(tasks[0])
     assert asyncio.run(listed(types=[kind], limit=1)) == tasks[:1]
-    for more, error in [({"types": ["find-unicorn"]}, "find-unicorn.*" + kind),
-                        ({"limit": 0}, "--limit"), ({"split": "holdout"}, "holdout.*train")]:
+    for more, error in [
+        ({"types": ["find-unicorn"]}, "find-unicorn.*" + kind),
+        ({"limit": 0}, "--limit"),
+        ({"split": "holdout"}, "holdout.*train"),
+    ]:
         with pytest.raises(InputError, match=error):
             asyncio.run(listed(**more))
 
@@ -303,8 +316,9 @@ on_ray, retries = asyncio.run(main(True, replace_node))
 assert len(on_ray) == 24 and local == on_ray, (local, on_ray)
 assert retries, "no episode was on the lost node"
 """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
-                            timeout=300, env=script_env())
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=script_env()
+    )
     assert result.returncode == 0, result.stderr[-3000:]
 
 
@@ -319,8 +333,14 @@ def test_pairs_by_hand():
     """Of equals the plan sampled first; ties and tasks without scores give no pair."""
     plans = [plan_row("a", m, p) for m, p in enumerate(["w", "x", "y", "z"])]
     plans += [plan_row("b", 0, "w"), plan_row("b", 1, "x"), plan_row("c", 0, None)]
-    q = {("a", "w"): 0.5, ("a", "x"): 1.0, ("a", "y"): 1.0, ("a", "z"): 0.0, ("b", "w"): 0.0,
-         ("b", "x"): 0.0}
+    q = {
+        ("a", "w"): 0.5,
+        ("a", "x"): 1.0,
+        ("a", "y"): 1.0,
+        ("a", "z"): 0.0,
+        ("b", "w"): 0.0,
+        ("b", "x"): 0.0,
+    }
     prompts = Prompts(CORRIDOR)
     [pair] = score.contrastive_pairs(plans, q, prompts)
     assert pair["chosen"] == score.assistant("x") and pair["rejected"] == score.assistant("z")
@@ -328,7 +348,12 @@ def test_pairs_by_hand():
     assert pair["prompt"] == prompts.planner("Do a.")
     every = score.contrastive_pairs([*plans, plan_row("a", 4, "z")], q, prompts, all_pairs=True)
     assert [(p["q_chosen"], p["q_rejected"]) for p in every] == [
-        (1.0, 0.5), (1.0, 0.0), (1.0, 0.5), (1.0, 0.0), (0.5, 0.0)]
+        (1.0, 0.5),
+        (1.0, 0.0),
+        (1.0, 0.5),
+        (1.0, 0.0),
+        (0.5, 0.0),
+    ]
     assert [p["chosen"] for p in every] == [*map(score.assistant, "xxyyw")]
     assert len(score.contrastive_pairs(plans, q, prompts, 0.6, True)) == 2
     assert not score.contrastive_pairs(plans, q, prompts, 1.1)
@@ -369,8 +394,9 @@ def test_adaptive_saves_and_agrees():
     draw, spent, total, right, tasks = random.Random(0), 0, 0, 0, 0
     for _ in range(200):
         chances = [draw.betavariate(0.5, 0.5) for _ in range(5)]
-        recorded = {str(i): [float(draw.random() < c) for _ in range(5)]
-                    for i, c in enumerate(chances)}
+        recorded = {
+            str(i): [float(draw.random() < c) for _ in range(5)] for i, c in enumerate(chances)
+        }
         q = {p: sum(r) / 5 for p, r in recorded.items()}
         if max(q.values()) == min(q.values()):
             continue

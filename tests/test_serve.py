@@ -70,10 +70,12 @@ def transformers_server(monkeypatch):
 def use(monkeypatch, code: str) -> list:
     """Let `serve` start this Python code instead of a server; the list of what it starts."""
     servers, start = [], models._start_server
-    monkeypatch.setattr(models, "server_command",
-                        lambda model, port, *_: [sys.executable, "-c", code, str(port)])
-    monkeypatch.setattr(models, "_start_server",
-                        lambda *args: servers.append(start(*args)) or servers[-1])
+    monkeypatch.setattr(
+        models, "server_command", lambda model, port, *_: [sys.executable, "-c", code, str(port)]
+    )
+    monkeypatch.setattr(
+        models, "_start_server", lambda *args: servers.append(start(*args)) or servers[-1]
+    )
     return servers
 
 
@@ -161,11 +163,32 @@ def test_the_whole_command_on_gpus(tiny_model, tmp_path, monkeypatch, gpus, para
         ports = [url.removesuffix("/v1").rsplit(":", 1)[1] for url in urls.split(",")]
     assert len(ports) == gpus // parallel
     assert commands == [
-        [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", tiny_model,
-         "--served-model-name", tiny_model, "--host", "127.0.0.1", "--port", port,
-         "--dtype", "bfloat16", "--max-model-len", "4096", "--generation-config", "vllm",
-         "--enable-prefix-caching", "--tensor-parallel-size", str(parallel),
-         "--gpu-memory-utilization", "0.9"] for port in ports]
+        [
+            sys.executable,
+            "-m",
+            "vllm.entrypoints.openai.api_server",
+            "--model",
+            tiny_model,
+            "--served-model-name",
+            tiny_model,
+            "--host",
+            "127.0.0.1",
+            "--port",
+            port,
+            "--dtype",
+            "bfloat16",
+            "--max-model-len",
+            "4096",
+            "--generation-config",
+            "vllm",
+            "--enable-prefix-caching",
+            "--tensor-parallel-size",
+            str(parallel),
+            "--gpu-memory-utilization",
+            "0.9",
+        ]
+        for port in ports
+    ]
 
 
 def test_eight_replicas_of_which_one_dies(tiny_model, tmp_path, monkeypatch, capfd):
@@ -183,8 +206,9 @@ def test_eight_replicas_of_which_one_dies(tiny_model, tmp_path, monkeypatch, cap
 
     monkeypatch.setenv("DIES", "serving")
     a = SimpleNamespace(out=tmp_path, tensor_parallel=1, max_model_len=4096, concurrency=64)
-    jobs = [{"task": f"find-key/{i}", "plan": None, "rollout": n} for i in range(8)
-            for n in range(20)]
+    jobs = [
+        {"task": f"find-key/{i}", "plan": None, "rollout": n} for i in range(8) for n in range(20)
+    ]
     rows = []
 
     async def play():
@@ -210,12 +234,15 @@ def test_models_that_cannot_be_downloaded(tiny_model):
 
 
 def test_a_killed_parent_leaves_no_server(tmp_path):
-    code = (f"import time, common\ns = common.load_module(common.DATA / 'models.py')\n"
-            f"s.server_command = lambda *a: ['sleep', '100']\n"
-            f"print(s._start_server('m', [], 9, s.Path({str(tmp_path)!r})).process.pid,"
-            " flush=True)\ntime.sleep(60)")
-    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE,
-                              text=True)
+    code = (
+        f"import time, common\ns = common.load_module(common.DATA / 'models.py')\n"
+        f"s.server_command = lambda *a: ['sleep', '100']\n"
+        f"print(s._start_server('m', [], 9, s.Path({str(tmp_path)!r})).process.pid,"
+        " flush=True)\ntime.sleep(60)"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
     with parent.stdout:
         server = int(parent.stdout.readline())
         time.sleep(1)
@@ -234,8 +261,11 @@ def test_a_real_server(tiny_model, tmp_path):
 
     with serve(tiny_model, tmp_path / "logs", wait=200) as url:
         port = int(url.split(":")[2].split("/")[0])
-        listening = {c.laddr.ip for c in psutil.net_connections("tcp")
-                     if c.status == psutil.CONN_LISTEN and c.laddr.port == port}
+        listening = {
+            c.laddr.ip
+            for c in psutil.net_connections("tcp")
+            if c.status == psutil.CONN_LISTEN and c.laddr.port == port
+        }
         assert listening == {"127.0.0.1"}, "loopback only"
         replies = asyncio.run(ask(url))
     assert replies[0].text == replies[1].text

@@ -18,18 +18,27 @@ from common import Appender, InputError, parse_plan, plan_reply, read_rows
 
 seed, score, ev = stage("01_seed_plans"), stage("03_sample_score"), stage("05_eval")
 GOOD, BAD = "walk on until the task is done", "take what is there"
-FILES = {1: ("trajectories.jsonl", "seed_plans.jsonl", "agent_sft.jsonl"),
-         3: ("plans.jsonl", "rollouts.jsonl", "pairs.jsonl", "best_plans.jsonl"),
-         5: ("eval/cells.jsonl", "eval/rollouts.jsonl", "results.md", "results.json", "results.png",
-             "report.html")}
+FILES = {
+    1: ("trajectories.jsonl", "seed_plans.jsonl", "agent_sft.jsonl"),
+    3: ("plans.jsonl", "rollouts.jsonl", "pairs.jsonl", "best_plans.jsonl"),
+    5: (
+        "eval/cells.jsonl",
+        "eval/rollouts.jsonl",
+        "results.md",
+        "results.json",
+        "results.png",
+        "report.html",
+    ),
+}
 
 
 @pytest.fixture(scope="module")
 def seeded(tmp_path_factory) -> Path:
     """A run folder after stage 1 with the `rules` teacher, of four tasks."""
     out = tmp_path_factory.mktemp("runs") / "seeded"
-    seed.main(seed.Args(env=CORRIDOR, out=str(out), teacher="rules", limit=4, plan_share=0.5,
-                        workers=1))
+    seed.main(
+        seed.Args(env=CORRIDOR, out=str(out), teacher="rules", limit=4, plan_share=0.5, workers=1)
+    )
     return out
 
 
@@ -65,9 +74,20 @@ class Script:
 
 
 def settings(out, url, **more) -> dict:
-    return {"env": CORRIDOR, "out": str(out), "workers": 1, "planner": "scripted", "limit": 4,
-            "agent": "scripted", "planner_url": url, "agent_url": url, "m": 2, "n": 1,
-            "concurrency": 8, **more}
+    return {
+        "env": CORRIDOR,
+        "out": str(out),
+        "workers": 1,
+        "planner": "scripted",
+        "limit": 4,
+        "agent": "scripted",
+        "planner_url": url,
+        "agent_url": url,
+        "m": 2,
+        "n": 1,
+        "concurrency": 8,
+        **more,
+    }
 
 
 def run_score(out, url, **more) -> None:
@@ -105,10 +125,29 @@ def test_the_whole_chain(run_folder, seeded, tiny_model, chat_server):
     out, script = run_folder, Script(seeded)
     server = chat_server(script)
     train = ["--epochs", 2, "--batch_size", 2, "--lr", 1e-3]
-    check_run("01_seed_plans.py", "--env", CORRIDOR, "--out", out, "--teacher", "rules",
-              "--limit", 4, "--workers", 1)
-    check_run("02_sft.py", "--model", tiny_model, "--data", out / "seed_plans.jsonl",
-              "--out", out / "sft", *train)
+    check_run(
+        "01_seed_plans.py",
+        "--env",
+        CORRIDOR,
+        "--out",
+        out,
+        "--teacher",
+        "rules",
+        "--limit",
+        4,
+        "--workers",
+        1,
+    )
+    check_run(
+        "02_sft.py",
+        "--model",
+        tiny_model,
+        "--data",
+        out / "seed_plans.jsonl",
+        "--out",
+        out / "sft",
+        *train,
+    )
 
     arguments = flags(settings(out, server.url))
     printed = check_run("03_sample_score.py", *arguments)
@@ -126,13 +165,33 @@ def test_the_whole_chain(run_folder, seeded, tiny_model, chat_server):
     check_run("03_sample_score.py", *arguments)
     assert len(server.requests) == asked, "all is finished: nothing is asked again"
 
-    check_run("04_dpo.py", "--model", out / "sft", "--data", out / "pairs.jsonl",
-              "--out", out / "mpo", *train)
+    check_run(
+        "04_dpo.py",
+        "--model",
+        out / "sft",
+        "--data",
+        out / "pairs.jsonl",
+        "--out",
+        out / "mpo",
+        *train,
+    )
     for file in ("config.json", "model.safetensors", "tokenizer.json", "metrics.jsonl"):
         assert (out / "sft" / file).exists() and (out / "mpo" / file).exists()
 
-    evaluate = ["--env", CORRIDOR, "--workers", 1, "--out", out, "--agents", server.url,
-                "--plans", "none", "--splits", "seen"]
+    evaluate = [
+        "--env",
+        CORRIDOR,
+        "--workers",
+        1,
+        "--out",
+        out,
+        "--agents",
+        server.url,
+        "--plans",
+        "none",
+        "--splits",
+        "seen",
+    ]
     assert "| no plan" in check_run("05_eval.py", *evaluate)
     assert all((out / name).stat().st_size for names in FILES.values() for name in names)
     [result] = json.loads((out / "results.json").read_text())["results"]
@@ -194,8 +253,20 @@ def test_killed_scoring_resumes(run_folder, seeded, chat_server):
 
 def test_killed_evaluation_resumes(run_folder, seeded, chat_server):
     script, rollouts = Script(seeded), run_folder / "eval" / "rollouts.jsonl"
-    arguments = ["--env", CORRIDOR, "--out", run_folder, "--agents", chat_server(script).url,
-                 "--plans", "none", "--workers", 1, "--concurrency", 2]
+    arguments = [
+        "--env",
+        CORRIDOR,
+        "--out",
+        run_folder,
+        "--agents",
+        chat_server(script).url,
+        "--plans",
+        "none",
+        "--workers",
+        1,
+        "--concurrency",
+        2,
+    ]
     script.pause = 0.05
     kill_at(3, rollouts, "05_eval.py", *arguments)
     kept, script.pause = read_rows(rollouts), 0.0
@@ -250,6 +321,7 @@ KEY = "sk-test-0123456789"
 @pytest.fixture
 def teach(run_folder, monkeypatch, chat_server):
     """teach(reply) -> (server, run): `run()` is stage 1 with a teacher behind OPENAI_BASE_URL."""
+
     def start(reply):
         server = chat_server(reply)
         monkeypatch.setenv("OPENAI_API_KEY", KEY)
@@ -257,8 +329,19 @@ def teach(run_folder, monkeypatch, chat_server):
         monkeypatch.setenv("MPO_MAX_RETRIES", "1")
 
         def run(**more):
-            seed.main(seed.Args(**{"env": CORRIDOR, "out": str(run_folder), "teacher": "gpt-test",
-                                   "limit": 4, "workers": 1, **more}))
+            seed.main(
+                seed.Args(
+                    **{
+                        "env": CORRIDOR,
+                        "out": str(run_folder),
+                        "teacher": "gpt-test",
+                        "limit": 4,
+                        "workers": 1,
+                        **more,
+                    }
+                )
+            )
+
         return server, run
 
     return start
@@ -303,13 +386,20 @@ def test_teacher_and_quality_control(run_folder, seeded, teach, capsys):
     run()
     assert len(server.requests) == 9, "neither kept nor rejected plans are asked for again"
     assert read_rows(run_folder / "seed_plans.jsonl") == kept
-    edits = write_jsonl(run_folder / "edited_plans.jsonl", [
-        {"task": tasks[2], "plan": "Step 1: walk on\nStep 5: take it in cupboard 4"}])
+    edits = write_jsonl(
+        run_folder / "edited_plans.jsonl",
+        [{"task": tasks[2], "plan": "Step 1: walk on\nStep 5: take it in cupboard 4"}],
+    )
     run()
     [still] = read_rows(run_folder / "seed_plans.rejected.jsonl")
     assert still["teacher"] == "edited" and "cupboard 4" in still["reason"], "checked as others"
-    write_jsonl(edits, [{"task": tasks[2], "plan": "Step 1: walk on\nStep 5: take it"},
-                        {"task": tasks[0], "plan": "1. take it"}])
+    write_jsonl(
+        edits,
+        [
+            {"task": tasks[2], "plan": "Step 1: walk on\nStep 5: take it"},
+            {"task": tasks[0], "plan": "1. take it"},
+        ],
+    )
     run()
     assert len(server.requests) == 9 and "4 kept, 0 rejected" in capsys.readouterr().out
     rows = read_rows(run_folder / "seed_plans.jsonl")
@@ -336,14 +426,16 @@ def test_thoughts(run_folder, seeded, teach, capsys):
 
     server, run = teach(reply)
     run(thoughts=True, plan_share=0.5)
-    asked = [b["temperature"] for b in server.requests
-             if "Action 1:" in b["messages"][0]["content"]]
+    asked = [
+        b["temperature"] for b in server.requests if "Action 1:" in b["messages"][0]["content"]
+    ]
     assert sorted(asked) == [0.0] * 4 + [0.7] * 2 + [1.0]
     assert "3 trajectories have them, 1 have not" in capsys.readouterr().out
     for n, talk in enumerate(read_rows(run_folder / "agent_sft.jsonl")):
         said = [m["content"] for m in talk["messages"] if m["role"] == "assistant"]
-        found = [re.fullmatch(r"Thought: It is thought (\d+) of (\d)\.\nAction: .+", x)
-                 for x in said]
+        found = [
+            re.fullmatch(r"Thought: It is thought (\d+) of (\d)\.\nAction: .+", x) for x in said
+        ]
         numbers = [(int(m[1]), int(m[2])) for m in found if m]
         assert numbers == ([] if n == 1 else [(i, n) for i in range(1, len(said) + 1)])
     before = len(server.requests)
@@ -366,8 +458,20 @@ def test_a_paid_plan_is_never_lost(run_folder, teach, chat_server):
     server, run = teach(reply)
     log = run_folder / "teacher_plans.jsonl"
     process = start_script(
-        "01_seed_plans.py", "--env", CORRIDOR, "--out", run_folder, "--teacher", "gpt-test",
-        "--limit", 4, "--concurrency", 1, OPENAI_API_KEY=KEY, OPENAI_BASE_URL=server.url)
+        "01_seed_plans.py",
+        "--env",
+        CORRIDOR,
+        "--out",
+        run_folder,
+        "--teacher",
+        "gpt-test",
+        "--limit",
+        4,
+        "--concurrency",
+        1,
+        OPENAI_API_KEY=KEY,
+        OPENAI_BASE_URL=server.url,
+    )
     try:
         end = time.time() + 60
         while not (log.exists() and read_rows(log)):
@@ -391,9 +495,10 @@ def test_a_paid_plan_is_never_lost(run_folder, teach, chat_server):
 def test_one_line_and_exit_status_2(tmp_path):
     """Errors as a user sees them, with three commands; the rest is tested by the functions."""
     for command, said in [
-            (["01_seed_plans.py", "--env", "nowhere"], "error: --env nowhere: "),
-            (["03_sample_score.py", "--m", "1"], "error: --m must be at least 2"),
-            (["05_eval.py", "--lerning_rate", "3"], "--lerning_rate")]:
+        (["01_seed_plans.py", "--env", "nowhere"], "error: --env nowhere: "),
+        (["03_sample_score.py", "--m", "1"], "error: --m must be at least 2"),
+        (["05_eval.py", "--lerning_rate", "3"], "--lerning_rate"),
+    ]:
         result = run_script(*command)
         errors = [line for line in result.stderr.splitlines() if "error: " in line]
         assert result.returncode == 2 and len(errors) == 1 and said in errors[0], result.stderr

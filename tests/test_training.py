@@ -26,27 +26,48 @@ def assistant(text):
 
 
 TALKS = [
-    [user("Boil water."), assistant("Action: activate stove"), user("Observation: It is on."),
-     assistant("Action: wait1")],
+    [
+        user("Boil water."),
+        assistant("Action: activate stove"),
+        user("Observation: It is on."),
+        assistant("Action: wait1"),
+    ],
     [user("Find a plant."), assistant("Action: teleport to greenhouse")],
-    [user("Find an animal. It may be outside, or in the kitchen, or anywhere else."),
-     assistant("Action: look around")],
-    [user("Mix."), assistant("Thought: salt, water.\nAction: mix cup"),
-     user("Observation: brine"), assistant("Action: focus on it")],
+    [
+        user("Find an animal. It may be outside, or in the kitchen, or anywhere else."),
+        assistant("Action: look around"),
+    ],
+    [
+        user("Mix."),
+        assistant("Thought: salt, water.\nAction: mix cup"),
+        user("Observation: brine"),
+        assistant("Action: focus on it"),
+    ],
     [user("Wait."), assistant("Action: wait")],
 ]
-PAIRS = [{"prompt": [user(f"Plan {good[-9:]}.")], "chosen": [assistant(good)],
-          "rejected": [assistant(bad)]} for good, bad in [
-    ("Step 1: go to kitchen\nStep 2: look around", "Step 1: wait"),
-    ("Step 1: focus on the animal",
-     "Step 1: open the door and read the note on the table\nStep 2: wait"),
-    ("Step 1: pour water into cup", "Step 1: pour cup into water"),
-    ("Step 1: mix the paint\nStep 2: focus on it", "Step 1: eat the paint"),
-]]
+PAIRS = [
+    {
+        "prompt": [user(f"Plan {good[-9:]}.")],
+        "chosen": [assistant(good)],
+        "rejected": [assistant(bad)],
+    }
+    for good, bad in [
+        ("Step 1: go to kitchen\nStep 2: look around", "Step 1: wait"),
+        (
+            "Step 1: focus on the animal",
+            "Step 1: open the door and read the note on the table\nStep 2: wait",
+        ),
+        ("Step 1: pour water into cup", "Step 1: pour cup into water"),
+        ("Step 1: mix the paint\nStep 2: focus on it", "Step 1: eat the paint"),
+    ]
+]
 # a pair of two trajectories that differ from their second turn on
 TURNS = [user("Task"), assistant("look"), user("A pot.")]
-TRAJECTORIES = {"prompt": TURNS[:1], "chosen": [*TURNS[1:], assistant("take it")],
-                "rejected": [*TURNS[1:], assistant("go away"), user("Well."), assistant("wait")]}
+TRAJECTORIES = {
+    "prompt": TURNS[:1],
+    "chosen": [*TURNS[1:], assistant("take it")],
+    "rejected": [*TURNS[1:], assistant("go away"), user("Well."), assistant("wait")],
+}
 
 
 def log_prob_alone(model, messages, tokenizer):
@@ -63,8 +84,14 @@ def as_rows(talks, tokenizer) -> list[list]:
 
 
 def as_pairs(pairs, tokenizer) -> list[tuple]:
-    return [([tokenize(p["prompt"] + p[side], tokenizer, "test")
-              for side in ("chosen", "rejected")], f"t{i}", i) for i, p in enumerate(pairs)]
+    return [
+        (
+            [tokenize(p["prompt"] + p[side], tokenizer, "test") for side in ("chosen", "rejected")],
+            f"t{i}",
+            i,
+        )
+        for i, p in enumerate(pairs)
+    ]
 
 
 def gradients(model, loss) -> dict:
@@ -122,8 +149,9 @@ def test_packed_rows_equal_rows_alone(tokenizer, kind, packing, config, checkpoi
     assert_same(grads, expected_grads, atol=1e-5 if eager else 1e-7)
 
 
-@pytest.mark.parametrize("kind, packing, config", [KINDS[0], KINDS[4], KINDS[5]],
-                         ids=["llama", "mistral", "gemma2"])
+@pytest.mark.parametrize(
+    "kind, packing, config", [KINDS[0], KINDS[4], KINDS[5]], ids=["llama", "mistral", "gemma2"]
+)
 def test_packed_rows_in_bf16(tokenizer, kind, packing, config):
     """As near to float64 as rows alone in bf16 are."""
     talks = TALKS * 3
@@ -151,11 +179,24 @@ def test_a_shared_prompt_changes_nothing(tokenizer, kind):
     """Log-probabilities and gradients of pairs whose prompt is computed once, in float64: plans,
     long prompts, trajectories with targets inside the shared prefix, equal sides, a side that
     begins like the other, and sides without a common token."""
-    pairs = as_pairs([*PAIRS, TRAJECTORIES, {"prompt": [user("u" * 80)], "chosen": [assistant("a")],
-                                             "rejected": [assistant("b " * 60)]}], tokenizer)
+    pairs = as_pairs(
+        [
+            *PAIRS,
+            TRAJECTORIES,
+            {
+                "prompt": [user("u" * 80)],
+                "chosen": [assistant("a")],
+                "rejected": [assistant("b " * 60)],
+            },
+        ],
+        tokenizer,
+    )
     (first, mask), _ = pairs[0][0]
-    pairs += [([(first, mask)] * 2, "equal", 7), ([(first, mask), (first[:-3], mask[:-3])], "", 8),
-              ([(first, mask), ([i + 1 for i in first], mask)], "", 9)]
+    pairs += [
+        ([(first, mask)] * 2, "equal", 7),
+        ([(first, mask), (first[:-3], mask[:-3])], "", 8),
+        ([(first, mask), ([i + 1 for i in first], mask)], "", 9),
+    ]
     model = float64_model(tokenizer, seed=3, kind=kind)
     results = []
     for packing, share in (("library", False), ("rows", False), ("rows", True)):
@@ -172,8 +213,9 @@ def test_a_shared_prompt_changes_nothing(tokenizer, kind):
         assert_same(grads, results[0][1], atol=1e-5)
 
     tokens = [sum(len(ids) for ids, _ in sides) for sides, *_ in pairs]
-    shared = [before - after for before, after in
-              zip(tokens, common.lengths(pairs, True), strict=True)]
+    shared = [
+        before - after for before, after in zip(tokens, common.lengths(pairs, True), strict=True)
+    ]
     assert common.lengths(pairs) == tokens and min(shared[:6]) > 4
     assert shared[4] > len(tokenize(TURNS[:2], tokenizer, "")[0]), "a target is in the shared part"
     assert shared[6:] == [len(first) - 1, len(first) - 4, 0], "each side adds a token at least"
@@ -196,9 +238,12 @@ def test_a_process_without_rows_takes_part(tokenizer):
     """Zero loss and a zero gradient for every parameter, as collectives over processes need."""
     model = float64_model(tokenizer)
     common.choose_packing(model)
-    for loss in (sft.sft_loss(target_log_probs(model, [])[0], 5),
-                 dpo.measure(dpo.pair_log_probs(model, [], True), torch.zeros(0, 2), [],
-                             dpo.Args(nll=1.0))[0].sum()):
+    for loss in (
+        sft.sft_loss(target_log_probs(model, [])[0], 5),
+        dpo.measure(dpo.pair_log_probs(model, [], True), torch.zeros(0, 2), [], dpo.Args(nll=1.0))[
+            0
+        ].sum(),
+    ):
         assert loss.item() == 0
         assert not any(g.any() for g in gradients(model, loss).values())
 
@@ -233,14 +278,16 @@ def test_sft_loss_equals_reference(tokenizer, micros):
 @pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("micros", [1, 4])
 def test_dpo_loss_equals_reference(tokenizer, micros, share, nll):
-    model, frozen = (float64_model(tokenizer, seed=seed, tie_word_embeddings=False)
-                     for seed in (0, 1))
+    model, frozen = (
+        float64_model(tokenizer, seed=seed, tie_word_embeddings=False) for seed in (0, 1)
+    )
     expected, margins = 0, []
     for pair in PAIRS:
         margin = 0
         for side, sign in (("chosen", 1), ("rejected", -1)):
             (policy, tokens), (reference, _) = (
-                log_prob_alone(m, pair["prompt"] + pair[side], tokenizer) for m in (model, frozen))
+                log_prob_alone(m, pair["prompt"] + pair[side], tokenizer) for m in (model, frozen)
+            )
             margin = margin + sign * BETA * (policy - reference.detach())
             if side == "chosen":
                 expected = expected - nll * policy / tokens / len(PAIRS)
@@ -255,8 +302,7 @@ def test_dpo_loss_equals_reference(tokenizer, micros, share, nll):
         own = [pairs[i] for i in micro]
         policy, reference = (dpo.pair_log_probs(m, own, share) for m in (model, frozen))
         losses, _ = dpo.measure(policy, reference.detach(), own, a)
-        _, chosen, rejected = dpo.dpo_loss(
-            *policy.unbind(1), *reference.detach().unbind(1), BETA)
+        _, chosen, rejected = dpo.dpo_loss(*policy.unbind(1), *reference.detach().unbind(1), BETA)
         total += losses.sum() / len(pairs)
         seen |= dict(zip(micro, (chosen - rejected).tolist(), strict=True))
     assert total.item() == pytest.approx(expected.item(), rel=1e-9)
@@ -276,8 +322,13 @@ def test_dpo_loss_by_hand():
 
 def test_reference_log_probs_are_those_of_the_model(tokenizer):
     model, pairs = float64_model(tokenizer), as_pairs(PAIRS, tokenizer)
-    expected = [[log_prob_alone(model, p["prompt"] + p[side], tokenizer)[0].item()
-                 for side in ("chosen", "rejected")] for p in PAIRS]
+    expected = [
+        [
+            log_prob_alone(model, p["prompt"] + p[side], tokenizer)[0].item()
+            for side in ("chosen", "rejected")
+        ]
+        for p in PAIRS
+    ]
     common.choose_packing(model)
     for micro_tokens, share in ((64, True), (100_000, True), (64, False), (0, False)):
         args = dpo.Args(micro_tokens=micro_tokens, share_prefix=share)
@@ -297,13 +348,16 @@ def test_gradients_are_clipped_to_a_norm_or_left_alone():
 # ---- schedule and micro-batches ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("total, warmup_ratio",
-                         [(100, 0.03), (17, 0.1), (10, 0.0), (1, 0.03), (3, 1.0)])
+@pytest.mark.parametrize(
+    "total, warmup_ratio", [(100, 0.03), (17, 0.1), (10, 0.0), (1, 0.03), (3, 1.0)]
+)
 def test_learning_rate(total, warmup_ratio):
     peak, warmup = 1e-5, math.ceil(total * warmup_ratio)
     for step in range(total):
-        lrs = {shape: learning_rate(step, total, peak, warmup_ratio, shape)
-               for shape in ("cosine", "linear", "constant")}
+        lrs = {
+            shape: learning_rate(step, total, peak, warmup_ratio, shape)
+            for shape in ("cosine", "linear", "constant")
+        }
         if step < warmup:
             assert set(lrs.values()) == {peak * (step + 1) / warmup}
         else:
@@ -329,15 +383,21 @@ def test_plan_epoch(processes):
         per_process = [sum(tokens[rank::processes]) for rank in range(processes)]
         assert len(step) == processes or max(per_process) < 1.3 * min(per_process)
     assert steps == plan_epoch(lengths, 16, budget, processes, 7, 1)
-    orders = {str(plan_epoch(lengths, 16, budget, processes, seed, epoch))
-              for seed in (7, 8) for epoch in (1, 2)}
+    orders = {
+        str(plan_epoch(lengths, 16, budget, processes, seed, epoch))
+        for seed in (7, 8)
+        for epoch in (1, 2)
+    }
     assert len(orders) == 4, "another order for another seed or epoch"
 
 
 def test_batches_do_not_depend_on_the_machine():
     lengths = [(37 * i) % 90 + 10 for i in range(50)]
-    plans = [plan_epoch(lengths, 8, budget, processes, 0, 0)
-             for budget in (10, 200, 10_000) for processes in (1, 2, 8)]
+    plans = [
+        plan_epoch(lengths, 8, budget, processes, 0, 0)
+        for budget in (10, 200, 10_000)
+        for processes in (1, 2, 8)
+    ]
     batches = [[sorted(i for micro in step for i in micro) for step in plan] for plan in plans]
     assert all(b == batches[0] for b in batches)
 
@@ -360,9 +420,15 @@ def test_compiled_layers_are_the_same_and_compiled_twice(tokenizer):
     compiled, _ = common.prepare_model(compiled, Accelerator(cpu=True), args)
     draw, frames = random.Random(0), []
     for rows in (3, 2, 4, 1, 5, 2, 6, 7, 8, 9, 10):
-        batch = [[([draw.randrange(500) for _ in range(n)], [False] * 10 + [True] * (n - 10))]
-                 for n in (draw.randint(20, 60) for _ in range(rows))]
-        torch.testing.assert_close(target_log_probs(eager, batch)[0],
-                                   target_log_probs(compiled, batch)[0], atol=1e-4, rtol=1e-4)
+        batch = [
+            [([draw.randrange(500) for _ in range(n)], [False] * 10 + [True] * (n - 10))]
+            for n in (draw.randint(20, 60) for _ in range(rows))
+        ]
+        torch.testing.assert_close(
+            target_log_probs(eager, batch)[0],
+            target_log_probs(compiled, batch)[0],
+            atol=1e-4,
+            rtol=1e-4,
+        )
         frames.append(counters["frames"]["ok"])
     assert frames[-1] == frames[2] > 0

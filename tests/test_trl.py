@@ -14,7 +14,8 @@ sft, dpo = stage("02_sft"), stage("04_dpo")
 # nothing follows the end token: TRL would train on ChatML's newline there, we stop at the end token
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 WORDS = "go to the kitchen focus on a plant look around wait take cup open door mix paint".split()
 STEPS, BATCH, LR = 20, 4, 1e-3
 
@@ -68,9 +69,13 @@ def compare(trainer_class, config, rows, base, out, ours: list[dict], **more) ->
             steps.append({k: p.grad.clone() for k, p in model.named_parameters()})
 
     trainer = trainer_class(
-        AutoModelForCausalLM.from_pretrained(base), args=config, callbacks=[Record()],
+        AutoModelForCausalLM.from_pretrained(base),
+        args=config,
+        callbacks=[Record()],
         train_dataset=Dataset.from_list(rows),
-        processing_class=AutoTokenizer.from_pretrained(base), **more)
+        processing_class=AutoTokenizer.from_pretrained(base),
+        **more,
+    )
     trainer.train()
     theirs = [row for row in trainer.state.log_history if "loss" in row]
     mine = common.read_rows(out / "metrics.jsonl")
@@ -90,55 +95,109 @@ def compare(trainer_class, config, rows, base, out, ours: list[dict], **more) ->
 
 
 def settings(folder) -> dict:
-    return {"output_dir": str(folder), "per_device_train_batch_size": 2,
-            "gradient_accumulation_steps": BATCH // 2, "max_steps": STEPS, "learning_rate": LR,
-            "lr_scheduler_type": "cosine", "warmup_steps": 0, "weight_decay": 0.0,
-            "max_grad_norm": 1.0, "optim": "adamw_torch_fused", "bf16": False, "use_cpu": True,
-            "gradient_checkpointing": False, "logging_steps": 1, "report_to": "none",
-            "save_strategy": "no", "max_length": None, "train_sampling_strategy": "sequential",
-            "disable_tqdm": True}
+    return {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": BATCH // 2,
+        "max_steps": STEPS,
+        "learning_rate": LR,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0,
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "optim": "adamw_torch_fused",
+        "bf16": False,
+        "use_cpu": True,
+        "gradient_checkpointing": False,
+        "logging_steps": 1,
+        "report_to": "none",
+        "save_strategy": "no",
+        "max_length": None,
+        "train_sampling_strategy": "sequential",
+        "disable_tqdm": True,
+    }
 
 
 def in_order(rows: list, lengths: list[int]) -> list:
     """The rows in the order of our loop, one optimizer step after the other."""
-    return [rows[i] for epoch in range(5)
-            for step in common.plan_epoch(lengths, BATCH, 256, 1, 0, epoch)
-            for micro in step for i in micro]
+    return [
+        rows[i]
+        for epoch in range(5)
+        for step in common.plan_epoch(lengths, BATCH, 256, 1, 0, epoch)
+        for micro in step
+        for i in micro
+    ]
 
 
 def ours(base, out, data, **more) -> dict:
-    return {"model": base, "out": str(out), "data": str(data), "batch_size": BATCH, "lr": LR,
-            "epochs": 5, "micro_tokens": 256, "precision": "fp32", "warmup_ratio": 0.0, **more}
+    return {
+        "model": base,
+        "out": str(out),
+        "data": str(data),
+        "batch_size": BATCH,
+        "lr": LR,
+        "epochs": 5,
+        "micro_tokens": 256,
+        "precision": "fp32",
+        "warmup_ratio": 0.0,
+        **more,
+    }
 
 
 def test_sft_is_trl_sft(tmp_path, base, monkeypatch):
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    rows = [{"prompt": said("user", "p", i, longest=40),
-             "completion": said("assistant", "c", i, longest=25)} for i in range(16)]
-    data = write_jsonl(tmp_path / "rows.jsonl", [
-        {"messages": r["prompt"] + r["completion"]} for r in rows])
+    rows = [
+        {
+            "prompt": said("user", "p", i, longest=40),
+            "completion": said("assistant", "c", i, longest=25),
+        }
+        for i in range(16)
+    ]
+    data = write_jsonl(
+        tmp_path / "rows.jsonl", [{"messages": r["prompt"] + r["completion"]} for r in rows]
+    )
     args = sft.Args(**ours(base, tmp_path / "sft", data))
     steps = recorded_training(sft, args, monkeypatch)
     lengths = common.lengths(sft.load_rows(args, common.load_model(base)[1]))
-    compare(SFTTrainer, SFTConfig(**settings(tmp_path / "trl")), in_order(rows, lengths), base,
-            tmp_path / "sft", steps)
-    SFTTrainer(str(tmp_path / "sft"), args=SFTConfig(**settings(tmp_path / "again")),
-               train_dataset=Dataset.from_list(rows))  # TRL loads our model
+    compare(
+        SFTTrainer,
+        SFTConfig(**settings(tmp_path / "trl")),
+        in_order(rows, lengths),
+        base,
+        tmp_path / "sft",
+        steps,
+    )
+    SFTTrainer(
+        str(tmp_path / "sft"),
+        args=SFTConfig(**settings(tmp_path / "again")),
+        train_dataset=Dataset.from_list(rows),
+    )  # TRL loads our model
 
 
 def test_dpo_is_trl_dpo(tmp_path, base, monkeypatch):
     from transformers import AutoModelForCausalLM
     from trl import DPOConfig, DPOTrainer
 
-    rows = [{"prompt": said("user", "p", i, longest=40),
-             "chosen": said("assistant", "c", i, longest=25),
-             "rejected": said("assistant", "r", i, longest=25)} for i in range(16)]
+    rows = [
+        {
+            "prompt": said("user", "p", i, longest=40),
+            "chosen": said("assistant", "c", i, longest=25),
+            "rejected": said("assistant", "r", i, longest=25),
+        }
+        for i in range(16)
+    ]
     data = write_jsonl(tmp_path / "pairs.jsonl", rows)
     args = dpo.Args(**ours(base, tmp_path / "dpo", data, beta=0.3))
     steps = recorded_training(dpo, args, monkeypatch)
     pairs = dpo.load_pairs(args, common.load_model(base)[1])
-    compare(DPOTrainer, DPOConfig(**settings(tmp_path / "trl"), beta=0.3),
-            in_order(rows, common.lengths(pairs, True)), base, tmp_path / "dpo", steps,
-            ref_model=AutoModelForCausalLM.from_pretrained(base))
+    compare(
+        DPOTrainer,
+        DPOConfig(**settings(tmp_path / "trl"), beta=0.3),
+        in_order(rows, common.lengths(pairs, True)),
+        base,
+        tmp_path / "dpo",
+        steps,
+        ref_model=AutoModelForCausalLM.from_pretrained(base),
+    )

@@ -22,10 +22,20 @@ needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"no WebShop produ
 
 def product(asin: str, name: str, **fields) -> dict:
     """A product in the benchmark's raw format."""
-    return {"asin": asin, "name": name, "full_description": "", "pricing": "$20.0",
-            "images": ["x.jpg"], "product_category": "A › B › C", "average_rating": "",
-            "small_description": [], "customization_options": "", "category": "garden",
-            "query": "desks", **fields}
+    return {
+        "asin": asin,
+        "name": name,
+        "full_description": "",
+        "pricing": "$20.0",
+        "images": ["x.jpg"],
+        "product_category": "A › B › C",
+        "average_rating": "",
+        "small_description": [],
+        "customization_options": "",
+        "category": "garden",
+        "query": "desks",
+        **fields,
+    }
 
 
 def options(**values) -> dict:
@@ -39,18 +49,30 @@ def goal(text: str, *attributes: str, **fields) -> dict:
 DESK, TABLE, CUSHION = "B000000001", "B000000002", "B000000003"
 DESK_OPTIONS = options(Color=["Dark Oak", "White / Grey"], Size=["40 inch", "60 inch"])
 PRODUCTS = [
-    product(DESK, "Oak Writing Desk", small_description=["Solid wood", "Easy assembly"],
-            full_description="For the home office.", customization_options=DESK_OPTIONS),
-    product(TABLE, "Folding Table", query="tables", product_category="A › X",
-            pricing="$5.0 to $35.0"),
-    product(CUSHION, "Garden Chair Cushion", query="cushions", product_category="Q › R",
-            pricing=""),
-    *[product(f"B0000001{i:02}", f"Pine Shelf number{i}", query="shelves", product_category="S › T")
-      for i in range(25)],
+    product(
+        DESK,
+        "Oak Writing Desk",
+        small_description=["Solid wood", "Easy assembly"],
+        full_description="For the home office.",
+        customization_options=DESK_OPTIONS,
+    ),
+    product(
+        TABLE, "Folding Table", query="tables", product_category="A › X", pricing="$5.0 to $35.0"
+    ),
+    product(
+        CUSHION, "Garden Chair Cushion", query="cushions", product_category="Q › R", pricing=""
+    ),
+    *[
+        product(
+            f"B0000001{i:02}", f"Pine Shelf number{i}", query="shelves", product_category="S › T"
+        )
+        for i in range(25)
+    ],
 ]
 ATTRIBUTES = {
-    DESK: goal("Find me a desk of solid wood.", "solid wood",
-               attributes=["solid wood", "easy assemble"]),
+    DESK: goal(
+        "Find me a desk of solid wood.", "solid wood", attributes=["solid wood", "easy assemble"]
+    ),
     TABLE: goal("Find me a table", "steel frame", attributes=["steel frame"]),
     CUSHION: {"attributes": []},
 }
@@ -59,8 +81,11 @@ ATTRIBUTES = {
 def use(folder, monkeypatch, products=PRODUCTS, attributes=ATTRIBUTES, human=None) -> WebShop:
     """A session in a shop built from these contents (None: no such file) of the data files."""
     folder.mkdir(exist_ok=True)
-    for name, value in (("items_shuffle.json", products), ("items_ins_v2.json", attributes),
-                        ("items_human_ins.json", human)):
+    for name, value in (
+        ("items_shuffle.json", products),
+        ("items_ins_v2.json", attributes),
+        ("items_human_ins.json", human),
+    ):
         if value is not None:
             (folder / name).write_text(value if isinstance(value, str) else json.dumps(value))
     return use_data(folder, folder / "cache", monkeypatch)
@@ -97,27 +122,34 @@ def begin(env: WebShop, asin: str, **changes) -> str:
 # ---- the reward ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("change, chosen, expected", [
-    ({}, [], 1),
-    ({"options": ["dark oak", "40 inch"]}, ["dark oak", "40 INCH"], 1),
-    ({"attributes": ["solid wood", "led light"]}, [], 2 / 3),  # one of two attributes, the price
-    ({"attributes": ["easy assembly"]}, [], 1),  # similar to "easy assemble"
-    ({"attributes": ["home office"]}, [], 1),  # in the description
-    ({"attributes": ["oak writing"]}, [], 1),  # in the title, whatever its capitals
-    ({"attributes": ["bamboo"]}, [], 1 / 2),
-    ({"ceiling": 10.0}, [], 1 / 2),  # the price is 20
-    ({"ceiling": 20.0}, [], 1),
-    ({"options": ["dark oak", "40 inch"]}, ["dark oak"], 3 / 4),
-    # the last choice of an option counts
-    ({"options": ["dark oak", "40 inch"]}, ["dark oak", "60 inch", "40 inch"], 1),
-    # "60 inch" is similar to "40 inch"
-    ({"options": ["dark oak", "40 inch"]}, ["white | grey", "60 inch"], 3 / 4),
-    ({"options": ["light grey"]}, ["white | grey"], 1),  # both are some grey
-    ({"options": ["heather walnut"]}, ["white | grey"], 2 / 3),
-    ({"options": ["snow white"]}, ["white | grey"], 2 / 3),  # "grey" comes first
-    ({"options": ["slategrey"]}, ["white | grey"], 1),  # a colour inside a word
-    ({"options": ["dark heather walnut"]}, ["dark oak"], 1),  # "dark" is one of the colours
-])
+@pytest.mark.parametrize(
+    "change, chosen, expected",
+    [
+        ({}, [], 1),
+        ({"options": ["dark oak", "40 inch"]}, ["dark oak", "40 INCH"], 1),
+        (
+            {"attributes": ["solid wood", "led light"]},
+            [],
+            2 / 3,
+        ),  # one of two attributes, the price
+        ({"attributes": ["easy assembly"]}, [], 1),  # similar to "easy assemble"
+        ({"attributes": ["home office"]}, [], 1),  # in the description
+        ({"attributes": ["oak writing"]}, [], 1),  # in the title, whatever its capitals
+        ({"attributes": ["bamboo"]}, [], 1 / 2),
+        ({"ceiling": 10.0}, [], 1 / 2),  # the price is 20
+        ({"ceiling": 20.0}, [], 1),
+        ({"options": ["dark oak", "40 inch"]}, ["dark oak"], 3 / 4),
+        # the last choice of an option counts
+        ({"options": ["dark oak", "40 inch"]}, ["dark oak", "60 inch", "40 inch"], 1),
+        # "60 inch" is similar to "40 inch"
+        ({"options": ["dark oak", "40 inch"]}, ["white | grey", "60 inch"], 3 / 4),
+        ({"options": ["light grey"]}, ["white | grey"], 1),  # both are some grey
+        ({"options": ["heather walnut"]}, ["white | grey"], 2 / 3),
+        ({"options": ["snow white"]}, ["white | grey"], 2 / 3),  # "grey" comes first
+        ({"options": ["slategrey"]}, ["white | grey"], 1),  # a colour inside a word
+        ({"options": ["dark heather walnut"]}, ["dark oak"], 1),  # "dark" is one of the colours
+    ],
+)
 def test_reward_rule_by_rule(env, change, chosen, expected):
     begin(env, DESK, **{"options": [], **change})
     env.step("search[oak desk]")
@@ -132,17 +164,20 @@ SIX = "Pine Desk Chair Table Lamp Shelf"
 OTHER = {"query": "q2", "product_category": "Z"}
 
 
-@pytest.mark.parametrize("bought, wanted, expected", [
-    ({}, "Oak Desk", 1.0),
-    (OTHER, SIX, 0.5),  # 1 of 6 nouns, not above 0.2
-    (OTHER, "Pine Desk Chair Table", 1.0),  # 1 of 4 nouns
-    ({"product_category": "Z"}, SIX, 1.0),  # the same query
-    ({"query": "q2"}, SIX, 1.0),  # two categories in common
-    ({"query": "q2", "product_category": "B › Z"}, SIX, 0.5),  # one category
-    ({}, "Desk " + " ".join(c * 4 for c in "abcdefghijk"), 0.1),  # 1 of 12 nouns
-    ({}, "Garden Cushion", 0.0),
-    (OTHER, "12 x 4", 0.5),  # no noun: a share of 0.2
-])
+@pytest.mark.parametrize(
+    "bought, wanted, expected",
+    [
+        ({}, "Oak Desk", 1.0),
+        (OTHER, SIX, 0.5),  # 1 of 6 nouns, not above 0.2
+        (OTHER, "Pine Desk Chair Table", 1.0),  # 1 of 4 nouns
+        ({"product_category": "Z"}, SIX, 1.0),  # the same query
+        ({"query": "q2"}, SIX, 1.0),  # two categories in common
+        ({"query": "q2", "product_category": "B › Z"}, SIX, 0.5),  # one category
+        ({}, "Desk " + " ".join(c * 4 for c in "abcdefghijk"), 0.1),  # 1 of 12 nouns
+        ({}, "Garden Cushion", 0.0),
+        (OTHER, "12 x 4", 0.5),  # no noun: a share of 0.2
+    ],
+)
 def test_type_reward(bought, wanted, expected, monkeypatch):
     monkeypatch.setattr(ENV, "HAS_SPACY_MODEL", False)
     ENV.nouns.cache_clear()
@@ -153,8 +188,11 @@ def test_type_reward(bought, wanted, expected, monkeypatch):
 def test_nouns_are_spacys_if_its_model_is_installed(monkeypatch):
     tags = {"Oak": "PROPN", "folds": "VERB", "desk": "NOUN"}
     monkeypatch.setattr(ENV, "HAS_SPACY_MODEL", True)
-    monkeypatch.setattr(ENV, "tagger", lambda: lambda title: [
-        SimpleNamespace(text=w, pos_=tags[w]) for w in title.split()])
+    monkeypatch.setattr(
+        ENV,
+        "tagger",
+        lambda: lambda title: [SimpleNamespace(text=w, pos_=tags[w]) for w in title.split()],
+    )
     ENV.nouns.cache_clear()
     assert ENV.nouns("Oak folds desk") == ["oak", "desk"]
     ENV.nouns.cache_clear()
@@ -167,13 +205,25 @@ def test_rewards_are_in_range_and_the_goal_itself_earns_1(tmp_path, monkeypatch)
     def some(n):
         return " ".join(draw.sample(nouns, n))
 
-    products = [product(
-        f"B{i:09}", some(5), query=some(1), small_description=[some(4)],
-        pricing=f"${draw.randint(1, 1200)}.0", customization_options=options(
-            color=draw.sample([f"red {i}", f"blue {i}", "snow", "black and white"], 2),
-            size=["s", "m"][: draw.randint(1, 2)])) for i in range(40)]
-    attributes = {p["asin"]: goal("Find it.", *known[: draw.randint(1, 2)], attributes=known)
-                  for p in products for known in [[some(2), some(1)]]}
+    products = [
+        product(
+            f"B{i:09}",
+            some(5),
+            query=some(1),
+            small_description=[some(4)],
+            pricing=f"${draw.randint(1, 1200)}.0",
+            customization_options=options(
+                color=draw.sample([f"red {i}", f"blue {i}", "snow", "black and white"], 2),
+                size=["s", "m"][: draw.randint(1, 2)],
+            ),
+        )
+        for i in range(40)
+    ]
+    attributes = {
+        p["asin"]: goal("Find it.", *known[: draw.randint(1, 2)], attributes=known)
+        for p in products
+        for known in [[some(2), some(1)]]
+    }
     env = use(tmp_path / "data", monkeypatch, products, attributes)
     for i in range(len(env.shop.goals)):
         g = env.shop.goal(i)
@@ -197,9 +247,12 @@ def test_pages(env):
     text = env.step("Search[ Pine  shelf ]")[0]
     available, page = text.split("\n")
     assert available.startswith(
-        "Available actions: click[back to search], click[next >], click[b0000001")
-    assert page.startswith(f"Instruction: [SEP] {u} [SEP] Back to Search [SEP] Page 1 "
-                           "(Total results: 25) [SEP] Next > [SEP] B0000001")
+        "Available actions: click[back to search], click[next >], click[b0000001"
+    )
+    assert page.startswith(
+        f"Instruction: [SEP] {u} [SEP] Back to Search [SEP] Page 1 "
+        "(Total results: 25) [SEP] Next > [SEP] B0000001"
+    )
     assert text.count("$20.0") == 10 and "< Prev" not in text
     second = env.step("click[Next >]")[0]
     assert "Page 2" in second and "< Prev [SEP] Next >" in second
@@ -208,15 +261,19 @@ def test_pages(env):
     env.step("click[back to search]")
     env.step("search[oak desk]")
     item = env.step("click[b000000001]")[0]
-    assert ("color [SEP] dark oak [SEP] white | grey [SEP] size [SEP] 40 inch [SEP] 60 inch [SEP] "
-            "Oak Writing Desk [SEP] Price: $20.0 [SEP] Rating: N.A. [SEP] Description [SEP] "
-            "Features [SEP] Reviews [SEP] Attributes [SEP] Buy Now") in item
+    assert (
+        "color [SEP] dark oak [SEP] white | grey [SEP] size [SEP] 40 inch [SEP] 60 inch [SEP] "
+        "Oak Writing Desk [SEP] Price: $20.0 [SEP] Rating: N.A. [SEP] Description [SEP] "
+        "Features [SEP] Reviews [SEP] Attributes [SEP] Buy Now"
+    ) in item
     assert "click[white | grey]" in item
     assert env.step("click[60 inch]")[0].startswith("You have clicked 60 inch.\n")
     for page, shown in (
-            ("description", "For the home office."), ("reviews", "No reviews found"),
-            ("features", "Solid wood [SEP] Easy assembly"),
-            ("attributes", "solid wood [SEP] easy assemble [SEP] garden [SEP] desks")):
+        ("description", "For the home office."),
+        ("reviews", "No reviews found"),
+        ("features", "Solid wood [SEP] Easy assembly"),
+        ("attributes", "solid wood [SEP] easy assemble [SEP] garden [SEP] desks"),
+    ):
         assert shown in env.step(f"click[{page}]")[0]
         assert env.step("click[< Prev]")[0] == item
         assert env.options == {"size": "60 inch"}, "a chosen option stays chosen"
@@ -226,8 +283,20 @@ def test_pages(env):
 
 def test_invalid_actions_leave_the_page_unchanged(env):
     begin(env, DESK)
-    for action in ("click[buy now]", "search[]", "search[ ]", "click[]", "buy", "", "[", "search",
-                   "click[b000000001]", "click[search]", "think[desk]", "click[\u2603]"):
+    for action in (
+        "click[buy now]",
+        "search[]",
+        "search[ ]",
+        "click[]",
+        "buy",
+        "",
+        "[",
+        "search",
+        "click[b000000001]",
+        "click[search]",
+        "think[desk]",
+        "click[\u2603]",
+    ):
         before = (env.page, env.item, env.hits)
         observation, reward, done, success = env.step(action)
         assert env.failed(observation) and "search[keywords]" in observation
@@ -241,10 +310,13 @@ def test_search_ranks_by_bm25(env):
     """Lucene's BM25 with k1 0.9 and b 0.4 over title, description, first feature and options."""
     shop, stem = env.shop, SHOP.STEMMER.stemWord
     assert shop.search("solid wooden DESKS for the oak") == [0], "stems match, stop words do not"
-    texts = [f"{p['name']} {p['full_description']} {' '.join(p['small_description'][:1])}".lower()
-             for p in PRODUCTS]
-    texts[0] = ("oak writing desk home office solid wood color dark oak white grey "
-                "size 40 inch 60 inch")
+    texts = [
+        f"{p['name']} {p['full_description']} {' '.join(p['small_description'][:1])}".lower()
+        for p in PRODUCTS
+    ]
+    texts[0] = (
+        "oak writing desk home office solid wood color dark oak white grey size 40 inch 60 inch"
+    )
     stems = [list(map(stem, t.split())) for t in texts]
     mean = sum(map(len, stems)) / len(stems)
 
@@ -267,11 +339,15 @@ def test_detours_of_a_buyer():
     """The examples open the first product with all keywords and choose what the task names."""
     words = common.load_module(common.DATA / "webshop" / "thoughts.py", "thoughts.webshop")
     u = "Find me an oak desk with color: white, and size: 6 inch, and price lower than 30.0 dollars"
-    search = ["search[desks oak]", "Page 1 [SEP] B000000002 [SEP] Oak Table [SEP] $20.0 [SEP] "
-              "B000000001 [SEP] Oak Desk [SEP] $20.0"]
+    search = [
+        "search[desks oak]",
+        "Page 1 [SEP] B000000002 [SEP] Oak Table [SEP] $20.0 [SEP] "
+        "B000000001 [SEP] Oak Desk [SEP] $20.0",
+    ]
     table, desk, white, size = (
         [f"click[{value}]", "You have clicked it." if len(value) < 10 else "Buy Now"]
-        for value in ("b000000002", "b000000001", "white", "6 inch"))
+        for value in ("b000000002", "b000000001", "white", "6 inch")
+    )
     assert words.detour(u, [search, desk, white, size]) is None
     assert "just the wanted options" in words.detour(u, [search, desk, white])
     assert "keywords in its title" in words.detour(u, [search, table, white, size])

@@ -60,8 +60,10 @@ def test_splits_and_goals_of_people(tmp_path, monkeypatch, env):
     for task in ("goal/5", "goal/x", "goal/²", "desk/1", "goal/-1", "1"):
         with pytest.raises(InputError, match="goal/NUMBER with NUMBER below 5"):
             env.reset(task)
-    many = {f"B{i:09}": [goal(f"Find me desk {i}.", "wood", instruction_options=["red"])] * 10
-            for i in range(350)}
+    many = {
+        f"B{i:09}": [goal(f"Find me desk {i}.", "wood", instruction_options=["red"])] * 10
+        for i in range(350)
+    }
     many["B000000000"][3] = goal("nothing to look for", instruction_options=[])
     products = [product(asin, "Desk") for asin in many]
     env = use(tmp_path / "many", monkeypatch, products, {}, human=many)
@@ -75,10 +77,15 @@ def test_splits_and_goals_of_people(tmp_path, monkeypatch, env):
     monkeypatch.delenv("WEBSHOP_GOALS")
     with pytest.raises(InputError, match="has no goal .*WEBSHOP_GOALS=attributes"):
         use(tmp_path / "other", monkeypatch, products[:1], {}, human={"B999999999": many[DESK]})
-    odd = {DESK: None, TABLE: [
-        "not an object", goal("Find it") | {"instruction_attributes": "wood"},
-        {"instruction_attributes": ["wood"]},
-        goal("Find me a desk.", "w", instruction_options=None)]}
+    odd = {
+        DESK: None,
+        TABLE: [
+            "not an object",
+            goal("Find it") | {"instruction_attributes": "wood"},
+            {"instruction_attributes": ["wood"]},
+            goal("Find me a desk.", "w", instruction_options=None),
+        ],
+    }
     env = use(tmp_path / "odd", monkeypatch, PRODUCTS, {}, human=odd)
     goals = [env.shop.goal(i) for i in range(len(env.shop.goals))]
     assert sorted(g["text"].split(",")[0] for g in goals) == ["", "Find me a desk"]
@@ -103,8 +110,11 @@ def test_json_is_read_in_chunks(tmp_path, monkeypatch):
             text = json.dumps(value, indent=indent, ensure_ascii=ascii_only or value == ["\ud83d"])
             path.write_text(f"\ufeff {text}", encoding="utf-8")
             as_list = list(value.items()) if isinstance(value, dict) else value
-            read = SHOP.read_json_items if isinstance(value, dict) else (
-                lambda path: SHOP.read_json(path, "["))
+            read = (
+                SHOP.read_json_items
+                if isinstance(value, dict)
+                else (lambda path: SHOP.read_json(path, "["))
+            )
             assert list(read(path)) == as_list
     assert math.isnan(next(SHOP.read_json(write(path, "[NaN]"), "[")))
     whole = json.dumps(rows[:50])
@@ -125,15 +135,31 @@ def test_malformed_products(tmp_path, monkeypatch, capfd):
     odd = [
         product("B000000001", "Desk", pricing=None, images=[]),
         product("B000000002", "Lamp", pricing="about twelve"),
-        product("B000000001", "Desk again"), product("nan", "No number"),
-        product("B0000000012345", "Long number"), product("B000000003", ""), "not a product",
+        product("B000000001", "Desk again"),
+        product("nan", "No number"),
+        product("B0000000012345", "Long number"),
+        product("B000000003", ""),
+        "not a product",
         {"asin": "B000000004"},
         product("B000000005", "Odd \ud83d text \x00 \u202e end", full_description=None),
-        product("B000000006", "Half options", customization_options={
-            "Color": None, "Fit": [],
-            "Size": [{"value": "s"}, {"image": "x"}, {"value": None}, {"value": "  "}, "m"]}),
-        product("B000000007", "Sparse", small_description="one text", product_category=None,
-                query=None, category=7, average_rating=float("nan")),
+        product(
+            "B000000006",
+            "Half options",
+            customization_options={
+                "Color": None,
+                "Fit": [],
+                "Size": [{"value": "s"}, {"image": "x"}, {"value": None}, {"value": "  "}, "m"],
+            },
+        ),
+        product(
+            "B000000007",
+            "Sparse",
+            small_description="one text",
+            product_category=None,
+            query=None,
+            category=7,
+            average_rating=float("nan"),
+        ),
         {"asin": "B000000008", "name": "Bare"},
     ]
     attributes = {p["asin"]: goal("Find it", "x") for p in odd if isinstance(p, dict)}
@@ -157,11 +183,17 @@ def test_malformed_products(tmp_path, monkeypatch, capfd):
         assert 0 <= env.step("click[buy now]")[1] <= 1
 
 
-@pytest.mark.parametrize("products, attributes, message", [
-    (None, None, "no items_shuffle"), ("[]", None, "items_ins_v2.json is missing"),
-    ("[]", "{}", "no usable product"), ('[{"asin": ', "{}", "items_shuffle.json is not complete"),
-    ("[]", "[]", "items_ins_v2.json must be a JSON object"),
-    ("hello", "{}", "must be a JSON list")])
+@pytest.mark.parametrize(
+    "products, attributes, message",
+    [
+        (None, None, "no items_shuffle"),
+        ("[]", None, "items_ins_v2.json is missing"),
+        ("[]", "{}", "no usable product"),
+        ('[{"asin": ', "{}", "items_shuffle.json is not complete"),
+        ("[]", "[]", "items_ins_v2.json must be a JSON object"),
+        ("hello", "{}", "must be a JSON list"),
+    ],
+)
 def test_bad_data_is_named(tmp_path, monkeypatch, products, attributes, message):
     with pytest.raises(InputError, match=message):
         use(tmp_path, monkeypatch, products, attributes)
@@ -184,8 +216,17 @@ def test_the_index_is_built_once_by_processes_that_start_together(tmp_path, monk
     cache = tmp_path / "other"
     code = "import common; print(len(common.environment('webshop')().shop.goals))"
     variables = script_env(WEBSHOP_DATA=str(tmp_path / "data"), XDG_CACHE_HOME=str(cache))
-    running = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=variables, text=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(3)]
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            env=variables,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for _ in range(3)
+    ]
     said = [p.communicate() for p in running]
     assert [out for out, _ in said] == ["5\n"] * 3, said
     assert sum("WebShop's products" in err for _, err in said) == 1
@@ -226,9 +267,15 @@ def test_random_episodes(hundred):
         u, done = hundred.reset(f"goal/{draw.randrange(len(hundred.shop.goals))}"), False
         for _ in range(15):
             clickable, valid = hundred.clickable(), draw.random() < 0.9
-            action = draw.choice(odd) if not valid else (
-                f"click[{draw.choice(clickable)}]" if clickable
-                else f"search[{' '.join(draw.sample(u.split(), 3))}]")
+            action = (
+                draw.choice(odd)
+                if not valid
+                else (
+                    f"click[{draw.choice(clickable)}]"
+                    if clickable
+                    else f"search[{' '.join(draw.sample(u.split(), 3))}]"
+                )
+            )
             observation, reward, done, success = hundred.step(action)
             assert 0 <= reward <= 1 and success == (reward == 1 and done) and observation
             assert not (valid and hundred.failed(observation))
@@ -261,8 +308,21 @@ def test_stages(tmp_path, chat_server):
         return f"Thought: the plan says so.\nAction: {e['steps'][len(messages) // 2][0]}"
 
     url = chat_server(reply).url
-    check_run("03_sample_score.py", *flags, "--planner_url", url, "--agent_url", url, "--m", 6,
-              "--n", 1, "--limit", 6, env=env)
+    check_run(
+        "03_sample_score.py",
+        *flags,
+        "--planner_url",
+        url,
+        "--agent_url",
+        url,
+        "--m",
+        6,
+        "--n",
+        1,
+        "--limit",
+        6,
+        env=env,
+    )
     pairs = common.read_rows(out / "pairs.jsonl")
     assert pairs and all((p["q_chosen"], p["q_rejected"]) == (1.0, 0.0) for p in pairs)
     check_run("05_eval.py", *flags, "--agents", url, "--plans", "none", "--limit", 3, env=env)

@@ -29,8 +29,10 @@ def textworld():
         from textworld.envs.pddl import textgen
         from textworld.logic import Rule
     except ImportError as e:
-        raise InputError(f"this environment needs the package alfworld ({e}): pip install -r "
-                         f"{Path(__file__).with_name('requirements.txt')}") from None
+        raise InputError(
+            f"this environment needs the package alfworld ({e}): pip install -r "
+            f"{Path(__file__).with_name('requirements.txt')}"
+        ) from None
     translate = functools.lru_cache(32)(fast_downward.pddl2sas)
     load_lib, cached = fast_downward.load_lib, functools.lru_cache(4096)
 
@@ -41,11 +43,15 @@ def textworld():
 
     fast_downward.load_lib = load_lib_without_replan
     fast_downward.pddl2sas = lambda domain, problem, verbose=False, optimize=False: (
-        (None, "") if optimize else translate(domain, problem))
+        (None, "") if optimize else translate(domain, problem)
+    )
     textgen._parse_and_convert = cached(textgen._parse_and_convert)
     Rule.parse_conjunctive_query = cached(Rule.parse_conjunctive_query)
     textgen.copy_context = lambda c: {
-        **c, "variables": dict(c["variables"]), "mapping": dict(c["mapping"])}
+        **c,
+        "variables": dict(c["variables"]),
+        "mapping": dict(c["mapping"]),
+    }
     infos = textworld.EnvInfos(won=True, admissible_commands=True)
     return lambda path: textworld.start(path, infos, wrappers=[AlfredDemangler(), AlfredInfos])
 
@@ -58,12 +64,21 @@ class ALFWorld(Environment):
     SECONDS = {"expert": 0.6, "reset": 0.03, "step": 0.005}
     FOLDER = "json_2.1.1"
     SPLITS = {"train": "train", "seen": "valid_seen", "unseen": "valid_unseen"}
-    MAX_STEPS = dict.fromkeys((
-        "pick_and_place_simple", "look_at_obj_in_light", "pick_clean_then_place_in_recep",
-        "pick_heat_then_place_in_recep", "pick_cool_then_place_in_recep",
-        "pick_two_obj_and_place"), 30)
-    VERBS = set("go take put open close toggle clean heat cool examine look find locate search "
-                "check choose repeat".split())
+    MAX_STEPS = dict.fromkeys(
+        (
+            "pick_and_place_simple",
+            "look_at_obj_in_light",
+            "pick_clean_then_place_in_recep",
+            "pick_heat_then_place_in_recep",
+            "pick_cool_then_place_in_recep",
+            "pick_two_obj_and_place",
+        ),
+        30,
+    )
+    VERBS = set(
+        "go take put open close toggle clean heat cool examine look find locate search "
+        "check choose repeat".split()
+    )
     PUT = re.compile(r"(?:put|move|place) (.+?) (?:in/on|into|onto|in|on|to) (.+)")
     TOGGLE = re.compile(r"(?:use|toggle|turn on) (\S+ \d+)\b.*")
 
@@ -86,8 +101,10 @@ class ALFWorld(Environment):
         if not any(found.values()):
             others = ", ".join(sorted(p.name for p in data.glob("json_*") if p.name != cls.FOLDER))
             others = f" ({data} has {others} only)" if others else ""
-            raise InputError(f"no ALFWorld games in {data / cls.FOLDER}{others}: fetch them with "
-                             f"`make data`, or set ALFWORLD_DATA to the folder of {cls.FOLDER}")
+            raise InputError(
+                f"no ALFWorld games in {data / cls.FOLDER}{others}: fetch them with "
+                f"`make data`, or set ALFWORLD_DATA to the folder of {cls.FOLDER}"
+            )
         return found
 
     def columns(self, split: str) -> list[list[str]]:
@@ -122,8 +139,10 @@ class ALFWorld(Environment):
     @classmethod
     def check(cls, task: str) -> None:
         if not any(task in tasks for tasks in cls.games().values()):
-            raise InputError(f"unknown ALFWorld task {task!r}: it must be TYPE/TRIAL, a trial "
-                             f"folder of the games, with TYPE one of {', '.join(cls.MAX_STEPS)}")
+            raise InputError(
+                f"unknown ALFWorld task {task!r}: it must be TYPE/TRIAL, a trial "
+                f"folder of the games, with TYPE one of {', '.join(cls.MAX_STEPS)}"
+            )
 
     def reset(self, task: str) -> str:
         """Start `task`; the instruction u: the room and the task, without the game's banner."""
@@ -141,8 +160,10 @@ class ALFWorld(Environment):
             self.env = None
             if isinstance(e, InputError):
                 raise
-            raise InputError(f"{path} cannot be played ({type(e).__name__}: {e}): fetch the games "
-                             "again (make data)") from None
+            raise InputError(
+                f"{path} cannot be played ({type(e).__name__}: {e}): fetch the games "
+                "again (make data)"
+            ) from None
         self.path = path
         return self.state.feedback.split("\n\n", 1)[1]
 
@@ -215,8 +236,11 @@ class ALFWorld(Environment):
             expert.observe(self.state.feedback)
             while True:
                 facts = sorted(self.state["facts"], key=lambda f: (f.name, f.names))
-                seen = {"feedback": self.state.feedback, "facts": facts,
-                        "admissible_commands": self.state.admissible_commands}
+                seen = {
+                    "feedback": self.state.feedback,
+                    "facts": facts,
+                    "admissible_commands": self.state.admissible_commands,
+                }
                 action = expert.act(seen, 0, False, last)
                 action = action if action in self.state.admissible_commands else "look"
                 yield action

@@ -12,11 +12,13 @@ DISH = "cabinet countertop diningtable shelf sinkbasin"
 BATH = "toilet countertop shelf cabinet"
 DESK = "desk dresser sidetable shelf drawer"
 LIVING = "coffeetable sofa sidetable armchair dresser desk drawer"
-USUAL = dict.fromkeys("apple egg lettuce potato tomato".split(), FOOD) | dict.fromkeys(
-    "bowl cup mug plate".split(), DISH) | dict.fromkeys(
-    "candle soapbar soapbottle spraybottle".split(), BATH) | dict.fromkeys(
-    "alarmclock book cd desklamp pen pencil".split(), DESK) | dict.fromkeys(
-    "cellphone creditcard keychain remotecontrol watch".split(), LIVING)
+USUAL = (
+    dict.fromkeys("apple egg lettuce potato tomato".split(), FOOD)
+    | dict.fromkeys("bowl cup mug plate".split(), DISH)
+    | dict.fromkeys("candle soapbar soapbottle spraybottle".split(), BATH)
+    | dict.fromkeys("alarmclock book cd desklamp pen pencil".split(), DESK)
+    | dict.fromkeys("cellphone creditcard keychain remotecontrol watch".split(), LIVING)
+)
 INSIDE = set("cabinet drawer fridge garbagecan microwave safe sinkbasin".split())
 WALK = ("go", "open", "close")
 STATE = {"clean": "clean", "heat": "hot", "cool": "cool"}
@@ -34,10 +36,21 @@ def read(steps: list) -> list[SimpleNamespace]:
         aim, thing, number = steps[j][0].split()[:3] if j is not None else ("", "", "")
         there = next((a[len("go to ") :] for a, _ in steps[j or 0 :: -1] if a[:3] == "go "), "")
         seen = bool(re.search(rf"\b{thing} {number}\b", past))
-        out.append(SimpleNamespace(
-            verb=verb, place=place, aim=aim, thing=thing, object=f"{thing} {number}", there=there,
-            search=aim in ("take", "toggle") and not seen, seen=seen, tried=tried, been=been,
-            usual=place.split()[0] in USUAL.get(thing, "").split()))
+        out.append(
+            SimpleNamespace(
+                verb=verb,
+                place=place,
+                aim=aim,
+                thing=thing,
+                object=f"{thing} {number}",
+                there=there,
+                search=aim in ("take", "toggle") and not seen,
+                seen=seen,
+                tried=tried,
+                been=been,
+                usual=place.split()[0] in USUAL.get(thing, "").split(),
+            )
+        )
         past += observation
         if verb == "go":
             tried = [*tried, place]
@@ -50,8 +63,17 @@ def cleaned(actions: list[str]) -> list[str]:
     """Without closing, and without looking for an object where it is not usually, or again where it
     was not."""
     steps = zip(actions, read([(action, "") for action in actions]), strict=True)
-    return [action for action, s in steps if s.verb != "close" and not (
-        s.verb in WALK and s.search and s.place != s.there and (not s.usual or s.place in s.been))]
+    return [
+        action
+        for action, s in steps
+        if s.verb != "close"
+        and not (
+            s.verb in WALK
+            and s.search
+            and s.place != s.there
+            and (not s.usual or s.place in s.been)
+        )
+    ]
 
 
 def detour(u: str, steps: list) -> str | None:
@@ -105,18 +127,26 @@ def thoughts(u: str, steps: list) -> list[str]:
         text, thing, here = "", s.thing, at(s.place)
         if s.verb == "go" and s.aim in ("take", "toggle"):
             need = f"I have the {held}. " if s.aim == "toggle" else ""
-            need += (f"The second {thing} is still missing" if done and s.aim == "take"
-                     else f"Now I need {a(thing)} to look at it" if done else
-                     f"First I need {a(thing)}")
+            need += (
+                f"The second {thing} is still missing"
+                if done and s.aim == "take"
+                else f"Now I need {a(thing)} to look at it"
+                if done
+                else f"First I need {a(thing)}"
+            )
             if s.seen:
                 text = f"{need}. I saw {s.object} {here}, so I go back there"
             elif not last and s.been:
                 text = f"{need}. I have not looked {here} yet, so I go there"
             elif not last:
-                kinds = sorted((k for k in USUAL[thing].split() if f" {k} " in room),
-                               key=lambda k: not s.place.startswith(k))
-                text = (f"{need}. {a(thing).capitalize()} is usually {places(kinds)}. I start with "
-                        f"the {s.place}")
+                kinds = sorted(
+                    (k for k in USUAL[thing].split() if f" {k} " in room),
+                    key=lambda k: not s.place.startswith(k),
+                )
+                text = (
+                    f"{need}. {a(thing).capitalize()} is usually {places(kinds)}. I start with "
+                    f"the {s.place}"
+                )
             elif before.endswith("you see nothing."):
                 text = f"The {last} is empty, so I look {here} next"
             else:
@@ -124,14 +154,23 @@ def thoughts(u: str, steps: list) -> list[str]:
         elif s.verb == "go" and s.aim == "put":
             state = STATE.get(done[-1].verb)
             if two and len(done) == 1:
-                text = (f"I can carry only one object, so I bring this {thing} to the {s.place} "
-                        "before I fetch the second one")
+                text = (
+                    f"I can carry only one object, so I bring this {thing} to the {s.place} "
+                    "before I fetch the second one"
+                )
             else:
-                text = (f"The {thing} is {state} now" if state else f"I have the second {thing}"
-                        if two else f"I have the {thing}") + f". What is left is to put it {here}"
+                text = (
+                    f"The {thing} is {state} now"
+                    if state
+                    else f"I have the second {thing}"
+                    if two
+                    else f"I have the {thing}"
+                ) + f". What is left is to put it {here}"
         elif s.verb == "go":
-            text = (f"I have the {thing}. It has to be {STATE[s.aim]} before it goes {at(target)}, "
-                    f"and I can {s.aim} it with the {s.place}")
+            text = (
+                f"I have the {thing}. It has to be {STATE[s.aim]} before it goes {at(target)}, "
+                f"and I can {s.aim} it with the {s.place}"
+            )
         elif s.verb == "open" and s.aim == "put":
             text = f"The {s.place} is closed, so I open it to put the {thing} in"
         elif s.verb == "open" and not any("is closed" in t for t in texts):

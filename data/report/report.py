@@ -61,8 +61,10 @@ def colour(name: str, number: int) -> str:
 
 def errors(cells: list[dict]) -> list[list[float]]:
     """Lengths of the error bars below and above the means, x 100."""
-    return [[max(0.0, 100 * side * (c["interval"][i] - c["mean"])) for c in cells]
-            for i, side in ((0, -1), (1, 1))]
+    return [
+        [max(0.0, 100 * side * (c["interval"][i] - c["mean"])) for c in cells]
+        for i, side in ((0, -1), (1, 1))
+    ]
 
 
 def line(axis, x, cells: list[dict], **options) -> None:
@@ -82,16 +84,35 @@ def bars(results: list[dict], metric: str, path: Path) -> None:
         shift = (i - (len(settings) - 1) / 2) * width
         x = [groups.index((r["agent"], r["split"])) + shift for r in own]
         cells = [r[metric] for r in own]
-        axis.bar(x, [100 * c["mean"] for c in cells], width * 0.92, yerr=errors(cells), capsize=3,
-                 color=colour(setting, i), label=named(setting),
-                 error_kw={"lw": 1, "ecolor": "#444"})
+        axis.bar(
+            x,
+            [100 * c["mean"] for c in cells],
+            width * 0.92,
+            yerr=errors(cells),
+            capsize=3,
+            color=colour(setting, i),
+            label=named(setting),
+            error_kw={"lw": 1, "ecolor": "#444"},
+        )
         for xi, c in zip(x, cells, strict=True):
-            axis.text(xi, 0, f"{100 * c['mean']:.3g}", fontsize=8, ha="center", va="bottom",
-                      color="black" if setting == "none" else "white")
+            axis.text(
+                xi,
+                0,
+                f"{100 * c['mean']:.3g}",
+                fontsize=8,
+                ha="center",
+                va="bottom",
+                color="black" if setting == "none" else "white",
+            )
     axis.set_xticks(range(len(groups)), [f"{short(a, rows)}\n{split}" for a, split in groups])
     axis.set(ylabel=f"{METRICS[metric][0]} x 100", ylim=(0, None))
-    axis.legend(frameon=False, ncols=len(settings), loc="upper center", fontsize=8,
-                bbox_to_anchor=(0.5, 1.12))
+    axis.legend(
+        frameon=False,
+        ncols=len(settings),
+        loc="upper center",
+        fontsize=8,
+        bbox_to_anchor=(0.5, 1.12),
+    )
     save(figure, path)
 
 
@@ -103,8 +124,13 @@ def lines(results: list[dict], path: Path) -> None:
     for axis, split in zip(panels, splits, strict=True):
         for i, setting in enumerate(unique(sorted(rows, key=rank), "plans")):
             own = [r for r in rows if (r["plans"], r["split"]) == (setting, split)]
-            line(axis, [agents.index(r["agent"]) for r in own], [r["reward"] for r in own],
-                 color=colour(setting, i), label=named(setting))
+            line(
+                axis,
+                [agents.index(r["agent"]) for r in own],
+                [r["reward"] for r in own],
+                color=colour(setting, i),
+                label=named(setting),
+            )
         axis.set_xticks(range(len(agents)), [short(agent, rows) for agent in agents], rotation=20)
         axis.set(title=split, ylabel="average reward x 100")
     panels[0].legend(frameon=False)
@@ -119,12 +145,26 @@ def sample_counts(results: list[dict], path: Path) -> None:
     for fixed, axis in enumerate(reversed(panels)):  # 0: M is fixed, N varies
         most = max(mn[fixed] for mn, _ in rows)
         for i, agent in enumerate(unique([r for _, r in rows], "agent")):
-            own = sorted(((mn[1 - fixed], r["reward"]) for mn, r in rows
-                          if mn[fixed] == most and r["agent"] == agent), key=lambda v: v[0])
-            line(axis, [x for x, _ in own], [c for _, c in own], color=MORE_COLOURS[i % 4],
-                 label=short(agent, results))
-        axis.set(xlabel=f"{'NM'[fixed]}, {'MN'[fixed]} = {most}", ylabel="average reward x 100",
-                 xticks=sorted({mn[1 - fixed] for mn, _ in rows if mn[fixed] == most}))
+            own = sorted(
+                (
+                    (mn[1 - fixed], r["reward"])
+                    for mn, r in rows
+                    if mn[fixed] == most and r["agent"] == agent
+                ),
+                key=lambda v: v[0],
+            )
+            line(
+                axis,
+                [x for x, _ in own],
+                [c for _, c in own],
+                color=MORE_COLOURS[i % 4],
+                label=short(agent, results),
+            )
+        axis.set(
+            xlabel=f"{'NM'[fixed]}, {'MN'[fixed]} = {most}",
+            ylabel="average reward x 100",
+            xticks=sorted({mn[1 - fixed] for mn, _ in rows if mn[fixed] == most}),
+        )
     panels[0].legend(frameon=False)
     save(figure, path)
 
@@ -186,31 +226,56 @@ def page(cells: list[dict], tables: list[Table], figures: dict[str, Path], chunk
             played = {i: row for i, (row, _) in under.items() if row}
             episodes = list({id(row): row for row in played.values()}.values())
             numbers = {id(row): n for n, row in enumerate(episodes)}
-            index.append([env, task, split, {
-                i: [row["reward"], int(row["success"])] for i, row in played.items()}])
-            block.append({
-                "instruction": next((e["instruction"] for e in episodes if e["instruction"]), ""),
-                "plans": {i: text for i, (_, text) in under.items()},
-                "episodes": [{k: e[k] for k in ("reward", "end", "steps")} for e in episodes],
-                "played": {i: numbers[id(row)] for i, row in played.items()}})
+            index.append(
+                [
+                    env,
+                    task,
+                    split,
+                    {i: [row["reward"], int(row["success"])] for i, row in played.items()},
+                ]
+            )
+            block.append(
+                {
+                    "instruction": next(
+                        (e["instruction"] for e in episodes if e["instruction"]), ""
+                    ),
+                    "plans": {i: text for i, (_, text) in under.items()},
+                    "episodes": [{k: e[k] for k in ("reward", "end", "steps")} for e in episodes],
+                    "played": {i: numbers[id(row)] for i, row in played.items()},
+                }
+            )
         blocks.append(compressed(block))
-    names = [{"agent": short(agent, cells), "plans": named(plans), "insert": insert}
-             for agent, plans, insert in columns]
+    names = [
+        {"agent": short(agent, cells), "plans": named(plans), "insert": insert}
+        for agent, plans, insert in columns
+    ]
     images = {t: base64.b64encode(path.read_bytes()).decode() for t, path in figures.items()}
     pictures = "".join(
         f'<figure><img alt="{t}" src="data:image/png;base64,{image}"><figcaption>{t}</figcaption>'
-        "</figure>" for t, image in images.items())
-    scripts = "".join(f'<script type="text/plain" id="block{i}">{b}</script>\n'
-                      for i, b in enumerate(blocks))
+        "</figure>"
+        for t, image in images.items()
+    )
+    scripts = "".join(
+        f'<script type="text/plain" id="block{i}">{b}</script>\n' for i, b in enumerate(blocks)
+    )
     return common.fill(
-        Path(__file__).with_name("report.html").read_text(), figures=pictures, blocks=scripts,
+        Path(__file__).with_name("report.html").read_text(),
+        figures=pictures,
+        blocks=scripts,
         title=html.escape(" ".join(unique(cells, "env"))),
         tables="".join(t.html() for t in tables),
-        index=compressed({"columns": names, "tasks": index, "chunk": chunk}))
+        index=compressed({"columns": names, "tasks": index, "chunk": chunk}),
+    )
 
 
-def write(folder: Path, cells: list[dict], outdated: int, results: list[dict],
-          differences: list[dict], judged: dict | None) -> str:
+def write(
+    folder: Path,
+    cells: list[dict],
+    outdated: int,
+    results: list[dict],
+    differences: list[dict],
+    judged: dict | None,
+) -> str:
     """Write results.md, results.json, report.html and the paper's tables and figures for which
     there are cells. `judged`: {"plans", "judge", "verdicts"}. Returns the text of results.md."""
     folder.mkdir(exist_ok=True)
@@ -220,11 +285,13 @@ def write(folder: Path, cells: list[dict], outdated: int, results: list[dict],
     rows = {name: select(results, *TABLES[name][2:]) for name in ("fig3", "fig4", "fig5")}
     rows["fig5"] = [r for r in rows["fig5"] if r["split"] == rows["fig5"][-1]["split"]]
     rows["results"] = select(results, re.compile(r"(?!fig5/).*"), INSTRUCTION)
-    draw = {"results": lambda path: bars(rows["results"], "reward", path),
-            "fig3": lambda path: bars(rows["fig3"], "reward_per_step", path),
-            "fig4": lambda path: lines(rows["fig4"], path),
-            "fig5": lambda path: sample_counts(rows["fig5"], path),
-            "fig6": lambda path: judged_bars(judged["verdicts"], path)}
+    draw = {
+        "results": lambda path: bars(rows["results"], "reward", path),
+        "fig3": lambda path: bars(rows["fig3"], "reward_per_step", path),
+        "fig4": lambda path: lines(rows["fig4"], path),
+        "fig5": lambda path: sample_counts(rows["fig5"], path),
+        "fig6": lambda path: judged_bars(judged["verdicts"], path),
+    }
     figures = {}
     for name in ("results", *tables):
         if name in draw and (name == "fig6" or any(r["reward"] for r in rows[name])):
@@ -233,8 +300,9 @@ def write(folder: Path, cells: list[dict], outdated: int, results: list[dict],
             draw[name](figures[title])
     every = [overview(results, outdated), gains(results, differences), *tables.values()]
     for name, table in tables.items():
-        common.write_text(folder / f"{name}.md",
-                          f"{table.markdown()}\n```latex\n{table.latex()}```\n")
+        common.write_text(
+            folder / f"{name}.md", f"{table.markdown()}\n```latex\n{table.latex()}```\n"
+        )
     env, runs = ", ".join(unique(cells, "env")), unique(cells, "run")
     text = f"# {env}\n\n" + f"Run folders: {', '.join(runs)}\n\n" * (len(runs) > 1)
     text += "\n".join(t.markdown() for t in every)

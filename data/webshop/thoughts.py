@@ -37,21 +37,30 @@ def thoughts(u: str, steps: list) -> list[str]:
         result = re.search(rf"({value.upper()}) \[SEP\] (.+?) \[SEP\] (\$\S+)", before)
         if action.startswith("search"):
             keywords = value
-            text = ("I search for the kind of product and for what it must be like. The "
-                    f"{' and the '.join(names.values())} can be chosen later on the product's "
-                    "page, and the results show the price.")
+            text = (
+                "I search for the kind of product and for what it must be like. The "
+                f"{' and the '.join(names.values())} can be chosen later on the product's "
+                "page, and the results show the price."
+            )
         elif result:
             code, title, price = result.groups()
             others = ", and no other result has" if len(fitting(keywords, before)) == 1 else ""
-            text = (f'The title of {code}, "{title}", has all that I search for{others}. Its price '
-                    f"of {price} is below {ceiling} dollars, so I open its page.")
+            text = (
+                f'The title of {code}, "{title}", has all that I search for{others}. Its price '
+                f"of {price} is below {ceiling} dollars, so I open its page."
+            )
         elif value in names:
-            text = (f"The {names[value]} is still missing; {value} can be chosen here." if chosen
-                    else f"This page offers the {names[value]} {value}, which the task wants.")
+            text = (
+                f"The {names[value]} is still missing; {value} can be chosen here."
+                if chosen
+                else f"This page offers the {names[value]} {value}, which the task wants."
+            )
             chosen.append(f"{names[value]} {value}")
         elif value == "buy now":
-            text = (f"The {' and the '.join(chosen)} are chosen, and kind and price are right: "
-                    "nothing is missing, so I buy it.")
+            text = (
+                f"The {' and the '.join(chosen)} are chosen, and kind and price are right: "
+                "nothing is missing, so I buy it."
+            )
         texts.append(text)
         before = observation
     return texts
