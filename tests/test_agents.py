@@ -30,7 +30,7 @@ def tried(task, reward, steps, rollout=0, end="steps") -> dict:
         "success": reward == 1.0,
         "end": end,
         "steps": steps,
-        "setting": "now",
+        "fingerprint": "now",
         "instruction": f"Do {task}.",
     }
 
@@ -263,7 +263,7 @@ def test_knowledge_from_expert_against_failure(seeded, tmp_path, chat_server):
     failures = [
         tried(t, 0.1 * i, [[f"Action: wrong {i}", "No."]], i) for i in (2, 1) for t in others
     ]
-    old = tried(first, 0.0, [["Action: older", "No."]]) | {"setting": "before retraining"}
+    old = tried(first, 0.0, [["Action: older", "No."]]) | {"fingerprint": "before retraining"}
     failed = write_jsonl(
         tmp_path / "explore.jsonl", [old, *failures, tried(first, 1.0, [["Action: right", "Yes."]])]
     )

@@ -6,10 +6,10 @@ import json
 import shutil
 
 import pytest
-from conftest import CORRIDOR, ROOT, models, stage, write_jsonl
+from conftest import CORRIDOR, ROOT, stage, write_jsonl
 
 import common
-from common import InputError, digest, plan_reply, read_rows
+from common import InputError, fingerprint, plan_reply, read_rows
 
 seed, sft, score, dpo, ev = map(
     stage, ("01_seed_plans", "02_sft", "03_sample_score", "04_dpo", "05_eval")
@@ -172,23 +172,23 @@ def test_rows_of_another_version(tmp_path):
 def test_model_directories(tmp_path, tiny_model, monkeypatch):
     model = tmp_path / "model"
     with pytest.raises(InputError, match=f"{model} does not exist"):
-        models.check_model(str(model))
+        common.check_model(str(model))
     with pytest.raises(InputError, match="runs/x/sft does not exist"):
-        models.check_model("runs/x/sft")
-    models.check_model("meta-llama/Llama-3.1-8B-Instruct")  # may be downloaded
+        common.check_model("runs/x/sft")
+    common.check_model("meta-llama/Llama-3.1-8B-Instruct")  # may be downloaded
     shutil.copytree(tiny_model, model, ignore=shutil.ignore_patterns("tokenizer*", "chat_temp*"))
     with pytest.raises(InputError, match=f"{model} has no tokenizer_config.json"):
-        models.check_model(str(model))
+        common.check_model(str(model))
     settings = json.loads((ROOT / tiny_model / "tokenizer_config.json").read_text())
     settings.pop("chat_template", None)
     (model / "tokenizer_config.json").write_text(json.dumps(settings))
     with pytest.raises(InputError, match=f"{model} has no chat template"):
-        models.check_model(str(model))
+        common.check_model(str(model))
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     for name in ("gpt-4o", "api:openai/gpt-4o"):
         with pytest.raises(InputError, match="OPENAI_API_KEY"):
-            models.check_model(name)
-    models.check_model("gpt-4o", "http://127.0.0.1:9/v1")
+            common.check_model(name)
+    common.check_model("gpt-4o", "http://127.0.0.1:9/v1")
 
 
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
@@ -241,7 +241,7 @@ def test_an_agent_that_fails_halfway(tmp_path, chat_server, monkeypatch):
 
     def reply(messages, body):
         if "stop" not in body:
-            return plan_reply(f"Step 1: wait {digest(messages, body['seed'])}")
+            return plan_reply(f"Step 1: wait {fingerprint(messages, body['seed'])}")
         return "Action: touch the trap" if len(server.requests) < 8 else (500, "out of order")
 
     server = chat_server(reply)

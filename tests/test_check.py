@@ -1,5 +1,6 @@
 """`make check`: one line for each thing that would stop a run, before it costs anything."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from conftest import CORRIDOR, ROOT, script_env, stage
 import common
 from common import InputError
 
-check = common.load_module(common.DATA / "check.py")
+check = importlib.import_module("data.tools.check")
 
 
 def run_check(commands: str, **env) -> subprocess.CompletedProcess:

@@ -22,7 +22,7 @@ def test_controls(tmp_path, tiny_model, chat_server, monkeypatch):
         return plan_reply(f"Step 1: {first.splitlines()[-1]}") if planning else "Action: walk on"
 
     server = chat_server(reply)
-    monkeypatch.setattr(ev.models, "serve", lambda *_: contextlib.nullcontext(server.url))
+    monkeypatch.setattr(common, "serve", lambda *_: contextlib.nullcontext(server.url))
     (tmp_path / "mpo").symlink_to(tiny_model)
     a = {
         "env": CORRIDOR,
@@ -61,7 +61,7 @@ def test_controls(tmp_path, tiny_model, chat_server, monkeypatch):
 def test_validation_tasks_are_those_after_the_others(tmp_path, chat_server, monkeypatch):
     """--skip leaves out the tasks that the other stages use with --limit."""
     server = chat_server(lambda messages, body: "Action: walk on")
-    monkeypatch.setattr(ev.models, "serve", lambda *_: contextlib.nullcontext(server.url))
+    monkeypatch.setattr(common, "serve", lambda *_: contextlib.nullcontext(server.url))
     a = {
         "env": CORRIDOR,
         "workers": 1,
@@ -80,10 +80,10 @@ def test_validation_tasks_are_those_after_the_others(tmp_path, chat_server, monk
 
 def test_the_room_between_sft_and_oracle():
     """(60 - 50) / (90 - 50); no share of a room that may be none."""
-    tables = common.load_module(common.DATA / "report" / "report.py")
+    from data.report import tables
 
     def note(low: float) -> str:
-        over = {"plans": "sft", "insert": "instruction"}
+        over = {"plans": "sft", "plan_position": "instruction"}
         found = {"mpo": [0.1, -0.1, 0.3], "oracle": [0.4, low, 0.7]}
         return tables.gains(
             [],
@@ -92,7 +92,7 @@ def test_the_room_between_sft_and_oracle():
                     "agent": "a",
                     "split": "all",
                     "plans": plans,
-                    "insert": "instruction",
+                    "plan_position": "instruction",
                     "over": over,
                     "tasks": 3,
                 }

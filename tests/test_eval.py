@@ -13,20 +13,22 @@ import common
 from common import InputError, plan_reply, read_rows
 
 ev = stage("05_eval")
-GOLDEN = Path(__file__).parent / "golden" / "insert.json"
+GOLDEN = Path(__file__).parent / "golden" / "plan_position.json"
 SEEN, UNSEEN = ["boil/1", "boil/2"], ["melt/1", "melt/2"]
 
 
 # ---- rows with known answers ---------------------------------------------------------------------
 
 
-def episode(task, plan, reward, steps, agent="a", insert="instruction", end=None, **more) -> dict:
+def episode(
+    task, plan, reward, steps, agent="a", plan_position="instruction", end=None, **more
+) -> dict:
     return {
         "task": task,
         "plan": plan,
         "rollout": 0,
         "agent": agent,
-        "insert": insert,
+        "plan_position": plan_position,
         "agent_id": f"id of {agent}",
         "instruction": f"Your task is {task}.",
         "reward": reward,
@@ -38,13 +40,13 @@ def episode(task, plan, reward, steps, agent="a", insert="instruction", end=None
     }
 
 
-def cell(plans, split, tasks, agent="a", insert="instruction", **more) -> dict:
+def cell(plans, split, tasks, agent="a", plan_position="instruction", **more) -> dict:
     return {
         "env": "lab",
         "agent": agent,
         "agent_id": f"id of {agent}",
         "plans": plans,
-        "insert": insert,
+        "plan_position": plan_position,
         "split": split,
         "tasks": tasks,
         "plans_id": None if plans == "none" else f"id of {plans}",
@@ -217,11 +219,11 @@ def test_results_recomputed_from_the_rows(tmp_path):
     cells, rows = [], {}
     for agent in agents:
         for s in settings:
-            for insert in common.INSERTS if s == "mpo" else ["instruction"]:
+            for plan_position in common.PLAN_POSITIONS if s == "mpo" else ["instruction"]:
                 for split, ts in tasks.items():
-                    cells.append(cell(s, split, ts, agent, insert))
+                    cells.append(cell(s, split, ts, agent, plan_position))
                     for t in ts:
-                        key = agent, insert, t, plans.get((s, t))
+                        key = agent, plan_position, t, plans.get((s, t))
                         rows.setdefault(
                             key,
                             episode(
@@ -230,7 +232,7 @@ def test_results_recomputed_from_the_rows(tmp_path):
                                 round(draw.random(), 3),
                                 draw.randint(0, 9),
                                 agent,
-                                insert,
+                                plan_position,
                                 format_errors=draw.randint(0, 2),
                                 end=draw.choice(["steps", "context", "errors", "failure"]),
                             ),
@@ -238,12 +240,12 @@ def test_results_recomputed_from_the_rows(tmp_path):
     out = write_run(tmp_path / "run", cells, plans, list(rows.values()))
     write_report(out)
     results = numbers(out)["results"]
-    assert len(results) == len(agents) * (2 + len(common.INSERTS)) * 3
+    assert len(results) == len(agents) * (2 + len(common.PLAN_POSITIONS)) * 3
     for name in ("results.png", "fig3.png", "fig4.png", "fig4.md", "table4.md"):
         assert (out / name).stat().st_size > 300
     for r in results:
         ts = [t for split in tasks for t in tasks[split] if r["split"] in (split, "all")]
-        mine = [rows[r["agent"], r["insert"], t, plans.get((r["plans"], t))] for t in ts]
+        mine = [rows[r["agent"], r["plan_position"], t, plans.get((r["plans"], t))] for t in ts]
         assert r["tasks"] == r["episodes"] == len(ts) and not r["missing"]
         per_step = [e["reward"] / (len(e["steps"]) or 1) for e in mine]
         for metric, values in (
@@ -256,15 +258,15 @@ def test_results_recomputed_from_the_rows(tmp_path):
         assert r["ends"] == Counter(e["end"] for e in mine)
         assert r["format_errors"] == sum(e["format_errors"] for e in mine)
         assert r["context_overflows"] == sum(e["end"] == "context" for e in mine)
-    by_key = {(r["agent"], r["plans"], r["insert"], r["split"]): r for r in results}
+    by_key = {(r["agent"], r["plans"], r["plan_position"], r["split"]): r for r in results}
     differences = numbers(out)["differences"]
     for d in differences:
-        a = by_key[d["agent"], d["plans"], d["insert"], d["split"]]
+        a = by_key[d["agent"], d["plans"], d["plan_position"], d["split"]]
         b = by_key[d["agent"], *d["over"].values(), d["split"]]
         gain = a["reward"]["mean"] - b["reward"]["mean"]
         assert d["reward"]["mean"] == pytest.approx(gain, abs=1e-9)
-    first, second, third = common.INSERTS
-    assert {(d["plans"], d["insert"], *d["over"].values()) for d in differences} == {
+    first, second, third = common.PLAN_POSITIONS
+    assert {(d["plans"], d["plan_position"], *d["over"].values()) for d in differences} == {
         ("sft", first, "none", first),
         ("mpo", first, "none", first),
         ("mpo", first, "sft", first),
@@ -404,7 +406,7 @@ def evaluate(tmp_path):
 
 
 def test_the_three_insertions_differ_where_they_should(tmp_path, evaluate, chat_server):
-    """Table 4: complete conversations, one of them as in tests/golden/insert.json."""
+    """Table 4: complete conversations, one of them as in tests/golden/plan_position.json."""
 
     def plan_for(task):
         return f"Step 1: walk on for {task}\nStep 2: take it"
@@ -415,11 +417,11 @@ def test_the_three_insertions_differ_where_they_should(tmp_path, evaluate, chat_
         agents=[server.url],
         plans=[str(plans)],
         max_steps=3,
-        insert=["instruction,thought", "observation"],
+        plan_positions=["instruction,thought", "observation"],
     )
     out = tmp_path / "run"
-    assert [(r["plans"], r["insert"]) for r in numbers(out)["results"]] == [
-        ("mine.jsonl", i) for i in common.INSERTS
+    assert [(r["plans"], r["plan_position"]) for r in numbers(out)["results"]] == [
+        ("mine.jsonl", i) for i in common.PLAN_POSITIONS
     ]
     u = {r["task"]: r["instruction"] for r in read_rows(out / "eval" / "plans.jsonl")}
     talks: dict[str, dict] = {t: {} for t in TASKS}
@@ -427,12 +429,14 @@ def test_the_three_insertions_differ_where_they_should(tmp_path, evaluate, chat_
         messages = body["messages"]
         [task] = [t for t in TASKS if u[t] in messages[0]["content"]]
         held = [plan_for(task) in m["content"] for m in messages]
-        insert = "instruction" if held[0] else "observation" if not any(held[:2]) else "thought"
-        if len(messages) > len(talks[task].get(insert, [])):
-            talks[task][insert] = messages
+        plan_position = (
+            "instruction" if held[0] else "observation" if not any(held[:2]) else "thought"
+        )
+        if len(messages) > len(talks[task].get(plan_position, [])):
+            talks[task][plan_position] = messages
     for task, by_insert in talks.items():
         line, plan = common.PLAN_LINE.format(plan=plan_for(task)), plan_for(task)
-        instruction, thought, observation = (by_insert[i] for i in common.INSERTS)
+        instruction, thought, observation = (by_insert[i] for i in common.PLAN_POSITIONS)
         plain = [m | {"content": m["content"].replace(line, "")} for m in instruction]
         assert sum(plan in m["content"] for m in instruction) == 1
         assert instruction[0]["content"] == plain[0]["content"] + line
@@ -484,8 +488,8 @@ def test_plans_of_the_teacher_and_of_files(tmp_path, evaluate, chat_server, monk
         write_jsonl(bad, written)
         with pytest.raises(InputError, match=f"bad.jsonl.*{says}"):
             evaluate(**more, plans=[str(bad)])
-    with pytest.raises(InputError, match="--insert prompt: one of instruction, thought"):
-        evaluate(**more, plans=["none"], insert=["prompt"])
+    with pytest.raises(InputError, match="--plan_positions prompt: one of instruction, thought"):
+        evaluate(**more, plans=["none"], plan_positions=["prompt"])
     with pytest.raises(InputError, match="has no evaluation"):
         write_report(tmp_path / "none")
 

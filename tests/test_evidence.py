@@ -1,5 +1,6 @@
 """`make evidence`: the table is that of the rows; the README has that of the committed rows."""
 
+import importlib
 import re
 
 import pytest
@@ -8,7 +9,7 @@ from conftest import stage
 import common
 from common import InputError
 
-evidence = common.load_module(common.DATA / "evidence.py")
+evidence = importlib.import_module("data.tools.evidence")
 ev = stage("05_eval")
 COMMITTED = sorted(common.DATA.glob("*/evidence.json"))
 
@@ -67,7 +68,7 @@ def test_rows_of_runs(tmp_path):
         "env": "e",
         "agent": "a",
         "agent_id": "1",
-        "insert": "instruction",
+        "plan_position": "instruction",
         "plans": "none",
         "plans_id": None,
     }
@@ -82,7 +83,7 @@ def test_rows_of_runs(tmp_path):
             "reward": i / 4,
             "success": i == 2,
             "agent_id": "1",
-            "insert": "instruction",
+            "plan_position": "instruction",
             "end": "steps",
         }
         for i in (1, 2)

@@ -2,6 +2,7 @@
 transformers, accelerate and pytest alone, and less than five minutes. Skipped without CUDA;
 MPO_TEST_DEVICE=cpu runs on the CPU what it can."""
 
+import importlib
 import os
 import signal
 import subprocess
@@ -43,7 +44,8 @@ SCRIPT = (
 @pytest.fixture(autouse=True)
 def fresh_accelerate(monkeypatch):
     """Accelerate keeps one state per process; curves need matplotlib, which may be absent."""
-    report = common.load_module(common.DATA / "report" / "report.py")
+    from data.report import report
+
     monkeypatch.setattr(report, "plot_curves", lambda log, path: path.write_bytes(b""))
     yield
     AcceleratorState._reset_state(True)
@@ -257,6 +259,6 @@ def test_peak_memory_is_the_estimate(tmp_path, tokenizer):
     )
     sft.main(a)
     [metrics] = read_rows(tmp_path / "out" / "metrics.jsonl")
-    estimate = common.load_module(common.DATA / "estimate.py")
+    estimate = importlib.import_module("data.tools.estimate")
     expected = sum(estimate.training_memory(estimate.model_sizes(tmp_path / "model"), a)) / 1e9
     assert metrics["memory_gb"] == pytest.approx(expected, rel=0.1), name

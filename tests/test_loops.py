@@ -460,7 +460,7 @@ def load_and_check(folder: str, settings: str) -> None:
             expected = expected.float()
         assert value.dtype == expected.dtype and torch.equal(value, expected), name
     assert not saved, "each weight of the checkpoint is a parameter, a tied one only once"
-    result = {"peak": int(peak) * 1024, "names": sorted(more), "digest": common.digest(more)}
+    result = {"peak": int(peak) * 1024, "names": sorted(more), "digest": common.fingerprint(more)}
     Path(folder, f"{accelerator.process_index}.json").write_text(json.dumps(result))
 
 

@@ -116,7 +116,7 @@ def test_make_demo_trains_the_agent_first(env):
     [
         ("table2", "--plans none mpo"),
         ("table3", "--plans none sft gpt rft mpo"),
-        ("table4", "--insert instruction thought observation"),
+        ("table4", "--plan_positions instruction thought observation"),
         ("table6", "--plans none mpo"),
         ("fig3", "--plans none sft mpo"),
         ("fig4", "--agents a b --teacher"),

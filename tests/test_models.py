@@ -5,14 +5,14 @@ import threading
 import time
 
 import pytest
-from conftest import models
 from test_scoring import few_retries, gold, jobs_of, play, tasks_of  # noqa: F401
 
+import common
 from common import InputError
 
 
 def ask(url, name="scripted", **options):
-    return asyncio.run(models.Model(name, url, **options).ask([{"role": "user", "content": "Hi"}]))
+    return asyncio.run(common.Model(name, url, **options).ask([{"role": "user", "content": "Hi"}]))
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_servers_that_are_not_there_or_silent(chat_server, monkeypatch):
         ask(silent.url, timeout=0.3)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with pytest.raises(InputError, match="set OPENAI_API_KEY"):
-        models.Model("gpt-4o")
+        common.Model("gpt-4o")
 
 
 def test_a_limit_of_the_rate_is_waited_for(chat_server, monkeypatch):
@@ -56,11 +56,11 @@ def test_a_limit_of_the_rate_is_waited_for(chat_server, monkeypatch):
     answers = [(429, "wait", {"retry-after": "1"}), (429, "wait", {"retry-after": "0.5"}), "Hi"]
     server, start = chat_server(lambda messages, body: answers.pop(0)), time.time()
     assert ask(server.url, timeout=0.45).text == "Hi" and time.time() - start > 1.5
-    assert models.Model("m", server.url).concurrency == 256
-    assert models.Model("m", ",".join([server.url] * 8)).concurrency == 512
+    assert common.Model("m", server.url).concurrency == 256
+    assert common.Model("m", ",".join([server.url] * 8)).concurrency == 512
     monkeypatch.setenv("OPENAI_API_KEY", "k")
-    assert models.Model("gpt-4o").concurrency == 32
-    assert models.Model("gpt-4o", concurrency=7).concurrency == 7
+    assert common.Model("gpt-4o").concurrency == 32
+    assert common.Model("gpt-4o", concurrency=7).concurrency == 7
 
 
 @pytest.mark.parametrize("answer", [(503, "down"), (200, "<html>")])

@@ -140,7 +140,7 @@ def test_ten_thousand_episodes(tmp_path, page):
         episode(t, plans.get((s, t)), float(common.seed_of(s, t) % 2), 0)
         | {
             "steps": [
-                [f"Action: {common.digest(s, t, i)}", f"{common.digest(i, s, t)} " * 30]
+                [f"Action: {common.fingerprint(s, t, i)}", f"{common.fingerprint(i, s, t)} " * 30]
                 for i in range(12)
             ]
         }
@@ -286,7 +286,10 @@ def test_notes(tmp_path):
     cells = [
         cell("none", "seen", SEEN, note="Nouns: by suffix."),
         cell("gpt", "seen", SEEN),
-        *(cell("mpo", "seen", SEEN, insert=i, note="Nouns: by suffix.") for i in common.INSERTS),
+        *(
+            cell("mpo", "seen", SEEN, plan_position=i, note="Nouns: by suffix.")
+            for i in common.PLAN_POSITIONS
+        ),
     ]
     rows = [
         episode(
@@ -294,7 +297,7 @@ def test_notes(tmp_path):
             plans.get((c["plans"], t)),
             0.5,
             2,
-            insert=c["insert"],
+            plan_position=c["plan_position"],
             end="context" if c["plans"] == "gpt" else None,
         )
         for c in cells
@@ -313,7 +316,7 @@ def test_notes(tmp_path):
     for row in written:
         row |= {"untagged": True} if row["setting"] == "gpt" else {}
     write_jsonl(out / "eval" / "plans.jsonl", written)
-    for i, row in enumerate(r for r in rows if r["insert"] == "thought"):
+    for i, row in enumerate(r for r in rows if r["plan_position"] == "thought"):
         row["continued"] = i == 0
     write_jsonl(out / "eval" / "rollouts.jsonl", rows)
     write_report(out)

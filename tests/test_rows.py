@@ -5,10 +5,20 @@ import random
 import shutil
 
 import pytest
-from conftest import models, write_jsonl
+from conftest import write_jsonl
 from safetensors.torch import load_file, save_file
 
-from common import Appender, InputError, digest, finished, model_id, read_rows, seed_of, write_rows
+import common
+from common import (
+    Appender,
+    InputError,
+    fingerprint,
+    finished,
+    read_rows,
+    seed_of,
+    weights_fingerprint,
+    write_rows,
+)
 
 
 @pytest.mark.parametrize("line", ['{"a": 1', "not json", "[1, 2]", "3", '{"b": 2}', '"a"'])
@@ -115,20 +125,20 @@ def test_finished_keys():
 def test_model_id_follows_weights(tmp_path, tiny_model, chat_server):
     copy = tmp_path / "tiny"
     shutil.copytree(tiny_model, copy)
-    before = model_id(str(copy))
-    assert before == model_id(tiny_model) and before.startswith("tiny-")
+    before = weights_fingerprint(str(copy))
+    assert before == weights_fingerprint(tiny_model) and before.startswith("tiny-")
     weights = load_file(copy / "model.safetensors")
     weights["model.norm.weight"] += 0.5
     save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
-    assert model_id(str(copy)) != before
-    assert model_id("gpt-4o") == "gpt-4o"
+    assert weights_fingerprint(str(copy)) != before
+    assert weights_fingerprint("gpt-4o") == "gpt-4o"
     url = chat_server(lambda messages, body: "").url
-    assert models.identify("gpt-4o") == "gpt-4o"
-    assert models.identify(str(copy)) == model_id(str(copy))
-    assert models.identify("gpt-4o", url) == "scripted"
-    assert models.identify("other", f"{url},http://elsewhere") == "scripted"
+    assert common.model_fingerprint("gpt-4o") == "gpt-4o"
+    assert common.model_fingerprint(str(copy)) == weights_fingerprint(str(copy))
+    assert common.model_fingerprint("gpt-4o", url) == "scripted"
+    assert common.model_fingerprint("other", f"{url},http://elsewhere") == "scripted"
     with pytest.raises(InputError, match="cannot be reached"):
-        models.identify("gpt-4o", "http://127.0.0.1:9/v1")
+        common.model_fingerprint("gpt-4o", "http://127.0.0.1:9/v1")
 
 
 def test_seeds_depend_on_their_parts_alone():
@@ -139,4 +149,4 @@ def test_seeds_depend_on_their_parts_alone():
     assert len(set(seeds.values())) == len(seeds)
     assert all(0 <= s < 2**31 for s in seeds.values())
     assert seed_of("ab", "c") != seed_of("a", "bc") and seed_of(1, None) != seed_of(1)
-    assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
+    assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})

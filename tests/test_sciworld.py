@@ -6,14 +6,13 @@ import os
 import sys
 
 import pytest
-from conftest import check_run, models, run_script, stage
+from conftest import check_run, run_script, stage
 
 import common
 from common import EnvPool, InputError, Prompts, RolloutConfig, rollouts, task_type
 
 pytest.importorskip("scienceworld")
 World = common.environment("sciworld")
-words = common.load_module(common.DATA / "sciworld" / "thoughts.py", "thoughts.sciworld")
 TASKS = ["find-animal/0", "find-plant/0", "lifespan-longest-lived/0", "chemistry-mix/0"]
 MORE = """find-animal/1 find-living-thing/0 find-living-thing/1 find-plant/1 find-non-living-thing/0
     lifespan-shortest-lived/0 lifespan-longest-lived-then-shortest-lived/0 power-component/0
@@ -188,7 +187,7 @@ def test_the_expert_and_its_actions_as_an_agent(chat_server):
         async with EnvPool("sciworld", 2) as pool:
             c = RolloutConfig(Prompts("sciworld"), 0.0, 64, 0, 0)
             jobs = [{"task": task, "plan": None, "rollout": 0} for task in found]
-            model = models.Model("scripted", chat_server(reply).url)
+            model = common.Model("scripted", chat_server(reply).url)
             return await rollouts(jobs, model, pool, "sciworld", c, 10, rows.append)
 
     assert asyncio.run(main()) == 0 and len(rows) == len(found)

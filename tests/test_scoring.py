@@ -11,8 +11,8 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from bench_adaptive import replay
-from conftest import CORRIDOR, ROOT, models, script_env, stage
+from bench.bench_adaptive import replay
+from conftest import CORRIDOR, ROOT, script_env, stage
 
 import common
 from common import (
@@ -67,7 +67,7 @@ def play(url, jobs, concurrency=8, workers=1, pools=None, **config):
             if pools is not None:
                 pools.append(pool)
             c = RolloutConfig(Prompts(CORRIDOR), 0.0, 64, 0, 0, **config)
-            model = models.Model("scripted", url)
+            model = common.Model("scripted", url)
             return await rollouts(jobs, model, pool, CORRIDOR, c, concurrency, rows.append)
 
     return rows, asyncio.run(main())
@@ -141,9 +141,9 @@ def test_a_plan_starts_every_thought_where_the_server_is_vllm(chat_server):
     a = SimpleNamespace(concurrency=2)
 
     async def main():
-        c = RolloutConfig(Prompts(CORRIDOR), 0.0, 64, 0, 0, max_steps=2, insert="thought")
+        c = RolloutConfig(Prompts(CORRIDOR), 0.0, 64, 0, 0, max_steps=2, plan_position="thought")
         async with EnvPool(CORRIDOR, 1) as pool:
-            with models.open_model("m", server.url, a) as model:
+            with common.open_model("m", server.url, a) as model:
                 jobs = jobs_of(tasks_of()[:1], plan="Step 1: walk")
                 await rollouts(jobs, model, pool, CORRIDOR, c, 1, rows.append)
 
@@ -288,7 +288,6 @@ sys.path.insert(0, {str(ROOT)!r})
 from ray.cluster_utils import Cluster
 import common
 from common import EnvPool, Prompts, RolloutConfig, environment, rollouts
-models = common.load_module(common.DATA / "models.py")
 env = {CORRIDOR!r}
 tasks = environment(env)().tasks("train")[:4]
 async def main(ray, kill):
@@ -302,7 +301,7 @@ async def main(ray, kill):
                 await asyncio.sleep(0.02)
             kill()
         task = asyncio.create_task(lose_a_node()) if kill else None
-        model = models.Model("scripted", {slow.url!r})
+        model = common.Model("scripted", {slow.url!r})
         retries = await rollouts(jobs, model, pool, env, c, 6, rows.append)
     return sorted([r["task"], r["rollout"], r["steps"], r["end"]] for r in rows), retries
 local, _ = asyncio.run(main(False, None))

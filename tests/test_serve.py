@@ -11,11 +11,12 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
-from conftest import CORRIDOR, ROOT, models, script_env
+from conftest import CORRIDOR, ROOT, script_env
 
+import common
 from common import EnvPool, InputError, Prompts, RolloutConfig, rollouts
 
-serve = models.serve
+serve = common.serve
 
 # a server that is healthy after a moment and has a child of its own
 FAKE = """
@@ -69,12 +70,12 @@ def transformers_server(monkeypatch):
 
 def use(monkeypatch, code: str) -> list:
     """Let `serve` start this Python code instead of a server; the list of what it starts."""
-    servers, start = [], models._start_server
+    servers, start = [], common._start_server
     monkeypatch.setattr(
-        models, "server_command", lambda model, port, *_: [sys.executable, "-c", code, str(port)]
+        common, "server_command", lambda model, port, *_: [sys.executable, "-c", code, str(port)]
     )
     monkeypatch.setattr(
-        models, "_start_server", lambda *args: servers.append(start(*args)) or servers[-1]
+        common, "_start_server", lambda *args: servers.append(start(*args)) or servers[-1]
     )
     return servers
 
@@ -127,17 +128,17 @@ def test_gpus_are_divided_among_replicas(tiny_model, tmp_path, monkeypatch):
     """Each replica has its own GPUs and address; all are started before the first is awaited, and
     after the model was downloaded, once."""
     started, waited, fetched = [], [], []
-    monkeypatch.setattr(models, "download", lambda name: fetched.append((name, len(started))))
-    monkeypatch.setattr(models, "context_of", lambda name: 4096)
-    monkeypatch.setattr(models, "visible_gpus", lambda: ["4", "5", "6", "7", "9"])
-    monkeypatch.setattr(models, "_wait_healthy", lambda *_: waited.append(len(started)))
-    start = models.subprocess.Popen
+    monkeypatch.setattr(common, "download", lambda name: fetched.append((name, len(started))))
+    monkeypatch.setattr(common, "context_of", lambda name: 4096)
+    monkeypatch.setattr(common, "visible_gpus", lambda: ["4", "5", "6", "7", "9"])
+    monkeypatch.setattr(common, "_wait_healthy", lambda *_: waited.append(len(started)))
+    start = common.subprocess.Popen
 
     def popen(command, env, **options):
         started.append(env["CUDA_VISIBLE_DEVICES"])
         return start([sys.executable, "-c", "import sys; sys.stdin.read()"], env=env, **options)
 
-    monkeypatch.setattr(models.subprocess, "Popen", popen)
+    monkeypatch.setattr(common.subprocess, "Popen", popen)
     with serve("owner/model", tmp_path, tensor_parallel=2) as url:
         assert len(set(url.split(","))) == 2
     assert fetched == [("owner/model", 0)]
@@ -149,16 +150,16 @@ def test_gpus_are_divided_among_replicas(tiny_model, tmp_path, monkeypatch):
 @pytest.mark.parametrize("gpus, parallel", [(1, 1), (2, 1), (2, 2), (8, 1), (8, 2), (8, 8)])
 def test_the_whole_command_on_gpus(tiny_model, tmp_path, monkeypatch, gpus, parallel):
     monkeypatch.setenv("MPO_SERVER", "vllm")
-    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: True)
-    monkeypatch.setattr(models, "visible_gpus", lambda: [*map(str, range(gpus))])
-    monkeypatch.setattr(models, "_wait_healthy", lambda *_: None)
-    commands, start = [], models.subprocess.Popen
+    monkeypatch.setattr(common.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(common, "visible_gpus", lambda: [*map(str, range(gpus))])
+    monkeypatch.setattr(common, "_wait_healthy", lambda *_: None)
+    commands, start = [], common.subprocess.Popen
 
     def popen(command, **options):
         commands.append(command[3:])
         return start([sys.executable, "-c", "import sys; sys.stdin.read()"], **options)
 
-    monkeypatch.setattr(models.subprocess, "Popen", popen)
+    monkeypatch.setattr(common.subprocess, "Popen", popen)
     with serve(tiny_model, tmp_path, tensor_parallel=parallel, max_model_len=32768) as urls:
         ports = [url.removesuffix("/v1").rsplit(":", 1)[1] for url in urls.split(",")]
     assert len(ports) == gpus // parallel
@@ -195,7 +196,7 @@ def test_eight_replicas_of_which_one_dies(tiny_model, tmp_path, monkeypatch, cap
     """While loading: an error with the end of its log, and the others end. While serving: its
     episodes go on with the others, and all end as they would have."""
     servers = use(monkeypatch, REPLICA)
-    monkeypatch.setattr(models, "visible_gpus", lambda: [*map(str, range(8))])
+    monkeypatch.setattr(common, "visible_gpus", lambda: [*map(str, range(8))])
     monkeypatch.setenv("DIES", "loading")
     with pytest.raises(InputError, match=r"(?s)ended; the end of .*loading on GPU 3\nCUDA out of"):
         with serve(tiny_model, tmp_path):
@@ -214,7 +215,7 @@ def test_eight_replicas_of_which_one_dies(tiny_model, tmp_path, monkeypatch, cap
     async def play():
         c = RolloutConfig(Prompts(CORRIDOR), 0.0, 16, 0, 0, max_steps=6)
         async with EnvPool(CORRIDOR, 2) as pool:
-            with models.open_model(tiny_model, None, a) as model:
+            with common.open_model(tiny_model, None, a) as model:
                 await rollouts(jobs, model, pool, CORRIDOR, c, 64, rows.append)
                 return len(model.alive)
 
@@ -227,15 +228,15 @@ def test_eight_replicas_of_which_one_dies(tiny_model, tmp_path, monkeypatch, cap
 
 
 def test_models_that_cannot_be_downloaded(tiny_model):
-    models.download(tiny_model)
-    assert models.context_of(tiny_model) == 4096
+    common.download(tiny_model)
+    assert common.context_of(tiny_model) == 4096
     with pytest.raises(InputError, match="cannot download no/such-model .*huggingface.co/no/such-"):
-        models.download("no/such-model")
+        common.download("no/such-model")
 
 
 def test_a_killed_parent_leaves_no_server(tmp_path):
     code = (
-        f"import time, common\ns = common.load_module(common.DATA / 'models.py')\n"
+        f"import time, common as s\n"
         f"s.server_command = lambda *a: ['sleep', '100']\n"
         f"print(s._start_server('m', [], 9, s.Path({str(tmp_path)!r})).process.pid,"
         " flush=True)\ntime.sleep(60)"
@@ -255,7 +256,7 @@ def test_a_killed_parent_leaves_no_server(tmp_path):
 @pytest.mark.slow
 def test_a_real_server(tiny_model, tmp_path):
     async def ask(url):
-        model = models.Model(tiny_model, url)
+        model = common.Model(tiny_model, url)
         messages = [{"role": "user", "content": "Boil water."}]
         return await asyncio.gather(*[model.ask(messages, t, 8, seed=1) for t in (0.0, 0.0, 0.7)])
 

@@ -15,7 +15,7 @@ if not (ROOT / "data/webshop").is_dir():
     pytest.skip("data/webshop was removed", allow_module_level=True)
 pytest.importorskip("bm25s")
 WebShop = common.environment("webshop")
-ENV, SHOP = sys.modules["environments.webshop"], sys.modules["environments.webshop.shop"]
+ENV, SHOP = sys.modules["data.webshop.env"], sys.modules["data.webshop.shop"]
 SHARED = ROOT.parent / "shared" / "webshop"  # 100 of the benchmark's products
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"no WebShop products in {SHARED}")
 

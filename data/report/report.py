@@ -212,10 +212,10 @@ def compressed(value) -> str:
 def page(cells: list[dict], tables: list[Table], figures: dict[str, Path], chunk: int = 40) -> str:
     """One self-contained page (report.html): an index of tasks with the reward of each cell, and
     the conversations in compressed blocks of `chunk` tasks, each opened when it is needed."""
-    columns = unique(cells, "agent", "plans", "insert")
+    columns = unique(cells, "agent", "plans", "plan_position")
     by_task: dict[tuple, dict] = {}
     for cell in cells:
-        column = columns.index((cell["agent"], cell["plans"], cell["insert"]))
+        column = columns.index((cell["agent"], cell["plans"], cell["plan_position"]))
         for task, row in cell["episodes"].items():
             key = cell["env"], cell.get("shown", cell["split"]), task
             by_task.setdefault(key, {})[column] = row, cell["texts"].get(task)
@@ -246,8 +246,8 @@ def page(cells: list[dict], tables: list[Table], figures: dict[str, Path], chunk
             )
         blocks.append(compressed(block))
     names = [
-        {"agent": short(agent, cells), "plans": named(plans), "insert": insert}
-        for agent, plans, insert in columns
+        {"agent": short(agent, cells), "plans": named(plans), "plan_position": plan_position}
+        for agent, plans, plan_position in columns
     ]
     images = {t: base64.b64encode(path.read_bytes()).decode() for t, path in figures.items()}
     pictures = "".join(

@@ -39,7 +39,7 @@ REWARD = ("reward",)
 TABLES = {
     "table2": ("Average reward with and without meta plans", REWARD, GUIDED, INSTRUCTION),
     "table3": ("How the planner is trained", REWARD, ORDER, INSTRUCTION),
-    "table4": ("Where the agent reads the plan", REWARD, ("mpo",), common.INSERTS),
+    "table4": ("Where the agent reads the plan", REWARD, ("mpo",), common.PLAN_POSITIONS),
     "table6": (
         "Success rate with and without meta plans",
         ("solved", "ended"),
@@ -61,13 +61,13 @@ def rank(cell: dict) -> tuple:
     """The position of a cell or result in tables."""
     plans = cell["plans"]
     position = ORDER.index(plans) if plans in ORDER else len(ORDER)
-    return position, plans, common.INSERTS.index(cell["insert"])
+    return position, plans, common.PLAN_POSITIONS.index(cell["plan_position"])
 
 
-def select(results: list[dict], plans, inserts) -> list[dict]:
+def select(results: list[dict], plans, plan_positions) -> list[dict]:
     """The results of these plan settings (names or a pattern) and insertions."""
     matches = plans.fullmatch if isinstance(plans, re.Pattern) else plans.__contains__
-    return [r for r in results if matches(r["plans"]) and r["insert"] in inserts]
+    return [r for r in results if matches(r["plans"]) and r["plan_position"] in plan_positions]
 
 
 def unique(rows, *fields) -> list:
@@ -124,18 +124,18 @@ def pooled(cells: list[dict]) -> list[dict]:
 
 
 def with_totals(cells: list[dict], several: bool) -> list[dict]:
-    """What there is a result of: {"agent", "plans", "insert", "split", "total", "cells", "strata"},
+    """What there is a result of: {"agent", "plans", "plan_position", "split", "total", "cells", "strata"},
     `strata` as [{task: its episodes}]. Cells of several run folders that have the same names are
     one. An agent, setting and insertion with more than one split has a total: "all" tasks, or, with
     `several` folders, the "average" over the splits, if it has all of them."""
     out, splits = [], unique(cells, "split")
-    for key in unique(cells, "agent", "plans", "insert"):
-        own = [c for c in cells if (c["agent"], c["plans"], c["insert"]) == key]
+    for key in unique(cells, "agent", "plans", "plan_position"):
+        own = [c for c in cells if (c["agent"], c["plans"], c["plan_position"]) == key]
         strata: dict[str, dict] = {s: {} for s in splits if s in unique(own, "split")}
         for c in own:
             for task, row in c["episodes"].items():
                 strata[c["split"]].setdefault(task, []).append(row)
-        names = dict(zip(("agent", "plans", "insert"), key, strict=True))
+        names = dict(zip(("agent", "plans", "plan_position"), key, strict=True))
         out += [
             {
                 **names,
@@ -292,12 +292,12 @@ def overview(results: list[dict], outdated: int) -> Table:
     )
     for r in results:
         ends = ", ".join(f"{k} {v}" for k, v in sorted(r["ends"].items()))
-        insert = "" if r["plans"] == "none" else r["insert"]
+        plan_position = "" if r["plans"] == "none" else r["plan_position"]
         table.rows.append(
             [
                 short(r["agent"], results),
                 named(r["plans"]),
-                insert,
+                plan_position,
                 r["split"],
                 str(r["tasks"]),
                 str(r["episodes"]),
@@ -315,11 +315,13 @@ def gains(results: list[dict], differences: list[dict]) -> Table:
     """Every difference between two plan settings of an agent."""
     metrics = ("reward", "solved", "ended")
     compared = {
-        (d["agent"], d["split"], c["plans"], c["insert"])
+        (d["agent"], d["split"], c["plans"], c["plan_position"])
         for d in differences
         for c in (d, d["over"])
     }
-    rows = [r for r in results if (r["agent"], r["split"], r["plans"], r["insert"]) in compared]
+    rows = [
+        r for r in results if (r["agent"], r["split"], r["plans"], r["plan_position"]) in compared
+    ]
     table = Table(
         "Differences on the same tasks",
         [
@@ -337,7 +339,7 @@ def gains(results: list[dict], differences: list[dict]) -> Table:
     over_sft = {
         (d["agent"], d["split"], d["plans"]): d["reward"]
         for d in differences
-        if d["insert"] == "instruction" and d["over"]["plans"] == "sft"
+        if d["plan_position"] == "instruction" and d["over"]["plans"] == "sft"
     }
     for (agent, split, plans), room in over_sft.items():
         mpo = over_sft.get((agent, split, "mpo"))
@@ -348,7 +350,7 @@ def gains(results: list[dict], differences: list[dict]) -> Table:
             )
     for d in differences:
         names = (
-            named(c["plans"]) + f", {c['insert']}" * (c["insert"] != "instruction")
+            named(c["plans"]) + f", {c['plan_position']}" * (c["plan_position"] != "instruction")
             for c in (d, d["over"])
         )
         table.rows.append(
@@ -361,17 +363,17 @@ def gains(results: list[dict], differences: list[dict]) -> Table:
 def paper_tables(results: list[dict], differences: list[dict]) -> dict[str, Table]:
     """{name: table} of the paper's tables and figures for which there are cells."""
     against = {
-        (d["agent"], d["plans"], d["insert"], d["split"], *d["over"].values()): d
+        (d["agent"], d["plans"], d["plan_position"], d["split"], *d["over"].values()): d
         for d in differences
     }
     tables = {}
-    for name, (title, metrics, plans, inserts) in TABLES.items():
-        rows = sorted(select(results, plans, inserts), key=lambda r: r["total"])
-        splits, keys = unique(rows, "split"), unique(rows, "agent", "plans", "insert")
+    for name, (title, metrics, plans, plan_positions) in TABLES.items():
+        rows = sorted(select(results, plans, plan_positions), key=lambda r: r["total"])
+        splits, keys = unique(rows, "split"), unique(rows, "agent", "plans", "plan_position")
         if len({k[1:] for k in keys}) < 2 or (name == "fig4" and len({k[0] for k in keys}) < 2):
             continue
         by_insert = name == "table4"
-        found = {(r["agent"], r["plans"], r["insert"], r["split"]): r for r in rows}
+        found = {(r["agent"], r["plans"], r["plan_position"], r["split"]): r for r in rows}
         base = {k: (k[1] if by_insert else "none", "instruction") for k in keys}
         gain = {
             k: against[*k, splits[-1], *base[k]]

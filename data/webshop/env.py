@@ -5,7 +5,7 @@ import hashlib
 import re
 from importlib.util import find_spec
 
-from common import Environment, InputError, digest, interleaved, task_type
+from common import Environment, InputError, fingerprint, interleaved, task_type
 
 try:
     from thefuzz import fuzz
@@ -60,7 +60,9 @@ class WebShop(Environment):
     def version(cls) -> str:
         """A digest of the goals, the lengths of the stored products, and how nouns are found."""
         arrays = open_shop().goals, open_shop().offsets
-        return digest(*(hashlib.sha256(a.tobytes()).hexdigest() for a in arrays), HAS_SPACY_MODEL)
+        return fingerprint(
+            *(hashlib.sha256(a.tobytes()).hexdigest() for a in arrays), HAS_SPACY_MODEL
+        )
 
     @classmethod
     def note(cls) -> str:

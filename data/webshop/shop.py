@@ -30,7 +30,7 @@ import Stemmer
 from bm25s.tokenization import Tokenizer
 from tqdm import tqdm
 
-from common import InputError, digest
+from common import InputError, fingerprint
 
 VERSION = 3  # of the cached files: a change of their content or format needs another number
 RESULTS = 50  # per search
@@ -49,7 +49,7 @@ def open_shop() -> "Shop":
     ]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mpo"
     cache.mkdir(parents=True, exist_ok=True)
-    folder = cache / f"webshop-{digest(VERSION, stats)}"
+    folder = cache / f"webshop-{fingerprint(VERSION, stats)}"
     with open(f"{folder}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the other processes wait while one builds
         if not folder.exists():
@@ -289,7 +289,7 @@ def save_index(documents: list, vocabulary: dict[str, int], folder: Path) -> Non
 
 
 def word_key(word: str) -> int:
-    return int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "big")
+    return int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).fingerprint(), "big")
 
 
 # ---- use ----------------------------------------------------------------------------------------

@@ -6,18 +6,16 @@
 The file has a row for each episode: `plans`, `seed`, `task`, `reward`, `success`.
 """
 
+import importlib
 import re
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import List, Optional
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import common  # noqa: E402
-from common import InputError, arg, mean  # noqa: E402
+import common
+from common import InputError, arg, mean
+from data.report import tables
 
-ev = common.load_module(common.ROOT / "05_eval.py", "05_eval")
-tables = common.load_module(common.DATA / "report" / "report.py")
+ev = importlib.import_module("05_eval")
 
 
 @dataclass
@@ -71,7 +69,7 @@ def table(rows: list[dict], seed: int = 0) -> str:
         for s in tables.unique(rows, "plans")
         if all((s, seed, t) in value for seed, tasks in strata.items() for t in tasks)
     ]
-    settings.sort(key=lambda s: tables.rank({"plans": s, "insert": "instruction"}))
+    settings.sort(key=lambda s: tables.rank({"plans": s, "plan_position": "instruction"}))
     if "sft" not in settings:
         raise InputError("the table compares with sft's plans: there are none of every seed")
 

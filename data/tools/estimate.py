@@ -18,8 +18,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import common  # noqa: E402
+import common
 
 CHARACTERS = 4.0  # of a token of English, with the tokenizers of current models
 # name: (value, source, what it is). The rates of a GPU are assumptions for an 8B model on one H100.

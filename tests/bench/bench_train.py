@@ -28,7 +28,7 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 GOALS = {
     "dpo_pairs_per_s": 1.6,
@@ -98,9 +98,8 @@ def run_ours(a, folder: Path) -> dict:
 
 def flops(model: str, sequences: list[tuple]) -> float:
     """Of a forward and backward pass over these (token ids, target mask)."""
-    import common
 
-    m = common.load_module(common.DATA / "estimate.py").model_sizes(Path(model))
+    m = importlib.import_module("data.tools.estimate").model_sizes(Path(model))
     head = m.vocabulary * m.hidden
     in_layers = m.parameters - head * (1 if m.model.config.tie_word_embeddings else 2)
     return 6 * sum(

@@ -16,5 +16,5 @@ evidence: | .venv/ready
 	  ln -sf ../../episodes.jsonl $(EVIDENCE)/seed$$seed/eval/rollouts.jsonl; \
 	  rm -f $(EVIDENCE)/seed$$seed/eval/done; \
 	  $(ONE) stages RUN=evidence-$(ENV)/seed$$seed SEED=$$seed; done
-	$(BIN) python data/evidence.py $(if $(DEV),,--to data/$(ENV)/evidence.json) \
+	$(BIN) python -m data.tools.evidence $(if $(DEV),,--to data/$(ENV)/evidence.json) \
 	  --runs $(SEEDS:%=$(EVIDENCE)/seed%)

@@ -18,12 +18,10 @@ import time
 import urllib.request
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 from common import EnvPool, Prompts, RolloutConfig  # noqa: E402
-
-models = common.load_module(common.DATA / "models.py")
 
 DELAY = 0.05  # seconds of a stub's reply
 TASK = "This is your task:\n"
@@ -207,7 +205,7 @@ async def play(
         await pool.each(tasks[: 2 * workers], "reset")  # start the workers first
         jobs = [{"task": t, "plan": None, "rollout": i} for t in tasks for i in range(rollouts)]
         start = time.time()
-        agent = models.Model(model, url, concurrency)
+        agent = common.Model(model, url, concurrency)
         await common.rollouts(
             jobs, agent, pool, env, c, concurrency, rows.append, desc=f"ours, {env}"
         )
@@ -300,7 +298,7 @@ def bench_vllm(a) -> tuple:
         task.cancel()
         return rows, seconds, seen
 
-    with models.serve(a.model, ROOT / "logs", max_model_len=4096) as url:
+    with common.serve(a.model, ROOT / "logs", max_model_len=4096) as url:
         rows, seconds, seen = asyncio.run(main(url))
     idle = sum(x == 0 for x in seen) / len(seen)
     print(

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from stock_env import peak_mb
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 from common import EnvPool, environment, mean  # noqa: E402
 

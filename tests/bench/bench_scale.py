@@ -8,6 +8,7 @@ use to the start of the last episode: the share of slots in use, and the main pr
 
 import argparse
 import asyncio
+import importlib
 import json
 import subprocess
 import sys
@@ -19,11 +20,11 @@ from types import SimpleNamespace
 
 import psutil
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 
-estimate = common.load_module(common.DATA / "estimate.py")
+estimate = importlib.import_module("data.tools.estimate")
 
 SERVERS, SLOTS, SPEED, PREFILL = 8, 40, 30.0, 4000.0  # tokens/s of a request: written, read
 PLAN_TOKENS, REPLY_TOKENS = 100, 60  # a reply with a thought

@@ -9,5 +9,5 @@ JUDGE := $(MODEL)
 JUDGE_ARGS := --tokens 300 --max_model_len 4096
 TRAIN_ARGS := --batch_size 8 --micro_tokens 2048 --save_steps 20
 ETO_ROUNDS := 1
-PLANS := none wrong sft mpo oracle
+PLANS := none mismatched sft mpo oracle
 include data/$(ENV)/$(if $(filter evidence,$(DEMO)),evidence,demo).mk

@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import contextlib
 import functools
+import importlib
 import json
 import math
 import os
@@ -24,12 +25,9 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import common  # noqa: E402
-from common import InputError  # noqa: E402
-
-models = common.load_module(common.DATA / "models.py")
-estimate = common.load_module(common.DATA / "estimate.py")
+import common
+from common import InputError
+from data.tools import estimate
 
 
 def read_command(launcher: str, script: str, rest: str) -> SimpleNamespace:
@@ -39,7 +37,7 @@ def read_command(launcher: str, script: str, rest: str) -> SimpleNamespace:
     def refuse(message):
         raise InputError(f"{script}: {message}; see --help")
 
-    module = common.load_module(common.ROOT / script, Path(script).stem)
+    module = importlib.import_module(Path(script).stem)
     words = shlex.split(rest.split("$(")[0])
     command = words.pop(0).title() if words and not words[0].startswith("-") else ""
     parser = HfArgumentParser(getattr(module, f"{command}Args"), allow_abbrev=False)
@@ -90,7 +88,7 @@ def models_asked(c) -> list[tuple[str, str | None]]:
 
 
 def uses_vllm() -> bool:
-    return "vllm" in " ".join(models.server_command("model", 0, [], 1))
+    return "vllm" in " ".join(common.server_command("model", 0, [], 1))
 
 
 def check_packages() -> str:
@@ -125,8 +123,8 @@ def check_environment(a, tasks: Counter) -> str:
 def check_api(name: str, url: str | None) -> str:
     """Ask for one token."""
     if url:
-        name = models.identify("" if name == url else name, url)
-    model = models.Model(name.removeprefix("api:"), url, timeout=60)
+        name = common.model_fingerprint("" if name == url else name, url)
+    model = common.Model(name.removeprefix("api:"), url, timeout=60)
     asyncio.run(model.ask([{"role": "user", "content": "Hello"}], max_tokens=1))
     return f"{name} answers at {model.where}"
 
@@ -146,7 +144,7 @@ def find_model(name: str) -> tuple[Path, float]:
     Hub are downloaded, which shows whether the others may be."""
     from huggingface_hub import HfApi, errors, hf_hub_download
 
-    models.check_model(name)
+    common.check_model(name)
     if Path(name).is_dir():
         return whole(Path(name), name), 0
     with contextlib.suppress(OSError, InputError):  # was downloaded before: needs no network
@@ -176,7 +174,7 @@ def check_model(name: str, known: dict) -> str:
     """Keep the sizes of a local model in `known`."""
     folder, download = find_model(name)
     try:
-        models.check_model(str(folder))
+        common.check_model(str(folder))
         m = estimate.model_sizes(folder)
     except (InputError, OSError, ValueError, KeyError) as e:
         raise InputError(str(e).strip().splitlines()[0].replace(str(folder), name)) from None
@@ -274,7 +272,7 @@ def check_disk(commands: list, known: dict, tasks: Counter) -> str:
             before = sum(f.stat().st_size for f in Path(f"{a.out}.partial").rglob("*"))
             stages.append((kept, (meanwhile - before) * bool(a.save_steps)))
         elif tasks and hasattr(a, "env"):
-            times = [getattr(a, k, 1) for k in ("m", "n", "agents", "plans", "insert")]
+            times = [getattr(a, k, 1) for k in ("m", "n", "agents", "plans", "plan_position")]
             episodes = tasks.total() * math.prod(x if isinstance(x, int) else len(x) for x in times)
             steps = common.mean(common.environment(a.env).MAX_STEPS.values())
             stages.append((episodes * estimate.episode_bytes(steps), 0.0))
@@ -336,7 +334,7 @@ def main() -> None:
     for name, url in dict.fromkeys(
         key for c in commands for key in [(c.base, None)] * c.trains + c.asks
     ):
-        local = not url and models.is_local(name)
+        local = not url and common.is_local(name)
         check("model", *(check_model, name, known) if local else (check_api, name, url))
     for c in commands:
         if c.base in known:
