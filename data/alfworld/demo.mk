@@ -1,8 +1,9 @@
 # The demo: three task types, SmolLM2-135M as planner and agent; evidence.mk, smaller.
 M := 4
 N := 1
+PROMPTS := brief
 ENV_ARGS := --types pick_and_place_simple pick_clean_then_place_in_recep \
-  pick_cool_then_place_in_recep --prompts brief --observation_chars 400 --workers 2
+  pick_cool_then_place_in_recep --observation_chars 400 --workers 2
 SEED_PLANS_ARGS := --limit 100 --plan_share 0.95
 AGENT_SFT_ARGS := --lr 3e-4 --epochs 2 --warmup_ratio 0.05
 SFT_ARGS := --lr 2e-4 --epochs 3 --warmup_ratio 0.05

@@ -2,8 +2,9 @@
 # validation tasks (README.md); the agent's settings are first guesses.
 M := 5
 N := 2
+PROMPTS := brief
 ENV_ARGS := --types pick_and_place_simple pick_clean_then_place_in_recep \
-  pick_cool_then_place_in_recep --prompts brief --observation_chars 400 --workers 2
+  pick_cool_then_place_in_recep --observation_chars 400 --workers 2
 SEED_PLANS_ARGS := --limit $(if $(filter %/base,$(RUN)),180 --plan_share 0.95,120)
 AGENT_SFT_ARGS := --lr 3e-4 --epochs 2 --warmup_ratio 0.05
 SFT_ARGS := --lr 2e-4 --epochs 3 --warmup_ratio 0.05

@@ -1,46 +1,86 @@
-# Agents with training (table 2), as in the line of work that the paper follows: `make agent-sft`,
-# `agent-eto`, `agent-knowagent`, `agent-wkm`. ETO has a first round and next ones; ETO_ARGS is for all.
+# The fine-tuned agents of table 2, as in the line of work that the paper follows: `make agent-sft`,
+# `agent-eto`, `agent-knowagent`, `agent-wkm`.
+
+# SFT on the expert's trajectories; the thoughts before the expert's actions are the teacher's
 AGENT_ARGS ?= --batch_size 48 --lr 2e-5 --lr_scheduler cosine --warmup_ratio 0.03 --epochs 3
+AGENT_SFT = $(SFT) $(or $(AGENT_SFT_ARGS),$(AGENT_ARGS))
+# ETO (Song et al. 2024): one to three rounds; ETO_ARGS are of all rounds
 ETO_ROUNDS ?= 3
+ETO_ARGS ?= --batch_size 32 --lr_scheduler constant --warmup_ratio 0.1 --epochs 3
 ETO_FIRST ?= --beta 0.1 --lr 1e-6
 ETO_NEXT ?= --beta 0.5 --lr 5e-7
-ETO_ARGS ?= --batch_size 32 --lr_scheduler constant --warmup_ratio 0.1 --epochs 3
-AGENT_SFT = $(or $(AGENT_SFT_ARGS),$(AGENT_ARGS))
-EXPLORE = $(BIN) python 03_sample_score.py explore $(COMMON) --experts $(R)/trajectories.jsonl \
-  --seed $(SEED) $(EXPLORE_ARGS)
+ifeq ($(filter $(ETO_ROUNDS),1 2 3),)
+$(error ETO_ROUNDS=$(ETO_ROUNDS) must be 1, 2 or 3)
+endif
 
-.PHONY: agent-sft agent-eto agent-knowagent agent-wkm
 agent-sft: $(R)/agent/config.json
 agent-eto: $(R)/agent-eto$(ETO_ROUNDS)/config.json
 agent-knowagent: $(R)/agent-knowagent/config.json
 agent-wkm: $(R)/agent-wkm/config.json $(R)/wkm/config.json
 
-$(foreach n,1 2 3 4 5,$(eval $(call ROUND,agent-eto$n,agent$(addprefix -eto,$(call before,0,$n)),eto$n,\
-  $$(EXPLORE) --agent,$(if $(filter 1,$n),$$(ETO_FIRST),$$(ETO_NEXT)) $$(ETO_ARGS))))
+# The stage writes seed_plans.jsonl again, with the same rows. The file keeps its time, so that the
+# planner is not trained again.
+$(R)/thoughts.done: $(R)/seed_plans.jsonl
+	$(TOUCH) -r $(R)/seed_plans.jsonl $(R)/seed_plans.time
+	$(SEED_PLANS) --out $(R) --thoughts true
+	$(TOUCH) -r $(R)/seed_plans.time $(R)/seed_plans.jsonl
+	$(TOUCH) $@
 
-# KnowAgent: the prompt says what each action needs and does; the agent learns from its successes
-$(R)/knowagent/won.jsonl: 03_sample_score.py $(R)/agent/config.json | .venv/ready
-	$(EXPLORE) --prompts knowagent --out $(R)/knowagent --agent $(R)/agent
+# the rules teacher has no thoughts
+$(R)/agent/config.json: 02_sft.py $(R)/seed_plans.jsonl $(MODEL_FILES) \
+  $(if $(filter-out rules,$(TEACHER)),$(R)/thoughts.done) | .venv/ready
+	$(AGENT_SFT) --model $(AGENT) --data $(R)/agent_sft.jsonl --out $(@D)
+	$(CURVES) $(@D)
+
+# ---- ETO: the agent explores, DPO prefers the expert's trajectories to the agent's failures ------
+
+$(R)/eto1/pairs.jsonl: 03_sample_score.py $(AGENT_PROMPT) $(R)/agent/config.json
+	$(EXPLORE) --agent $(R)/agent --out $(@D)
+$(R)/agent-eto1/config.json: 04_dpo.py $(R)/eto1/pairs.jsonl
+	$(DPO) --model $(R)/agent --data $(R)/eto1/pairs.jsonl --out $(@D) $(ETO_FIRST) $(ETO_ARGS)
+	$(CURVES) $(@D)
+
+$(R)/eto2/pairs.jsonl: 03_sample_score.py $(AGENT_PROMPT) $(R)/agent-eto1/config.json
+	$(EXPLORE) --agent $(R)/agent-eto1 --out $(@D)
+$(R)/agent-eto2/config.json: 04_dpo.py $(R)/eto2/pairs.jsonl
+	$(DPO) --model $(R)/agent-eto1 --data $(R)/eto2/pairs.jsonl --out $(@D) $(ETO_NEXT) $(ETO_ARGS)
+	$(CURVES) $(@D)
+
+$(R)/eto3/pairs.jsonl: 03_sample_score.py $(AGENT_PROMPT) $(R)/agent-eto2/config.json
+	$(EXPLORE) --agent $(R)/agent-eto2 --out $(@D)
+$(R)/agent-eto3/config.json: 04_dpo.py $(R)/eto3/pairs.jsonl
+	$(DPO) --model $(R)/agent-eto2 --data $(R)/eto3/pairs.jsonl --out $(@D) $(ETO_NEXT) $(ETO_ARGS)
+	$(CURVES) $(@D)
+
+# ---- KnowAgent: the prompt says what each action needs and does; the agent learns from its successes
+
+$(R)/knowagent/won.jsonl: 03_sample_score.py $(AGENT_PROMPT) $(R)/agent/config.json
+	$(EXPLORE) --prompts knowagent --agent $(R)/agent --out $(@D)
 $(R)/agent-knowagent/config.json: 02_sft.py $(R)/knowagent/won.jsonl
-	$(SFT) --model $(R)/agent --data $(R)/knowagent/won.jsonl --out $(@D) $(AGENT_SFT)
+	$(AGENT_SFT) --model $(R)/agent --data $(R)/knowagent/won.jsonl --out $(@D)
+	$(CURVES) $(@D)
 
-# WKM: the teacher compares the expert's trajectories with the agent's failures; one model learns to
-# write such task knowledge, the agent learns to act with it in its prompt
-$(R)/wkm-seed/seed_plans.jsonl: 01_seed_plans.py $(R)/eto1/pairs.jsonl | .venv/ready
+# ---- WKM: the teacher compares the expert's trajectories with the agent's failures. One model learns
+# to write such task knowledge, the agent learns to act with it in its prompt. ---------------------
+
+$(R)/wkm-seed/seed_plans.jsonl: 01_seed_plans.py $(R)/eto1/pairs.jsonl
 	$(SEED_PLANS) --prompts wkm --out $(R)/wkm-seed --explored $(R)/eto1/explore.jsonl --plan_share 1
 $(R)/wkm/config.json: 02_sft.py $(R)/wkm-seed/seed_plans.jsonl
 	$(SFT) --model $(PLANNER) --data $(R)/wkm-seed/seed_plans.jsonl --out $(@D) $(SFT_ARGS)
+	$(CURVES) $(@D)
 $(R)/agent-wkm/config.json: 02_sft.py $(R)/wkm-seed/seed_plans.jsonl
-	$(SFT) --model $(AGENT) --data $(R)/wkm-seed/agent_sft.jsonl --out $(@D) $(AGENT_SFT)
+	$(AGENT_SFT) --model $(AGENT) --data $(R)/wkm-seed/agent_sft.jsonl --out $(@D)
+	$(CURVES) $(@D)
 
-# tables 2 and 6 list every agent that exists, these two with their own prompts
-OWN_PROMPTS = $(wildcard $(patsubst %,$(R)/agent-%/config.json,knowagent wkm))
-table2 table6: private AGENTS = $(AGENT) $(patsubst %/config.json,%,$(filter-out $(OWN_PROMPTS),\
-  $(wildcard $(R)/agent/config.json $(R)/agent-*/config.json)))
-# a recipe line for each, as make check reads one command a line
-define NEWLINE
+# ---- tables 2 and 6: AGENTS, or every agent that the run has. KnowAgent and WKM have prompts of
+# their own. ---------------------------------------------------------------------------------------
 
-
-endef
-PLAY_OTHERS = $(foreach a,$(OWN_PROMPTS:$(R)/agent-%/config.json=%),$(EVALUATE) --prompts $a \
-  --agents $(R)/agent-$a --plans $(if $(filter wkm,$a),wkm,none)$(NEWLINE))
+AGENTS_HERE = $(filter-out %/agent-knowagent %/agent-wkm,$(patsubst %/config.json,%,$(wildcard \
+  $(R)/agent/config.json $(R)/agent-*/config.json)))
+table2 table6: $(R)/eval/done
+	$(EVALUATE) --agents $(if $(filter file,$(origin AGENTS)),$(AGENT) $(AGENTS_HERE),$(AGENTS)) \
+	  --plans none mpo
+	if [ -e $(R)/agent-knowagent/config.json ]; then \
+	  $(EVALUATE) --prompts knowagent --agents $(R)/agent-knowagent --plans none; fi
+	if [ -e $(R)/agent-wkm/config.json ]; then \
+	  $(EVALUATE) --prompts wkm --agents $(R)/agent-wkm --plans wkm; fi

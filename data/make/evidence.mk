@@ -1,20 +1,27 @@
 # `make evidence ENV=NAME`: does MPO beat its own SFT planner? One agent, then for each of SEEDS all
-# stages and the test tasks; nothing is held back. Settings: data/NAME/evidence.mk. It resumes;
-# stage 5 plays what is missing, once for all seeds with the same plan (the agent is greedy).
+# stages and the test tasks. Nothing is held back: all seed plans, full training. The settings are in
+# data/NAME/evidence.mk. It resumes. The seeds share one file of episodes: the agent is greedy, so a
+# plan that several seeds have for a task is played once.
 # DEV=1 plays validation tasks, by which settings are chosen: train tasks that neither agent nor
 # planner has seen.
 SEEDS ?= 0 1 2
 EVIDENCE := runs/evidence-$(ENV)
-ONE = $(MAKE) DEMO=evidence AGENT=$(EVIDENCE)/base/agent AGENT_SFT_ARGS= DEV=$(DEV)
 
-.PHONY: evidence
 evidence: | .venv/ready
 	$(if $(wildcard data/$(ENV)/evidence.mk),,$(error data/$(ENV)/evidence.mk is missing))
-	@$(MAKE) agent-sft DEMO=evidence RUN=evidence-$(ENV)/base
-	for seed in $(SEEDS); do mkdir -p $(EVIDENCE)/seed$$seed/eval; \
-	  ln -sf ../base/trajectories.jsonl $(EVIDENCE)/seed$$seed; \
-	  ln -sf ../../episodes.jsonl $(EVIDENCE)/seed$$seed/eval/rollouts.jsonl; \
-	  rm -f $(EVIDENCE)/seed$$seed/eval/done; \
-	  $(ONE) stages RUN=evidence-$(ENV)/seed$$seed SEED=$$seed; done
-	$(BIN) python -m data.tools.evidence $(if $(DEV),,--to data/$(ENV)/evidence.json) \
-	  --runs $(SEEDS:%=$(EVIDENCE)/seed%)
+	$(MAKE) agent-sft DEMO=evidence RUN=evidence-$(ENV)/base
+	for seed in $(SEEDS); do \
+	  run=$(EVIDENCE)/seed$$seed; \
+	  mkdir -p $$run/eval; \
+	  ln -sf ../base/trajectories.jsonl $$run; \
+	  ln -sf ../../episodes.jsonl $$run/eval/rollouts.jsonl; \
+	  rm -f $$run/eval/done; \
+	  $(MAKE) all DEMO=evidence RUN=evidence-$(ENV)/seed$$seed SEED=$$seed DEV=$(DEV) \
+	    AGENT=$(EVIDENCE)/base/agent AGENT_SFT_ARGS= || exit; \
+	done
+	$(BIN) python -m data.tools.evidence --runs $(SEEDS:%=$(EVIDENCE)/seed%) \
+	  $(if $(DEV),,--to data/$(ENV)/evidence.csv)
+
+# the README's picture, from the rows of all environments
+evidence-picture: | .venv/ready
+	$(BIN) python -m data.tools.evidence --picture data/report/evidence.png

@@ -1,31 +1,34 @@
-# `make all ENV="a b"`: one planner for several environments (the paper's second limitation). Each has
-# its own settings, seed plans, agent, rollouts and evaluation in runs/$(RUN)/NAME; the planner, with
-# the settings of the first, learns from the seed plans and the pairs of all. The tables of all are in the
-# first one's folder pooled/.
-EACH = for env in $(ENV); do $(MAKE) ENV=$$env RUN=$(RUN)/$$env
-PLANNER_OF_ALL = $(MAKE) ENV=$(firstword $(ENV)) FILTER= RUN=$(RUN) AGENT_SFT_ARGS=
-PARTS = $(ENV:%=runs/$(RUN)/%/$(1))
-# the rows of all, as old as the newest of their files
-JOIN = cat $(PARTS) > runs/$(RUN)/$(2) && touch -r $$(ls -t $(PARTS) | head -1) runs/$(RUN)/$(2)
-SHARE = for env in $(ENV); do ln -sfn ../$(1) runs/$(RUN)/$$env/$(1); done
+# `make all ENV="a b"`: one planner for several environments (the paper's second limitation). Each
+# environment has its own settings, seed plans, agent, rollouts and evaluation in runs/$(RUN)/NAME.
+# The planner has the settings of the first one, and learns from the seed plans and the pairs of all.
+# The tables of all are in the first one's folder pooled/.
 
-.PHONY: all stages demo check seed sft score dpo eval
-demo: ; $(MAKE) all DEMO=1
-all stages: check eval
-	. .venv/bin/activate && python 05_eval.py report --out $(ENV:%=runs/$(RUN)/%)
+PLANNER_OF_ALL = $(MAKE) ENV=$(firstword $(ENV)) RUN=$(RUN) AGENT_SFT_ARGS=
+SEED_PLANS_OF_ALL := $(ENV:%=$(R)/%/seed_plans.jsonl)
+PAIRS_OF_ALL := $(ENV:%=$(R)/%/pairs.jsonl)
+
+.PHONY: all demo check seed sft score dpo eval
+demo:
+	$(MAKE) all DEMO=1
+all: eval
+	$(BIN) python 05_eval.py report --out $(ENV:%=$(R)/%)
 check:
-	$(EACH) check; done
-seed: | check
-	$(EACH) seed; done
-	$(call JOIN,$(if $(FILTER),filtered,seed)_plans.jsonl,seed_plans.jsonl)
+	for env in $(ENV); do $(MAKE) ENV=$$env RUN=$(RUN)/$$env check || exit; done
+
+# a joined file is as old as the newest of its parts: what is unchanged is not trained on again
+seed: check
+	for env in $(ENV); do $(MAKE) ENV=$$env RUN=$(RUN)/$$env seed || exit; done
+	cat $(SEED_PLANS_OF_ALL) > $(R)/seed_plans.jsonl
+	touch -r $$(ls -t $(SEED_PLANS_OF_ALL) | head -1) $(R)/seed_plans.jsonl
 sft: seed
 	$(PLANNER_OF_ALL) sft
-	$(call SHARE,sft)
+	for env in $(ENV); do ln -sfn ../sft $(R)/$$env/sft; done
 score: sft
-	$(EACH) score; done
-	$(call JOIN,pairs.jsonl,pairs.jsonl)
+	for env in $(ENV); do $(MAKE) ENV=$$env RUN=$(RUN)/$$env score || exit; done
+	cat $(PAIRS_OF_ALL) > $(R)/pairs.jsonl
+	touch -r $$(ls -t $(PAIRS_OF_ALL) | head -1) $(R)/pairs.jsonl
 dpo: score
 	$(PLANNER_OF_ALL) dpo
-	$(call SHARE,mpo)
+	for env in $(ENV); do ln -sfn ../mpo $(R)/$$env/mpo; done
 eval: dpo
-	$(EACH) eval; done
+	for env in $(ENV); do $(MAKE) ENV=$$env RUN=$(RUN)/$$env eval || exit; done

@@ -1,7 +1,8 @@
 # The demo: three task types, SmolLM2-135M as planner and agent; evidence.mk, smaller.
 M := 4
 N := 1
-ENV_ARGS := --types find-animal find-living-thing find-non-living-thing --prompts brief \
+PROMPTS := brief
+ENV_ARGS := --types find-animal find-living-thing find-non-living-thing \
   --observation_chars 400 --workers 2
 SEED_PLANS_ARGS := --limit 90 --plan_share 0.95
 AGENT_SFT_ARGS := --lr 3e-4 --epochs 2 --warmup_ratio 0.05

@@ -2,7 +2,8 @@
 # split. Types and DPO's settings were chosen on validation tasks (README.md), the others are guesses.
 M := 5
 N := 2
-ENV_ARGS := --types find-animal find-living-thing find-plant find-non-living-thing --prompts brief \
+PROMPTS := brief
+ENV_ARGS := --types find-animal find-living-thing find-plant find-non-living-thing \
   --observation_chars 400 --workers 2
 SEED_PLANS_ARGS := --limit $(if $(filter %/base,$(RUN)),240 --plan_share 0.95,120)
 AGENT_SFT_ARGS := --lr 3e-4 --epochs 2 --warmup_ratio 0.05

@@ -1,7 +1,8 @@
 # The demo: SmolLM2-135M as planner and agent, on the products in WEBSHOP_DATA.
 M := 4
 N := 1
-ENV_ARGS := --prompts brief --observation_chars 800 --workers 2
+PROMPTS := brief
+ENV_ARGS := --observation_chars 800 --workers 2
 SEED_PLANS_ARGS := --limit 40 --plan_share 0.9
 AGENT_SFT_ARGS := --lr 3e-4 --epochs 2 --warmup_ratio 0.05
 SFT_ARGS := --lr 2e-4 --epochs 3 --warmup_ratio 0.05
