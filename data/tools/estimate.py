@@ -1,24 +1,21 @@
 """What `make all` will do and cost: `make estimate ENV=NAME GPUS=8`.
 
-    python data/estimate.py --env NAME --gpus 8 --m 5 --n 5
-    python data/estimate.py --env NAME --run runs/demo-NAME --check    # against a finished run
+    python -m data.tools.estimate --env NAME --gpus 8 --m 5 --n 5
 
 Counts (tasks, calls, episodes, optimizer steps) follow from the environment and the settings. They
 are exact, except that equal plans of a task are scored once. Shapes (tokens and steps) are measured
-on the expert's trajectories of --sample tasks or, with --run, on that run's rows. Rates are
-measured or assumed, as printed; set your own.
+on the expert's trajectories of --sample tasks. Rates are assumed, as printed; set your own.
 """
 
 import argparse
 import asyncio
-import itertools
 import math
 import os
 import sys
-from pathlib import Path
-from types import SimpleNamespace
+from dataclasses import dataclass, fields
 
 import common
+from common import mean
 
 CHARACTERS = 4.0  # of a token of English, with the tokenizers of current models
 # name: (value, source, what it is). The rates of a GPU are assumptions for an 8B model on one H100.
@@ -37,286 +34,229 @@ RATES = {
 }
 
 
+@dataclass
+class Shape:
+    """What the expert's trajectories of a few tasks look like; lengths in tokens, means."""
+
+    tasks: dict[str, int]  # of each split
+    solved: float  # share of the tasks that the expert solves
+    trajectory: float  # actions and observations of a trajectory
+    expert_steps: float  # steps of a trajectory
+    step_limit: float  # step limit of an episode
+    observation: float
+    planner_prompt: float
+    teacher_prompt: float  # without the trajectory
+    agent_prompt: float  # the first one of an episode
+
+
+@dataclass
+class Row:
+    """A stage, or all of them."""
+
+    stage: str
+    calls: float = 0.0  # of models
+    steps: float = 0.0  # of the optimizer
+    prompt: float = 0.0  # tokens
+    generated: float = 0.0  # tokens
+    env: float = 0.0  # core-hours of the environment
+    gpu: float = 0.0  # GPU-hours
+    hours: float = 0.0
+    kept: float = 0.0  # bytes on disk
+    meanwhile: float = 0.0  # bytes on disk while the stage runs
+
+
 def tokens(text: str) -> float:
     return len(text) / CHARACTERS
 
 
-# ---- disk and memory; `make check` compares them with what this machine has ----------------------
-
-SAVED, CHECKPOINT = 2, 12  # bytes a parameter: bf16; float32 weights and AdamW's two averages
-
-
-def episode_bytes(steps: float, growth: float = 250.0) -> float:
-    """Bytes of an episode's row. `growth`: tokens of a reply and its observation; the default is
-    above the means of the demos' rows, 13 to 190."""
-    return 1000 + steps * growth * CHARACTERS
-
-
-def training_disk(parameters: float, adapters: float = 0.0) -> tuple[float, float]:
-    """(bytes of the model that a training run leaves, bytes of its checkpoints: one is kept while
-    the next is written). `adapters`: parameters of LoRA; the others are frozen, in bf16."""
-    checkpoint = CHECKPOINT * (adapters or parameters) + SAVED * parameters * bool(adapters)
-    return SAVED * parameters, 2 * checkpoint
-
-
-def most_disk(stages: list[tuple[float, float]]) -> float:
-    """The most bytes at once, of (bytes that a stage leaves, bytes it needs only while it runs) of
-    each stage in their order."""
-    most = total = 0.0
-    for left, meanwhile in stages:
-        most, total = max(most, total + max(left, meanwhile)), total + left
-    return most
-
-
-def model_sizes(folder: Path) -> SimpleNamespace:
-    """Sizes of the model whose config.json is in `folder`, without its weights."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(folder)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    text, layers = config.get_text_config(), model.get_decoder().layers
-    hidden, heads = text.hidden_size, text.num_attention_heads
-    in_layers, every = (sum(p.numel() for p in m.parameters()) for m in (layers, model))
-    return SimpleNamespace(
-        model=model,
-        parameters=every,
-        layers=len(layers),
-        hidden=hidden,
-        heads=heads,
-        vocabulary=text.vocab_size,
-        context=getattr(text, "max_position_embeddings", math.inf),
-        weights=(1 if hasattr(config, "quantization_config") else SAVED) * every,  # bytes to serve
-        cached=4
-        * len(layers)  # bytes of a token's keys and values
-        * (getattr(text, "num_key_value_heads", None) or heads)
-        * (getattr(text, "head_dim", None) or hidden // heads),
-        # bytes of a token that a layer keeps for the backward pass
-        kept=24 * hidden + 8 * getattr(text, "intermediate_size", 4 * hidden),
-        gathered=every - in_layers + in_layers // len(layers),  # parameters whole at one time
-        linear=sum(
-            m.in_features + m.out_features
-            for m in layers.modules()
-            if isinstance(m, torch.nn.Linear)
-        ),
-    )
-
-
-def training_memory(m, a) -> tuple[float, float]:
-    """(bytes shared by all processes, bytes of each) of training the model of `model_sizes` with
-    the settings `a` of 02_sft.py or 04_dpo.py. Shared: float32 weights, gradients and AdamW's
-    averages, 16 bytes a parameter (with adapters, of these; frozen weights 2). Each: weights
-    gathered in bf16 and their gradients, activations, logits of a third of the tokens (24 bytes
-    each), 1 GB. SFT and DPO of 135M parameters on a CPU, with checkpointing and without, took 4.0
-    to 8.4 GB: this -13% to +18%."""
-    trained = a.lora_rank * m.linear if a.lora_rank else m.parameters
-    shared = 16 * trained + 2 * m.parameters * bool(a.lora_rank)
-    layers = m.kept + 2 * m.hidden * m.layers if a.gradient_checkpointing else m.kept * m.layers
-    tokens_at_once = max(a.micro_tokens, a.max_length)
-    return shared, 1e9 + 8 * m.gathered + tokens_at_once * (layers + 8 * m.vocabulary)
-
-
-def serving_memory(m, length: int, gpus: int) -> float:
-    """Bytes on each of the `gpus` of a replica, or of the host (0), of serving the model of
-    `model_sizes`: bf16 weights, the cache of one context of `length` tokens, 2 GB of buffers."""
-    return (m.weights + length * m.cached) / max(1, gpus) + 2e9
-
-
-# ---- tokens, hours and cost ----------------------------------------------------------------------
-
-
-async def measure(a) -> dict:
-    """Tasks of each split, and the shapes of --sample of them as the expert plays."""
-    cls, prompts = common.environment(a.env), common.Prompts(a.env, a.prompts)
+async def measure(a) -> Shape:
+    """The shape of --sample tasks as the expert plays them."""
+    cls = common.environment(a.env)
+    prompts = common.Prompts(a.env, a.prompts)
+    tasks = {}
+    found = {}
     async with common.EnvPool(a.env, 2) as pool:
-        splits = {
-            s: await common.list_tasks(pool, a.env, s, [], a.types, None)
-            for s in ("train", *cls.tests())
+        for split in ("train", *cls.tests()):
+            tasks[split] = await common.list_tasks(pool, a.env, split, [], a.types, None)
+        found = await pool.each(tasks["train"][: a.sample], "expert")
+    solved = {task: e for task, e in found.items() if e}
+    trajectories = []
+    observations = []
+    prompt_lengths: dict[str, list[float]] = {"planner": [], "teacher": [], "agent": []}
+    for task, e in solved.items():
+        u = e["instruction"]
+        trajectories.append(sum(tokens(action + seen) + 6 for action, seen in e["steps"]))
+        observations += [tokens(seen) + 8 for _, seen in e["steps"]]
+        asked = {
+            "planner": prompts.planner(u),
+            "teacher": prompts.teacher(u, ""),
+            "agent": prompts.agent(u, None, task),
         }
-        found = []
-        await pool.each(splits["train"][: a.sample], "expert", lambda *result: found.append(result))
-    solved = [(t, e) for t, e in found if e]
-    mean = common.mean
-    steps = [step for _, e in solved for step in e["steps"]]
-    return {
-        "tasks": {s: len(ts) for s, ts in splits.items()},
-        "solved": len(solved) / max(1, len(found)),
-        "trajectory": mean(sum(tokens(x + o) + 6 for x, o in e["steps"]) for _, e in solved),
-        "expert_steps": mean(len(e["steps"]) for _, e in solved),
-        "limit": mean(cls.max_steps(t) for t, _ in found),
-        "observation": mean(tokens(o) + 8 for _, o in steps),
-        "planner_prompt": mean(
-            tokens(prompts.planner(e["instruction"])[0]["content"]) for _, e in solved
-        ),
-        "teacher_prompt": mean(
-            tokens(prompts.teacher(e["instruction"], "")[0]["content"]) for _, e in solved
-        ),
-        "agent_prompt": mean(
-            tokens(prompts.agent(e["instruction"], None, t)[0]["content"]) for t, e in solved
-        ),
-    }
-
-
-def measure_run(run: Path) -> dict:
-    """The shapes of a finished run, from its rows."""
-    mean = common.mean
-    episodes = [r for r in common.read_rows(run / "rollouts.jsonl") if r["steps"]]
-    plans = [r for r in common.read_rows(run / "plans.jsonl") if r["plan"]]
-    trajectories = [r for r in common.read_rows(run / "trajectories.jsonl") if r["solved"]]
-    seeds = common.read_rows(run / "seed_plans.jsonl")
-    tasks = {r["task"] for r in plans}
-    steps = sum(len(r["steps"]) for r in episodes)
-    out = {
-        "steps": steps / len(episodes),
-        "reply": sum(r["completion_tokens"] for r in episodes) / steps,
-        "observation": sum(tokens(o) + 8 for r in episodes for _, o in r["steps"]) / steps,
-        "plan": mean(tokens(p["plan"]) + 20 for p in plans),
-        "planner_prompt": mean(tokens(r["messages"][0]["content"]) for r in seeds),
-        "pairs": len(common.read_rows(run / "pairs.jsonl")) / len(tasks),
-        "unique": len({(r["task"], r["plan"]) for r in plans}) / len(plans),
-        "bytes": (run / "rollouts.jsonl").stat().st_size / len(episodes),
-        "trajectory": mean(sum(tokens(x + o) + 6 for x, o in r["steps"]) for r in trajectories),
-    }
-    # the server's token counts are exact: the first prompt is the rest without the conversation
-    growth = (out["reply"] + out["observation"]) * mean((len(r["steps"]) - 1) / 2 for r in episodes)
-    out["agent_prompt"] = sum(r["prompt_tokens"] for r in episodes) / steps - growth
-    return out
-
-
-def estimate(shape: dict, rate: dict, a) -> list[dict]:
-    """A row per stage: calls, tokens, core-hours of the environment, GPU-hours, disk."""
-    tasks, cpu = shape["tasks"], common.environment(a.env).SECONDS
-    train = min(a.limit or tasks["train"], tasks["train"])
-    experts = min(a.seed_limit or train, tasks["train"])
-    steps = shape.get("steps") or (
-        rate["success"] * shape["expert_steps"] + (1 - rate["success"]) * shape["limit"]
+        for who, messages in asked.items():
+            prompt_lengths[who].append(tokens(messages[0]["content"]))
+    return Shape(
+        tasks={split: len(names) for split, names in tasks.items()},
+        solved=len(solved) / max(1, len(found)),
+        trajectory=mean(trajectories),
+        expert_steps=mean(len(e["steps"]) for e in solved.values()),
+        step_limit=mean(cls.max_steps(task) for task in found),
+        observation=mean(observations),
+        planner_prompt=mean(prompt_lengths["planner"]),
+        teacher_prompt=mean(prompt_lengths["teacher"]),
+        agent_prompt=mean(prompt_lengths["agent"]),
     )
-    reply, plan, pairs = (shape.get(k) or rate[k] for k in ("reply", "plan", "pairs"))
-    unique, growth = shape.get("unique", 1.0), reply + shape["observation"]
-    size = shape.get("bytes") or episode_bytes(steps, growth)
-    model, checkpoints = training_disk(rate["parameters"] * 1e9)
 
-    def train_hours(count, length, epochs):
-        return (count * length * epochs / rate["train"] + a.gpus * rate["load"]) / 3600
 
-    def serve_hours(new, written):
-        seconds = new / rate["prefill"] + written / rate["generate"] + 2 * a.gpus * rate["load"]
-        return seconds / 3600
+class Estimate:
+    """The rows of all stages, from a shape, the rates and the settings `a`."""
 
-    def play(stage, plans, prompts, episodes, per_prefix):
-        """A stage that asks for `plans` plans of `prompts` tasks and plays `episodes`, `per_prefix`
-        of which share a first prompt. The servers read what is sent, except what they cached."""
-        calls, first = episodes * steps, shape["agent_prompt"]
-        sent = plans * shape["planner_prompt"] + episodes * (
-            steps * first + growth * steps * (steps - 1) / 2
+    def __init__(self, shape: Shape, rate: dict[str, float], a):
+        self.shape = shape
+        self.rate = rate
+        self.a = a
+        self.cpu = common.environment(a.env).SECONDS
+        self.train_tasks = at_most(a.limit, shape.tasks["train"])
+        self.expert_tasks = at_most(a.seed_limit or a.limit, shape.tasks["train"])
+        self.seed_plans = self.expert_tasks * shape.solved
+        self.steps = rate["success"] * shape.expert_steps + (1 - rate["success"]) * shape.step_limit
+
+    def rows(self) -> list[Row]:
+        rows = [self.seed_stage(), self.sft(), self.scoring(), self.dpo(), self.evaluation()]
+        for row in rows:
+            # of the GPUs or of the environment's cores, whichever takes longer
+            row.hours = max(row.gpu / self.a.gpus, row.env / self.a.cores)
+        return rows
+
+    def seed_stage(self) -> Row:
+        shape = self.shape
+        return Row(
+            "1 seed plans",
+            calls=self.seed_plans,
+            prompt=self.seed_plans * (shape.teacher_prompt + shape.trajectory),
+            generated=self.seed_plans * self.rate["plan"],
+            env=self.expert_tasks * self.cpu["expert"] / 3600,
+            kept=self.expert_tasks * shape.trajectory * CHARACTERS * 3,
         )
-        new = prompts * shape["planner_prompt"] + episodes * (first / per_prefix + steps * growth)
-        written = plans * plan + calls * reply
-        return {
-            "stage": stage,
-            "calls": plans + calls,
-            "prompt": sent,
-            "generated": written,
-            "gpu": serve_hours(new, written),
-            "disk": episodes * size,
-            "env": (episodes * cpu["reset"] + calls * cpu["step"]) / 3600,
-        }
 
-    seeds = experts * shape.get("solved", 1.0)
-    rows = min(a.sft_limit or seeds, seeds)
-    tests = sum(min(a.eval_limit or tasks[s], tasks[s]) for s in tasks if s != "train")
-    row, dpo_epochs = shape["planner_prompt"] + plan, a.dpo_epochs or a.epochs
-    return [
-        {
-            "stage": "1 seed plans",
-            "calls": seeds,
-            "generated": seeds * plan,
-            "gpu": 0.0,
-            "prompt": seeds * (shape.get("teacher_prompt", 0) + shape["trajectory"]),
-            "env": experts * cpu["expert"] / 3600,
-            "disk": experts * shape["trajectory"] * CHARACTERS * 3,
-        },
-        {
-            "stage": "2 SFT",
-            "steps": math.ceil(rows / a.batch) * a.epochs,
-            "env": 0.0,
-            "gpu": train_hours(rows, row, a.epochs),
-            "disk": model,
-            "meanwhile": checkpoints,
-        },
-        play("3 sample and score", train * a.m, train, train * a.m * unique * a.n, a.n),
-        {
-            "stage": "4 DPO",
-            "steps": math.ceil(train * pairs / a.batch) * dpo_epochs,
-            "env": 0.0,
-            # a pair is one sequence, its prompt once; the reference takes a third of an epoch
-            "gpu": train_hours(train * pairs, row + plan, dpo_epochs + 1 / 3),
-            "disk": model,
-            "meanwhile": checkpoints,
-        },
-        play("5 evaluation", 2 * tests, 2 * tests, 3 * tests, 1),
-    ]
+    def sft(self) -> Row:
+        examples = at_most(self.a.sft_limit, self.seed_plans)
+        length = self.shape.planner_prompt + self.rate["plan"]
+        return self._training("2 SFT", examples, length, self.a.epochs, self.a.epochs)
+
+    def scoring(self) -> Row:
+        plans = self.train_tasks * self.a.m
+        return self._playing(
+            "3 sample and score", plans, self.train_tasks, plans * self.a.n, self.a.n
+        )
+
+    def dpo(self) -> Row:
+        pairs = self.train_tasks * self.rate["pairs"]
+        # a pair is one sequence, with its prompt once
+        length = self.shape.planner_prompt + 2 * self.rate["plan"]
+        epochs = self.a.dpo_epochs or self.a.epochs
+        # the reference's log-probabilities take a third of an epoch
+        return self._training("4 DPO", pairs, length, epochs, epochs + 1 / 3)
+
+    def evaluation(self) -> Row:
+        """Greedy plans of two planners, and episodes with no plan and with theirs."""
+        tests = 0
+        for split, count in self.shape.tasks.items():
+            if split != "train":
+                tests += at_most(self.a.eval_limit, count)
+        return self._playing("5 evaluation", 2 * tests, 2 * tests, 3 * tests, 1)
+
+    def _training(
+        self, stage: str, examples: float, length: float, epochs: int, passes: float
+    ) -> Row:
+        """A stage that trains for `epochs` and computes as much as `passes` epochs."""
+        seconds = examples * length * passes / self.rate["train"] + self.a.gpus * self.rate["load"]
+        kept, checkpoints = common.training_disk(self.rate["parameters"] * 1e9)
+        return Row(
+            stage,
+            steps=math.ceil(examples / self.a.batch) * epochs,
+            gpu=seconds / 3600,
+            kept=kept,
+            meanwhile=checkpoints,
+        )
+
+    def _playing(
+        self, stage: str, plans: float, prompts: float, episodes: float, per_prefix: int
+    ) -> Row:
+        """A stage that asks for `plans` plans with `prompts` different prompts and plays
+        `episodes`, of which `per_prefix` share a first prompt. The servers read what is sent,
+        except for what they have in the cache."""
+        shape = self.shape
+        rate = self.rate
+        first = shape.agent_prompt
+        growth = rate["reply"] + shape.observation  # of an agent's prompt, each step
+        calls = episodes * self.steps
+        of_plans = plans * shape.planner_prompt
+        conversation = growth * self.steps * (self.steps - 1) / 2
+        sent = of_plans + episodes * (self.steps * first + conversation)
+        new = prompts * shape.planner_prompt
+        new += episodes * (first / per_prefix + self.steps * growth)
+        generated = plans * rate["plan"] + calls * rate["reply"]
+        seconds = new / rate["prefill"] + generated / rate["generate"]
+        seconds += 2 * self.a.gpus * rate["load"]
+        return Row(
+            stage,
+            calls=plans + calls,
+            prompt=sent,
+            generated=generated,
+            env=(episodes * self.cpu["reset"] + calls * self.cpu["step"]) / 3600,
+            gpu=seconds / 3600,
+            kept=episodes * common.episode_bytes(self.steps, growth),
+        )
 
 
-def hours(row: dict, a) -> float:
-    """Wall time of a stage: that of the GPUs or of the environment's cores, the longer one."""
-    return max(row["gpu"] / a.gpus, row["env"] / a.cores)
+def at_most(limit: int | None, count: float) -> float:
+    return min(limit or count, count)
 
 
-def show(rows: list[dict], shape: dict, rate: dict, sources: dict, a) -> None:
-    tasks = ", ".join(f"{n:,} {s} tasks" for s, n in shape["tasks"].items())
+def show(rows: list[Row], shape: Shape, rate: dict, sources: dict, a) -> None:
+    tasks = ", ".join(f"{n:,} {split} tasks" for split, n in shape.tasks.items())
     print(f"{a.env}: {tasks}; M = {a.m}, N = {a.n}, {a.gpus} GPUs\n")
-    columns = {
-        "calls": ("model calls", 14, 0),
-        "steps": ("optimizer steps", 17, 0),
-        "prompt": ("prompt tokens", 17, 0),
-        "generated": ("generated", 14, 0),
-        "env": ("env core-h", 12, 1),
-        "gpu": ("GPU-h", 9, 1),
-        "hours": ("hours", 8, 1),
-        "GB": ("GB", 8, 1),
-    }
-    for r in rows:
-        r["hours"], r["GB"] = hours(r, a), r["disk"] / 1e9
-    total = {"stage": "all", **{k: sum(r.get(k, 0) for r in rows) for k in columns}}
-    print(f"{'stage':20}" + "".join(f"{name:>{width}}" for name, width, _ in columns.values()))
-    for r in [*rows, total]:
-        print(
-            f"{r['stage']:20}"
-            + "".join(
-                f"{r[k]:{w},.{d}f}" if r.get(k) else f"{'-':>{w}}"
-                for k, (_, w, d) in columns.items()
-            )
-        )
-    seed = rows[0]
-    bill = (seed["prompt"] * rate["teacher_in"] + seed["generated"] * rate["teacher_out"]) / 1e6
-    most = most_disk([(r["disk"], r.get("meanwhile", 0.0)) for r in rows]) / 1e9
-    print(
-        f"\nteacher: about ${bill:,.0f}, with one call a plan; disk: at most {most:,.0f} GB at "
-        f"once, in training, of which {max(r.get('meanwhile', 0.0) for r in rows) / 1e9:,.0f} GB "
-        "are two checkpoints; the models to download are extra"
-    )
-    print("rates: " + "; ".join(f"{k} {rate[k]:g} ({sources[k]})" for k in RATES))
+    print_table(rows)
+    seeds = rows[0]
+    bill = (seeds.prompt * rate["teacher_in"] + seeds.generated * rate["teacher_out"]) / 1e6
+    most = common.most_disk([(row.kept, row.meanwhile) for row in rows])
+    checkpoints = max(row.meanwhile for row in rows)
+    print(f"\nteacher: about ${bill:,.0f}, with one call a plan", end="; ")
+    print(f"disk: at most {most / 1e9:,.0f} GB at once, in training,", end=" ")
+    print(f"of which {checkpoints / 1e9:,.0f} GB are two checkpoints", end="; ")
+    print("the models to download are extra")
+    print("rates: " + "; ".join(f"{name} {rate[name]:g} ({sources[name]})" for name in RATES))
     seconds = common.environment(a.env).SECONDS
     print("environment, core-seconds: " + ", ".join(f"{k} {v:g}" for k, v in seconds.items()))
 
 
-def actual_hours(run: Path) -> dict[str, float]:
-    """Wall time of a run's stages, from the times at which `make` finished their files."""
-    order = [
-        ("1 seed plans", "seed_plans.jsonl"),
-        ("agent", "agent/config.json"),
-        ("2 SFT", "sft/config.json"),
-        ("3 sample and score", "pairs.jsonl"),
-        ("4 DPO", "mpo/config.json"),
-        ("5 evaluation", "results.md"),
-    ]
-    done = sorted((p.stat().st_mtime, stage) for stage, name in order if (p := run / name).exists())
-    return {stage: (t - before) / 3600 for (before, _), (t, stage) in itertools.pairwise(done)}
+def print_table(rows: list[Row]) -> None:
+    """A line for each stage and one for their sum."""
+    total = Row("all")
+    for field in fields(Row)[1:]:
+        setattr(total, field.name, sum(getattr(row, field.name) for row in rows))
+    # field: (head, width, decimals, divided by)
+    columns = {
+        "calls": ("model calls", 14, 0, 1),
+        "steps": ("optimizer steps", 17, 0, 1),
+        "prompt": ("prompt tokens", 17, 0, 1),
+        "generated": ("generated", 14, 0, 1),
+        "env": ("env core-h", 12, 1, 1),
+        "gpu": ("GPU-h", 9, 1, 1),
+        "hours": ("hours", 8, 1, 1),
+        "kept": ("GB", 8, 1, 1e9),
+    }
+    head = "".join(f"{name:>{width}}" for name, width, *_ in columns.values())
+    print(f"{'stage':20}{head}")
+    for row in [*rows, total]:
+        line = f"{row.stage:20}"
+        for field, (_, width, decimals, unit) in columns.items():
+            value = getattr(row, field) / unit
+            line += f"{value:{width},.{decimals}f}" if value else f"{'-':>{width}}"
+        print(line)
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -327,12 +267,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3, help="of SFT, and of DPO by default")
     parser.add_argument("--dpo_epochs", type=int)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument(
-        "--cores",
-        type=int,
-        default=os.cpu_count(),
-        help="cores of the environment workers (default: this machine's)",
-    )
+    cores = "cores of the environment workers (default: this machine's)"
+    parser.add_argument("--cores", type=int, default=os.cpu_count(), help=cores)
     parser.add_argument("--limit", type=int, help="train tasks at most")
     parser.add_argument("--seed_limit", type=int, help="train tasks of stage 1 at most")
     parser.add_argument("--sft_limit", type=int, help="seed plans of stage 2 at most")
@@ -340,32 +276,26 @@ def main() -> None:
     parser.add_argument("--types", nargs="+")
     parser.add_argument("--prompts")
     parser.add_argument("--sample", type=int, default=24, help="expert trajectories to measure")
-    parser.add_argument("--run", help="a finished run folder to take the shapes from")
-    parser.add_argument("--check", action="store_true", help="compare with the times of --run")
     for name, (value, source, text) in RATES.items():
         parser.add_argument(f"--{name}", type=float, help=f"{text} (default {value:g}, {source})")
-    a = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    a = parse_arguments()
     try:
-        shape = asyncio.run(measure(a)) | (measure_run(Path(a.run)) if a.run else {})
+        shape = asyncio.run(measure(a))
     except common.InputError as e:
         print(f"error: {e}", file=sys.stderr)
         raise SystemExit(2) from None
-    given = {k: getattr(a, k) for k in RATES if getattr(a, k) is not None}
-    rate = {k: v for k, (v, _, _) in RATES.items()} | given
-    sources = {k: "given" if k in given else s for k, (_, s, _) in RATES.items()}
-    rows = estimate(shape, rate, a)
+    rate = {}
+    sources = {}
+    for name, (value, source, _) in RATES.items():
+        given = getattr(a, name)
+        rate[name] = value if given is None else given
+        sources[name] = source if given is None else "given"
+    rows = Estimate(shape, rate, a).rows()
     show(rows, shape, rate, sources, a)
-    if a.check and a.run:
-        actual = actual_hours(Path(a.run))
-        both = [
-            (r["stage"], 60 * hours(r, a), 60 * actual[r["stage"]])
-            for r in rows
-            if r["stage"] in actual
-        ]
-        print("\nstage                 estimated, min      actual, min   ratio")
-        total = ("all of these", sum(b[1] for b in both), sum(b[2] for b in both))
-        for stage, guess, was in [*both, total]:
-            print(f"{stage:20}{guess:16.1f}{was:17.1f}{guess / was:8.2f}")
 
 
 if __name__ == "__main__":
