@@ -239,7 +239,7 @@ $(R)/fig5/%/config.json: 04_dpo.py $(R)/fig5/%.pairs.jsonl $(R)/mpo/config.json
 # ---- the demo (the same rules, see DEMO above) and the project itself ----------------------------
 
 demo:
-	$(if $(wildcard data/$(ENV)/demo.mk),,$(error there is no demo of $(ENV): data/$(ENV)/demo.mk))
+	$(if $(filter data/$(ENV)/env.py,$(wildcard data/*/env.py)),,$(error there is no demo of $(ENV)))
 	@$(MAKE) $(or $(WHAT),all) DEMO=1
 
 # what `make all` costs on GPUS GPUs, 8 without any

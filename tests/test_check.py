@@ -1,7 +1,7 @@
-"""`make check`: one line for each thing that would stop a run, before it costs anything."""
+"""`--check true` and `make check`: one line for each thing that would stop a run."""
 
-import importlib
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -10,58 +10,57 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import pytest
-from conftest import CORRIDOR, ROOT, script_env, stage
+from conftest import CORRIDOR, ROOT, run_script, script_env, stage
 
 import common
 from common import InputError
 
-check = importlib.import_module("data.tools.check")
+# transformers' server is imported faster than vLLM
+FAST = {"MPO_SERVER": "transformers"}
 
 
-def run_check(commands: str, **env) -> subprocess.CompletedProcess:
-    # transformers' server is imported faster than vLLM
-    return subprocess.run(
-        [sys.executable, "data/check.py"],
-        input=commands,
-        cwd=ROOT,
-        text=True,
-        env=script_env(MPO_SERVER="transformers", **env),
-        capture_output=True,
-        timeout=120,
-    )
+def make_check(*settings, **env) -> subprocess.CompletedProcess:
+    """`make check` with the settings of a small run; two processes train."""
+    command = ["make", "check", "PROCESSES=2", *settings]
+    env = script_env(**FAST, **env)
+    for name in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "MAKEOVERRIDES"):
+        env.pop(name, None)
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
 
 
-def commands(out, model, teacher="gpt-4o", env=CORRIDOR) -> str:
-    """What `make -n all` prints, in short."""
-    return f"""
-touch something
-. .venv/bin/activate && python 01_seed_plans.py --env {env} --out {out} --teacher {teacher}
-. .venv/bin/activate && accelerate launch --num_processes 2 02_sft.py --model {model} \\
-  --data {out}/seed_plans.jsonl --out {out}/sft
-. .venv/bin/activate && python 03_sample_score.py --env {env} --out {out} \\
-  --planner {out}/sft --agent {model}
-. .venv/bin/activate && python 04_dpo.py --model {out}/sft --data {out}/pairs.jsonl --out {out}/mpo
-. .venv/bin/activate && python 05_eval.py --env {env} --out {out} --agents {model} \\
-  --plans none sft mpo
-"""
+def run_settings(out, model) -> list[str]:
+    return [f"ENV={CORRIDOR}", f"R={out}", f"PLANNER={model}", f"AGENT={model}"]
 
 
 def test_a_run_that_can_be_done(tmp_path, tiny_model, chat_server):
     server = chat_server(lambda messages, body: "Hello")
-    done = run_check(commands(tmp_path, tiny_model), OPENAI_API_KEY="k", OPENAI_BASE_URL=server.url)
+    done = make_check(
+        *run_settings(tmp_path, tiny_model), OPENAI_API_KEY="k", OPENAI_BASE_URL=server.url
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
     assert {line[0] for line in lines} == {"ok"}
-    assert Counter(line[1] for line in lines) == {
+    about = Counter(line[1] for line in lines)
+    assert about.pop("data") == 2, "seed plans and pairs are still to be made"
+    assert about == {
         "settings": 1,
         "packages": 1,
         "environment": 1,
         "model": 2,
-        "memory": 3,
+        "memory": 2,
         "disk": 1,
     }
     assert [r["max_tokens"] for r in server.requests] == [1]
     assert not list(tmp_path.iterdir()), "a check leaves nothing"
+
+
+def test_settings_of_a_later_stage(tmp_path, tiny_model):
+    """A typing error in DPO's settings is found before stage 3 has cost anything."""
+    settings = [*run_settings(tmp_path, tiny_model), "TEACHER=rules", "DPO_ARGS=--betta 0.1"]
+    done = make_check(*settings)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "WRONG  settings     04_dpo.py: unknown argument --betta" in done.stdout
+    assert re.search(r"error: 1 of \d+ checks failed", done.stderr)
 
 
 class GatedHub(BaseHTTPRequestHandler):
@@ -86,8 +85,8 @@ class GatedHub(BaseHTTPRequestHandler):
 def test_each_thing_that_is_wrong_is_one_line(tmp_path):
     hub = ThreadingHTTPServer(("127.0.0.1", 0), GatedHub)
     threading.Thread(target=hub.serve_forever, daemon=True).start()
-    done = run_check(
-        commands(tmp_path, "owner/gated"),
+    done = make_check(
+        *run_settings(tmp_path / "run", "owner/gated"),
         HF_HUB_OFFLINE="0",
         HF_HOME=str(tmp_path),
         HF_ENDPOINT=f"http://127.0.0.1:{hub.server_port}",
@@ -95,13 +94,31 @@ def test_each_thing_that_is_wrong_is_one_line(tmp_path):
     hub.shutdown()
     hub.server_close()
     wrong = [line for line in done.stdout.splitlines() if not line.startswith("ok ")]
-    assert done.returncode == 2 and done.stderr.strip().endswith("2 of 6 checks failed")
-    assert len(wrong) == 2 and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert re.search(r"error: 2 of \d+ checks failed", done.stderr)
+    assert len(wrong) == 2
     assert "gpt-4o needs an API key: set OPENAI_API_KEY" in wrong[0]
     assert (
         "owner/gated is gated: accept its licence at https://huggingface.co/owner/gated and "
         "set HF_TOKEN" in wrong[1]
     )
+
+
+@pytest.mark.parametrize(
+    "script, args, says",
+    [
+        ("01_seed_plans.py", ["--env", "nowhere"], "--env nowhere.*does not exist"),
+        ("03_sample_score.py", ["--mm", "3"], "unknown argument --mm"),
+        ("02_sft.py", ["--epochs", "three"], "argument --epochs: invalid int value"),
+        ("05_eval.py", ["--env", CORRIDOR, "--tasks", "seen=no.json"], "no.json: must be a JSON"),
+        ("03_sample_score.py", ["explore", "--env", CORRIDOR, "--agent", "runs/no"], "still to be"),
+        ("05_eval.py", ["judge", "--judge", "gpt-9"], "gpt-9 needs an API key"),
+    ],
+)
+def test_every_stage_checks_its_settings(script, args, says, tmp_path, monkeypatch):
+    done = run_script(script, *args, "--check", "true", env=FAST)
+    assert "Traceback" not in done.stderr
+    assert re.search(says, done.stdout + done.stderr)
 
 
 @pytest.mark.parametrize(
@@ -115,47 +132,18 @@ def test_a_key_or_a_teacher_that_is_refused(status, said, advice, chat_server, m
     monkeypatch.setenv("OPENAI_API_KEY", "k")
     monkeypatch.setenv("OPENAI_BASE_URL", chat_server(lambda *_: (status, said)).url)
     with pytest.raises(InputError, match=advice):
-        check.check_api("gpt-9", None)
-
-
-@pytest.mark.parametrize(
-    "line, message",
-    [
-        ("03_sample_score.py --env nowhere", "--env nowhere.*does not exist"),
-        ("03_sample_score.py --mm 3", "03_sample_score.py: unknown argument --mm"),
-        ("02_sft.py --epochs three", "02_sft.py: argument --epochs: invalid int value"),
-    ],
-)
-def test_settings(line, message):
-    with pytest.raises(InputError, match=message):
-        check.read_commands(f"python {line}", [])
-
-
-def test_the_agents_of_a_filter_are_checked():
-    c = check.read_command(
-        "python ",
-        "03_sample_score.py",
-        f" filter --env {CORRIDOR} --agents owner/a http://gpu:8000/v1",
-    )
-    url = "http://gpu:8000/v1"
-    assert check.models_asked(c) == [("owner/a", None), (url, url)]
-
-
-def test_an_environment_that_cannot_play():
-    a = stage("05_eval").Args(env=CORRIDOR, tasks=["missing.json"])
-    with pytest.raises(InputError, match="missing.json"):
-        check.check_environment(a, Counter())
+        common.check_api("gpt-9", None)
 
 
 def test_a_model_directory_without_weights(tmp_path, tiny_model):
     for file in ("config.json", "tokenizer_config.json", "chat_template.jinja"):
         (tmp_path / file).write_text((common.Path(tiny_model) / file).read_text())
     with pytest.raises(InputError, match="has no model.safetensors"):
-        check.check_model(str(tmp_path), {})
+        common.model_sizes(str(tmp_path))
 
 
 @pytest.fixture
-def eight_billion(tmp_path, tiny_model):
+def eight_billion(tmp_path, tiny_model) -> common.ModelSizes:
     """The sizes of an 8B model, from its configuration."""
     from transformers import LlamaConfig
 
@@ -169,71 +157,89 @@ def eight_billion(tmp_path, tiny_model):
         tie_word_embeddings=False,
         max_position_embeddings=131072,
     ).save_pretrained(tmp_path)
-    sizes = check.estimate.model_sizes(tmp_path)
-    sizes.name, sizes.download = "eight", 0
+    for file in ("tokenizer_config.json", "chat_template.jinja"):
+        (tmp_path / file).write_text((common.Path(tiny_model) / file).read_text())
+    (tmp_path / "model.safetensors").touch()
+    sizes, download = common.model_sizes(str(tmp_path))
+    sizes.name = "eight"
+    assert download == 0
     return sizes
 
 
-def training(tmp_path, processes: int, **settings):
-    [c] = [
-        check.read_command(
-            f"launch --num_processes {processes} ",
-            "02_sft.py",
-            f" --out {tmp_path}/run/sft --gradient_checkpointing true",
-        )
-    ]
-    vars(c.a).update(settings)
-    c.base = "eight"
-    return c
-
-
-def test_memory(tmp_path, eight_billion, monkeypatch):
+def test_memory(eight_billion, monkeypatch):
     assert eight_billion.parameters == 8_030_261_248
     assert eight_billion.cached == 2 * 2 * 32 * 8 * 128  # keys and values, bf16, 8 heads of 128
-    c = training(tmp_path, 8)
 
     def on(gpus: int, gb: int, host: int = 256):
-        monkeypatch.setattr(check, "memory", lambda: ([(gb * 10**9,) * 2] * gpus, host * 10**9))
+        memory = [(gb * 10**9,) * 2] * gpus, host * 10**9
+        monkeypatch.setattr(common, "free_memory", lambda: memory)
+
+    def train() -> str:
+        return common.check_training_memory(eight_billion, 8, 8192, True, 0)
+
+    def serve(parallel: int = 1) -> str:
+        return common.check_serving_memory(eight_billion, 32768, parallel)
 
     on(8, 80)
-    assert "on each of 8 GPUs" in check.check_training(c, eight_billion)
+    assert "on each of 8 GPUs" in train()
     on(8, 24)
     with pytest.raises(InputError, match=r"on each of 8 GPUs, needs about .* 24.0 GB are free"):
-        check.check_training(c, eight_billion)
+        train()
     on(8, 80, host=32)
     with pytest.raises(InputError, match="on the host, needs about .* 32.0 GB are free"):
-        check.check_training(c, eight_billion)
+        train()
     on(4, 80)
     with pytest.raises(InputError, match="8 processes for 4 GPUs: set GPUS"):
-        check.check_training(c, eight_billion)
+        train()
     on(0, 0, host=64)
     with pytest.raises(InputError, match="lora_rank"):
-        check.check_training(c, eight_billion)
-    server = SimpleNamespace(a=stage("03_sample_score").Args(max_model_len=32768))
+        train()
     on(8, 40)
-    assert "serving eight, on each GPU," in check.check_serving(server, eight_billion)
+    assert "serving eight, on each GPU," in serve()
     on(8, 24)
     with pytest.raises(InputError, match="raise --tensor_parallel or lower --max_model_len"):
-        check.check_serving(server, eight_billion)
-    server.a.tensor_parallel = 3
+        serve()
     with pytest.raises(InputError, match="--tensor_parallel 3 does not divide 32 heads"):
-        check.check_serving(server, eight_billion)
+        serve(parallel=3)
 
 
 def test_disk(tmp_path, eight_billion, monkeypatch):
     """Full fine-tuning keeps one checkpoint of 12 bytes a parameter while it writes the next."""
-    c, known = training(tmp_path, 8), {"eight": eight_billion}
+    kept, meanwhile = common.training_disk(eight_billion.parameters)
+    training = {"folder": str(tmp_path / "run" / "sft"), "kept": kept, "meanwhile": meanwhile}
 
     def on(gb):
-        monkeypatch.setattr(check.shutil, "disk_usage", lambda _: SimpleNamespace(free=gb * 1e9))
+        monkeypatch.setattr(common.shutil, "disk_usage", lambda _: SimpleNamespace(free=gb * 1e9))
 
     on(200)
-    assert "needs about 192.7 GB of 200.0 GB" in check.check_disk([c], known, Counter())
+    assert "needs about 192.7 GB of 200.0 GB" in common.check_disk([training])
     on(100)
     with pytest.raises(InputError, match="192.7 GB, 100.0 GB are free: free some, or move runs/"):
-        check.check_disk([c], known, Counter())
-    c.a.save_steps = 0
-    assert "16.1 GB of 100.0 GB" in check.check_disk([c], known, Counter())
-    eight_billion.download = 120e9
+        common.check_disk([training])
+    without = training | {"meanwhile": 0}
+    assert "16.1 GB of 100.0 GB" in common.check_disk([without])
+    download = {"folder": str(tmp_path), "kept": 120e9, "meanwhile": 0}
     with pytest.raises(InputError, match="100.0 GB are free"):
-        check.check_disk([c], known, Counter())
+        common.check_disk([without, download])
+
+
+def test_disk_of_a_training_stage(tmp_path, tiny_model):
+    """Without checkpoints, only the model is written."""
+    needs = {}
+    for save_steps in (0, 50):
+        checks = common.Checks.__new__(common.Checks)
+        checks.out, checks.wrong, checks.shared, checks.rows = tmp_path / "sft", 0, None, []
+        a = stage("02_sft").Args(
+            model=tiny_model, data="x", out=str(tmp_path / "sft"), save_steps=save_steps
+        )
+        checks.trains(a)
+        needs[save_steps] = [row["meanwhile"] for row in checks.rows if row.get("made")]
+    assert needs[0] == [0] and needs[50][0] > 0
+
+
+def test_the_check_of_a_launched_stage_is_one_process(tmp_path, tiny_model):
+    """Under `accelerate launch`, the first process checks for all."""
+    command = [sys.executable, "02_sft.py", "--model", tiny_model, "--data", "x", "--check", "true"]
+    env = script_env(**FAST, WORLD_SIZE="2", RANK="1")
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "")

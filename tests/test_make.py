@@ -1,5 +1,6 @@
 """The Makefile's commands and the scripts' command lines."""
 
+import os
 import re
 import subprocess
 import time
@@ -8,7 +9,7 @@ import pytest
 from conftest import ROOT, run_script, script_env, stage
 
 SCRIPTS = sorted(p.name for p in ROOT.glob("0*.py"))
-ENVIRONMENTS = sorted(p.parent.name for p in ROOT.glob("data/*/demo.mk"))
+ENVIRONMENTS = sorted(p.parent.name for p in ROOT.glob("data/*/env.py"))
 
 
 def make(*args) -> str:
@@ -105,7 +106,7 @@ def test_the_scripts_own_defaults_are_the_papers(script, values):
 def test_make_demo_trains_the_agent_first(env):
     commands = make("-n", "-B", "demo", f"ENV={env}")
     assert settings(commands, "05_eval.py")["env"] == env
-    assert commands.index("/agent ") < commands.index(" 03_sample_score.py ")
+    assert commands.index("/agent\n") < commands.index(" 03_sample_score.py ")
     assert settings(commands, "01_seed_plans.py")["teacher"] == "rules"
     scoring = settings(commands, "03_sample_score.py")
     assert scoring["agent"].endswith("/agent") and scoring["m"] == "4" and scoring["n"] == "1"
@@ -119,13 +120,12 @@ def test_make_demo_trains_the_agent_first(env):
         ("table4", "--plan_positions instruction thought observation"),
         ("table6", "--plans none mpo"),
         ("fig3", "--plans none sft mpo"),
-        ("fig4", "--agents a b --teacher"),
+        ("fig4", "--agents a b --plans none mpo"),
         ("fig6", "judge --out runs/q --judge gpt-4o"),
         ("report", "report --out runs/q"),
         ("all ROUNDS=3", "--plans none sft mpo mpo2 mpo3"),
         ("all ROUNDS=2", "--model runs/q/mpo --data runs/q/round2/pairs.jsonl --out runs/q/mpo2"),
-        ("all FILTER=a", "filter --env sciworld --out runs/q  --agents a --seed 0"),
-        ("all FILTER=a", "--data runs/q/filtered_plans.jsonl --out runs/q/sft"),
+        ("agent-sft", "--out runs/q --thoughts true"),
         ("agent-eto ETO_ROUNDS=2", "--model runs/q/agent-eto1 --data runs/q/eto2/pairs.jsonl"),
         ("agent-knowagent", "--prompts knowagent"),
         ("agent-wkm", "--explored runs/q/eto1/explore.jsonl"),
@@ -137,25 +137,128 @@ def test_make_tables_and_agents(target, said):
 
 
 def test_make_table2_plays_agents_with_their_own_prompts(tmp_path):
-    """One command a line, which is how make check reads them."""
-    for name in ("knowagent", "wkm"):
+    for name in ("eto1", "knowagent", "wkm"):
         (tmp_path / f"agent-{name}").mkdir()
         (tmp_path / f"agent-{name}" / "config.json").touch()
-    lines = make("-n", "table2", f"R={tmp_path}").splitlines()
-    assert [
-        re.findall(r"05_eval.py .*--prompts (\w+) --agents (\S+) +--plans (\S+)$", line.strip())
-        for line in lines
-        if "--prompts" in line
-    ] == [
-        [(name, f"{tmp_path}/agent-{name}", plans)]
-        for name, plans in (("knowagent", "none"), ("wkm", "wkm"))
+    commands = make("-n", "table2", f"R={tmp_path}", "AGENT=base")
+    assert re.findall(r"05_eval.py .*--agents (.*?) +--plans none mpo$", commands, re.M) == [
+        f"base {tmp_path}/agent-eto1"
+    ]
+    assert re.findall(r"05_eval.py .*--prompts (\w+) --agents (\S+) --plans (\w+);", commands) == [
+        ("knowagent", f"{tmp_path}/agent-knowagent", "none"),
+        ("wkm", f"{tmp_path}/agent-wkm", "wkm"),
     ]
 
 
 def test_make_fig5_trains_a_planner_for_every_smaller_m_and_n():
     commands = make("-n", "fig5", "RUN=q", "M=3", "N=2")
     points = re.findall(r"--data runs/q/fig5/(m\dn\d)\.pairs\.jsonl", commands)
-    assert points == ["m2n2", "m3n2", "m3n1"], "m3n2 becomes a link to mpo when it is made"
+    assert points == ["m2n2", "m3n2", "m3n1"]
+    assert "--pairs runs/q/fig5/m2n2.pairs.jsonl --m 2 --n 2" in commands
+
+
+FAKE_STAGE = """#!/usr/bin/env python
+import pathlib, sys
+words = sys.argv[1:]
+value = lambda flag: pathlib.Path(words[words.index(flag) + 1])
+if "--pairs" in words:
+    value("--pairs").parent.mkdir(exist_ok=True)
+    value("--pairs").write_text(" ".join(words[-4:]).replace("--m 2 --n 2", "the run's own"))
+elif "--data" in words:
+    value("--out").mkdir(parents=True)
+    (value("--out") / "config.json").write_text(value("--data").read_text())
+"""
+
+
+@pytest.fixture
+def fake_run(tmp_path):
+    """make(*args) with a finished run folder of M = 2, N = 2, where a stage writes what it read."""
+    run = tmp_path / "run"
+    for file in ("sft/config.json", "mpo/config.json", "eval/done", "seed_plans.jsonl"):
+        (run / file).parent.mkdir(parents=True, exist_ok=True)
+        (run / file).write_text("the run's own")
+    (run / "pairs.jsonl").write_text("the run's own")
+    stage_file = tmp_path / "stage.py"
+    stage_file.write_text(FAKE_STAGE)
+    later = time.time() + 60
+    order = ["seed_plans.jsonl", "sft/config.json", "pairs.jsonl", "mpo/config.json", "eval/done"]
+    for number, file in enumerate(order):
+        os.utime(run / file, (later + number, later + number))
+
+    def run_make(*args) -> str:
+        fake = [f"{name}=python {stage_file}" for name in ("STAGE", "TRAIN")]
+        return make(*args, f"R={run}", *fake, "TOOL=:", "TEACHER=rules")
+
+    run_make.folder = run
+    return run_make
+
+
+def test_fig5_copies_the_planner_of_the_same_pairs_only(fake_run):
+    """`make fig5` with another M than the run had does not take the run's planner for it."""
+    folder = fake_run.folder / "fig5"
+    fake_run("fig5", "M=3", "N=2")
+    planners = {p.parent.name: p.read_text() for p in folder.glob("*/config.json")}
+    assert planners == {
+        "m2n2": "the run's own",
+        "m3n2": "--m 3 --n 2",
+        "m3n1": "--m 3 --n 1",
+    }
+    assert not (folder / "m2n2").is_symlink()
+
+
+def test_prompts_are_prerequisites_of_the_stages_that_read_them(tmp_path):
+    """An edited prompt runs the stages again that read it, and those after them."""
+    env = tmp_path / "env"
+    env.mkdir()
+    for name in ("planner.txt", "agent.txt", "teacher.txt"):
+        (env / name).write_text("prompt")
+    run = tmp_path / "run"
+    files = ["seed_plans.jsonl", "sft/config.json", "pairs.jsonl", "mpo/config.json", "eval/done"]
+    now = time.time() + 60
+    for number, file in enumerate(files):
+        (run / file).parent.mkdir(parents=True, exist_ok=True)
+        (run / file).touch()
+        os.utime(run / file, (now + number, now + number))
+
+    def scripts(edited: str | None) -> set[str]:
+        for name in ("planner.txt", "agent.txt", "teacher.txt"):
+            when = now + 60 if name == edited else now - 120
+            os.utime(env / name, (when, when))
+        return set(re.findall(r"\b(\d\d)_\w+\.py", make("-n", "eval", f"ENV={env}", f"R={run}")))
+
+    assert scripts(None) == set()
+    assert scripts("teacher.txt") == {"01", "02", "03", "04", "05"}
+    os.utime(run / "seed_plans.jsonl", (now + 90, now + 90))
+    os.utime(run / "sft" / "config.json", (now + 91, now + 91))
+    assert scripts("agent.txt") == {"03", "04", "05"}
+
+
+@pytest.mark.parametrize(
+    "args, says",
+    [
+        (["RUN=a b"], 'RUN="a b" must be one word'),
+        (["ROUNDS=4"], "ROUNDS=4 must be 1, 2 or 3"),
+        (["agent-eto", "ETO_ROUNDS=0"], "ETO_ROUNDS=0 must be 1, 2 or 3"),
+        (["fig4", "RUN=q"], "fig4 compares agents: make fig4 AGENTS="),
+        (["demo", "ENV=nowhere"], "there is no demo of nowhere"),
+        (["demo", "ENV=make"], "there is no demo of make"),
+    ],
+)
+def test_make_refuses_in_one_line(args, says):
+    done = subprocess.run(["make", "-n", *args], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and says in done.stderr
+
+
+def test_a_run_with_accents():
+    commands = make("-n", "all", "RUN=évaluation-ß")
+    assert settings(commands, "04_dpo.py")["out"] == "runs/évaluation-ß/mpo"
+
+
+def test_all_ends_its_check_before_a_stage_begins():
+    """Also with several jobs."""
+    commands = make("-n", "-j4", "all", "RUN=q").splitlines()
+    assert [c for c in commands if c.startswith("make ")] == ["make check", "make eval"]
+    assert commands.index("make eval") < min(i for i, c in enumerate(commands) if "01_seed" in c)
 
 
 def test_make_evidence_holds_no_stage_back():
@@ -163,15 +266,15 @@ def test_make_evidence_holds_no_stage_back():
     tasks that neither agent nor planner has seen."""
     commands = make("-n", "evidence", "ENV=sciworld", "SEEDS=4 5")
     assert commands.count("make agent-sft DEMO=evidence RUN=evidence-sciworld/base") == 1
-    assert "for seed in 4 5;" in commands and "--to data/sciworld/evidence.json" in commands
-    stages = ["stages", "-n", "-B", "ENV=sciworld", "DEMO=evidence", "AGENT_SFT_ARGS=", "SEED=4"]
+    assert "for seed in 4 5;" in commands and "--to data/sciworld/evidence.csv" in commands
+    stages = ["all", "-n", "-B", "ENV=sciworld", "DEMO=evidence", "AGENT_SFT_ARGS=", "SEED=4"]
     for dev in ("", "1"):
         commands = make(*stages, f"DEV={dev}", "AGENT=base/agent")
         sft, scoring = (settings(commands, f) for f in ("02_sft.py", "03_sample_score.py"))
         evaluation = settings(commands, "05_eval.py")
         assert sft["epochs"] == "3" and "limit" not in sft and sft["seed"] == "4"
         assert scoring["agent"] == evaluation["agents"] == "base/agent" and scoring["seed"] == "4"
-        assert evaluation["plans"] == "none wrong sft mpo oracle"
+        assert evaluation["plans"] == "none mismatched sft mpo oracle"
         assert evaluation.get("splits") == ("train" if dev else None)
     agent = make("-n", "-B", "agent-sft", "ENV=sciworld", "DEMO=evidence", "RUN=x/base")
     seen = settings(agent, "01_seed_plans.py")["limit"]
@@ -182,6 +285,7 @@ def test_make_all_trains_one_planner_for_two_environments():
     commands = make("-n", "all", "ENV=sciworld alfworld", "RUN=q")
     of = "runs/q/sciworld/{0} runs/q/alfworld/{0}".format
     wanted = [
+        "RUN=q/$env check",
         "RUN=q/$env seed",
         f"cat {of('seed_plans.jsonl')} > runs/q/seed_plans.jsonl",
         "RUN=q AGENT_SFT_ARGS= sft",

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Install all packages into .venv (`make setup`): data/setup.sh PYTHON NUMBER_OF_GPUS
+# Install all packages into .venv (`make setup`): data/tools/setup.sh PYTHON NUMBER_OF_GPUS
 set -euo pipefail
 python=$1 gpus=$2
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11) and

