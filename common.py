@@ -63,44 +63,58 @@ class ContextOverflow(InputError):
 
 def arg(default, text: str):
     """A field of a stage's `Args` dataclass: its default value and its `--help` text."""
-    metadata = {"help": text.replace("%", "%%")}
+    metadata = {"help": text.replace("%", "%%")}  # argparse replaces %(...)s
     if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+        return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def run_stage(main, args_class, positional: str | None = None, training: bool = False):
-    """Parse the command line into `args_class` and call `main(args)`. Errors that the user can fix
-    become one line and an exit status. `positional`: the field that takes words without a flag.
-    `training`: skip the interpreter's shutdown, where a thread of gloo can abort the process
-    (pytorch#179291)."""
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Prints the default values, and the script's docstring as it is written."""
+
+
+def parse_arguments(args_class, positional: str | None = None):
+    """(parser, arguments as an `args_class`) of this process's command line."""
     from transformers import HfArgumentParser
 
-    class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        pass
-
-    doc = sys.modules[args_class.__module__].__doc__
     parser = HfArgumentParser(
-        args_class, description=doc, allow_abbrev=False, formatter_class=Formatter
+        args_class,
+        description=sys.modules[args_class.__module__].__doc__,
+        allow_abbrev=False,
+        formatter_class=HelpFormatter,
     )
     args, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
     if positional and unknown and not unknown[0].startswith("-"):
         setattr(args, positional, " ".join(unknown))
     elif unknown:
         parser.error(f"unknown argument {unknown[0]}; see --help")
+    return parser, args
+
+
+# what an OSError says if a file cannot be written and the user can change that
+CANNOT_WRITE = (
+    errno.ENOSPC,  # the disk is full
+    errno.EDQUOT,  # the user's share of it is
+    errno.EROFS,  # it is read-only
+    errno.EACCES,
+    errno.EEXIST,  # a file is in the place of a folder
+    errno.ENOTDIR,
+)
+
+
+def run_stage(main, args_class, positional: str | None = None, training: bool = False):
+    """Parse the command line into `args_class` and call `main(args)`.
+
+    An error that the user can fix is printed as one line, and the exit status is 2; after Ctrl-C it
+    is 130. `positional` names the field that takes the positional argument. `training` skips the
+    interpreter's shutdown, where a thread of gloo can abort the process (pytorch#179291)."""
+    parser, args = parse_arguments(args_class, positional)
     try:
         main(args)
     except InputError as e:
         parser.exit(2, f"error: {e}\n")
     except OSError as e:
-        if e.errno not in (
-            errno.ENOSPC,
-            errno.EROFS,
-            errno.EACCES,
-            errno.EDQUOT,
-            errno.EEXIST,
-            errno.ENOTDIR,
-        ):
+        if e.errno not in CANNOT_WRITE:
             raise
         parser.exit(
             2,
@@ -116,8 +130,11 @@ def run_stage(main, args_class, positional: str | None = None, training: bool = 
 
 
 def mean(values) -> float:
+    """The mean, 0 if there are no values. The sum is exact, so that their order is irrelevant."""
     values = list(values)
-    return math.fsum(values) / len(values) if values else 0.0  # exact: independent of the order
+    if not values:
+        return 0.0
+    return math.fsum(values) / len(values)
 
 
 class Checks:
@@ -349,27 +366,29 @@ def episode_bytes(steps: float, growth: float = 250.0) -> float:
 
 
 def read_rows(path, required: tuple = (), missing_ok: bool = False) -> list[dict]:
-    """All rows of a JSONL file. An incomplete last line, left by a kill, is dropped; any other line
-    that is not a JSON object with the `required` fields raises `InputError` with file and line."""
+    """All rows of a JSONL file.
+
+    An incomplete last line, left by a kill, is dropped. Any other line that is not a JSON object
+    with the `required` fields raises `InputError` with file and line."""
     path = Path(path)
     if not path.exists():
         if missing_ok:
             return []
         raise InputError(f"{path} does not exist: run the stage that writes it first (`make help`)")
     rows = []
-    with path.open("rb") as f:
-        for number, line in enumerate(f, 1):
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
             except ValueError as e:  # bad JSON or bad UTF-8
                 if not line.endswith(b"\n"):
-                    break
+                    break  # the last line, cut by a kill
                 raise InputError(
                     f"{path}:{number}: invalid JSON ({e}); fix or delete that line"
                 ) from None
-            if not isinstance(row, dict) or any(k not in row for k in required):
+            if not isinstance(row, dict) or any(field not in row for field in required):
                 raise InputError(
                     f"{path}:{number}: each line must be a JSON object with the "
                     f"fields {', '.join(required)}"
@@ -378,50 +397,72 @@ def read_rows(path, required: tuple = (), missing_ok: bool = False) -> list[dict
     return rows
 
 
+def json_line(row: dict) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
 def write_rows(path, rows) -> None:
-    """Write a JSONL file atomically: readers see the old file or the new one."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    """Write a JSONL file atomically."""
+    write_text(path, "".join(json_line(row) for row in rows))
 
 
 def write_text(path, text: str) -> None:
+    """Write a file atomically: readers see the old file or the new one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(path.name + ".tmp")
-    tmp.write_text(text, encoding="utf-8")
-    tmp.replace(path)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
 
 
 class Appender:
-    """Append rows to a JSONL file, flushing each one. An incomplete last line is removed first. The
-    file is locked: a second run on the same file raises `InputError`."""
+    """Appends rows to a JSONL file: `append(row)` writes one and flushes it.
+
+    The file is locked: a second run on the same file raises `InputError`. What a kill left of an
+    incomplete last line is removed first."""
 
     def __init__(self, path):
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         self.file = path.open("ab+")
+        self._lock(path)
+        self._repair_last_line()
+
+    def _lock(self, path: Path) -> None:
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise InputError(
                 f"{path} is being written by another run; wait for it or choose another --out"
             ) from None
+
+    def _repair_last_line(self) -> None:
+        """Remove an incomplete last line; end a complete one that lacks only its newline."""
         self.file.seek(0)
         content = self.file.read()
-        if tail := content[content.rfind(b"\n") + 1 :]:
-            try:
-                json.loads(tail)
-                self(None)  # a complete row that lacks only its newline
-            except ValueError:
-                self.file.truncate(len(content) - len(tail))
+        last_line = content[content.rfind(b"\n") + 1 :]  # empty if the file ends with a newline
+        if not last_line:
+            return
+        try:
+            json.loads(last_line)
+        except ValueError:
+            self.file.truncate(len(content) - len(last_line))
+        else:
+            self._write(b"\n")
 
-    def keep(self, rows: int) -> None:
-        """Truncate the file after its first `rows` rows."""
-        self.file.seek(0)
-        self.file.truncate(sum(len(self.file.readline()) for _ in range(rows)))
-
-    def __call__(self, row: dict | None) -> None:
-        self.file.write((json.dumps(row, ensure_ascii=False) if row else "").encode() + b"\n")
+    def _write(self, content: bytes) -> None:
+        self.file.write(content)
         self.file.flush()
+
+    def __call__(self, row: dict) -> None:
+        self._write(json_line(row).encode())
+
+    def keep(self, count: int) -> None:
+        """Truncate the file after its first `count` rows."""
+        self.file.seek(0)
+        for _ in range(count):
+            self.file.readline()
+        self.file.truncate(self.file.tell())
 
     def __enter__(self):
         return self
@@ -432,7 +473,11 @@ class Appender:
 
 def finished(rows, *fields) -> dict[tuple, dict]:
     """{(row[field], ...): row}: the work that a resumed stage skips. Later rows win."""
-    return {tuple(row[f] for f in fields): row for row in rows}
+    found = {}
+    for row in rows:
+        key = tuple(row[field] for field in fields)
+        found[key] = row
+    return found
 
 
 def fingerprint(*parts) -> str:
@@ -448,80 +493,100 @@ def seed_of(*parts) -> int:
 
 # ---- 2. prompts: messages for the planner and the agent, and parsing of their replies ------------
 
+# where the agent reads the plan (paper 5.2)
+PLAN_POSITIONS = ("instruction", "thought", "observation")
 PLAN_LINE = "\n\nThis meta plan may help you with the task:\n{plan}"
-PLAN_POSITIONS = (
-    "instruction",
-    "thought",
-    "observation",
-)  # where the agent reads the plan (paper 5.2)
 STOP = ["\nObservation:", "\nTask:", "\n---"]  # where an agent's reply ends at the latest
 NO_ACTION = 'Your reply holds no action. Write a line that starts with "Action:".'
 
 
 def fill(text: str, **values: str) -> str:
-    """Replace each {name} in `text` by its value, all at once: braces inside values stay."""
-    return re.sub(r"\{(\w+)\}", lambda m: values.get(m[1], m[0]), text)
+    """Replace each {name} in `text` by its value, all at once: braces inside values stay, as do
+    names without a value."""
+
+    def value_of(match):
+        return values.get(match[1], match[0])
+
+    return re.sub(r"\{(\w+)\}", value_of, text)
 
 
 class Prompts:
-    """The prompt texts of an environment, from its folder or from the prompt folder `name`: a
-    subfolder of it (`brief`) or a path. Files that a prompt folder lacks are the environment's.
+    """The prompt texts of an environment.
+
+    They are read from the environment's folder or from the prompt folder `name`: a subfolder of it
+    (`brief`) or a path. Files that a prompt folder lacks are the environment's.
 
     planner.txt   {task} -> plan, zero-shot (paper 4.1 Evaluation; figures 7-9, no trajectory)
     teacher.txt   {task}, {conversation} -> plan (figures 7-9)
     agent.txt     {example}, {task}, {plan_line} (figures 10-12)
-    examples.json {task type: one-shot example}, the first for types without one; "*", if it is
-                  there, for all types unless `examples` is "type"; no file: {example} is empty"""
+    examples.json {task type: one-shot example}. A type without an example gets the first one. If
+                  there is a "*", all types get that one, unless `examples` is "type". Without the
+                  file {example} is empty."""
 
     def __init__(self, env: str, name: str | None = None, examples: str | None = None):
         base = environment_folder(env)
-        folder = base if not name else Path(name) if os.sep in name else base / name
-
-        def text(file: str) -> str:
-            files = (f / file for f in (folder, base))
-            return next((f.read_text().strip() for f in files if f.exists()), "")
-
-        if not folder.is_dir() or not text("agent.txt"):
-            known = ", ".join(sorted(p.parent.name for p in base.glob("*/*.txt")))
+        if not name:
+            folder = base
+        elif os.sep in name:
+            folder = Path(name)
+        else:
+            folder = base / name
+        self.folders = (folder, base)  # in which a file is looked for, in this order
+        self.agent_text = self._read("agent.txt")
+        if not folder.is_dir() or not self.agent_text:
+            known = ", ".join(sorted({path.parent.name for path in base.glob("*/*.txt")}))
             raise InputError(
                 f"--prompts {name}: {folder} has no prompts; it must be a folder with "
                 f"planner.txt and agent.txt (folders of {env}: {known})"
             )
-        self.planner_text, self.agent_text, self.teacher_text = map(
-            text, ("planner.txt", "agent.txt", "teacher.txt")
-        )
-        self.examples = json.loads(text("examples.json") or "{}")
+        self.planner_text = self._read("planner.txt")
+        self.teacher_text = self._read("teacher.txt")
         if examples not in (None, "type"):
             raise InputError(f"--examples {examples}: the only value is `type`")
-        if "*" in self.examples and not examples:
+        self.examples = json.loads(self._read("examples.json") or "{}")
+        if "*" in self.examples and examples is None:
             self.examples = {"*": self.examples["*"]}
+
+    def _read(self, file: str) -> str:
+        """The text of a prompt file, or "" if neither folder has it."""
+        for folder in self.folders:
+            path = folder / file
+            if path.exists():
+                return path.read_text().strip()
+        return ""
 
     def planner(self, u: str) -> list[dict]:
         """Messages that ask the meta planner for p ~ pi_g(.|u)."""
         return [{"role": "user", "content": fill(self.planner_text, task=u)}]
 
     def teacher(self, u: str, conversation: str, explored: str = "") -> list[dict]:
-        """Messages that ask the teacher to abstract the trajectory e of task u into a meta plan,
-        or to compare it with the failed trajectory `explored` of an agent."""
+        """Messages that ask the teacher to abstract the trajectory e of task u into a meta plan.
+        With the failed trajectory `explored` of an agent it compares the two."""
         content = fill(self.teacher_text, task=u, conversation=conversation, explored=explored)
         return [{"role": "user", "content": content}]
 
     def agent(
         self, u: str, plan: str | None, task: str, plan_position: str = "instruction"
     ) -> list[dict]:
-        """The first messages of an episode, a ~ pi_theta(.|u, p). The plan is part of the task
-        instruction or the agent's first thought; or it is in every observation (paper 5.2)."""
-        plan_line = PLAN_LINE.format(plan=plan) if plan and plan_position == "instruction" else ""
-        example = self.examples.get(task_type(task), next(iter(self.examples.values()), ""))
+        """The first messages of an episode, a ~ pi_theta(.|u, p) (paper 5.2).
+
+        The plan is part of the task instruction, or it is the agent's first thought. At the plan
+        position "observation" these messages are without it: the observations hold it."""
+        plan_line = ""
+        if plan and plan_position == "instruction":
+            plan_line = PLAN_LINE.format(plan=plan)
+        example = self._example(task_type(task))
         content = fill(self.agent_text, example=example, task=u, plan_line=plan_line)
         messages = [{"role": "user", "content": content}]
         if plan and plan_position == "thought":
             thought = f"Thought: I will go about the task by this meta plan:\n{plan}"
-            messages += [
-                {"role": "assistant", "content": thought},
-                {"role": "user", "content": "Observation: OK."},
-            ]
+            messages.append({"role": "assistant", "content": thought})
+            messages.append({"role": "user", "content": "Observation: OK."})
         return messages
+
+    def _example(self, kind: str) -> str:
+        first = next(iter(self.examples.values()), "")
+        return self.examples.get(kind, first)
 
 
 def plan_reply(plan: str) -> str:
@@ -529,37 +594,64 @@ def plan_reply(plan: str) -> str:
     return f"<meta_plan>\n{plan}\n</meta_plan>"
 
 
+# <meta_plan> or <meta plan>, in any case, and the text up to the closing tag or the reply's end
+META_PLAN = re.compile(r"<meta[ _]plan>(.*?)(?:</meta[ _]plan>|\Z)", re.S | re.I)
+# what starts a step's line: "Step 2:", "step 2.", "2:", "2." or "2)", with text after it
+STEP_NUMBER = re.compile(r"^[ \t]*(?:step\s*)?\d+\s*[:.)][ \t]*(?=\S)", re.M | re.I)
+EMPTY_LINE = re.compile(r"\n\s*\n")
+
+
 def parse_plan(reply: str) -> str | None:
-    """The plan between the <meta_plan> tags of a reply, its steps renumbered from 1; None if there
-    is none. The closing tag may be missing. Lines below a step, up to an empty one, continue it."""
-    match = re.search(r"<meta[ _]plan>(.*?)(?:</meta[ _]plan>|\Z)", reply, re.S | re.I)
-    _, *steps = re.split(
-        r"^[ \t]*(?:step\s*)?\d+\s*[:.)][ \t]*(?=\S)", match[1] if match else "", flags=re.M | re.I
-    )
-    steps = [" ".join(re.split(r"\n\s*\n", step)[0].split()) for step in steps]
-    return number_steps(steps) if steps else None
+    """The plan between the <meta_plan> tags of a reply, its steps renumbered from 1.
+
+    None if there are no tags or no steps. The closing tag may be missing. Lines below a step, up to
+    an empty one, continue it."""
+    match = META_PLAN.search(reply)
+    if match is None:
+        return None
+    _before_first_step, *texts = STEP_NUMBER.split(match[1])
+    if not texts:
+        return None
+    steps = []
+    for text in texts:
+        paragraph = EMPTY_LINE.split(text, maxsplit=1)[0]
+        steps.append(" ".join(paragraph.split()))
+    return number_steps(steps)
 
 
 def number_steps(steps: list[str]) -> str:
-    return "\n".join(f"Step {i}: {s}" for i, s in enumerate(steps, 1))
+    """["go", "wait"] -> "Step 1: go\\nStep 2: wait"."""
+    return "\n".join(f"Step {number}: {step}" for number, step in enumerate(steps, 1))
 
 
 def plan_steps(plan: str) -> list[str]:
+    """The inverse of `number_steps`."""
     return [line.split(": ", 1)[-1] for line in plan.splitlines()]
 
 
+# a line "Action: ACTION" in any case; blanks and asterisks (Markdown's bold) around it are ignored
+ACTION_LINE = re.compile(r"^[ \t*]*action[ \t*]*:[ \t*]*(.+?)[ \t*]*$", re.M | re.I)
+
+
 def parse_reply(reply: str) -> tuple[str, str | None]:
-    """(thought and action, action): a reply up to the end of its first line `Action: ...`, and the
-    text after the colon. (reply, None) if it has no action."""
-    match = re.search(r"^[ \t*]*action[ \t*]*:[ \t*]*(.+?)[ \t*]*$", reply, re.M | re.I)
-    action = match and match[1].strip().strip("`\"'").strip()
-    return (reply[: match.end()].strip(), action) if action else (reply.strip(), None)
+    """(the reply up to the end of its first line "Action: ACTION", ACTION) of an agent.
+
+    Quotation marks around the action are removed. Without an action: (the whole reply, None)."""
+    match = ACTION_LINE.search(reply)
+    action = match[1].strip().strip("`\"'").strip() if match else ""
+    if not action:
+        return reply.strip(), None
+    return reply[: match.end()].strip(), action
 
 
 def expert_replies(steps: list, thoughts: list[str] | None) -> list[str]:
-    """The expert's [[action, observation], ...] as replies, with a thought each or none."""
-    before = [f"Thought: {t}\n" for t in thoughts] if thoughts else [""] * len(steps)
-    return [f"{t}Action: {a}" for t, (a, _) in zip(before, steps, strict=True)]
+    """The expert's [[action, observation], ...] as an agent's replies, with a thought each or
+    none."""
+    actions = [f"Action: {action}" for action, _ in steps]
+    if not thoughts:
+        return actions
+    pairs = zip(thoughts, actions, strict=True)
+    return [f"Thought: {thought}\n{action}" for thought, action in pairs]
 
 
 def task_type(task: str) -> str:
@@ -571,8 +663,8 @@ def task_type(task: str) -> str:
 
 
 class Environment:
-    """What the pipeline needs of an environment. One object is one session; a worker process holds
-    many. A task is named 'TYPE/VARIATION'.
+    """What the pipeline needs of an environment. A subclass in data/NAME/env.py defines SPLITS,
+    MAX_STEPS, VERBS and FAILED, and these methods:
 
     reset(task) -> u
     step(action) -> (observation, reward so far in [0, 1], done, success)
@@ -580,7 +672,9 @@ class Environment:
     expert(task)         {"instruction", "steps": [[action, observation], ...], "reward"}, or None
                          if the expert fails (paper 3.1)
     check(task)          class method: raises `InputError` if there is no such task
-    abstract(u, steps)   static method: expert steps -> plan steps, for `--teacher rules`"""
+    abstract(u, steps)   static method: expert steps -> plan steps, for `--teacher rules`
+
+    One object is one session; a worker process holds many. A task is named 'TYPE/VARIATION'."""
 
     SPLITS: dict  # names of train and the test splits (paper appendix A)
     MAX_STEPS: dict[str, int]  # step limit of an episode, by task type
@@ -621,6 +715,7 @@ class Environment:
 
     @classmethod
     def tests(cls) -> list[str]:
+        """The names of the test splits."""
         return [split for split in cls.SPLITS if split != "train"]
 
     @classmethod
@@ -634,16 +729,18 @@ class Environment:
 
 
 def interleaved(columns: list[list]) -> list:
-    """The first of each column, the second of each, ..."""
-    rows = itertools.zip_longest(*columns)
-    return [x for row in rows for x in row if x is not None]
+    """The first item of each column, then the second of each, and so on."""
+    items = []
+    for row in itertools.zip_longest(*columns):
+        items += [item for item in row if item is not None]
+    return items
 
 
 def environment_folder(name: str) -> Path:
     """`data/NAME`, or a path. Raises `InputError` if it has no env.py."""
     folder = Path(name).resolve() if os.sep in name else DATA / name
     if not (folder / "env.py").exists():
-        known = ", ".join(sorted(p.parent.name for p in DATA.glob("*/env.py")))
+        known = ", ".join(sorted(path.parent.name for path in DATA.glob("*/env.py")))
         raise InputError(
             f"--env {name}: {folder / 'env.py'} does not exist; --env is a folder of "
             f"data/ ({known}) or a path"
@@ -677,23 +774,27 @@ def environment(name: str) -> type[Environment]:
         raise InputError(
             f"--env {name} needs the package {e.name}: pip install -r {folder / 'requirements.txt'}"
         ) from None
-    found = [
-        v
-        for v in vars(module).values()
-        if isinstance(v, type) and issubclass(v, Environment) and v.__module__ == module.__name__
-    ]
-    if len(found) != 1:
+    classes = []
+    for value in vars(module).values():
+        is_environment = isinstance(value, type) and issubclass(value, Environment)
+        if is_environment and value.__module__ == module.__name__:  # defined there, not imported
+            classes.append(value)
+    if len(classes) != 1:
         raise InputError(
-            f"{folder / 'env.py'} must define one subclass of common.Environment, not {len(found)}"
+            f"{folder / 'env.py'} must define one subclass of common.Environment, not "
+            f"{len(classes)}"
         )
-    return found[0]
+    return classes[0]
 
 
 def check_data(env: str, out) -> None:
-    """Refuse a run folder whose rows come from other data of the environment."""
-    path, version = Path(out) / "data_version.txt", environment(env).version()
+    """Refuse a run folder whose rows come from other data of the environment.
+
+    The folder's data_version.txt says from which; an environment without a version has none."""
+    version = environment(env).version()
     if not version:
         return
+    path = Path(out) / "data_version.txt"
     if path.exists() and path.read_text() != version:
         raise InputError(
             f"{out} has rows of other {env} data ({path}): use another run folder for "
@@ -706,23 +807,24 @@ class WorkerDied(InputError):
     """The process of a session ended or hangs; the episode can be retried on another."""
 
 
-class Sessions:
+class WorkerSessions:
     """The sessions of one environment in a worker process."""
 
     def __init__(self, env: str, sessions: int):
-        self.env, self.sessions, self.live, self.free = env, sessions, {}, []
+        self.env = env
+        self.sessions = sessions  # how many there are at most at a time
+        self.live = {}  # session number -> its environment
+        self.free = []  # environments of closed sessions, which new sessions reuse
 
     def call(self, session: int, method: str, args: tuple):
-        """Call a method of a session's environment. Environments of closed sessions are reused.
-        Exceptions but `InputError` become `RuntimeError`, which any process can unpickle."""
+        """Call a method of a session's environment; the first call opens the session, the method
+        "close" ends it. Exceptions but `InputError` become `RuntimeError`, which any process can
+        unpickle."""
         if method == "close":
-            self.free += [self.live.pop(session)] if session in self.live else []
-            return None
+            return self._close(session)
         try:
             if session not in self.live:
-                self.live[session] = (
-                    self.free.pop() if self.free else environment(self.env)(self.sessions)
-                )
+                self.live[session] = self._new_environment()
             return getattr(self.live[session], method)(*args)
         except InputError:
             raise
@@ -730,64 +832,51 @@ class Sessions:
             self.live.pop(session, None)  # in an unknown state: not reused
             raise RuntimeError(f"{type(e).__name__}: {e}"[:2000]) from None
 
+    def _new_environment(self) -> Environment:
+        if self.free:
+            return self.free.pop()
+        return environment(self.env)(self.sessions)
+
+    def _close(self, session: int) -> None:
+        if session in self.live:
+            self.free.append(self.live.pop(session))
+
 
 def _start_worker(env: str, sessions: int) -> None:
     """Set up a worker: a process group of its own that ends with its parent, however that ends."""
     global _sessions
     os.setsid()
-    parent = multiprocessing.parent_process()
-    threading.Thread(
-        target=lambda: (parent.join(), os.killpg(0, signal.SIGKILL)), daemon=True
-    ).start()
-    _sessions = Sessions(env, sessions)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _sessions = WorkerSessions(env, sessions)
 
 
-def _call_session(*args):
-    return _sessions.call(*args)
+def _end_with_parent() -> None:
+    """Kill this worker's process group, and with it the simulators it started, when the parent has
+    ended."""
+    multiprocessing.parent_process().join()
+    os.killpg(0, signal.SIGKILL)
 
 
-class RayExecutor:
-    """An actor on a Ray cluster as an executor of `Sessions.call`. The cluster is that of
-    RAY_ADDRESS, or a new one on this machine. The repository, its packages and the environment's
-    data must be at the same paths on all nodes."""
-
-    def __init__(self, env: str, sessions: int):
-        import ray
-
-        if not ray.is_initialized():
-            variables = {k: os.environ[k] for k in environment(env).VARIABLES if k in os.environ}
-            ray.init(
-                os.environ.get("RAY_ADDRESS") or "local",
-                log_to_driver=False,
-                logging_level="ERROR",
-                runtime_env={
-                    "env_vars": {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "0", **variables}
-                },
-            )
-        self.ray, self.died = ray, (ray.exceptions.RayActorError, TimeoutError)
-        self.actor = ray.remote(num_cpus=1)(Sessions).remote(env, sessions)
-
-    def submit(self, *args):
-        return self.actor.call.remote(*args).future()
-
-    def kill(self) -> None:
-        self.ray.kill(self.actor)
+def _call_session(session: int, method: str, args: tuple):
+    """`WorkerSessions.call` in the worker."""
+    return _sessions.call(session, method, args)
 
 
 class ProcessExecutor:
-    """A process of this machine as an executor of `Sessions.call`."""
+    """A process of this machine that runs `WorkerSessions.call`."""
 
     died = (BrokenExecutor, TimeoutError)  # errors of a call when the process died or hangs
 
     def __init__(self, env: str, sessions: int):
         spawn = multiprocessing.get_context("spawn")
         self.pool = ProcessPoolExecutor(1, spawn, _start_worker, (env, sessions))
-        others = multiprocessing.active_children()
+        others = set(multiprocessing.active_children())
         self.pool.submit(os.getpid)  # starts the process
-        (self.process,) = set(multiprocessing.active_children()) - set(others)
+        (self.process,) = set(multiprocessing.active_children()) - others
 
-    def submit(self, *args):
-        return self.pool.submit(_call_session, *args)
+    def submit(self, session: int, method: str, args: tuple):
+        """A `concurrent.futures.Future` of the call's result."""
+        return self.pool.submit(_call_session, session, method, args)
 
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):  # it has no group yet
@@ -796,100 +885,188 @@ class ProcessExecutor:
         self.pool.shutdown(cancel_futures=True)
 
 
-class EnvPool(contextlib.AbstractAsyncContextManager):
+class RayExecutor:
+    """An actor on a Ray cluster that runs `WorkerSessions.call`. The repository, its packages and
+    the environment's data must be at the same paths on all nodes."""
+
+    def __init__(self, env: str, sessions: int):
+        import ray
+
+        if not ray.is_initialized():
+            start_ray(env)
+        self.ray = ray
+        self.died = (ray.exceptions.RayActorError, TimeoutError)
+        self.actor = ray.remote(num_cpus=1)(WorkerSessions).remote(env, sessions)
+
+    def submit(self, session: int, method: str, args: tuple):
+        """A `concurrent.futures.Future` of the call's result."""
+        return self.actor.call.remote(session, method, args).future()
+
+    def kill(self) -> None:
+        self.ray.kill(self.actor)
+
+
+def start_ray(env: str) -> None:
+    """Connect to the Ray cluster of RAY_ADDRESS, or start one on this machine."""
+    import ray
+
+    variables = {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "0"}
+    for name in environment(env).VARIABLES:
+        if name in os.environ:
+            variables[name] = os.environ[name]
+    ray.init(
+        os.environ.get("RAY_ADDRESS") or "local",
+        log_to_driver=False,
+        logging_level="ERROR",
+        runtime_env={"env_vars": variables},
+    )
+
+
+class Worker:
+    """One of a pool's workers: its executor, which is started again after it died."""
+
+    def __init__(self, executor_class, env: str, sessions: int):
+        self.start_executor = functools.partial(executor_class, env, sessions)
+        self.executor = None  # before it starts and after it died
+        self.live = 0  # the number of its sessions
+
+    def start(self) -> None:
+        if self.executor is None:
+            self.executor = self.start_executor()
+
+    def kill(self) -> None:
+        executor = self.executor
+        self.executor = None
+        if executor is not None:
+            executor.kill()
+
+
+class Session:
+    """A session on a worker: `await session("step", action)` calls `step` of its environment."""
+
+    def __init__(self, worker: Worker, number: int):
+        worker.start()
+        self.worker = worker
+        self.executor = worker.executor
+        self.number = number
+
+    def _worker_lives(self) -> bool:
+        return self.worker.executor is self.executor
+
+    async def __call__(self, method: str, *args, deadline: float = 120.0):
+        """The method's result. Raises `WorkerDied` if the worker has died or does not answer within
+        `deadline` seconds; it is killed then, with all its sessions."""
+        try:
+            if not self._worker_lives():
+                raise BrokenExecutor
+            future = asyncio.wrap_future(self.executor.submit(self.number, method, args))
+            return await asyncio.wait_for(future, deadline)
+        except (BrokenExecutor, *self.executor.died) as e:
+            if self._worker_lives():
+                self.worker.kill()
+            what = "died"
+            if isinstance(e, TimeoutError):
+                what = f"did not answer {method} within {deadline:.0f} s"
+            raise WorkerDied(
+                f"an environment worker {what}; finished rows are kept, run the "
+                "same command to resume"
+            ) from None
+
+    def close(self) -> None:
+        """Free the session's environment for another session."""
+        if self._worker_lives():
+            with contextlib.suppress(BrokenExecutor):
+                self.executor.submit(self.number, "close", ())
+
+
+class EnvPool:
     """Environment workers, processes of this machine or (`ray`) actors of a Ray cluster. A session
     lives on one of them.
 
     async with EnvPool(env, workers=2) as pool:
-        async with pool.session() as env:
-            u = await env("reset", task)
-            observation, reward, done, success = await env("step", action)
+        async with pool.session() as session:
+            u = await session("reset", task)
+            observation, reward, done, success = await session("step", action)
+
+    `sessions` is how many are open at a time at most; None: the number of requests in flight that
+    `Model` chooses, taken as 512.
     """
 
     def __init__(self, env: str, workers: int, sessions: int | None = 64, ray: bool = False):
-        if min(workers, 1 if sessions is None else sessions) < 1:
+        if workers < 1 or (sessions is not None and sessions < 1):
             raise InputError("--workers and --concurrency must be at least 1")
         os.environ["PYTHONHASHSEED"] = "0"  # of the workers: simulators iterate over sets
         cls = environment(env)
         cls.prepare()
-        kind = RayExecutor if ray else ProcessExecutor
-        self.start = functools.partial(kind, env, max(1, (sessions or 512) // workers))
-        # `executor` is None before it starts and after it died; `live` counts its sessions
-        self.workers = [SimpleNamespace(executor=None, live=0) for _ in range(workers)]
-        self.shares_tasks, self.homes, self.numbers = cls.shares_tasks, {}, itertools.count()
+        executor_class = RayExecutor if ray else ProcessExecutor
+        sessions_each = max(1, (sessions or 512) // workers)
+        self.workers = [Worker(executor_class, env, sessions_each) for _ in range(workers)]
+        self.shares_tasks = cls.shares_tasks
+        self.homes = {}  # task -> the worker that played it last, if sessions share tasks
+        self.numbers = itertools.count()  # of the sessions
+
+    async def __aenter__(self):
+        return self
 
     async def __aexit__(self, *_):
         for worker in self.workers:
-            self._kill(worker)
+            worker.kill()
 
-    @staticmethod
-    def _kill(worker) -> None:
-        executor, worker.executor = worker.executor, None
-        if executor:
-            executor.kill()
+    def _choose_worker(self, task: str | None) -> Worker:
+        """The least busy worker. If the sessions of a process share work on a task, the task's last
+        worker is preferred unless it is much busier."""
+        worker = min(self.workers, key=lambda w: w.live)
+        if task is None or not self.shares_tasks:
+            return worker
+        home = self.homes.get(task, worker)
+        if home.live <= 2 * worker.live + 8:
+            worker = home
+        self.homes[task] = worker
+        return worker
 
     @contextlib.asynccontextmanager
     async def session(self, task: str | None = None):
-        """A session to play `task` in, on the least busy worker. If the sessions of a process share
-        work on a task, the task's worker is preferred unless it is much busier."""
-        worker = min(self.workers, key=lambda w: w.live)
-        if task and self.shares_tasks:
-            home = self.homes.get(task, worker)
-            worker = home if home.live <= 2 * worker.live + 8 else worker
-            self.homes[task] = worker
+        """A `Session` to play `task` in."""
+        worker = self._choose_worker(task)
         worker.live += 1
-        number, worker.executor = next(self.numbers), worker.executor or self.start()
-        executor = worker.executor
-
-        async def call(method, *args, deadline=120.0):
-            try:
-                if worker.executor is not executor:
-                    raise BrokenExecutor
-                future = asyncio.wrap_future(executor.submit(number, method, args))
-                return await asyncio.wait_for(future, deadline)
-            except (BrokenExecutor, *executor.died) as e:
-                if worker.executor is executor:
-                    self._kill(worker)
-                what = (
-                    f"did not answer {method} within {deadline:.0f} s"
-                    if isinstance(e, TimeoutError)
-                    else "died"
-                )
-                raise WorkerDied(
-                    f"an environment worker {what}; finished rows are kept, run the "
-                    "same command to resume"
-                ) from None
-
+        session = Session(worker, next(self.numbers))
         try:
-            yield call
+            yield session
         finally:
             worker.live -= 1
-            if worker.executor is executor:
-                with contextlib.suppress(BrokenExecutor):
-                    executor.submit(number, "close", ())
+            session.close()
 
-    async def use(self, task: str, play, attempts: int = 3, on_retry=lambda: None):
-        """`play(session)` in a session for the task. If its worker dies, `on_retry()` and another
-        session; the last attempt's error is raised."""
-        for left in reversed(range(attempts)):
+    async def use(self, task: str, play, attempts: int = 3, on_retry=None):
+        """The result of `await play(session)` in a session for the task. If the worker dies or the
+        environment raises, `on_retry()` is called and another session is tried; the error of the
+        last attempt is raised."""
+        attempt = 1
+        while True:
             try:
-                async with self.session(task) as env:
-                    return await play(env)
+                async with self.session(task) as session:
+                    return await play(session)
             except (WorkerDied, RuntimeError):
-                if not left:
+                if attempt == attempts:
                     raise
+            attempt += 1
+            if on_retry is not None:
                 on_retry()
 
-    async def each(self, tasks: list[str], method: str, keep=lambda *_: None) -> dict:
-        """{task: result} of a method, one task per worker at a time; calls `keep(task, result)`."""
+    async def each(self, tasks: list[str], method: str, keep=None) -> dict:
+        """{task: result of the environment's method on it}, one task per worker at a time. Each
+        result is passed to `keep(task, result)` as soon as it is there."""
         results = {}
+
+        async def call(session, task):
+            return await session(method, task, deadline=600.0)
 
         async def work(task):
             try:
-                results[task] = await self.use(task, lambda env: env(method, task, deadline=600.0))
+                results[task] = await self.use(task, functools.partial(call, task=task))
             except (WorkerDied, RuntimeError) as e:
                 raise InputError(f"{method} of {task} failed three times: {e}") from None
-            keep(task, results[task])
+            if keep is not None:
+                keep(task, results[task])
 
         await run_concurrently(work, tasks, len(self.workers))
         return results
@@ -897,7 +1074,7 @@ class EnvPool(contextlib.AbstractAsyncContextManager):
 
 async def run_concurrently(work, items, limit: int) -> None:
     """`work(item)` for all items in order, `limit` at a time. An error cancels the others."""
-    queue = iter(items)
+    queue = iter(items)  # the lanes share it: each item goes to the lane that asks for it
 
     async def lane():
         for item in queue:
@@ -907,13 +1084,34 @@ async def run_concurrently(work, items, limit: int) -> None:
     try:
         await asyncio.gather(*lanes)
     finally:
-        for task in lanes:
-            task.cancel()
+        for running in lanes:
+            running.cancel()
 
 
 def task_files(values: list[str]) -> dict[str, str]:
     """--tasks as {split: file}; a file without `SPLIT=` is under "tasks"."""
-    return dict(v.split("=", 1) if "=" in v else ("tasks", v) for v in values)
+    files = {}
+    for value in values:
+        split, separator, file = value.partition("=")
+        if separator:
+            files[split] = file
+        else:
+            files["tasks"] = value
+    return files
+
+
+def read_task_file(cls: type[Environment], file: str) -> list[str]:
+    """The tasks of a JSON file [[type, variation], ...]; all exist in the environment."""
+    try:
+        rows = json.loads(Path(file).read_text())
+        tasks = [cls.named(kind, variation) for kind, variation in rows]
+    except (OSError, ValueError, TypeError) as e:
+        raise InputError(
+            f'--tasks {file}: must be a JSON file of the form [["TYPE", VARIATION], ...] ({e})'
+        ) from None
+    for task in tasks:
+        cls.check(task)
+    return tasks
 
 
 async def list_tasks(
@@ -924,32 +1122,29 @@ async def list_tasks(
     types: list[str] | None,
     limit: int | None,
 ) -> list[str]:
-    """The tasks of a split, from its file in --tasks (JSON: [[type, variation], ...]) if there is
-    one; of the given types only; the first `limit` of them."""
+    """The tasks of a split: those of its file in --tasks, or else all of the environment's. With
+    `types` only the tasks of these types, with `limit` only the first ones."""
     cls = environment(env)
-    if unknown := sorted(set(types or []) - set(cls.MAX_STEPS)):
+    unknown = sorted(set(types or []) - set(cls.MAX_STEPS))
+    if unknown:
         raise InputError(
             f"unknown task type {unknown[0]!r}: --types takes {', '.join(sorted(cls.MAX_STEPS))}"
         )
     if limit is not None and limit < 1:
         raise InputError("--limit must be at least 1")
     files = task_files(tasks)
-    if file := files.get(split) or files.get("tasks"):
-        try:
-            tasks = [cls.named(kind, v) for kind, v in json.loads(Path(file).read_text())]
-        except (OSError, ValueError, TypeError) as e:
-            raise InputError(
-                f'--tasks {file}: must be a JSON file of the form [["TYPE", VARIATION], ...] ({e})'
-            ) from None
-        for task in tasks:
-            cls.check(task)
+    file = files.get(split) or files.get("tasks")
+    if file:
+        listed = read_task_file(cls, file)
     else:
         async with pool.session() as session:
-            tasks = await session("tasks", split, deadline=600)
-    tasks = [t for t in dict.fromkeys(tasks) if not types or task_type(t) in types]
-    if not tasks:
+            listed = await session("tasks", split, deadline=600)
+    chosen = list(dict.fromkeys(listed))  # each task once
+    if types:
+        chosen = [task for task in chosen if task_type(task) in types]
+    if not chosen:
         raise InputError(f"no tasks left of the {split} split with these --tasks / --types")
-    return tasks[:limit]
+    return chosen[:limit]
 
 
 # ---- 4. models: all are asked through the OpenAI chat protocol; local ones are served ------------

@@ -1,5 +1,6 @@
 """Prompts: what planner and agent are asked, parsing of replies, and which tokens are trained."""
 
+import itertools
 import json
 
 import pytest
@@ -18,7 +19,7 @@ from common import (
 )
 
 check_plan = stage("01_seed_plans").check_plan
-VERBS = set("look go open focus move use repeat wait".split())
+VERBS = {"look", "go", "open", "focus", "move", "use", "repeat", "wait"}
 
 
 @pytest.mark.parametrize(
@@ -76,7 +77,8 @@ def test_a_reply_is_kept_up_to_its_action(reply, kept):
         ("<meta_plan>\n1. look around\n2) wait\n</meta_plan>", "Step 1: look around\nStep 2: wait"),
         ("<Meta Plan>\n step 1 :  look around  \n</Meta Plan>", "Step 1: look around"),
         (
-            "<meta_plan>\nStep 1: look around,\n  then wait\nStep 2: go\n\nGood luck!\n</meta_plan>",
+            "<meta_plan>\nStep 1: look around,\n  then wait\n"
+            "Step 2: go\n\nGood luck!\n</meta_plan>",
             "Step 1: look around, then wait\nStep 2: go",
         ),
         ("Step 1: look around", None),
@@ -146,24 +148,29 @@ def test_number_of_steps_allowed():
     assert check_plan(number_steps(["look around"] * 21), VERBS, max_steps=21) is None
 
 
-ENVIRONMENTS = [CORRIDOR, *sorted(p.parent.name for p in DATA.glob("*/env.py"))]
-FOLDERS = [(e, f) for e in ENVIRONMENTS for f in (None, "brief")]
+ENVIRONMENTS = [CORRIDOR, *sorted(path.parent.name for path in DATA.glob("*/env.py"))]
 
 
-@pytest.mark.parametrize("env, folder", FOLDERS)
+@pytest.mark.parametrize("folder", [None, "brief"])
+@pytest.mark.parametrize("env", ENVIRONMENTS)
 def test_the_plan_is_in_the_agents_message_only_if_given(env, folder):
-    prompts, u, plan = Prompts(env, folder), "Your task is to boil tin.", "Step 1: go to foundry"
-    [without], [given] = prompts.agent(u, None, "boil/0"), prompts.agent(u, plan, "boil/0")
+    prompts = Prompts(env, folder)
+    u = "Your task is to boil tin."
+    plan = "Step 1: go to foundry"
+    [without] = prompts.agent(u, None, "boil/0")
+    [given] = prompts.agent(u, plan, "boil/0")
     assert without["role"] == given["role"] == "user"
     assert plan in given["content"] and plan not in without["content"]
     assert "meta plan" not in without["content"].lower()
     for message in (without, given):
         assert u in message["content"]
-        assert not any(f"{{{k}}}" in message["content"] for k in ("task", "plan_line", "example"))
+        for slot in ("{task}", "{plan_line}", "{example}"):
+            assert slot not in message["content"]
     assert given["content"].replace(plan, "").startswith(without["content"])
 
 
-@pytest.mark.parametrize("env, folder", FOLDERS)
+@pytest.mark.parametrize("folder", [None, "brief"])
+@pytest.mark.parametrize("env", ENVIRONMENTS)
 def test_planner_sees_the_task_and_no_trajectory(env, folder):
     [message] = Prompts(env, folder).planner("Your task is to boil tin.")
     assert message["role"] == "user" and "Your task is to boil tin." in message["content"]
@@ -174,7 +181,8 @@ def test_planner_sees_the_task_and_no_trajectory(env, folder):
 def test_text_in_a_slot_is_not_read_as_a_slot():
     """Text from models and environments is data: braces in it stay."""
     prompts = Prompts(CORRIDOR)
-    u, plan = "Find {plan_line} and {example}.", "Step 1: find {task}"
+    u = "Find {plan_line} and {example}."
+    plan = "Step 1: find {task}"
     content = prompts.agent(u, plan, "boil/0")[0]["content"]
     assert u in content and plan in content
     content = prompts.teacher("Find {conversation}.", "Observation: {task}")[0]["content"]
@@ -184,18 +192,20 @@ def test_text_in_a_slot_is_not_read_as_a_slot():
 def test_one_example_for_all_types_or_one_each(tmp_path):
     for name in ("planner.txt", "agent.txt"):
         (tmp_path / name).write_text("{example} {task}")
-    examples = {"*": "any", "boil": "boiling"}
-    (tmp_path / "examples.json").write_text(json.dumps(examples))
+    common_one = {"*": "any", "boil": "boiling"}
+    one_each = {"boil": "boiling", "melt": "melting"}
 
-    def shown(task, how=None):
+    def shown(examples, task, how=None):
+        (tmp_path / "examples.json").write_text(json.dumps(examples))
         return Prompts(CORRIDOR, str(tmp_path), how).agent("u", None, task)[0]["content"]
 
-    assert shown("boil/1") == shown("melt/1") == "any u"
-    assert shown("boil/1", "type") == "boiling u" and shown("melt/1", "type") == "any u"
-    (tmp_path / "examples.json").write_text(json.dumps({"boil": "boiling", "melt": "melting"}))
-    assert shown("melt/1") == "melting u" and shown("mix/1") == "boiling u"
+    assert shown(common_one, "boil/1") == shown(common_one, "melt/1") == "any u"
+    assert shown(common_one, "boil/1", "type") == "boiling u"
+    assert shown(common_one, "melt/1", "type") == "any u"
+    assert shown(one_each, "melt/1") == "melting u"
+    assert shown(one_each, "mix/1") == "boiling u"
     with pytest.raises(InputError, match="--examples all: the only value is `type`"):
-        shown("boil/1", "all")
+        shown(common_one, "boil/1", "all")
 
 
 def test_unknown_prompt_folder():
@@ -215,7 +225,7 @@ TALK = [
 
 def trained(tokenizer, talk) -> list[int]:
     ids, targets = tokenize(talk, tokenizer, "test")
-    return [i for i, t in zip(ids, targets, strict=True) if t]
+    return [token for token, target in zip(ids, targets, strict=True) if target]
 
 
 @pytest.mark.parametrize("trim_offsets", [False, True])
@@ -226,8 +236,8 @@ def test_targets_are_what_the_assistant_writes(trim_offsets):
     assert tokenizer.decode(ids) == tokenizer.apply_chat_template(TALK, tokenize=False)
     said = "".join(m["content"] + "<|im_end|>" for m in TALK if m["role"] == "assistant")
     assert tokenizer.decode(trained(tokenizer, TALK)) == said
-    starts = sum(t and not b for b, t in zip([False, *targets], targets, strict=False))
-    assert starts == 3, "one run of targets per turn"
+    runs = [target for target, _ in itertools.groupby(targets)]
+    assert runs.count(True) == 3, "one run of targets per turn"
 
 
 def test_a_conversation_that_ends_with_an_observation(tokenizer):

@@ -1,5 +1,6 @@
 """Rows: every file between stages is JSONL, one complete row a line."""
 
+import itertools
 import json
 import random
 import shutil
@@ -73,7 +74,8 @@ def test_complete_last_row_without_newline_is_kept(tmp_path):
 
 def test_a_file_cut_anywhere_resumes(tmp_path):
     """Wherever a kill cuts the file, an Appender continues after the rows that can be read."""
-    path, rows = tmp_path / "rows.jsonl", [{"a": i, "text": "ünï\n" * i} for i in range(3)]
+    path = tmp_path / "rows.jsonl"
+    rows = [{"a": i, "text": "ünï\n" * i} for i in range(3)]
     write_rows(path, rows)
     content = path.read_bytes()
     for cut in range(len(content) + 1):
@@ -95,11 +97,18 @@ def test_rows_are_on_disk_at_once(tmp_path):
         assert len(path.read_bytes().splitlines()) == 2
 
 
+def test_keep_truncates_after_the_first_rows(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"a": 1}, {"a": 2}, {"a": 3}])
+    with Appender(path) as append:
+        append.keep(2)
+        append({"a": 4})
+    assert read_rows(path) == [{"a": 1}, {"a": 2}, {"a": 4}]
+
+
 def test_second_appender_is_refused(tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", [{"a": 1}])
-    with Appender(path):
-        with pytest.raises(InputError, match=r"rows\.jsonl.*another run"):
-            Appender(path)
+    with Appender(path), pytest.raises(InputError, match=r"rows\.jsonl.*another run"):
+        Appender(path)
     with Appender(path) as append:
         append({"a": 2})
     assert len(read_rows(path)) == 2
@@ -122,7 +131,7 @@ def test_finished_keys():
     assert finished(rows, "task", "m") == {("t", 0): rows[2], ("t", 1): rows[1]}
 
 
-def test_model_id_follows_weights(tmp_path, tiny_model, chat_server):
+def test_the_fingerprint_of_a_model_follows_its_weights(tmp_path, tiny_model, chat_server):
     copy = tmp_path / "tiny"
     shutil.copytree(tiny_model, copy)
     before = weights_fingerprint(str(copy))
@@ -142,11 +151,12 @@ def test_model_id_follows_weights(tmp_path, tiny_model, chat_server):
 
 
 def test_seeds_depend_on_their_parts_alone():
-    keys = [(s, f"find-plant/{v}", m) for s in range(2) for v in range(20) for m in range(15)]
-    seeds = {k: seed_of(*k) for k in keys}
+    tasks = [f"find-plant/{variation}" for variation in range(20)]
+    keys = list(itertools.product(range(2), tasks, range(15)))
+    seeds = {key: seed_of(*key) for key in keys}
     random.Random(0).shuffle(keys)
-    assert all(seed_of(*k) == seeds[k] for k in keys)
+    assert all(seed_of(*key) == seeds[key] for key in keys)
     assert len(set(seeds.values())) == len(seeds)
-    assert all(0 <= s < 2**31 for s in seeds.values())
+    assert all(0 <= seed < 2**31 for seed in seeds.values())
     assert seed_of("ab", "c") != seed_of("a", "bc") and seed_of(1, None) != seed_of(1)
     assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})

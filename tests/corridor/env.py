@@ -8,11 +8,17 @@ class Corridor(Environment):
 
     SPLITS = {"train": 0, "seen": 10, "unseen": 20}
     MAX_STEPS = {"find-lamp": 6, "find-key": 8}
-    VERBS, FAILED, MAX_FAILURES = {"walk", "take", "go"}, ("You cannot",), 10
+    VERBS = {"walk", "take", "go"}
+    FAILED = ("You cannot",)
+    MAX_FAILURES = 10
     SECONDS = {"expert": 0.001, "reset": 0.001, "step": 0.001}
 
     def columns(self, split):
-        return [[f"{kind}/{self.SPLITS[split] + i}" for i in range(4)] for kind in self.MAX_STEPS]
+        first = self.SPLITS[split]
+        columns = []
+        for kind in self.MAX_STEPS:
+            columns.append([f"{kind}/{number}" for number in range(first, first + 4)])
+        return columns
 
     @classmethod
     def check(cls, task):
@@ -22,7 +28,9 @@ class Corridor(Environment):
     def reset(self, task):
         self.check(task)
         kind, number = task.split("/")
-        self.thing, self.room, self.goal = kind.removeprefix("find-"), 0, 1 + int(number) % 3
+        self.thing = kind.removeprefix("find-")
+        self.goal = 1 + int(number) % 3
+        self.room = 0
         self.reward = 0.0
         return f"Find the {self.thing} of corridor {number}."
 
@@ -31,18 +39,20 @@ class Corridor(Environment):
             return "You are lost.", self.reward, True, False
         if action == "walk on" and self.room < 3:
             self.room += 1
-            found = self.room == self.goal
-            self.reward = max(self.reward, 0.5 * found)
-            seen = f"a {self.thing}" if found else "nothing"
-            return f"You see {seen}.", self.reward, False, False
+            if self.room != self.goal:
+                return "You see nothing.", self.reward, False, False
+            self.reward = 0.5
+            return f"You see a {self.thing}.", self.reward, False, False
         if action == f"take {self.thing}" and self.room == self.goal:
             return f"You have the {self.thing}.", 1.0, True, True
         return "You cannot do that.", self.reward, False, False
 
     def expert(self, task):
-        u, steps = self.reset(task), []
-        for action in [*["walk on"] * self.goal, f"take {self.thing}"]:
-            observation, reward, *_ = self.step(action)
+        u = self.reset(task)
+        actions = ["walk on"] * self.goal + [f"take {self.thing}"]
+        steps = []
+        for action in actions:
+            observation, reward, _done, _success = self.step(action)
             steps.append([action, observation])
         return {"instruction": u, "steps": steps, "reward": reward}
 
