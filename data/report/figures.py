@@ -72,7 +72,7 @@ def bars(results: list[dict], metric: str, path: Path) -> None:
     """Bars of a metric for each agent and split, one colour per plan setting."""
     groups = unique(results, "agent", "split")
     settings = unique(sorted(results, key=rank), "plans")
-    figure, [panel] = new_figure(1.5 + 2.2 * len(groups))
+    figure, [panel] = new_figure(max(1.5 + 2.2 * len(groups), 1.2 * len(settings)))
     width = 0.8 / len(settings)
     for i, setting in enumerate(settings):
         own = where(results, plans=setting)
