@@ -176,22 +176,22 @@ def setting_bars(panels: dict[str, dict[str, dict]], path: Path) -> None:
     """Bars of the average reward of each plan setting, a panel per {title: {setting: value}}."""
     figure, axes = new_figure(4.4 * len(panels), 3.4, len(panels))
     for panel, (title, by_setting) in zip(axes, panels.items(), strict=True):
-        values = list(by_setting.values())
-        panel.bar(
-            range(len(values)),
-            heights(values),
-            width=0.72,
-            yerr=error_bars(values),
-            capsize=3,
-            color=[colour(setting, 0) for setting in by_setting],
-            error_kw=ERROR_BARS,
-        )
-        for x, value in enumerate(values):
+        names = []
+        for x, (setting, value) in enumerate(by_setting.items()):
+            panel.bar(
+                x,
+                heights([value]),
+                width=0.72,
+                yerr=error_bars([value]),
+                capsize=3,
+                color=colour(setting, x),
+                error_kw=ERROR_BARS,
+            )
             top = 100 * value["interval"][1] + 2
             text = f"{100 * value['mean']:.1f}"
             panel.text(x, top, text, ha="center", va="bottom", fontweight="bold")
-        names = [named(setting).removesuffix(" (control)") for setting in by_setting]
-        panel.set_xticks(range(len(names)), [name.replace(" ", "\n") for name in names])
+            names.append(named(setting).removesuffix(" (control)").replace(" ", "\n"))
+        panel.set_xticks(range(len(names)), names)
         panel.set(title=title, ylim=(0, 105), yticks=range(0, 101, 20))
     axes[0].set_ylabel("average reward x 100")
     save(figure, path)

@@ -168,7 +168,9 @@ def pooled(conditions: list[dict]) -> list[dict]:
     """The conditions of several run folders (`run`) for common tables. If there are several
     environments, `split` also names the environment; `shown` is the split of one run, for the
     page."""
-    env_of = {c["run"]: Path(c["env"]).name for c in conditions}
+    env_of = {}  # of each run folder
+    for c in conditions:
+        env_of[c["run"]] = Path(c["env"]).name
     envs = list(env_of.values())
     found = []
     for c in conditions:
@@ -342,8 +344,9 @@ def _notes_on_thoughts(conditions: list[dict]) -> list[str]:
 
 
 def _notes_on_tags(conditions: list[dict]) -> list[str]:
-    # all agents use the same plans: those of a split count once
-    untagged = {(r["plans"], r["split"]): r["untagged"] for r in conditions}
+    untagged = {}
+    for r in conditions:  # all agents use the same plans: those of a split count once
+        untagged[r["plans"], r["split"]] = r["untagged"]
     counts = dict.fromkeys(unique(conditions, "plans"), 0)
     for (plans, _), count in untagged.items():
         counts[plans] += count
@@ -360,7 +363,8 @@ def _notes_on_tags(conditions: list[dict]) -> list[str]:
 def overview(results: list[dict], outdated: int) -> Table:
     """Every condition with all its counts."""
     head = ["agent", "plans", "plan position", "split", "tasks", "episodes"]
-    head += [f"{label} (x100)" for label, _ in METRICS.values()]
+    for label, _ in METRICS.values():
+        head.append(f"{label} (x100)")
     head += ["steps", "format errors", "context overflows", "ends"]
     note = "Mean [95% bootstrap interval over tasks]." + SUCCESS
     if outdated:
@@ -370,7 +374,8 @@ def overview(results: list[dict], outdated: int) -> Table:
         plan_position = "" if r["plans"] == "none" else r["plan_position"]
         row = [short(r["agent"], results), named(r["plans"]), plan_position, r["split"]]
         row += [str(r["tasks"]), str(r["episodes"])]
-        row += [cell_text(r, metric) for metric in METRICS]
+        for metric in METRICS:
+            row.append(cell_text(r, metric))
         row += [f"{r['steps']:.1f}", str(r["format_errors"]), str(r["context_overflows"])]
         row.append(", ".join(f"{end} {count}" for end, count in sorted(r["ends"].items())))
         table.rows.append(row)
@@ -451,7 +456,8 @@ def paper_table(
     splits = unique(rows, "split")
     head = ["agent", "plan position" if by_position else "plans"]
     for split in splits:
-        head += [f"{split}{paper.label(metric)} (x100)" for metric in paper.metrics]
+        for metric in paper.metrics:
+            head.append(f"{split}{paper.label(metric)} (x100)")
     labels = " and ".join(METRICS[metric][0] for metric in paper.metrics)
     note = f"{labels.capitalize()}, mean [95% bootstrap interval over tasks]."
     if "solved" in paper.metrics:
@@ -462,7 +468,8 @@ def paper_table(
         row = [short(agent, results), plan_position if by_position else named(plans)]
         for split in splits:
             result = found.get((agent, plans, plan_position, split))
-            row += [cell_text(result, metric) for metric in paper.metrics]
+            for metric in paper.metrics:
+                row.append(cell_text(result, metric))
         table.rows.append(row)
     _add_gains(table, paper, rows, differences)
     return table
@@ -503,6 +510,9 @@ def judged_table(plans: list[str], judge: str, verdicts: dict) -> Table:
         ["dimension", *counts],
         note="Contradicting answers to both orders are a tie.",
     )
-    for dimension, count in verdicts.items():
-        table.rows.append([dimension, *(str(count[name]) for name in counts)])
+    for dimension, verdict in verdicts.items():
+        row = [dimension]
+        for name in counts:
+            row.append(str(verdict[name]))
+        table.rows.append(row)
     return table
