@@ -10,7 +10,7 @@
 Plans are made once per test task at temperature 0 and used by all agents; then every agent plays
 every task with each plan setting. A cell is an agent, a plan setting, an insertion and a split.
 Files in --out
-    eval/cells.jsonl       the cells that were asked for: `env`, `agent`, `agent_id`, `plans`,
+    eval/conditions.jsonl       the cells that were asked for: `env`, `agent`, `agent_id`, `plans`,
                            `plans_id`, `plan_position`, `split`, `tasks`, `note` (of the environment);
                            of equal ones the newest counts
     eval/plans.jsonl       greedy plans: `setting`, `task`, `plan`, `instruction`, `plans_id`,
@@ -43,7 +43,7 @@ from tqdm import tqdm
 
 import common
 from common import InputError, arg, mean
-from data.report import report
+from data.report import report, tables
 
 DIMENSIONS = ("correctness", "followability", "standardization")  # paper 5.6
 
@@ -62,7 +62,7 @@ class Args:
         ["none", "sft", "mpo"],
         "plan settings: none; the planner checkpoint of "
         "that name in --out (sft, rft, mpo); gpt: --teacher asked directly; "
-        "a JSONL file with `task` and `plan`; or a control: wrong, mpo's plan "
+        "a JSONL file with `task` and `plan`; or a control: mismatched, mpo's plan "
         "for a task of another type; oracle, the plan that --teacher rules "
         "makes of the test task's own expert trajectory",
     )
@@ -152,7 +152,9 @@ def planner_of(a: Args, setting: str) -> str | None:
     if setting in ("none", "oracle") or setting.endswith(".jsonl"):
         return None
     return (
-        a.teacher if setting == "gpt" else str(Path(a.out) / {"wrong": "mpo"}.get(setting, setting))
+        a.teacher
+        if setting == "gpt"
+        else str(Path(a.out) / {"mismatched": "mpo"}.get(setting, setting))
     )
 
 
@@ -169,7 +171,7 @@ def digest_of_plans(a: Args, setting: str, prompts) -> str | None:
         planner_id,
         prompts.planner_text,
         a.plan_tokens,
-        *([setting, a.seed] if setting == "wrong" else []),
+        *([setting, a.seed] if setting == "mismatched" else []),
     )
 
 
@@ -179,7 +181,7 @@ def of_another_type(a: Args, task: str, tasks: list[str]) -> str:
         t for t in tasks if t != task
     ]
     if not others:
-        raise InputError("--plans wrong needs two test tasks")
+        raise InputError("--plans mismatched needs two test tasks")
     return others[common.seed_of(a.seed, "wrong", task) % len(others)]
 
 
@@ -205,18 +207,18 @@ async def greedy_plans(a: Args, tasks: list[str], pool) -> dict[str, str | None]
     The teacher gets the environment's own prompt, which explains the format; our planners know
     it."""
     path = Path(a.out) / "eval" / "plans.jsonl"
-    settings = list(dict.fromkeys([*a.plans, *(["mpo"] if "wrong" in a.plans else [])]))
+    settings = list(dict.fromkeys([*a.plans, *(["mpo"] if "mismatched" in a.plans else [])]))
     prompts = {s: common.Prompts(a.env, None if s == "gpt" else a.prompts) for s in settings}
     ids = {s: digest_of_plans(a, s, prompts[s]) for s in settings}
     rows = common.read_rows(path, ("plans_id", "task", "plan"), missing_ok=True)
     done = common.finished(rows, "plans_id", "task")
     todo = {
         s: missing
-        for s in sorted(ids, key="wrong".__eq__)
-        if s != "none"  # wrong: last
+        for s in sorted(ids, key="mismatched".__eq__)
+        if s != "none"  # mismatched: last
         and (missing := [t for t in tasks if (ids[s], t) not in done])
     }
-    source = {t: of_another_type(a, t, tasks) for t in todo.get("wrong", ())}
+    source = {t: of_another_type(a, t, tasks) for t in todo.get("mismatched", ())}
     if todo:
         u = await pool.each(list(dict.fromkeys(t for ts in todo.values() for t in ts)), "reset")
         with (
@@ -244,7 +246,7 @@ async def greedy_plans(a: Args, tasks: list[str], pool) -> dict[str, str | None]
                 keep(setting, task, plan or reply or None, untagged=bool(reply and not plan))
 
             for setting, missing in todo.items():
-                if setting == "wrong":
+                if setting == "mismatched":
                     for task in missing:
                         keep(setting, task, done[ids["mpo"], source[task]]["plan"])
                 elif planner := planner_of(a, setting):
@@ -340,7 +342,7 @@ async def play_missing(a: Args, cells: list[dict], pool) -> None:
         if not own:
             continue
         with common.Appender(path) as append, common.open_model(name, url, a) as model:
-            for plan_position in report.unique(own, "plan_position"):
+            for plan_position in tables.unique(own, "plan_position"):
                 c = common.RolloutConfig(
                     prompts,
                     a.agent_temperature,
@@ -401,14 +403,14 @@ def with_episodes(out: str, cells: list[dict]) -> list[dict]:
     return found
 
 
-def asked_cells(out: str, folders=()) -> tuple[list[dict], int]:
+def asked_conditions(out: str, folders=()) -> tuple[list[dict], int]:
     """(cells, outdated): all cells that were ever asked for, of the same agent, plans, insertion
     and split the newest; and the number left out because their agent or plans are from an earlier
     version (retrained, or asked with other settings). Agents have their names across `folders`."""
     fields = ("agent", "agent_id", "plans", "plans_id", "plan_position", "split", "tasks")
-    rows = common.read_rows(Path(out) / "eval" / "cells.jsonl", fields, missing_ok=True)
+    rows = common.read_rows(Path(out) / "eval" / "conditions.jsonl", fields, missing_ok=True)
     if folders:
-        names = report.agent_names(report.unique(rows, "agent"), out, folders)
+        names = tables.agent_names(tables.unique(rows, "agent"), out, folders)
         rows = [r | {"agent": names[r["agent"]]} for r in rows]
     agents = {r["agent"]: r["agent_id"] for r in rows}
     plans = {r["plans"]: r["plans_id"] for r in rows}
@@ -418,7 +420,7 @@ def asked_cells(out: str, folders=()) -> tuple[list[dict], int]:
         for r in every
         if r["agent_id"] == agents[r["agent"]] and r["plans_id"] == plans[r["plans"]]
     ]
-    cells.sort(key=lambda c: (list(agents).index(c["agent"]), report.rank(c)))
+    cells.sort(key=lambda c: (list(agents).index(c["agent"]), tables.rank(c)))
     return cells, len(every) - len(cells)
 
 
@@ -472,7 +474,7 @@ def summarise(cells: list[dict], seed: int, several: bool) -> tuple[list[dict], 
     an episode is missing) and counts. A difference for any two complete ones of an agent and split
     that differ in the plans or in the insertion only: the paired test on the tasks of both."""
     results, differences = [], []
-    cells = report.with_totals(cells, several)
+    cells = tables.with_totals(cells, several)
     for cell in cells:
         every = [r for s in cell["strata"] for rs in s.values() for r in rs]
         rows = [r for r in every if r]
@@ -486,7 +488,7 @@ def summarise(cells: list[dict], seed: int, several: bool) -> tuple[list[dict], 
             **names,
             "total": cell["total"],
             "tasks": sum(map(len, cell["strata"])),
-            "runs": len(report.unique(cell["cells"], "run")),
+            "runs": len(tables.unique(cell["conditions"], "run")),
             "episodes": len(rows),
             "missing": len(every) - len(rows),
             "ends": dict(Counter(r["end"] for r in rows)),
@@ -494,12 +496,12 @@ def summarise(cells: list[dict], seed: int, several: bool) -> tuple[list[dict], 
             "context_overflows": sum(r["end"] == "context" for r in rows),
             "continued": sum(thoughts),
             "own_turn": len(thoughts) - sum(thoughts),
-            "untagged": sum(c["untagged"] for c in cell["cells"]),
-            "notes": list(dict.fromkeys(c["note"] for c in cell["cells"] if c.get("note"))),
+            "untagged": sum(c["untagged"] for c in cell["conditions"]),
+            "notes": list(dict.fromkeys(c["note"] for c in cell["conditions"] if c.get("note"))),
             "steps": mean(len(r["steps"]) for r in rows),
         }
         complete = bool(rows) and not result["missing"]
-        for name, (_, value) in report.METRICS.items():
+        for name, (_, value) in tables.METRICS.items():
             result[name] = (
                 mean_and_interval(
                     [[mean(map(value, rs)) for rs in s.values()] for s in cell["strata"]], seed
@@ -517,7 +519,7 @@ def summarise(cells: list[dict], seed: int, several: bool) -> tuple[list[dict], 
             if not (
                 same
                 and comparable
-                and report.rank(other) < report.rank(cell)
+                and tables.rank(other) < tables.rank(cell)
                 and all(r for s in other["strata"] for rs in s.values() for r in rs)
             ):
                 continue
@@ -539,7 +541,7 @@ def summarise(cells: list[dict], seed: int, several: bool) -> tuple[list[dict], 
                                 ],
                                 seed,
                             )
-                            for name, (_, value) in report.METRICS.items()
+                            for name, (_, value) in tables.METRICS.items()
                         },
                     }
                 )
@@ -603,7 +605,7 @@ def judge(a: JudgeArgs) -> None:
     if len(a.plans) != 2 or a.plans[0] == a.plans[1]:
         raise InputError(f"--plans takes two settings to compare, not {' '.join(a.plans)}")
     texts: dict[str, dict] = {setting: {} for setting in a.plans}
-    for cell in with_episodes(a.out, asked_cells(a.out)[0]):
+    for cell in with_episodes(a.out, asked_conditions(a.out)[0]):
         texts.get(cell["plans"], {}).update({t: p for t, p in cell["texts"].items() if p})
     for setting in a.plans:
         if not texts[setting]:
@@ -676,11 +678,11 @@ def write_report(a: ReportArgs) -> str:
     folders = list({Path(out).resolve(): str(Path(out)) for out in a.out}.values())
     several, cells, outdated = len(folders) > 1, [], 0
     for out in folders:
-        asked, old = asked_cells(out, folders if several else ())
+        asked, old = asked_conditions(out, folders if several else ())
         if not asked:
             raise InputError(f"{out} has no evaluation: run 05_eval.py --out {out} first")
         cells, outdated = cells + with_episodes(out, asked), outdated + old
-    cells = report.pooled(cells) if several else cells
+    cells = tables.pooled(cells) if several else cells
     results, differences = summarise(cells, a.seed, several)
     to = Path(folders[0], "pooled" if several else "")
     verdicts = None if several else judged(folders[0])
@@ -764,9 +766,9 @@ def main(a: Args) -> None:
             plans_ids = await greedy_plans(a, every, pool)
             if a.plans_only:
                 return
-            cells, (known, _) = cells_of(a, plans_ids, splits), asked_cells(a.out)
+            cells, (known, _) = cells_of(a, plans_ids, splits), asked_conditions(a.out)
             if new := [c for c in cells if c not in known]:
-                with common.Appender(Path(a.out) / "eval" / "cells.jsonl") as append:
+                with common.Appender(Path(a.out) / "eval" / "conditions.jsonl") as append:
                     for cell in new:
                         append(cell)
             await play_missing(a, cells, pool)

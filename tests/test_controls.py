@@ -13,7 +13,7 @@ ev = stage("05_eval")
 
 
 def test_controls(tmp_path, tiny_model, chat_server, monkeypatch):
-    """`wrong` is the planner's plan for a task of another type; `oracle` is made of the task's own
+    """`mismatched` is the planner's plan for a task of another type; `oracle` is made of the task's own
     expert trajectory and is in no file that a planner is trained on."""
 
     def reply(messages, body):
@@ -32,7 +32,7 @@ def test_controls(tmp_path, tiny_model, chat_server, monkeypatch):
         "splits": ["seen"],
         "max_steps": 2,
     }
-    ev.main(ev.Args(**a, plans=["none", "wrong", "mpo", "oracle"]))
+    ev.main(ev.Args(**a, plans=["none", "mismatched", "mpo", "oracle"]))
     rows = read_rows(tmp_path / "eval" / "plans.jsonl")
     plans = {(r["setting"], r["task"]): r["plan"] for r in rows}
     u = {r["task"]: r["instruction"] for r in rows}
@@ -40,7 +40,7 @@ def test_controls(tmp_path, tiny_model, chat_server, monkeypatch):
     env, used = common.environment(CORRIDOR)(), set()
     for task in u:
         assert u[task] in plans["mpo", task]
-        [other] = [t for t in u if u[t] in plans["wrong", task]]
+        [other] = [t for t in u if u[t] in plans["mismatched", task]]
         assert task_type(other) != task_type(task)
         used.add(other)
         e = env.expert(task)
@@ -48,14 +48,14 @@ def test_controls(tmp_path, tiny_model, chat_server, monkeypatch):
     assert len(used) > 2, "drawn, not always the same"
     assert not list(tmp_path.glob("*.jsonl"))
     settings = [r["plans"] for r in json.loads((tmp_path / "results.json").read_text())["results"]]
-    assert settings == ["none", "wrong", "mpo", "oracle"]
+    assert settings == ["none", "mismatched", "mpo", "oracle"]
     for name in ("table2", "table3", "table6"):
         assert len((tmp_path / f"{name}.md").read_text().split("```")[0].splitlines()) >= 8
-    ev.main(ev.Args(**a, types=["find-key"], seed=1, plans=["wrong"]))  # all of one type
+    ev.main(ev.Args(**a, types=["find-key"], seed=1, plans=["mismatched"]))  # all of one type
     for r in read_rows(tmp_path / "eval" / "plans.jsonl")[len(rows) :]:
         assert r["plan"] and u[r["task"]] not in r["plan"], "still of another task"
-    with pytest.raises(InputError, match="--plans wrong needs two test tasks"):
-        ev.main(ev.Args(**a, limit=1, seed=2, plans=["wrong"]))
+    with pytest.raises(InputError, match="--plans mismatched needs two test tasks"):
+        ev.main(ev.Args(**a, limit=1, seed=2, plans=["mismatched"]))
 
 
 def test_validation_tasks_are_those_after_the_others(tmp_path, chat_server, monkeypatch):
@@ -72,7 +72,7 @@ def test_validation_tasks_are_those_after_the_others(tmp_path, chat_server, monk
         "plans": ["none"],
     }
     ev.main(ev.Args(**a, skip=3, limit=2))
-    [cell] = read_rows(tmp_path / "eval" / "cells.jsonl")
+    [cell] = read_rows(tmp_path / "eval" / "conditions.jsonl")
     assert cell["tasks"] == common.environment(CORRIDOR)().tasks("train")[3:5]
     with pytest.raises(InputError, match="--skip 8 is negative or leaves no task of train"):
         ev.main(ev.Args(**a, skip=8))

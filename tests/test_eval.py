@@ -40,7 +40,7 @@ def episode(
     }
 
 
-def cell(plans, split, tasks, agent="a", plan_position="instruction", **more) -> dict:
+def condition(plans, split, tasks, agent="a", plan_position="instruction", **more) -> dict:
     return {
         "env": "lab",
         "agent": agent,
@@ -54,10 +54,10 @@ def cell(plans, split, tasks, agent="a", plan_position="instruction", **more) ->
     }
 
 
-def write_run(out: Path, cells: list[dict], plans: dict, rollouts: list[dict]) -> Path:
-    """A run folder of `cells`, {(setting, task): plan} and episodes."""
+def write_run(out: Path, conditions: list[dict], plans: dict, rollouts: list[dict]) -> Path:
+    """A run folder of `conditions`, {(setting, task): plan} and episodes."""
     (out / "eval").mkdir(parents=True)
-    write_jsonl(out / "eval" / "cells.jsonl", cells)
+    write_jsonl(out / "eval" / "conditions.jsonl", conditions)
     write_jsonl(
         out / "eval" / "plans.jsonl",
         [
@@ -107,12 +107,12 @@ def known(tmp_path) -> Path:
         for s, rs in rewards.items()
         for t, r in zip(SEEN + UNSEEN, rs, strict=True)
     ]
-    cells = [
-        cell(s, split, tasks)
+    conditions = [
+        condition(s, split, tasks)
         for s in rewards
         for split, tasks in (("seen", SEEN), ("unseen", UNSEEN))
     ]
-    return write_run(tmp_path / "run", cells, plans, rollouts)
+    return write_run(tmp_path / "run", conditions, plans, rollouts)
 
 
 def test_known_table(known):
@@ -174,12 +174,14 @@ def test_figure_5_waits_for_all_its_episodes(tmp_path):
     settings = ("fig5/m2n1", "fig5/m4n1")
     plans = {(s, t): f"Step 1: do {t} {s}" for s in settings for t in SEEN + UNSEEN}
     rows = [episode(t, plan, 1.0, 2) for (s, t), plan in plans.items()]
-    cells = [
-        cell(s, split, tasks)
+    conditions = [
+        condition(s, split, tasks)
         for s in settings
         for split, tasks in (("seen", SEEN), ("unseen", UNSEEN))
     ]
-    out = write_run(tmp_path / "run", cells, plans, [r for r in rows if r["task"] != UNSEEN[1]])
+    out = write_run(
+        tmp_path / "run", conditions, plans, [r for r in rows if r["task"] != UNSEEN[1]]
+    )
     write_report(out)
     assert (out / "fig5.md").exists() and not (out / "fig5.png").exists()
     write_jsonl(out / "eval" / "rollouts.jsonl", rows)
@@ -190,17 +192,17 @@ def test_figure_5_waits_for_all_its_episodes(tmp_path):
 @pytest.mark.parametrize("retrained", ["planner", "agent"])
 def test_cells_of_earlier_versions_are_left_out(known, retrained):
     new = {
-        "planner": cell("mpo", "seen", SEEN) | {"plans_id": "new"},
-        "agent": cell("none", "seen", SEEN) | {"agent_id": "new"},
+        "planner": condition("mpo", "seen", SEEN) | {"plans_id": "new"},
+        "agent": condition("none", "seen", SEEN) | {"agent_id": "new"},
     }[retrained]
-    with (known / "eval" / "cells.jsonl").open("a") as f:
+    with (known / "eval" / "conditions.jsonl").open("a") as f:
         f.write(json.dumps(new) + "\n")
     text = write_report(known)
     found = by_setting(known)
     key = (new["plans"], "seen")
     assert found[key]["missing"] == 2
     if retrained == "planner":
-        assert {("mpo", "unseen"), ("mpo", "all")}.isdisjoint(found) and "out: 1 cells" in text
+        assert {("mpo", "unseen"), ("mpo", "all")}.isdisjoint(found) and "out: 1 conditions" in text
     else:
         assert set(found) == {key} and not numbers(known)["differences"]
 
@@ -216,12 +218,12 @@ def test_results_recomputed_from_the_rows(tmp_path):
         for ts in tasks.values()
         for t in ts
     }
-    cells, rows = [], {}
+    conditions, rows = [], {}
     for agent in agents:
         for s in settings:
             for plan_position in common.PLAN_POSITIONS if s == "mpo" else ["instruction"]:
                 for split, ts in tasks.items():
-                    cells.append(cell(s, split, ts, agent, plan_position))
+                    conditions.append(condition(s, split, ts, agent, plan_position))
                     for t in ts:
                         key = agent, plan_position, t, plans.get((s, t))
                         rows.setdefault(
@@ -237,7 +239,7 @@ def test_results_recomputed_from_the_rows(tmp_path):
                                 end=draw.choice(["steps", "context", "errors", "failure"]),
                             ),
                         )
-    out = write_run(tmp_path / "run", cells, plans, list(rows.values()))
+    out = write_run(tmp_path / "run", conditions, plans, list(rows.values()))
     write_report(out)
     results = numbers(out)["results"]
     assert len(results) == len(agents) * (2 + len(common.PLAN_POSITIONS)) * 3
@@ -335,8 +337,8 @@ def test_judge(tmp_path, chat_server):
     boil/3 is first invalid, then a tie; boil/4 prefers sft, except for followability."""
     tasks = [f"boil/{i}" for i in range(5)]
     plans = {(s, t): f"Step 1: {s} plan" for s in ("sft", "mpo") for t in tasks}
-    cells = [cell(s, "seen", tasks) for s in ("sft", "mpo")]
-    out, asked = write_run(tmp_path / "run", cells, plans, []), Counter()
+    conditions = [condition(s, "seen", tasks) for s in ("sft", "mpo")]
+    out, asked = write_run(tmp_path / "run", conditions, plans, []), Counter()
 
     def reply(messages, body):
         text = messages[0]["content"]

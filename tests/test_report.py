@@ -1,4 +1,4 @@
-"""The report: its page in headless Chromium, tables of several run folders, and notes."""
+"""The report: its page in headless Chromium, tables of several run folders, notes, curves."""
 
 import base64
 import gzip
@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from test_eval import (  # noqa: F401
     SEEN,
     TASKS,
     by_setting,
-    cell,
+    condition,
     episode,
     evaluate,
     known,
@@ -27,9 +28,10 @@ from test_eval import (  # noqa: F401
 
 import common
 from common import InputError, read_rows
+from data.report import curves, tables
 
 ev = stage("05_eval")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 needs_browser = pytest.mark.skipif(not CHROMIUM, reason="no Chromium: apt install chromium")
 EVIL = (
     "</script><script>document.title='gotcha'</script>"
@@ -99,8 +101,8 @@ def page(known) -> Path:  # noqa: F811
 @pytest.mark.slow
 @needs_browser
 def test_tasks_and_conversations(page):
-    cells = "[...document.querySelectorAll('#tasks tbody tr td:first-child')]"
-    shown = f"document.body.append(' SHOWN[' + {cells}.map(c => c.textContent) + ']')"
+    names = "[...document.querySelectorAll('#tasks tbody tr td:first-child')]"
+    shown = f"document.body.append(' SHOWN[' + {names}.map(c => c.textContent) + ']')"
     choose = "const set = (id, v) => { $(id).value = v; $(id).oninput() };"
     for filters, tasks in (
         ("", "boil/1,boil/2,melt/1,melt/2"),
@@ -134,21 +136,21 @@ def test_narrow_and_dark(page, tmp_path):
 def test_ten_thousand_episodes(tmp_path, page):
     """The page opens in at most three seconds more than one of eight episodes does, on a machine
     where that takes 1.1 s; slower machines get more time."""
-    tasks, settings = [f"boil/{i}" for i in range(2500)], ("none", "sft", "rft", "mpo")
-    plans = {(s, t): f"Step 1: {s} {t}" for s in settings[1:] for t in tasks}
-    rows = [
-        episode(t, plans.get((s, t)), float(common.seed_of(s, t) % 2), 0)
-        | {
-            "steps": [
-                [f"Action: {common.fingerprint(s, t, i)}", f"{common.fingerprint(i, s, t)} " * 30]
-                for i in range(12)
-            ]
-        }
-        for s in settings
-        for t in tasks
-    ]
-    cells = [cell(s, "seen", tasks) for s in settings]
-    out = write_run(tmp_path / "big", cells, plans, rows)
+    tasks = [f"boil/{i}" for i in range(2500)]
+    settings = ("none", "sft", "rft", "mpo")
+    plans = {}
+    rows = []
+    for s in settings:
+        for t in tasks:
+            if s != "none":
+                plans[s, t] = f"Step 1: {s} {t}"
+            row = episode(t, plans.get((s, t)), float(common.seed_of(s, t) % 2), 0)
+            for i in range(12):
+                action = f"Action: {common.fingerprint(s, t, i)}"
+                row["steps"].append([action, f"{common.fingerprint(i, s, t)} " * 30])
+            rows.append(row)
+    conditions = [condition(s, "seen", tasks) for s in settings]
+    out = write_run(tmp_path / "big", conditions, plans, rows)
     write_report(out)
     seconds = []
     for path in (page, out / "report.html"):
@@ -181,18 +183,17 @@ def test_a_report_is_self_contained(page):
 
 def played(out: Path, rewards: dict, env: str = "lab", agent: str = "a") -> Path:
     """A run folder from {(plans, split): the rewards of its tasks}."""
-    tasks = {s: [f"{s}/{i}" for i in range(len(rs))] for (_, s), rs in rewards.items()}
-    plans = {(p, t): f"Step 1: {p} {t}" for p, s in rewards for t in tasks[s] if p != "none"}
-    return write_run(
-        out,
-        [cell(p, s, tasks[s], agent, env=env) for p, s in rewards],
-        plans,
-        [
-            episode(t, plans.get((p, t)), r, 2, agent)
-            for (p, s), rs in rewards.items()
-            for t, r in zip(tasks[s], rs, strict=True)
-        ],
-    )
+    conditions = []
+    plans = {}
+    rows = []
+    for (setting, split), values in rewards.items():
+        tasks = [f"{split}/{i}" for i in range(len(values))]
+        conditions.append(condition(setting, split, tasks, agent, env=env))
+        for task, reward in zip(tasks, values, strict=True):
+            if setting != "none":
+                plans[setting, task] = f"Step 1: {setting} {task}"
+            rows.append(episode(task, plans.get((setting, task)), reward, 2, agent))
+    return write_run(out, conditions, plans, rows)
 
 
 def test_the_average_over_environments(tmp_path):
@@ -242,10 +243,8 @@ def test_the_average_over_environments(tmp_path):
 
 def test_seeds_share_a_column(tmp_path):
     """The values of the tasks are 1/2 and 1: a quarter of the resamples are of one task alone."""
-    a, b = (
-        played(tmp_path / name, {("none", "seen"): first, ("mpo", "seen"): [1.0, 1.0]})
-        for name, first in (("a", [0.0, 1.0]), ("b", [1.0, 1.0]))
-    )
+    a = played(tmp_path / "a", {("none", "seen"): [0.0, 1.0], ("mpo", "seen"): [1.0, 1.0]})
+    b = played(tmp_path / "b", {("none", "seen"): [1.0, 1.0], ("mpo", "seen"): [1.0, 1.0]})
     write_report(a, b)
     found = by_setting(a / "pooled")
     assert set(found) == {("none", "seen"), ("mpo", "seen")}
@@ -266,44 +265,36 @@ def test_seeds_share_a_column(tmp_path):
 
 def test_names_of_agents_in_several_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    names, folders = ev.report.agent_names, ["runs/a", f"{tmp_path}/runs/b"]
-    agents = ["gpt-4o", "owner/model", f"{tmp_path}/runs/b/agent", "runs/other/agent"]
-    assert list(names(agents, folders[1], folders).values()) == [
-        "gpt-4o",
-        "owner/model",
-        "agent",
-        "runs/other/agent",
-    ]
-    assert names(["runs/a/agent"], folders[1], folders) == {"runs/a/agent": "agent"}, "shared"
-    both = ["runs/a/agent", "runs/b/agent", "./runs/b/agent"]
-    assert list(names(both, folders[1], folders).values()) == ["runs/a/agent", "agent", "agent"]
+    folders = ["runs/a", f"{tmp_path}/runs/b"]
+
+    def names(*agents) -> list[str]:
+        return list(tables.agent_names(agents, folders[1], folders).values())
+
+    agents = ("gpt-4o", "owner/model", f"{tmp_path}/runs/b/agent", "runs/other/agent")
+    assert names(*agents) == ["gpt-4o", "owner/model", "agent", "runs/other/agent"]
+    assert names("runs/a/agent") == ["agent"], "shared"
+    both = ("runs/a/agent", "runs/b/agent", "./runs/b/agent")
+    assert names(*both) == ["runs/a/agent", "agent", "agent"]
 
 
 def test_notes(tmp_path):
     """Of all tables: full contexts, cells' notes, plans without tags; of table 4: how the plan
     became a thought."""
     plans = {(s, t): f"Step 1: {s} {t}" for s in ("gpt", "mpo") for t in SEEN}
-    cells = [
-        cell("none", "seen", SEEN, note="Nouns: by suffix."),
-        cell("gpt", "seen", SEEN),
-        *(
-            cell("mpo", "seen", SEEN, plan_position=i, note="Nouns: by suffix.")
-            for i in common.PLAN_POSITIONS
-        ),
+    conditions = [
+        condition("none", "seen", SEEN, note="Nouns: by suffix."),
+        condition("gpt", "seen", SEEN),
     ]
-    rows = [
-        episode(
-            t,
-            plans.get((c["plans"], t)),
-            0.5,
-            2,
-            plan_position=c["plan_position"],
-            end="context" if c["plans"] == "gpt" else None,
-        )
-        for c in cells
-        for t in SEEN
-    ]
-    out = write_run(tmp_path / "run", cells, plans, rows)
+    for position in common.PLAN_POSITIONS:
+        mpo = condition("mpo", "seen", SEEN, plan_position=position, note="Nouns: by suffix.")
+        conditions.append(mpo)
+    rows = []
+    for c in conditions:
+        end = "context" if c["plans"] == "gpt" else None
+        for t in SEEN:
+            plan = plans.get((c["plans"], t))
+            rows.append(episode(t, plan, 0.5, 2, plan_position=c["plan_position"], end=end))
+    out = write_run(tmp_path / "run", conditions, plans, rows)
     quiet = write_report(out)
     assert "started assistant message" not in quiet and "without tags" not in quiet
     for name, full in (("table2", False), ("table3", True), ("table4", False)):
@@ -314,19 +305,17 @@ def test_notes(tmp_path):
 
     written = read_rows(out / "eval" / "plans.jsonl")
     for row in written:
-        row |= {"untagged": True} if row["setting"] == "gpt" else {}
+        row["untagged"] = row["setting"] == "gpt"
     write_jsonl(out / "eval" / "plans.jsonl", written)
     for i, row in enumerate(r for r in rows if r["plan_position"] == "thought"):
         row["continued"] = i == 0
     write_jsonl(out / "eval" / "rollouts.jsonl", rows)
     write_report(out)
-    assert (
-        "2 plans of 'teacher, asked directly' are text without tags."
-        in (out / "table3.md").read_text()
-    )
+    table = (out / "table3.md").read_text()
+    assert "2 plans of 'teacher, asked directly' are text without tags." in table
     table = (out / "table4.md").read_text()
     assert (
-        "Insertion as thought: the server continued a started assistant message in 1 "
+        "Plan position thought: the server continued a started assistant message in 1 "
         "episodes, the plan was a turn of its own in 1 episodes."
     ) in table
     assert "without tags" not in table
@@ -356,3 +345,27 @@ def test_replies_without_tags_are_plans_and_files_are_splits(
     assert {s for _, s in by_setting(tmp_path / "run")} == {"seen", "later", "all"}
     agents = [b for b in server.requests if "stop" in b]
     assert {b["max_tokens"] for b in agents} == {512} and len(agents) == 2
+
+
+# ---- curves --------------------------------------------------------------------------------------
+
+
+def test_curves_of_a_training(tmp_path, monkeypatch, capsys):
+    """The figure of each folder, with and without held-out steps; no log is one line."""
+    sft = tmp_path / "sft"
+    mpo = tmp_path / "mpo"
+    steps = [{"step": i, "loss": 1 / i, "lr": 1e-4, "grad_norm": 1.0} for i in (1, 2, 3)]
+    common.write_rows(sft / "metrics.jsonl", steps)
+    steps[2] |= {"eval_loss": 0.5}
+    common.write_rows(mpo / "metrics.jsonl", steps)
+    monkeypatch.setattr(sys, "argv", ["curves", str(sft), str(mpo)])
+    curves.main()
+    pictures = [(folder / "curves.png").read_bytes() for folder in (sft, mpo)]
+    assert min(map(len, pictures)) > 5000 and pictures[0] != pictures[1]
+
+    monkeypatch.setattr(sys, "argv", ["curves", str(tmp_path)])
+    with pytest.raises(SystemExit, match="2"):
+        curves.main()
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {tmp_path}/metrics.jsonl does not exist")
+    assert error.count("\n") == 1

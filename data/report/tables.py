@@ -1,23 +1,49 @@
 """Tables of an evaluation, for Markdown, LaTeX and HTML.
 
-Reads what stage 5 computed: `results`, one per cell and per total of an agent's splits, and
-`differences`, each of two results of an agent."""
+A condition is an agent, a plan setting, a plan position and a split. Stage 5 computes what the
+tables show: `results`, one of each condition and one of each total over an agent's splits, and
+`differences`, each between two results of one agent on the same tasks.
+"""
 
 import html
 import os
 import re
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
+from typing import NamedTuple
 
 import common
 
+
+def reward(episode: dict) -> float:
+    return episode["reward"]
+
+
+def solved(episode: dict) -> float:
+    return float(episode["success"])
+
+
+def ended(episode: dict) -> float:
+    return float(episode["end"] in ("success", "failure"))
+
+
+def reward_per_step(episode: dict) -> float:
+    """Paper 5.3."""
+    return episode["reward"] / max(1, len(episode["steps"]))
+
+
 METRICS = {  # name: (label, value of an episode)
-    "reward": ("average reward", lambda r: r["reward"]),
-    "solved": ("solved", lambda r: float(r["success"])),
-    "ended": ("ended", lambda r: float(r["end"] in ("success", "failure"))),
-    "reward_per_step": ("reward per step", lambda r: r["reward"] / max(1, len(r["steps"]))),  # 5.3
+    "reward": ("average reward", reward),
+    "solved": ("solved", solved),
+    "ended": ("ended", ended),
+    "reward_per_step": ("reward per step", reward_per_step),
 }
-ORDER = ("none", "wrong", "sft", "gpt", "rft", "mpo", "oracle")  # of plan settings in tables
+SUCCESS = (
+    " Solved: the goal state was reached. Ended: the episode is done, also when the task "
+    "can no longer be completed (the paper's success rate)."
+)
+ORDER = ("none", "mismatched", "sft", "gpt", "rft", "mpo", "oracle")  # of plan settings in tables
 NAMES = {
     "none": "no plan",
     "sft": "SFT",
@@ -25,137 +51,180 @@ NAMES = {
     "rft": "RFT",
     "mpo": "MPO",
     "wkm": "WKM's knowledge",
-    "wrong": "wrong (control)",
+    "mismatched": "mismatched plan (control)",
     "oracle": "oracle (control)",
 }
-FIG5 = re.compile(r"fig5/m(\d+)n(\d+)")
-INSTRUCTION, GUIDED = ("instruction",), ("none", "wrong", "mpo", "wkm", "oracle")
-SUCCESS = (
-    " Solved: the goal state was reached. Ended: the episode is done, also when the task "
-    "can no longer be completed (the paper's success rate)."
-)
-REWARD = ("reward",)
-# {name: (title, metrics, plan settings, insertions)}; tables with fewer than two rows are skipped
-TABLES = {
-    "table2": ("Average reward with and without meta plans", REWARD, GUIDED, INSTRUCTION),
-    "table3": ("How the planner is trained", REWARD, ORDER, INSTRUCTION),
-    "table4": ("Where the agent reads the plan", REWARD, ("mpo",), common.PLAN_POSITIONS),
-    "table6": (
-        "Success rate with and without meta plans",
-        ("solved", "ended"),
-        GUIDED,
-        INSTRUCTION,
+FIG5 = re.compile(r"fig5/m(\d+)n(\d+)")  # plan settings of figure 5: M plans, N rollouts
+
+
+class PaperTable(NamedTuple):
+    """What a table or figure of the paper shows."""
+
+    title: str
+    metrics: tuple[str, ...]
+    plans: tuple[str, ...] | re.Pattern
+    plan_positions: tuple[str, ...] = ("instruction",)
+
+    def label(self, metric: str) -> str:
+        """What a column's head adds to tell the table's metrics apart."""
+        if len(self.metrics) == 1:
+            return ""
+        return f", {METRICS[metric][0]}"
+
+
+GUIDED = ("none", "mismatched", "mpo", "wkm", "oracle")
+TABLES = {  # those with fewer than two rows are left out
+    "table2": PaperTable("Average reward with and without meta plans", ("reward",), GUIDED),
+    "table3": PaperTable("How the planner is trained", ("reward",), ORDER),
+    "table4": PaperTable(
+        "Where the agent reads the plan", ("reward",), ("mpo",), common.PLAN_POSITIONS
     ),
-    "fig3": (
+    "table6": PaperTable("Success rate with and without meta plans", ("solved", "ended"), GUIDED),
+    "fig3": PaperTable(
         "Average reward per step",
         ("reward_per_step",),
-        ("none", "wrong", "sft", "mpo", "oracle"),
-        INSTRUCTION,
+        ("none", "mismatched", "sft", "mpo", "oracle"),
     ),
-    "fig4": ("Agents of several sizes", REWARD, ("none", "mpo"), INSTRUCTION),
-    "fig5": ("How many plans M and rollouts N", REWARD, FIG5, INSTRUCTION),
+    "fig4": PaperTable("Agents of several sizes", ("reward",), ("none", "mpo")),
+    "fig5": PaperTable("How many plans M and rollouts N", ("reward",), FIG5),
 }
 
 
-def rank(cell: dict) -> tuple:
-    """The position of a cell or result in tables."""
-    plans = cell["plans"]
+# ---- conditions ----------------------------------------------------------------------------------
+
+
+def rank(condition: dict) -> tuple:
+    """The position of a condition or result in tables."""
+    plans = condition["plans"]
     position = ORDER.index(plans) if plans in ORDER else len(ORDER)
-    return position, plans, common.PLAN_POSITIONS.index(cell["plan_position"])
+    return position, plans, common.PLAN_POSITIONS.index(condition["plan_position"])
 
 
-def select(results: list[dict], plans, plan_positions) -> list[dict]:
-    """The results of these plan settings (names or a pattern) and insertions."""
-    matches = plans.fullmatch if isinstance(plans, re.Pattern) else plans.__contains__
-    return [r for r in results if matches(r["plans"]) and r["plan_position"] in plan_positions]
+def select(results: list[dict], paper: PaperTable) -> list[dict]:
+    """The results that a table or figure of the paper shows."""
+    selected = []
+    for result in results:
+        if isinstance(paper.plans, re.Pattern):
+            shown = paper.plans.fullmatch(result["plans"])
+        else:
+            shown = result["plans"] in paper.plans
+        if shown and result["plan_position"] in paper.plan_positions:
+            selected.append(result)
+    return selected
 
 
 def unique(rows, *fields) -> list:
     """The distinct values of a field, or tuples of several, in order."""
-    values = [tuple(r[f] for f in fields) if len(fields) > 1 else r[fields[0]] for r in rows]
-    return list(dict.fromkeys(values))
+    return list(dict.fromkeys(map(itemgetter(*fields), rows)))
+
+
+def column(rows, name: str) -> list:
+    return [row[name] for row in rows]
+
+
+def where(rows, **values) -> list[dict]:
+    """The rows whose fields have these values."""
+    found = []
+    for row in rows:
+        if all(row[name] == value for name, value in values.items()):
+            found.append(row)
+    return found
 
 
 def named(plans: str) -> str:
     return NAMES.get(plans, plans)
 
 
-def short(agent: str, cells: list[dict]) -> str:
+def short(agent: str, conditions: list[dict]) -> str:
     """An agent's name with only the parent folders that distinguish it from other agents."""
     parts = Path(agent).parts
-    same = [
-        len(os.path.commonprefix([Path(other).parts[::-1], parts[::-1]]))
-        for other in {c["agent"] for c in cells} - {agent}
-    ]
-    return str(Path(*parts[-1 - max(same, default=0) :]))
-
-
-# ---- columns: the splits of one run folder or several, and their total --------------------------
+    same = 0  # how many last parts another agent shares with it
+    for other in unique(conditions, "agent"):
+        if other != agent:
+            common_end = os.path.commonprefix([Path(other).parts[::-1], parts[::-1]])
+            same = max(same, len(common_end))
+    return str(Path(*parts[-1 - same :]))
 
 
 def agent_names(agents: list[str], out, folders: list) -> dict[str, str]:
     """{agent: its name in the tables of several run folders}, for the agents of run folder `out`. A
-    checkpoint in `out` is named by its path in there, so that such agents of all folders are one
+    checkpoint in `out` is named by its path in there, so that such agents of all folders share a
     row; one in another of the `folders` as well, unless `out` has its own of that name."""
     names: dict[str, str] = {}
-    for folder in map(Path, (out, *folders)):
-        inside = {
-            agent: str(path.relative_to(folder.resolve()))
-            for agent in agents
-            if (path := Path(agent).resolve()).is_relative_to(folder.resolve())
-        }
+    for root in (out, *folders):
+        folder = Path(root).resolve()
         taken = set(names.values())
-        names = {a: name for a, name in inside.items() if name not in taken} | names
+        for agent in agents:
+            path = Path(agent).resolve()
+            if agent in names or not path.is_relative_to(folder):
+                continue
+            name = str(path.relative_to(folder))
+            if name not in taken:
+                names[agent] = name
     return {agent: names.get(agent, agent) for agent in agents}
 
 
-def pooled(cells: list[dict]) -> list[dict]:
-    """The cells of several run folders (`run`) for common tables. If there are several
-    environments, `split` names the environment, too; `shown` is the split of a run, for the
+def pooled(conditions: list[dict]) -> list[dict]:
+    """The conditions of several run folders (`run`) for common tables. If there are several
+    environments, `split` also names the environment; `shown` is the split of one run, for the
     page."""
-    runs = {c["run"]: Path(c["env"]).name for c in cells}
-    found, agents = [], unique(cells, "agent")
-    for c in cells:
-        env = runs[c["run"]]
-        split = f"{env} {c['split']}" if len(set(runs.values())) > 1 else c["split"]
-        shown = f"{split}, {c['run']}" if list(runs.values()).count(env) > 1 else split
+    env_of = {}  # of each run folder
+    for c in conditions:
+        env_of[c["run"]] = Path(c["env"]).name
+    envs = list(env_of.values())
+    found = []
+    for c in conditions:
+        env = env_of[c["run"]]
+        split = c["split"]
+        if len(set(envs)) > 1:
+            split = f"{env} {split}"
+        shown = split
+        if envs.count(env) > 1:
+            shown = f"{split}, {c['run']}"
         found.append({**c, "env": env, "split": split, "shown": shown})
+    agents = unique(conditions, "agent")
     return sorted(found, key=lambda c: (agents.index(c["agent"]), rank(c)))
 
 
-def with_totals(cells: list[dict], several: bool) -> list[dict]:
-    """What there is a result of: {"agent", "plans", "plan_position", "split", "total", "cells", "strata"},
-    `strata` as [{task: its episodes}]. Cells of several run folders that have the same names are
-    one. An agent, setting and insertion with more than one split has a total: "all" tasks, or, with
-    `several` folders, the "average" over the splits, if it has all of them."""
-    out, splits = [], unique(cells, "split")
-    for key in unique(cells, "agent", "plans", "plan_position"):
-        own = [c for c in cells if (c["agent"], c["plans"], c["plan_position"]) == key]
-        strata: dict[str, dict] = {s: {} for s in splits if s in unique(own, "split")}
-        for c in own:
-            for task, row in c["episodes"].items():
-                strata[c["split"]].setdefault(task, []).append(row)
-        names = dict(zip(("agent", "plans", "plan_position"), key, strict=True))
-        out += [
-            {
-                **names,
-                "split": s,
-                "total": False,
-                "strata": [episodes],
-                "cells": [c for c in own if c["split"] == s],
-            }
-            for s, episodes in strata.items()
-        ]
-        total = {**names, "total": True, "cells": own}
-        if several and len(strata) == len(splits) > 1:
-            out.append({**total, "split": "average", "strata": list(strata.values())})
-        elif not several and len(strata) > 1:
-            every = {t: rows for s in strata.values() for t, rows in s.items()}
-            out.append({**total, "split": "all", "strata": [every]})
-    return out
+def with_totals(conditions: list[dict], several: bool) -> list[dict]:
+    """What there is a result of: {"agent", "plans", "plan_position", "split", "total",
+    "conditions", "strata"}, `strata` as [{task: its episodes}]. Conditions of several run folders
+    that have the same names are one. An agent, setting and plan position with more than one split
+    has a total: "all" tasks, or, with `several` folders, the "average" over the splits, if it has
+    all of them."""
+    fields = ("agent", "plans", "plan_position")
+    every_split = unique(conditions, "split")
+    found = []
+    for key in unique(conditions, *fields):
+        names = dict(zip(fields, key, strict=True))
+        own = where(conditions, **names)
+        by_split = _episodes_by_split(own, every_split)
+        for split, episodes in by_split.items():
+            single = {**names, "total": False, "conditions": where(own, split=split)}
+            found.append({**single, "split": split, "strata": [episodes]})
+        total = {**names, "total": True, "conditions": own}
+        if several and len(by_split) == len(every_split) > 1:
+            found.append({**total, "split": "average", "strata": list(by_split.values())})
+        elif not several and len(by_split) > 1:
+            tasks: dict[str, list] = {}
+            for episodes in by_split.values():
+                tasks.update(episodes)
+            found.append({**total, "split": "all", "strata": [tasks]})
+    return found
 
 
-# ---- tables --------------------------------------------------------------------------------------
+def _episodes_by_split(conditions: list[dict], splits: list[str]) -> dict[str, dict]:
+    """{split: {task: its episodes}} of conditions that differ in the split or the run folder."""
+    by_split: dict[str, dict] = {}
+    for split in splits:
+        for c in where(conditions, split=split):
+            tasks = by_split.setdefault(split, {})
+            for task, episode in c["episodes"].items():
+                tasks.setdefault(task, []).append(episode)
+    return by_split
+
+
+# ---- formats -------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -168,253 +237,282 @@ class Table:
     note: str = ""
 
     def markdown(self) -> str:
-        table = [[re.sub(r"([\\|])", r"\\\1", c) for c in row] for row in (self.head, *self.rows)]
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines = [
-            "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |"
-            for row in table
-        ]
-        lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
+        rows = self._escaped(r"[\\|]")
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = []
+        for row in rows:
+            padded = [text.ljust(width) for text, width in zip(row, widths, strict=True)]
+            lines.append("| " + " | ".join(padded) + " |")
+        rule = "|".join("-" * (width + 2) for width in widths)
+        lines.insert(1, f"|{rule}|")
         return f"## {self.title}\n\n" + "\n".join(lines) + f"\n\n{self.note}\n"
 
     def latex(self) -> str:
-        head, *rows = [
-            " & ".join(re.sub(r"([&%$#_{}])", r"\\\1", c) for c in row) + r" \\"
-            for row in (self.head, *self.rows)
+        head, *rows = [" & ".join(row) + r" \\" for row in self._escaped(r"[&%$#_{}]")]
+        lines = [
+            f"% {self.title}",
+            rf"\begin{{tabular}}{{{'l' * len(self.head)}}}",
+            r"\toprule",
+            head,
+            r"\midrule",
+            *rows,
+            r"\bottomrule",
+            r"\end{tabular}",
         ]
-        return (
-            "\n".join(
-                [
-                    f"% {self.title}",
-                    rf"\begin{{tabular}}{{{'l' * len(self.head)}}}",
-                    r"\toprule",
-                    head,
-                    r"\midrule",
-                    *rows,
-                    r"\bottomrule",
-                    r"\end{tabular}",
-                ]
-            )
-            + "\n"
-        )
+        return "\n".join(lines) + "\n"
 
     def html(self) -> str:
-        head, *rows = [
-            "<tr>" + "".join(f"<t{tag}>{html.escape(c)}</t{tag}>" for c in row) + "</tr>"
-            for tag, row in (("h", self.head), *(("d", r) for r in self.rows))
-        ]
+        head = _html_row(self.head, "th")
+        body = "".join(_html_row(row, "td") for row in self.rows)
         return (
-            f"<h3>{html.escape(self.title)}</h3><div class=wide><table><thead>{head}</thead>"
-            f"<tbody>{''.join(rows)}</tbody></table></div>"
+            f"<h3>{html.escape(self.title)}</h3>"
+            f"<div class=wide><table><thead>{head}</thead><tbody>{body}</tbody></table></div>"
             f"<p class=note>{html.escape(self.note)}</p>"
         )
 
+    def _escaped(self, characters: str) -> list[list[str]]:
+        """Head and rows with a backslash before each of these characters."""
+        rows = []
+        for row in (self.head, *self.rows):
+            rows.append([re.sub(f"({characters})", r"\\\1", text) for text in row])
+        return rows
 
-def with_interval(cell: dict, sign: str = "") -> str:
-    low, high = cell["interval"]
-    return f"{100 * cell['mean']:{sign}.1f} [{100 * low:{sign}.1f}, {100 * high:{sign}.1f}]"
+
+def _html_row(texts: list[str], tag: str) -> str:
+    cells = "".join(f"<{tag}>{html.escape(text)}</{tag}>" for text in texts)
+    return f"<tr>{cells}</tr>"
+
+
+def with_interval(value: dict, sign: str = "") -> str:
+    """A mean x 100 with its interval. `sign` "+": differences, with their sign."""
+    low, high = value["interval"]
+    return f"{100 * value['mean']:{sign}.1f} [{100 * low:{sign}.1f}, {100 * high:{sign}.1f}]"
 
 
 def cell_text(result: dict | None, metric: str) -> str:
     """A mean with its interval; missing episodes are reported, not averaged away."""
-    if result and result[metric]:
-        return with_interval(result[metric])
-    if result:
+    if result is None:
+        return "-"
+    if result[metric] is None:
         return f"{result['missing']} of {result['missing'] + result['episodes']} missing"
-    return "-"
+    return with_interval(result[metric])
+
+
+# ---- notes ---------------------------------------------------------------------------------------
 
 
 def notes(results: list[dict]) -> str:
-    """What a reader has to know of the cells behind a table, for its note."""
-    cells = [r for r in results if not r["total"]]
-    full, continued, own_turn = (
-        sum(r[k] for r in cells) for k in ("context_overflows", "continued", "own_turn")
-    )
+    """What a reader has to know of the conditions behind a table, for its note."""
+    conditions = where(results, total=False)
     said = []
+    full = sum(column(conditions, "context_overflows"))
     if full:
-        said.append(
-            f"{full} of {sum(r['episodes'] for r in cells)} episodes ended because the "
-            "agent's context was full."
-        )
-    if any(r["total"] and r["split"] == "average" for r in results):
+        episodes = sum(column(conditions, "episodes"))
+        said.append(f"{full} of {episodes} episodes ended because the agent's context was full.")
+    if where(results, total=True, split="average"):
         said.append(
             "Average: the mean over the columns, for rows that have all of them; tasks are "
             "resampled within each column."
         )
-    runs = {
-        s: sorted({r["runs"] for r in cells if r["split"] == s}) for s in unique(cells, "split")
-    }
-    if any(n[-1] > 1 for n in runs.values()):
-        said.append(
-            "A task's value is its mean over run folders: "
-            + ", ".join(f"{s} {' or '.join(map(str, n))}" for s, n in runs.items())
-            + "."
-        )
-    if continued or own_turn:
-        kinds = (
-            (continued, "the server continued a started assistant message"),
-            (own_turn, "the plan was a turn of its own"),
-        )
-        said.append(
-            "Insertion as thought: "
-            + ", ".join(f"{what} in {count} episodes" for count, what in kinds if count)
-            + "."
-        )
-    # all agents use the same plans
-    untagged = {(r["plans"], r["split"]): r["untagged"] for r in cells}
-    for plans in unique(cells, "plans"):
-        if count := sum(n for (setting, _), n in untagged.items() if setting == plans):
+    said += _notes_on_runs(conditions)
+    said += _notes_on_thoughts(conditions)
+    said += _notes_on_tags(conditions)
+    for r in conditions:
+        said += r["notes"]
+    return "".join(f" {sentence}" for sentence in dict.fromkeys(said))
+
+
+def _notes_on_runs(conditions: list[dict]) -> list[str]:
+    if max(column(conditions, "runs"), default=1) == 1:
+        return []
+    said = []
+    for split in unique(conditions, "split"):
+        counts = set(column(where(conditions, split=split), "runs"))
+        said.append(f"{split} {' or '.join(map(str, sorted(counts)))}")
+    return [f"A task's value is its mean over run folders: {', '.join(said)}."]
+
+
+def _notes_on_thoughts(conditions: list[dict]) -> list[str]:
+    continued = sum(column(conditions, "continued"))
+    own_turn = sum(column(conditions, "own_turn"))
+    said = []
+    if continued:
+        said.append(f"the server continued a started assistant message in {continued} episodes")
+    if own_turn:
+        said.append(f"the plan was a turn of its own in {own_turn} episodes")
+    return [f"Plan position thought: {', '.join(said)}."] if said else []
+
+
+def _notes_on_tags(conditions: list[dict]) -> list[str]:
+    untagged = {}
+    for r in conditions:  # all agents use the same plans: those of a split count once
+        untagged[r["plans"], r["split"]] = r["untagged"]
+    counts = dict.fromkeys(unique(conditions, "plans"), 0)
+    for (plans, _), count in untagged.items():
+        counts[plans] += count
+    said = []
+    for plans, count in counts.items():
+        if count:
             said.append(f"{count} plans of '{named(plans)}' are text without tags.")
-    return "".join(f" {s}" for s in (*said, *dict.fromkeys(n for r in cells for n in r["notes"])))
+    return said
+
+
+# ---- tables --------------------------------------------------------------------------------------
 
 
 def overview(results: list[dict], outdated: int) -> Table:
-    """Every cell with all its counts."""
-    table = Table(
-        "All cells",
-        [
-            "agent",
-            "plans",
-            "insertion",
-            "split",
-            "tasks",
-            "episodes",
-            *(f"{label} (x100)" for label, _ in METRICS.values()),
-            "steps",
-            "format errors",
-            "context overflows",
-            "ends",
-        ],
-        note="Mean [95% bootstrap interval over tasks]."
-        + SUCCESS
-        + f" Left out: {outdated} cells of earlier agents or plans." * bool(outdated)
-        + notes(results),
-    )
+    """Every condition with all its counts."""
+    head = ["agent", "plans", "plan position", "split", "tasks", "episodes"]
+    for label, _ in METRICS.values():
+        head.append(f"{label} (x100)")
+    head += ["steps", "format errors", "context overflows", "ends"]
+    note = "Mean [95% bootstrap interval over tasks]." + SUCCESS
+    if outdated:
+        note += f" Left out: {outdated} conditions of earlier agents or plans."
+    table = Table("All conditions", head, note=note + notes(results))
     for r in results:
-        ends = ", ".join(f"{k} {v}" for k, v in sorted(r["ends"].items()))
         plan_position = "" if r["plans"] == "none" else r["plan_position"]
-        table.rows.append(
-            [
-                short(r["agent"], results),
-                named(r["plans"]),
-                plan_position,
-                r["split"],
-                str(r["tasks"]),
-                str(r["episodes"]),
-                *(cell_text(r, name) for name in METRICS),
-                f"{r['steps']:.1f}",
-                str(r["format_errors"]),
-                str(r["context_overflows"]),
-                ends,
-            ]
-        )
+        row = [short(r["agent"], results), named(r["plans"]), plan_position, r["split"]]
+        row += [str(r["tasks"]), str(r["episodes"])]
+        for metric in METRICS:
+            row.append(cell_text(r, metric))
+        row += [f"{r['steps']:.1f}", str(r["format_errors"]), str(r["context_overflows"])]
+        row.append(", ".join(f"{end} {count}" for end, count in sorted(r["ends"].items())))
+        table.rows.append(row)
     return table
 
 
 def gains(results: list[dict], differences: list[dict]) -> Table:
     """Every difference between two plan settings of an agent."""
     metrics = ("reward", "solved", "ended")
-    compared = {
-        (d["agent"], d["split"], c["plans"], c["plan_position"])
-        for d in differences
-        for c in (d, d["over"])
-    }
-    rows = [
-        r for r in results if (r["agent"], r["split"], r["plans"], r["plan_position"]) in compared
-    ]
-    table = Table(
-        "Differences on the same tasks",
-        [
-            "agent",
-            "split",
-            "plans",
-            "over",
-            "tasks",
-            *(text for m in metrics for text in (f"{METRICS[m][0]} (x100)", "p")),
-        ],
-        note="Mean [95% bootstrap interval over tasks], two-sided p of a paired permutation test."
-        + SUCCESS
-        + notes(rows),
-    )
-    over_sft = {
-        (d["agent"], d["split"], d["plans"]): d["reward"]
-        for d in differences
-        if d["plan_position"] == "instruction" and d["over"]["plans"] == "sft"
-    }
-    for (agent, split, plans), room in over_sft.items():
-        mpo = over_sft.get((agent, split, "mpo"))
-        if plans == "oracle" and mpo and room["interval"][0] > 0:  # else there is none to recover
-            table.note += (
-                f" {short(agent, results)}, {split}: MPO recovers "
-                f"{mpo['mean'] / room['mean']:.0%} of the reward from SFT to oracle."
-            )
+    head = ["agent", "split", "plans", "over", "tasks"]
+    for metric in metrics:
+        head += [f"{METRICS[metric][0]} (x100)", "p"]
+    note = "Mean [95% bootstrap interval over tasks], two-sided p of a paired permutation test."
+    note += SUCCESS + notes(_compared(results, differences)) + _recovered(results, differences)
+    table = Table("Differences on the same tasks", head, note=note)
     for d in differences:
-        names = (
-            named(c["plans"]) + f", {c['plan_position']}" * (c["plan_position"] != "instruction")
-            for c in (d, d["over"])
-        )
-        table.rows.append(
-            [short(d["agent"], results), d["split"], *names, str(d["tasks"])]
-            + [text for m in metrics for text in (with_interval(d[m], "+"), f"{d[m]['p']:.4f}")]
-        )
+        row = [short(d["agent"], results), d["split"]]
+        for side in (d, d["over"]):
+            name = named(side["plans"])
+            if side["plan_position"] != "instruction":
+                name += f", {side['plan_position']}"
+            row.append(name)
+        row.append(str(d["tasks"]))
+        for metric in metrics:
+            row += [with_interval(d[metric], "+"), f"{d[metric]['p']:.4f}"]
+        table.rows.append(row)
     return table
 
 
+def _compared(results: list[dict], differences: list[dict]) -> list[dict]:
+    """The results that a difference is of."""
+    compared = set()
+    for d in differences:
+        for side in (d, d["over"]):
+            compared.add((d["agent"], d["split"], side["plans"], side["plan_position"]))
+    names = itemgetter("agent", "split", "plans", "plan_position")
+    return [r for r in results if names(r) in compared]
+
+
+def _recovered(results: list[dict], differences: list[dict]) -> str:
+    """Which share of the headroom, the reward from SFT to oracle, MPO recovers, for each agent and
+    split where the headroom's interval is above 0."""
+    over_sft = {}
+    for d in differences:
+        if d["plan_position"] == "instruction" and d["over"]["plans"] == "sft":
+            over_sft[d["agent"], d["split"], d["plans"]] = d["reward"]
+    said = ""
+    for (agent, split, plans), headroom in over_sft.items():
+        mpo = over_sft.get((agent, split, "mpo"))
+        if plans == "oracle" and mpo and headroom["interval"][0] > 0:
+            share = mpo["mean"] / headroom["mean"]
+            said += (
+                f" {short(agent, results)}, {split}: MPO recovers {share:.0%} of the reward "
+                "from SFT to oracle."
+            )
+    return said
+
+
 def paper_tables(results: list[dict], differences: list[dict]) -> dict[str, Table]:
-    """{name: table} of the paper's tables and figures for which there are cells."""
-    against = {
-        (d["agent"], d["plans"], d["plan_position"], d["split"], *d["over"].values()): d
-        for d in differences
-    }
+    """{name: table} of the paper's tables and figures for which there are results."""
     tables = {}
-    for name, (title, metrics, plans, plan_positions) in TABLES.items():
-        rows = sorted(select(results, plans, plan_positions), key=lambda r: r["total"])
-        splits, keys = unique(rows, "split"), unique(rows, "agent", "plans", "plan_position")
-        if len({k[1:] for k in keys}) < 2 or (name == "fig4" and len({k[0] for k in keys}) < 2):
+    for name, paper in TABLES.items():
+        rows = sorted(select(results, paper), key=lambda r: r["total"])
+        if len(unique(rows, "plans", "plan_position")) < 2:
             continue
-        by_insert = name == "table4"
-        found = {(r["agent"], r["plans"], r["plan_position"], r["split"]): r for r in rows}
-        base = {k: (k[1] if by_insert else "none", "instruction") for k in keys}
-        gain = {
-            k: against[*k, splits[-1], *base[k]]
-            for k in keys
-            if (*k, splits[-1], *base[k]) in against
-        }
-        second = "insertion" if by_insert else "plans"
-        labels = {m: f", {METRICS[m][0]}" * (len(metrics) > 1) for m in metrics}
-        label = " and ".join(METRICS[m][0] for m in metrics).capitalize()
-        table = tables[name] = Table(
-            title,
-            ["agent", second, *(f"{s}{labels[m]} (x100)" for s in splits for m in metrics)],
-            note=f"{label}, mean [95% bootstrap interval over tasks]."
-            + SUCCESS * ("solved" in metrics)
-            + notes(rows),
-        )
-        if gain:
-            over = "over the instruction" if by_insert else "over no plan"
-            table.head += [
-                f"gain {over}" + f", {splits[-1]}" * (len(splits) > 1) + labels[m] for m in metrics
-            ]
-        for k in keys:
-            row = [
-                short(k[0], results),
-                k[2] if by_insert else named(k[1]),
-                *(cell_text(found.get((*k, s)), m) for s in splits for m in metrics),
-            ]
-            for m in metrics if gain else ():
-                own = gain.get(k, {}).get(m)
-                row.append(f"{with_interval(own, '+')}, p {own['p']:.4f}" if own else "")
-            table.rows.append(row)
+        if name == "fig4" and len(unique(rows, "agent")) < 2:
+            continue
+        tables[name] = paper_table(paper, rows, results, differences)
     return tables
+
+
+def paper_table(
+    paper: PaperTable, rows: list[dict], results: list[dict], differences: list[dict]
+) -> Table:
+    """The results `rows` as a table: a row per agent and plan setting (table 4: plan position), a
+    column per split and metric, then the gains."""
+    by_position = len(paper.plan_positions) > 1
+    splits = unique(rows, "split")
+    head = ["agent", "plan position" if by_position else "plans"]
+    for split in splits:
+        for metric in paper.metrics:
+            head.append(f"{split}{paper.label(metric)} (x100)")
+    labels = " and ".join(METRICS[metric][0] for metric in paper.metrics)
+    note = f"{labels.capitalize()}, mean [95% bootstrap interval over tasks]."
+    if "solved" in paper.metrics:
+        note += SUCCESS
+    table = Table(paper.title, head, note=note + notes(rows))
+    found = common.finished(rows, "agent", "plans", "plan_position", "split")
+    for agent, plans, plan_position in unique(rows, "agent", "plans", "plan_position"):
+        row = [short(agent, results), plan_position if by_position else named(plans)]
+        for split in splits:
+            result = found.get((agent, plans, plan_position, split))
+            for metric in paper.metrics:
+                row.append(cell_text(result, metric))
+        table.rows.append(row)
+    _add_gains(table, paper, rows, differences)
+    return table
+
+
+def _add_gains(table: Table, paper: PaperTable, rows: list[dict], differences: list[dict]) -> None:
+    """Add to each row its gain on the last split over no plan, in table 4 over the same plan in the
+    instruction; no column if no row has one."""
+    by_position = len(paper.plan_positions) > 1
+    splits = unique(rows, "split")
+    by_sides = {}
+    for d in differences:
+        over = d["over"]["plans"], d["over"]["plan_position"]
+        by_sides[d["agent"], d["plans"], d["plan_position"], d["split"], *over] = d
+    found = []  # a difference or None for each row
+    for key in unique(rows, "agent", "plans", "plan_position"):
+        over = key[1] if by_position else "none"
+        found.append(by_sides.get((*key, splits[-1], over, "instruction")))
+    if not any(found):
+        return
+    head = "gain over the instruction" if by_position else "gain over no plan"
+    if len(splits) > 1:
+        head += f", {splits[-1]}"
+    for metric in paper.metrics:
+        table.head.append(head + paper.label(metric))
+        for row, gain in zip(table.rows, found, strict=True):
+            if gain:
+                row.append(f"{with_interval(gain[metric], '+')}, p {gain[metric]['p']:.4f}")
+            else:
+                row.append("")
 
 
 def judged_table(plans: list[str], judge: str, verdicts: dict) -> Table:
     """Figure 6: wins, ties and losses of the second setting in each dimension."""
     counts = ("win", "tie", "loss", "invalid")
-    rows = [[dimension, *(str(c[k]) for k in counts)] for dimension, c in verdicts.items()]
-    return Table(
+    table = Table(
         f"{named(plans[1])} against {named(plans[0])} plans, judged by {judge}",
         ["dimension", *counts],
-        rows,
-        "Contradicting answers to both orders are a tie.",
+        note="Contradicting answers to both orders are a tie.",
     )
+    for dimension, verdict in verdicts.items():
+        row = [dimension]
+        for name in counts:
+            row.append(str(verdict[name]))
+        table.rows.append(row)
+    return table

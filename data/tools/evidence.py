@@ -1,19 +1,26 @@
-"""Does MPO beat its own SFT planner? The table of `make evidence`, over several seeds.
+"""Does MPO beat its own SFT planner? Table and picture of `make evidence`, over several seeds.
 
-    python data/evidence.py --runs runs/evidence-NAME/seed0 ... --to data/NAME/evidence.json
-    python data/evidence.py --rows data/NAME/evidence.json       # the table again
+    python -m data.tools.evidence --runs runs/evidence-NAME/seed0 ... --to data/NAME/evidence.csv
+    python -m data.tools.evidence --rows data/NAME/evidence.csv      # the table again
+    python -m data.tools.evidence --readme                           # the README's result rows
+    python -m data.tools.evidence --picture data/report/evidence.png # the README's picture
 
-The file has a row for each episode: `plans`, `seed`, `task`, `reward`, `success`.
+The CSV file has a row for each seed and test task: `seed`, `task`, and for each plan setting (none,
+mismatched, sft, mpo, oracle) SETTING_reward, SETTING_success (0 or 1) and, where it was kept,
+SETTING_plan. --readme and --picture read data/*/evidence.csv.
 """
 
+import csv
 import importlib
+import io
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import List, Optional
 
 import common
 from common import InputError, arg, mean
-from data.report import tables
+from data.report import figures, tables
 
 ev = importlib.import_module("05_eval")
 
@@ -21,99 +28,234 @@ ev = importlib.import_module("05_eval")
 @dataclass
 class Args:
     runs: List[str] = arg([], "evaluated run folders, whose names end in the seed")
-    rows: Optional[str] = arg(None, "a file of rows, in place of --runs")
+    rows: Optional[str] = arg(None, "a CSV file of rows, in place of --runs")
     to: Optional[str] = arg(
         None,
         "where to write the rows of the test splits; without it the "
         "table is of the validation tasks (split train)",
     )
+    readme: bool = arg(False, "print the README's result rows")
+    picture: Optional[str] = arg(None, "where to draw the README's picture")
     seed: int = arg(0, "random seed of the bootstrap")
 
 
+# ---- rows ----------------------------------------------------------------------------------------
+
+
 def rows_of(runs: list[str], validation: bool) -> list[dict]:
-    """The episodes of each run folder's newest cells. Raises `InputError` if one is missing."""
-    rows = []
+    """The rows of each run folder's newest conditions, of the validation tasks or the test tasks.
+    Raises `InputError` if an episode is missing."""
+    rows: dict[tuple, dict] = {}
     for run in runs:
-        seed = int(re.search(r"\d*$", run)[0] or 0)
-        for cell in ev.with_episodes(run, ev.asked_cells(run)[0]):
-            if (cell["split"] == "train") != validation:
+        seed = int(re.search(r"\d*$", Path(run).name)[0] or 0)
+        conditions, _ = ev.asked_conditions(run)
+        for condition in ev.with_episodes(run, conditions):
+            if (condition["split"] == "train") != validation:
                 continue
-            if missing := [t for t, e in cell["episodes"].items() if not e]:
+            setting = condition["plans"]
+            missing = [task for task, episode in condition["episodes"].items() if not episode]
+            if missing:
                 raise InputError(
-                    f"{run}: {cell['plans']} has no episode of {missing[0]} and "
+                    f"{run}: {setting} has no episode of {missing[0]} and "
                     f"{len(missing) - 1} other tasks: run make evidence again"
                 )
-            rows += [
-                {
-                    "plans": cell["plans"],
-                    "seed": seed,
-                    "task": task,
-                    "reward": round(e["reward"], 4),
-                    "success": bool(e["success"]),
-                }
-                for task, e in cell["episodes"].items()
-            ]
+            for task, episode in condition["episodes"].items():
+                row = rows.setdefault((seed, task), {"seed": seed, "task": task})
+                row[f"{setting}_reward"] = round(episode["reward"], 4)
+                row[f"{setting}_success"] = int(episode["success"])
+                if setting != "none":
+                    row[f"{setting}_plan"] = condition["texts"][task]
+    return list(rows.values())
+
+
+def write_csv(path, rows: list[dict]) -> None:
+    columns = ["seed", "task"]
+    for setting in settings_of(rows):
+        for name in ("reward", "success", "plan"):
+            if any(f"{setting}_{name}" in row for row in rows):
+                columns.append(f"{setting}_{name}")
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    common.write_text(path, text.getvalue())
+
+
+def read_csv(path) -> list[dict]:
+    """The rows of a CSV file, with or without plans; an empty cell is left out. Raises `InputError`
+    with file and line for a row that is not complete or a number that is not one."""
+    if not Path(path).exists():
+        raise InputError(f"{path} does not exist: make evidence writes it")
+    rows = []
+    with open(path, newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        if not {"seed", "task"} <= set(reader.fieldnames or []):
+            raise InputError(f"{path}: the first line must name the columns, among them seed, task")
+        for texts in reader:
+            try:
+                rows.append(_values(texts))
+            except ValueError as e:
+                raise InputError(f"{path}:{reader.line_num}: {e}; fix that line") from None
     return rows
 
 
+def _values(texts: dict[str, str]) -> dict:
+    if None in texts or not texts["seed"] or not texts["task"]:
+        raise ValueError("a row has a seed, a task and at most one cell for each column")
+    row = {}
+    for column, text in texts.items():
+        if not text:
+            continue
+        if column == "seed" or column.endswith("_success"):
+            row[column] = int(text)
+        elif column.endswith("_reward"):
+            row[column] = float(text)
+        else:
+            row[column] = text
+    return row
+
+
+# ---- statistics ----------------------------------------------------------------------------------
+
+
+def settings_of(rows: list[dict]) -> list[str]:
+    """The plan settings in the order of tables."""
+    settings = set()
+    for row in rows:
+        for column in row:
+            if column.endswith("_reward"):
+                settings.add(column.removesuffix("_reward"))
+    return sorted(settings, key=lambda s: tables.rank({"plans": s, "plan_position": "instruction"}))
+
+
+def complete_settings(rows: list[dict]) -> list[str]:
+    """The plan settings that have an episode of each seed and task."""
+    complete = []
+    for setting in settings_of(rows):
+        if all(f"{setting}_reward" in row for row in rows):
+            complete.append(setting)
+    return complete
+
+
+def values(rows: list[dict], setting: str, metric: str) -> list[list[float]]:
+    """ "reward" or "success" of each task, a list per seed. Seeds are strata: a bootstrap resamples
+    each seed's tasks on their own."""
+    seeds = sorted(tables.unique(rows, "seed"))
+    return [tables.column(tables.where(rows, seed=s), f"{setting}_{metric}") for s in seeds]
+
+
+def average(rows: list[dict], setting: str, metric: str, seed: int) -> dict:
+    """{"mean", "interval"}, the 95% bootstrap interval over tasks."""
+    return ev.mean_and_interval(values(rows, setting, metric), seed)
+
+
+def over_sft(rows: list[dict], setting: str, metric: str, seed: int) -> dict:
+    """{"mean", "interval", "p"} of the paired differences from SFT's plans."""
+    differences = []
+    strata = zip(values(rows, setting, metric), values(rows, "sft", metric), strict=True)
+    for own, sft in strata:
+        differences.append([x - y for x, y in zip(own, sft, strict=True)])
+    return ev.paired_test(differences, seed)
+
+
+def mean_reward(rows: list[dict], setting: str) -> float:
+    """The mean over the seeds of the mean over the tasks."""
+    return mean(map(mean, values(rows, setting, "reward")))
+
+
+def recovered(rows: list[dict], setting: str) -> str:
+    """The share of the headroom, the reward from SFT's plans to the oracle's, that a trained
+    planner recovers; empty where there is no headroom."""
+    if setting in ("none", "mismatched", "sft", "oracle"):
+        return ""
+    if "oracle" not in complete_settings(rows):
+        return ""
+    sft = mean_reward(rows, "sft")
+    headroom = mean_reward(rows, "oracle") - sft
+    if headroom <= 0:
+        return ""
+    return f"{(mean_reward(rows, setting) - sft) / headroom:.0%}"
+
+
+# ---- table, rows of the README, picture ----------------------------------------------------------
+
+
+def with_p(difference: dict) -> str:
+    return f"{tables.with_interval(difference, '+')}, p {difference['p']:.2g}"
+
+
 def table(rows: list[dict], seed: int = 0) -> str:
-    """Means x 100 over tasks and seeds with 95% bootstrap intervals that resample each seed's tasks
-    (seeds as strata), the paired differences from SFT, and the share of the room between SFT and
-    the oracle (if that is better) that a trained planner recovers."""
-    value = {(r["plans"], r["seed"], r["task"]): (r["reward"], float(r["success"])) for r in rows}
-    strata = {s: {} for s in sorted(tables.unique(rows, "seed"))}
-    for r in rows:
-        strata[r["seed"]].setdefault(r["task"])
-    settings = [
-        s
-        for s in tables.unique(rows, "plans")
-        if all((s, seed, t) in value for seed, tasks in strata.items() for t in tasks)
-    ]
-    settings.sort(key=lambda s: tables.rank({"plans": s, "plan_position": "instruction"}))
+    """Means x 100 over tasks and seeds, paired differences from SFT, and the share of the headroom
+    between SFT and the oracle that a trained planner recovers."""
+    settings = complete_settings(rows)
     if "sft" not in settings:
         raise InputError("the table compares with sft's plans: there are none of every seed")
-
-    def cell(found: dict, sign: str = "") -> str:
-        low, high = (100 * x for x in found["interval"])
-        p = f", p {found['p']:.2g}" if "p" in found else ""
-        return f"{100 * found['mean']:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]{p}"
-
-    def values(plans: str, metric: int) -> list[list[float]]:
-        return [[value[plans, s, t][metric] for t in tasks] for s, tasks in strata.items()]
-
-    def gain(plans: str, metric: int) -> dict:
-        return ev.paired_test(
-            [
-                [x - y for x, y in zip(a, b, strict=True)]
-                for a, b in zip(values(plans, metric), values("sft", metric), strict=True)
-            ],
-            seed,
-        )
-
     lines = [
-        "| plans | reward | success | reward over SFT | success over SFT | of the room |",
+        "| plans | reward | success | reward over SFT | success over SFT | of the headroom |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    room = {s: mean(map(mean, values(s, 0))) - mean(map(mean, values("sft", 0))) for s in settings}
-    for s in settings:
-        cells = [cell(ev.mean_and_interval(values(s, m), seed)) for m in (0, 1)]
-        cells += [cell(gain(s, m), "+") if s != "sft" else "" for m in (0, 1)]
-        learnt = s not in ("none", "wrong", "sft", "oracle")
-        cells += [f"{room[s] / room['oracle']:.0%}" if learnt and room.get("oracle", 0) > 0 else ""]
-        lines.append(f"| {tables.named(s)} | " + " | ".join(cells) + " |")
-    counts = ", ".join(f"{len(tasks)} of seed {s}" for s, tasks in strata.items())
-    return "\n".join([*lines, "", f"Tasks: {counts}."])
+    for setting in settings:
+        cells = [tables.named(setting)]
+        for metric in ("reward", "success"):
+            cells.append(tables.with_interval(average(rows, setting, metric, seed)))
+        for metric in ("reward", "success"):
+            cells.append("" if setting == "sft" else with_p(over_sft(rows, setting, metric, seed)))
+        cells.append(recovered(rows, setting))
+        lines.append("| " + " | ".join(cells) + " |")
+    counts = []
+    for s in sorted(tables.unique(rows, "seed")):
+        counts.append(f"{len(tables.where(rows, seed=s))} of seed {s}")
+    return "\n".join([*lines, "", f"Tasks: {', '.join(counts)}."])
+
+
+def committed() -> dict[str, list[dict]]:
+    """{environment's name, as its README is headed: its rows} of all environments."""
+    found = {}
+    for path in sorted(common.DATA.glob("*/evidence.csv")):
+        heading = path.with_name("README.md").read_text(encoding="utf-8").splitlines()[0]
+        found[heading.removeprefix("# ")] = read_csv(path)
+    return found
+
+
+def readme_rows(seed: int = 0) -> list[str]:
+    """The README's result table: average reward x 100, a line per environment."""
+    lines = [
+        "| environment | test tasks | no plan | SFT planner | MPO planner | MPO over SFT | "
+        "oracle plan |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, rows in committed().items():
+        cells = [name, str(len(tables.unique(rows, "task")))]
+        cells.append(f"{100 * mean_reward(rows, 'none'):.1f}")
+        cells.append(tables.with_interval(average(rows, "sft", "reward", seed)))
+        cells.append(tables.with_interval(average(rows, "mpo", "reward", seed)))
+        cells.append(with_p(over_sft(rows, "mpo", "reward", seed)))
+        cells.append(f"{100 * mean_reward(rows, 'oracle'):.1f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def draw(path: Path, seed: int = 0) -> None:
+    """The README's picture: the average reward with each plan setting, a panel per environment."""
+    panels = {}
+    for name, rows in committed().items():
+        title = f"{name}, {len(tables.unique(rows, 'task'))} test tasks"
+        panels[title] = {s: average(rows, s, "reward", seed) for s in complete_settings(rows)}
+    figures.setting_bars(panels, path)
 
 
 def main(a: Args) -> None:
-    if a.rows:
-        rows = common.read_rows(a.rows, ("plans", "seed", "task", "reward", "success"))
-    else:
-        rows = rows_of(a.runs, not a.to)
-        if not rows:
-            raise InputError("no evaluation in --runs: run make evidence")
+    if a.readme:
+        print("\n".join(readme_rows(a.seed)))
+        return
+    if a.picture:
+        draw(Path(a.picture), a.seed)
+        return
+    rows = read_csv(a.rows) if a.rows else rows_of(a.runs, validation=not a.to)
+    if not rows:
+        raise InputError("no evaluation in --runs or --rows: run make evidence")
     if a.to:
-        common.write_rows(a.to, rows)
+        write_csv(a.to, rows)
     print(table(rows, a.seed))
 
 

@@ -1,0 +1,103 @@
+"""report.html: tables, figures, and each task's plans and conversations in one self-contained page.
+
+The page's script (report.html) shows an index of the tasks with the reward under each column, and
+opens a task's conversations from compressed blocks when they are needed. A column is an agent, a
+plan setting and a plan position."""
+
+import base64
+import gzip
+import html
+import json
+from pathlib import Path
+
+import common
+from data.report.tables import Table, named, short, unique
+
+BLOCK = 40  # tasks in a compressed block
+
+
+def page(conditions: list[dict], tables: list[Table], figures: dict[str, Path]) -> str:
+    """The page's HTML. `conditions` with `texts`, {task: plan}, and `episodes`, {task: row};
+    `figures`: {title: path}."""
+    columns = []
+    for agent, plans, plan_position in unique(conditions, "agent", "plans", "plan_position"):
+        name = {"agent": short(agent, conditions), "plans": named(plans)}
+        columns.append({**name, "plan_position": plan_position})
+    tasks = tasks_of(conditions)
+    index = {"columns": columns, "tasks": list(map(summary, tasks)), "chunk": BLOCK}
+    blocks = ""
+    for number, start in enumerate(range(0, len(tasks), BLOCK)):
+        block = compressed(list(map(conversations, tasks[start : start + BLOCK])))
+        blocks += f'<script type="text/plain" id="block{number}">{block}</script>\n'
+    return common.fill(
+        Path(__file__).with_name("report.html").read_text(),
+        figures="".join(picture(title, path) for title, path in figures.items()),
+        blocks=blocks,
+        title=html.escape(" ".join(unique(conditions, "env"))),
+        tables="".join(table.html() for table in tables),
+        index=compressed(index),
+    )
+
+
+def tasks_of(conditions: list[dict]) -> list[dict]:
+    """The tasks of each environment and split: {"env", "split", "task", "plans", "episodes"}, the
+    last two by number of column."""
+    columns = unique(conditions, "agent", "plans", "plan_position")
+    found: dict[tuple, dict] = {}
+    for c in conditions:
+        column = columns.index((c["agent"], c["plans"], c["plan_position"]))
+        split = c.get("shown", c["split"])
+        for name, episode in c["episodes"].items():
+            empty = {"env": c["env"], "split": split, "task": name, "plans": {}, "episodes": {}}
+            task = found.setdefault((c["env"], split, name), empty)
+            task["plans"][column] = c["texts"].get(name)
+            task["episodes"][column] = episode
+    return list(found.values())
+
+
+def summary(task: dict) -> list:
+    """A task in the index: [env, task, split, {column: [reward, 1 if successful else 0]}]."""
+    results = {}
+    for column, episode in task["episodes"].items():
+        if episode:
+            results[column] = [episode["reward"], int(episode["success"])]
+    return [task["env"], task["task"], task["split"], results]
+
+
+def conversations(task: dict) -> dict:
+    """A task in a block. An episode that several columns share (two settings with the same plan)
+    stands there once; `played` is {column: number of its episode}."""
+    instruction = ""
+    episodes = []
+    played = {}
+    numbers: dict[int, int] = {}
+    for column, episode in task["episodes"].items():
+        if not episode:
+            continue
+        if id(episode) not in numbers:
+            numbers[id(episode)] = len(episodes)
+            episodes.append({key: episode[key] for key in ("reward", "end", "steps")})
+        played[column] = numbers[id(episode)]
+        if not instruction:
+            instruction = episode["instruction"]
+    return {
+        "instruction": instruction,
+        "plans": task["plans"],
+        "episodes": episodes,
+        "played": played,
+    }
+
+
+def compressed(value) -> str:
+    """JSON as gzip in base64, which can stand anywhere in HTML."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return base64.b64encode(gzip.compress(text.encode(), 6, mtime=0)).decode()
+
+
+def picture(title: str, path: Path) -> str:
+    image = base64.b64encode(path.read_bytes()).decode()
+    title = html.escape(title)
+    return (
+        f'<figure><img alt="{title}" src="data:image/png;base64,{image}">'
+        f"<figcaption>{title}</figcaption></figure>"
+    )
