@@ -1,7 +1,7 @@
 """Figures and the HTML page of an evaluation, and the curves of a training run; the files of both
 and of the tables (tables.py).
 
-Reads what stage 5 computed: `cells` (rows of eval/cells.jsonl with `texts`, {task: plan}, and
+Reads what stage 5 computed: `cells` (rows of eval/conditions.jsonl with `texts`, {task: plan}, and
 `episodes`, {task: row}), `results` and `differences`."""
 
 import base64

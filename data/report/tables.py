@@ -17,7 +17,7 @@ METRICS = {  # name: (label, value of an episode)
     "ended": ("ended", lambda r: float(r["end"] in ("success", "failure"))),
     "reward_per_step": ("reward per step", lambda r: r["reward"] / max(1, len(r["steps"]))),  # 5.3
 }
-ORDER = ("none", "wrong", "sft", "gpt", "rft", "mpo", "oracle")  # of plan settings in tables
+ORDER = ("none", "mismatched", "sft", "gpt", "rft", "mpo", "oracle")  # of plan settings in tables
 NAMES = {
     "none": "no plan",
     "sft": "SFT",
@@ -25,11 +25,11 @@ NAMES = {
     "rft": "RFT",
     "mpo": "MPO",
     "wkm": "WKM's knowledge",
-    "wrong": "wrong (control)",
+    "mismatched": "mismatched (control)",
     "oracle": "oracle (control)",
 }
 FIG5 = re.compile(r"fig5/m(\d+)n(\d+)")
-INSTRUCTION, GUIDED = ("instruction",), ("none", "wrong", "mpo", "wkm", "oracle")
+INSTRUCTION, GUIDED = ("instruction",), ("none", "mismatched", "mpo", "wkm", "oracle")
 SUCCESS = (
     " Solved: the goal state was reached. Ended: the episode is done, also when the task "
     "can no longer be completed (the paper's success rate)."
@@ -49,7 +49,7 @@ TABLES = {
     "fig3": (
         "Average reward per step",
         ("reward_per_step",),
-        ("none", "wrong", "sft", "mpo", "oracle"),
+        ("none", "mismatched", "sft", "mpo", "oracle"),
         INSTRUCTION,
     ),
     "fig4": ("Agents of several sizes", REWARD, ("none", "mpo"), INSTRUCTION),
@@ -123,14 +123,14 @@ def pooled(cells: list[dict]) -> list[dict]:
     return sorted(found, key=lambda c: (agents.index(c["agent"]), rank(c)))
 
 
-def with_totals(cells: list[dict], several: bool) -> list[dict]:
-    """What there is a result of: {"agent", "plans", "plan_position", "split", "total", "cells", "strata"},
-    `strata` as [{task: its episodes}]. Cells of several run folders that have the same names are
-    one. An agent, setting and insertion with more than one split has a total: "all" tasks, or, with
+def with_totals(conditions: list[dict], several: bool) -> list[dict]:
+    """What there is a result of: {"agent", "plans", "plan_position", "split", "total", "conditions",
+    "strata"}, `strata` as [{task: its episodes}]. Conditions of several run folders that have the
+    same names are one. An agent, setting and insertion with more than one split has a total: "all" tasks, or, with
     `several` folders, the "average" over the splits, if it has all of them."""
-    out, splits = [], unique(cells, "split")
-    for key in unique(cells, "agent", "plans", "plan_position"):
-        own = [c for c in cells if (c["agent"], c["plans"], c["plan_position"]) == key]
+    out, splits = [], unique(conditions, "split")
+    for key in unique(conditions, "agent", "plans", "plan_position"):
+        own = [c for c in conditions if (c["agent"], c["plans"], c["plan_position"]) == key]
         strata: dict[str, dict] = {s: {} for s in splits if s in unique(own, "split")}
         for c in own:
             for task, row in c["episodes"].items():
@@ -142,11 +142,11 @@ def with_totals(cells: list[dict], several: bool) -> list[dict]:
                 "split": s,
                 "total": False,
                 "strata": [episodes],
-                "cells": [c for c in own if c["split"] == s],
+                "conditions": [c for c in own if c["split"] == s],
             }
             for s, episodes in strata.items()
         ]
-        total = {**names, "total": True, "cells": own}
+        total = {**names, "total": True, "conditions": own}
         if several and len(strata) == len(splits) > 1:
             out.append({**total, "split": "average", "strata": list(strata.values())})
         elif not several and len(strata) > 1:
