@@ -31,7 +31,7 @@ Finished plans, episodes and judgements are kept. Run a command again to resume 
 what is missing.
 
 The report of several run folders is written to `pooled/` in the first one. It has a column for each
-split of each environment, and table 2 has their average. Run folders of one environment share its
+split of each environment and one for their average. Run folders of one environment share its
 columns: a task's value is its mean over them. Figure 6 is of a single run folder only.
 """
 
