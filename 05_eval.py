@@ -7,28 +7,36 @@
     python 05_eval.py report --out runs/A runs/B  # of several environments or seeds together
     python 05_eval.py plan --planner runs/NAME/mpo --env NAME "Your task is to ..."
 
-Plans are made once per test task at temperature 0 and used by all agents; then every agent plays
-every task with each plan setting. A cell is an agent, a plan setting, an insertion and a split.
-Files in --out
-    eval/conditions.jsonl       the cells that were asked for: `env`, `agent`, `agent_id`, `plans`,
-                           `plans_id`, `plan_position`, `split`, `tasks`, `note` (of the environment);
-                           of equal ones the newest counts
-    eval/plans.jsonl       greedy plans: `setting`, `task`, `plan`, `instruction`, `plans_id`,
-                           `untagged` (the reply had no tags and is the plan as a whole)
-    eval/rollouts.jsonl    episodes: as rollouts.jsonl of stage 3, with `plan_position` and `agent_id`
-    eval/judgements.jsonl  `task`, `plans`, `first` (the setting shown first), `answer` (per
-                           dimension first, second or tie; null: invalid), `reply`, `judge`,
-                           `judge_id`
-    results.md, results.json, report.html, and table2.md ... fig6.png, as far as there are cells
-`agent_id`, `plans_id` and `judge_id` are digests of what made a row. Finished plans, episodes and
-judgements are kept: run it again to resume; only what is missing is done.
+A plan setting, such as `mpo`, says where the plans come from. Its plan for a task is made once, at
+temperature 0, and read by all agents. Then every agent plays every task with the plan of every
+setting. A condition is an agent, a plan setting, a plan position and a split.
 
-The report of several run folders is written to `pooled/` in the first. It has the splits of each
-environment and, as table 2, the average over them. Runs of one environment share its columns: the
-value of a task is its mean over them. Figure 6 is of a single run only.
+Files in --out, and the fields of their rows
+    eval/conditions.jsonl    a row for each condition; of equal ones, the newest counts
+        env, agent, plans (the setting), plan_position, split, tasks
+        note                 what the environment has to say of its data
+        agent_id, plans_id   fingerprints of what makes the agent's episodes and the plans
+    eval/plans.jsonl         a row for each plan
+        setting, task, instruction, plan, plans_id
+        untagged             true: the reply had no tags, and all of it is the plan
+    eval/rollouts.jsonl      a row for each episode
+        plan_position, agent_id, and the fields of stage 3's rollouts.jsonl
+    eval/judgements.jsonl    a row for each answer of the judge
+        task, plans (the two settings), first (the one shown first), reply, judge
+        answer               first, second or tie in each dimension; null: not understood
+        judge_id             fingerprint of the judge and of what it was asked
+    results.md, results.json, report.html
+    table2.md ... fig6.png   those for which there are conditions
+Finished plans, episodes and judgements are kept. Run a command again to resume it: it does only
+what is missing.
+
+The report of several run folders is written to `pooled/` in the first one. It has a column for each
+split of each environment and one for their average. Run folders of one environment share its
+columns: a task's value is its mean over them. Figure 6 is of a single run folder only.
 """
 
 import asyncio
+import itertools
 import json
 import re
 import sys
@@ -54,17 +62,15 @@ class Args:
     out: str = arg("runs/sciworld", "run folder")
     agents: List[str] = arg(
         ["meta-llama/Llama-3.1-8B-Instruct"],
-        "local models, models of an "
-        "OpenAI-compatible API, or URLs of servers (http://...; several of "
-        "one model with commas)",
+        "local models, models of an OpenAI-compatible API, or URLs of servers (http://...; several "
+        "of one model with commas)",
     )
     plans: List[str] = arg(
         ["none", "sft", "mpo"],
-        "plan settings: none; the planner checkpoint of "
-        "that name in --out (sft, rft, mpo); gpt: --teacher asked directly; "
-        "a JSONL file with `task` and `plan`; or a control: mismatched, mpo's plan "
-        "for a task of another type; oracle, the plan that --teacher rules "
-        "makes of the test task's own expert trajectory",
+        "plan settings: none; the planner checkpoint of that name in --out (sft, rft, mpo); "
+        "gpt: --teacher asked directly; a JSONL file with `task` and `plan`; "
+        "mismatched: mpo's plan for a task of another type (control); oracle: the plan that "
+        "--teacher rules makes of the test task's own expert trajectory (control)",
     )
     splits: List[str] = arg([], "splits of the environment (default: its test splits)")
     plan_positions: List[str] = arg(
@@ -72,7 +78,6 @@ class Args:
         "where the agent reads the plan: instruction (paper), thought, observation (paper 5.2)",
     )
     teacher: str = arg("gpt-4o", "the planner of --plans gpt (paper: gpt-4o)")
-    plans_only: bool = arg(False, "make the plans, for other agents to use, and play nothing")
     agent_temperature: float = arg(0.0, "temperature of the agent (paper: 0, as of the planner)")
     plan_tokens: int = arg(512, "token limit of a plan")
     agent_tokens: int = arg(512, "token limit of an agent's reply")
@@ -81,22 +86,22 @@ class Args:
     )
     examples: Optional[str] = arg(
         None,
-        "type: a one-shot example of each task's type, also where "
-        "the environment has one for all (paper)",
+        "type: a one-shot example of each task's type, also where the environment has one for all "
+        "(paper)",
     )
     observation_chars: int = arg(0, "cut observations to this length, 0: never")
     max_steps: Optional[int] = arg(None, "step limit of an episode (default: the environment's)")
     tasks: List[str] = arg(
         [],
-        "JSON files of tasks, [[type, variation], ...], SPLIT=FILE each, in "
-        "place of the environment's splits",
+        "JSON files of tasks, [[type, variation], ...], SPLIT=FILE each, in place of the "
+        "environment's splits",
     )
     types: Optional[List[str]] = arg(None, "only tasks of these types")
     limit: Optional[int] = arg(None, "only the first N tasks of each split")
     skip: int = arg(
         0,
-        "leave out the first N tasks of each split, before --limit: --splits train "
-        "--skip N has validation tasks if the other stages used the first N",
+        "leave out the first N tasks of each split, before --limit: --splits train --skip N has "
+        "validation tasks if the other stages used the first N",
     )
     workers: int = arg(16, "environment worker processes")
     concurrency: Optional[int] = arg(
@@ -113,8 +118,8 @@ class JudgeArgs:
     out: str = arg("runs/sciworld", "run folder")
     judge: str = arg(
         "gpt-4o",
-        "who compares the plans: a model of an API (paper: gpt-4o), a local "
-        "model, or a server's URL",
+        "who compares the plans: a model of an API (paper: gpt-4o), a local model, or a server's "
+        "URL",
     )
     plans: List[str] = arg(["sft", "mpo"], "the two plan settings to compare, evaluated before")
     tokens: int = arg(1024, "token limit of a judgement")
@@ -128,8 +133,8 @@ class JudgeArgs:
 class ReportArgs:
     out: List[str] = arg(
         [Args.out],
-        "run folder; several: environments or seeds to report "
-        "together, in the first one's subfolder pooled/",
+        "run folder; several: environments or seeds to report together, in the first one's "
+        "subfolder pooled/",
     )
     seed: int = arg(0, "random seed of the bootstrap")
 
@@ -148,207 +153,264 @@ class PlanArgs:
 
 
 def planner_of(a: Args, setting: str) -> str | None:
-    """The model that makes the plans of a setting; None if there are none, or another source."""
+    """The model that makes the plans of a setting; None if no model makes them."""
     if setting in ("none", "oracle") or setting.endswith(".jsonl"):
         return None
-    return (
-        a.teacher
-        if setting == "gpt"
-        else str(Path(a.out) / {"mismatched": "mpo"}.get(setting, setting))
-    )
+    if setting == "gpt":
+        return a.teacher
+    if setting == "mismatched":
+        setting = "mpo"
+    return str(Path(a.out) / setting)
 
 
-def digest_of_plans(a: Args, setting: str, prompts) -> str | None:
-    """`plans_id`: a digest of what makes a setting's plans."""
+def planner_prompts(a: Args, setting: str) -> common.Prompts:
+    """The prompts of a setting's planner. The teacher gets the environment's own, which explain the
+    format of a plan: our planners have learned it."""
+    return common.Prompts(a.env, None if setting == "gpt" else a.prompts)
+
+
+def plans_fingerprint(a: Args, setting: str) -> str | None:
+    """`plans_id`: the fingerprint of what makes a setting's plans; None without plans."""
     if setting == "none":
         return None
     if setting == "oracle":
         return common.fingerprint(setting, a.env)
     if setting.endswith(".jsonl"):
         return common.fingerprint(Path(setting).read_text())
-    planner_id = common.model_fingerprint(planner_of(a, setting))
-    return common.fingerprint(
-        planner_id,
-        prompts.planner_text,
-        a.plan_tokens,
-        *([setting, a.seed] if setting == "mismatched" else []),
-    )
+    model = common.model_fingerprint(planner_of(a, setting))
+    prompt = planner_prompts(a, setting).planner_text
+    if setting == "mismatched":
+        return common.fingerprint(model, prompt, a.plan_tokens, setting, a.seed)
+    return common.fingerprint(model, prompt, a.plan_tokens)
 
 
-def of_another_type(a: Args, task: str, tasks: list[str]) -> str:
-    """A task of another type, drawn by seed; another task where all are of one type (WebShop)."""
-    others = [t for t in tasks if common.task_type(t) != common.task_type(task)] or [
-        t for t in tasks if t != task
-    ]
-    if not others:
-        raise InputError("--plans mismatched needs two test tasks")
-    return others[common.seed_of(a.seed, "wrong", task) % len(others)]
+@dataclass
+class PlanKeeper:
+    """Keeps every plan as soon as it is made: in eval/plans.jsonl and in `done`."""
 
+    ids: dict[str, str | None]  # {setting: plans_id}
+    instructions: dict[str, str]  # {task: instruction}
+    done: dict[tuple, dict]  # {(plans_id, task): row}
+    append: common.Appender
+    bar: tqdm
 
-def plans_in_file(path: str, tasks: list[str]) -> dict[str, str | None]:
-    """{task: plan} of a JSONL file. Raises `InputError` if a task has no plan, or two."""
-    plans: dict[str, str | None] = {}
-    for row in common.read_rows(path, ("task", "plan")):
-        task, plan = row["task"], row["plan"]
-        if plans.setdefault(task, plan) != plan:
-            raise InputError(f"{path} has several plans for {task}: keep one")
-        if not isinstance(plan, str | None):
-            raise InputError(f"{path}: the plan for {task} must be text, or null for none")
-    if absent := [t for t in tasks if t not in plans]:
-        raise InputError(
-            f"{path} has no plan for {absent[0]} and {len(absent) - 1} other tasks of --splits"
-        )
-    return {t: plans[t] for t in tasks}
+    def keep(self, setting: str, task: str, plan: str | None, **more) -> None:
+        row = {
+            "setting": setting,
+            "task": task,
+            "plan": plan,
+            "instruction": self.instructions[task],
+            "plans_id": self.ids[setting],
+            **more,
+        }
+        self.append(row)
+        self.done[self.ids[setting], task] = row
+        self.bar.update()
 
 
 async def greedy_plans(a: Args, tasks: list[str], pool) -> dict[str, str | None]:
-    """Write the most likely plan of each setting's planner for each task; returns {setting:
-    plans_id}. A reply without tags is the plan itself (`untagged`), an empty one is none (null).
-    The teacher gets the environment's own prompt, which explains the format; our planners know
-    it."""
+    """Make the plans that are missing, for every setting and task. Returns {setting: plans_id}."""
+    settings = list(dict.fromkeys(a.plans))
+    if "mismatched" in settings:  # these are plans of mpo, which must be made first
+        settings.remove("mismatched")
+        settings = list(dict.fromkeys([*settings, "mpo", "mismatched"]))
     path = Path(a.out) / "eval" / "plans.jsonl"
-    settings = list(dict.fromkeys([*a.plans, *(["mpo"] if "mismatched" in a.plans else [])]))
-    prompts = {s: common.Prompts(a.env, None if s == "gpt" else a.prompts) for s in settings}
-    ids = {s: digest_of_plans(a, s, prompts[s]) for s in settings}
     rows = common.read_rows(path, ("plans_id", "task", "plan"), missing_ok=True)
     done = common.finished(rows, "plans_id", "task")
-    todo = {
-        s: missing
-        for s in sorted(ids, key="mismatched".__eq__)
-        if s != "none"  # mismatched: last
-        and (missing := [t for t in tasks if (ids[s], t) not in done])
-    }
-    source = {t: of_another_type(a, t, tasks) for t in todo.get("mismatched", ())}
+    ids: dict[str, str | None] = {}
+    todo: dict[str, list[str]] = {}
+    for setting in settings:
+        ids[setting] = plans_fingerprint(a, setting)
+        missing = [t for t in tasks if (ids[setting], t) not in done]
+        if missing and setting != "none":
+            todo[setting] = missing
+    if "mismatched" in todo and len(tasks) < 2:
+        raise InputError("--plans mismatched needs two test tasks")
+
     if todo:
-        u = await pool.each(list(dict.fromkeys(t for ts in todo.values() for t in ts)), "reset")
-        with (
-            common.Appender(path) as append,
-            tqdm(total=sum(map(len, todo.values())), desc="plans") as bar,
-        ):
-
-            def keep(setting, task, plan, **more):
-                row = {
-                    "setting": setting,
-                    "task": task,
-                    "plan": plan,
-                    "instruction": u[task],
-                    "plans_id": ids[setting],
-                    **more,
-                }
-                append(row)
-                done[ids[setting], task] = row
-                bar.update()
-
-            async def ask(model, setting, task):
-                messages = prompts[setting].planner(u[task])
-                reply = (await model.ask(messages, 0.0, a.plan_tokens)).text.strip()
-                plan = common.parse_plan(reply)
-                keep(setting, task, plan or reply or None, untagged=bool(reply and not plan))
-
+        wanted = list(dict.fromkeys(itertools.chain.from_iterable(todo.values())))
+        instructions = await pool.each(wanted, "reset")
+        total = sum(map(len, todo.values()))
+        with common.Appender(path) as append, tqdm(total=total, desc="plans") as bar:
+            keeper = PlanKeeper(ids, instructions, done, append, bar)
             for setting, missing in todo.items():
-                if setting == "mismatched":
-                    for task in missing:
-                        keep(setting, task, done[ids["mpo"], source[task]]["plan"])
-                elif planner := planner_of(a, setting):
-                    with common.open_model(planner, None, a) as model:
-                        await asyncio.gather(*[ask(model, setting, t) for t in missing])
-                elif setting == "oracle":
-                    found = await pool.each(missing, "expert")
-                    for task, e in found.items():
-                        keep(
-                            setting,
-                            task,
-                            e
-                            and common.number_steps(
-                                common.environment(a.env).abstract(e["instruction"], e["steps"])
-                            ),
-                        )
-                else:
-                    for task, plan in plans_in_file(setting, missing).items():
-                        keep(setting, task, plan)
-    for s in ids:
-        if untagged := s != "none" and sum(done[ids[s], t].get("untagged", 0) for t in tasks):
-            print(f"{s}: {untagged} of {len(tasks)} replies have no tags; their text is the plan")
+                await make_plans(a, setting, missing, tasks, pool, keeper)
+    print_untagged(ids, tasks, done)
     return ids
+
+
+async def make_plans(
+    a: Args, setting: str, missing: list[str], tasks: list[str], pool, keeper: PlanKeeper
+) -> None:
+    """Make the missing plans of a setting. `tasks`: all tasks, from which mismatched plans come."""
+    if setting.endswith(".jsonl"):
+        plans = plans_in_file(setting, missing)
+        for task in missing:
+            keeper.keep(setting, task, plans[task])
+    elif setting == "oracle":
+        await keep_oracle_plans(a, missing, pool, keeper)
+    elif setting == "mismatched":
+        mpo = keeper.ids["mpo"]
+        for task in missing:
+            other = task_of_another_type(a, task, tasks)
+            keeper.keep(setting, task, keeper.done[mpo, other]["plan"])
+    else:
+        await ask_planner(a, setting, missing, keeper)
+
+
+async def ask_planner(a: Args, setting: str, tasks: list[str], keeper: PlanKeeper) -> None:
+    """Ask a setting's planner for the most likely plan of each task. A reply without tags is the
+    plan itself (`untagged`); an empty reply is no plan."""
+    prompts = planner_prompts(a, setting)
+
+    async def ask(task: str) -> None:
+        messages = prompts.planner(keeper.instructions[task])
+        reply = (await model.ask(messages, 0.0, a.plan_tokens)).text.strip()
+        plan = common.parse_plan(reply)
+        untagged = plan is None and reply != ""
+        if untagged:
+            plan = reply
+        keeper.keep(setting, task, plan, untagged=untagged)
+
+    with common.open_model(planner_of(a, setting), None, a) as model:
+        await asyncio.gather(*map(ask, tasks))
+
+
+def plans_in_file(path: str, tasks: list[str]) -> dict[str, str | None]:
+    """{task: plan} of a JSONL file. Raises `InputError` if one of `tasks` has no plan, or if any
+    task has two."""
+    plans: dict[str, str | None] = {}
+    for row in common.read_rows(path, ("task", "plan")):
+        task = row["task"]
+        plan = row["plan"]
+        if task in plans and plans[task] != plan:
+            raise InputError(f"{path} has several plans for {task}: keep one")
+        if not isinstance(plan, str | None):
+            raise InputError(f"{path}: the plan for {task} must be text, or null for none")
+        plans[task] = plan
+    absent = [t for t in tasks if t not in plans]
+    if absent:
+        raise InputError(
+            f"{path} has no plan for {absent[0]} and {len(absent) - 1} other tasks of --splits"
+        )
+    return plans
+
+
+async def keep_oracle_plans(a: Args, tasks: list[str], pool, keeper: PlanKeeper) -> None:
+    """Abstract each task's own expert trajectory into a plan, as --teacher rules does in stage 1. A
+    task without an expert trajectory has no plan."""
+    env = common.environment(a.env)
+    experts = await pool.each(tasks, "expert")
+    for task, expert in experts.items():
+        plan = None
+        if expert:
+            plan = common.number_steps(env.abstract(expert["instruction"], expert["steps"]))
+        keeper.keep("oracle", task, plan)
+
+
+def task_of_another_type(a: Args, task: str, tasks: list[str]) -> str:
+    """A task of another type, drawn by seed; another task where all are of one type (WebShop)."""
+    own_type = common.task_type(task)
+    others = [t for t in tasks if common.task_type(t) != own_type]
+    if not others:
+        others = [t for t in tasks if t != task]
+    # mismatched plans were once called "wrong"; another word here would draw other tasks
+    return others[common.seed_of(a.seed, "wrong", task) % len(others)]
+
+
+def print_untagged(ids: dict[str, str | None], tasks: list[str], done: dict[tuple, dict]) -> None:
+    """Say how many plans of each setting are replies without tags."""
+    for setting, plans_id in ids.items():
+        if setting == "none":
+            continue
+        untagged = [t for t in tasks if done[plans_id, t].get("untagged")]
+        if untagged:
+            replies = f"{len(untagged)} of {len(tasks)} replies"
+            print(f"{setting}: {replies} have no tags; their text is the plan")
 
 
 # ---- episodes ------------------------------------------------------------------------------------
 
 
-def cells_of(a: Args, plans_ids: dict[str, str | None], splits: dict[str, list[str]]) -> list[dict]:
-    """The cells of this run: every agent with every plan setting, insertion and split; without a
-    plan there is no plan position. `agent_id` identifies all that makes an agent's episodes,
-    except the plan and its insertion."""
-    cells, prompts = [], common.Prompts(a.env, a.prompts, a.examples)
-    files = [s for s in a.plans if s.endswith(".jsonl")]
-    names = {s: Path(s).name for s in files}
+def conditions_of(
+    a: Args, plans_ids: dict[str, str | None], splits: dict[str, list[str]]
+) -> list[dict]:
+    """The conditions of this run: every agent with every plan setting, plan position and split.
+    Without a plan there is one plan position only."""
+    prompts = common.Prompts(a.env, a.prompts, a.examples)
+    note = common.environment(a.env).note()
+    shown = shown_settings(a.plans)
+    conditions = []
     for agent in a.agents:
         name, url = common.name_and_url(agent)
-        agent_id = common.fingerprint(
-            common.model_fingerprint(name, url),
-            prompts.agent_text,
-            prompts.examples,
-            a.agent_temperature,
-            a.agent_tokens,
-            common.STOP,
-            a.observation_chars,
-            a.max_steps,
-            a.max_model_len,
-            *([a.seed] if a.agent_temperature else []),
-        )
+        agent_id = agent_fingerprint(a, name, url, prompts)
         for setting in a.plans:
-            shown = names.get(setting, setting)
-            if list(names.values()).count(shown) > 1:
-                shown = setting
-            for plan_position in a.plan_positions if setting != "none" else ["instruction"]:
-                cells += [
-                    {
+            positions = ["instruction"] if setting == "none" else a.plan_positions
+            for plan_position in positions:
+                for split, tasks in splits.items():
+                    condition = {
                         "env": a.env,
                         "agent": name,
                         "agent_id": agent_id,
                         "plan_position": plan_position,
                         "split": split,
                         "tasks": tasks,
-                        "plans": shown,
+                        "plans": shown[setting],
                         "plans_id": plans_ids[setting],
-                        "note": common.environment(a.env).note(),
+                        "note": note,
                     }
-                    for split, tasks in splits.items()
-                ]
-    return cells
+                    conditions.append(condition)
+    return conditions
 
 
-async def play_missing(a: Args, cells: list[dict], pool) -> None:
-    """Play the episodes that the cells lack. If two settings have the same plan for a task, it is
-    played once: at temperature 0 the episodes are the same."""
+def agent_fingerprint(a: Args, name: str, url: str | None, prompts: common.Prompts) -> str:
+    """`agent_id`: the fingerprint of all that makes an agent's episodes, except the plan and its
+    position."""
+    parts = [
+        common.model_fingerprint(name, url),
+        prompts.agent_text,
+        prompts.examples,
+        a.agent_temperature,
+        a.agent_tokens,
+        common.STOP,
+        a.observation_chars,
+        a.max_steps,
+        a.max_model_len,
+    ]
+    if a.agent_temperature != 0:
+        parts.append(a.seed)
+    return common.fingerprint(*parts)
+
+
+def shown_settings(settings: list[str]) -> dict[str, str]:
+    """{plan setting: its name in tables}. A file is shown without its folder, unless two files then
+    have the same name."""
+    file_names = [Path(s).name for s in settings if s.endswith(".jsonl")]
+    shown = {}
+    for setting in settings:
+        name = Path(setting).name
+        shown[setting] = name if file_names.count(name) == 1 else setting
+    return shown
+
+
+async def play_missing(a: Args, conditions: list[dict], pool) -> None:
+    """Play the episodes that the conditions lack, agent by agent."""
     prompts = common.Prompts(a.env, a.prompts, a.examples)
     path = Path(a.out) / "eval" / "rollouts.jsonl"
-    jobs: dict[tuple, dict] = {}
-    for cell in with_episodes(a.out, cells):
-        for task, row in cell["episodes"].items():
-            if row is None:
-                key = cell["agent_id"], cell["plan_position"], task, cell["texts"].get(task)
-                jobs[key] = {
-                    "task": task,
-                    "plan": key[3],
-                    "rollout": 0,
-                    "agent": cell["agent"],
-                    "plan_position": cell["plan_position"],
-                    "agent_id": cell["agent_id"],
-                }
+    jobs = missing_episodes(a.out, conditions)
     for agent in a.agents:
         name, url = common.name_and_url(agent)
-        own = [job for job in jobs.values() if job["agent"] == name]
+        own = [job for job in jobs if job["agent"] == name]
         if not own:
             continue
         with common.Appender(path) as append, common.open_model(name, url, a) as model:
             for plan_position in tables.unique(own, "plan_position"):
-                c = common.RolloutConfig(
+                config = common.RolloutConfig(
                     prompts,
-                    a.agent_temperature,
-                    a.agent_tokens,
-                    a.observation_chars,
-                    a.seed,
+                    temperature=a.agent_temperature,
+                    max_tokens=a.agent_tokens,
+                    observation_chars=a.observation_chars,
+                    seed=a.seed,
                     max_steps=a.max_steps,
                     plan_position=plan_position,
                 )
@@ -357,89 +419,122 @@ async def play_missing(a: Args, cells: list[dict], pool) -> None:
                     model,
                     pool,
                     a.env,
-                    c,
+                    config,
                     model.concurrency,
                     append,
                     desc=f"evaluation, {Path(name).name}, {plan_position}",
                 )
 
 
-def with_episodes(out: str, cells: list[dict]) -> list[dict]:
-    """Each cell with "texts", {task: its plan or None}, "untagged", the number of plans that are
-    replies without tags, "episodes", {task: its row, or None if it is missing or crashed}, and
-    "run", its run folder."""
-    folder = Path(out) / "eval"
-    fields = ("task", "plan", "reward", "agent_id", "plan_position", "end")
-    plans = common.finished(
-        common.read_rows(folder / "plans.jsonl", ("plans_id", "task", "plan"), missing_ok=True),
-        "plans_id",
-        "task",
-    )
-    rows = common.read_rows(folder / "rollouts.jsonl", fields, missing_ok=True)
-    played = common.finished(
-        (r for r in rows if r["end"] != "crash"), "agent_id", "plan_position", "task", "plan"
-    )
-    found = []
-    for cell in cells:
-        own = {
-            t: plans[cell["plans_id"], t] for t in cell["tasks"] if (cell["plans_id"], t) in plans
-        }
-        texts = {t: row["plan"] for t, row in own.items()}
-        episodes = {
-            t: played.get((cell["agent_id"], cell["plan_position"], t, texts.get(t)))
-            if t in texts or cell["plans"] == "none"
-            else None
-            for t in cell["tasks"]
-        }
-        found.append(
-            {
-                **cell,
-                "texts": texts,
-                "episodes": episodes,
-                "run": out,
-                "untagged": sum(row.get("untagged", False) for row in own.values()),
+def missing_episodes(out: str, conditions: list[dict]) -> list[dict]:
+    """A job for each episode that the conditions lack. If two settings have the same plan for a
+    task, it is played once: at temperature 0 the episodes are the same."""
+    jobs: dict[tuple, dict] = {}
+    for condition in with_episodes(out, conditions):
+        for task, row in condition["episodes"].items():
+            if row is not None:
+                continue
+            job = {
+                "task": task,
+                "plan": condition["texts"].get(task),
+                "rollout": 0,
+                "agent": condition["agent"],
+                "plan_position": condition["plan_position"],
+                "agent_id": condition["agent_id"],
             }
-        )
+            jobs[job["agent_id"], job["plan_position"], task, job["plan"]] = job
+    return list(jobs.values())
+
+
+def with_episodes(out: str, conditions: list[dict]) -> list[dict]:
+    """The conditions of a run folder with their plans and episodes. Each gets "texts", {task: its
+    plan or None}; "untagged", how many of the plans are replies without tags; "episodes", {task:
+    its row, or None if it is missing or crashed}; and "run", the run folder."""
+    folder = Path(out) / "eval"
+    fields = ("plans_id", "task", "plan")
+    plan_rows = common.read_rows(folder / "plans.jsonl", fields, missing_ok=True)
+    plans = common.finished(plan_rows, "plans_id", "task")
+    fields = ("task", "plan", "reward", "agent_id", "plan_position", "end")
+    rollouts = common.read_rows(folder / "rollouts.jsonl", fields, missing_ok=True)
+    complete = [r for r in rollouts if r["end"] != "crash"]
+    played = common.finished(complete, "agent_id", "plan_position", "task", "plan")
+
+    found = []
+    for condition in conditions:
+        texts = {}
+        episodes = {}
+        untagged = 0
+        for task in condition["tasks"]:
+            episodes[task] = None
+            plan_row = plans.get((condition["plans_id"], task))
+            if plan_row:
+                texts[task] = plan_row["plan"]
+                if plan_row.get("untagged"):
+                    untagged += 1
+            if plan_row or condition["plans"] == "none":
+                key = condition["agent_id"], condition["plan_position"], task, texts.get(task)
+                episodes[task] = played.get(key)
+        more = {"texts": texts, "episodes": episodes, "run": out, "untagged": untagged}
+        found.append({**condition, **more})
     return found
 
 
 def asked_conditions(out: str, folders=()) -> tuple[list[dict], int]:
-    """(cells, outdated): all cells that were ever asked for, of the same agent, plans, insertion
-    and split the newest; and the number left out because their agent or plans are from an earlier
-    version (retrained, or asked with other settings). Agents have their names across `folders`."""
+    """(conditions, outdated) of a run folder. `conditions`: all that were ever asked for; of the
+    same agent, plan setting, plan position and split, the newest. `outdated`: how many were left
+    out because the agent or the planner has changed since (retrained, or asked with other
+    settings). With `folders`, an agent has the name that it has in a report of all of them."""
     fields = ("agent", "agent_id", "plans", "plans_id", "plan_position", "split", "tasks")
     rows = common.read_rows(Path(out) / "eval" / "conditions.jsonl", fields, missing_ok=True)
     if folders:
         names = tables.agent_names(tables.unique(rows, "agent"), out, folders)
-        rows = [r | {"agent": names[r["agent"]]} for r in rows]
-    agents = {r["agent"]: r["agent_id"] for r in rows}
-    plans = {r["plans"]: r["plans_id"] for r in rows}
-    every = common.finished(rows, "agent", "plans", "plan_position", "split").values()
-    cells = [
-        r
-        for r in every
-        if r["agent_id"] == agents[r["agent"]] and r["plans_id"] == plans[r["plans"]]
-    ]
-    cells.sort(key=lambda c: (list(agents).index(c["agent"]), tables.rank(c)))
-    return cells, len(every) - len(cells)
+        for row in rows:
+            row["agent"] = names[row["agent"]]
+    agent_ids: dict[str, str] = {}  # {agent: its newest agent_id}
+    plans_ids: dict[str, str | None] = {}
+    for row in rows:
+        agent_ids[row["agent"]] = row["agent_id"]
+        plans_ids[row["plans"]] = row["plans_id"]
+    newest = common.finished(rows, "agent", "plans", "plan_position", "split")
+    conditions = []
+    for row in newest.values():
+        same_agent = row["agent_id"] == agent_ids[row["agent"]]
+        same_plans = row["plans_id"] == plans_ids[row["plans"]]
+        if same_agent and same_plans:
+            conditions.append(row)
+    agents = list(agent_ids)
+    conditions.sort(key=lambda c: (agents.index(c["agent"]), tables.rank(c)))
+    return conditions, len(newest) - len(conditions)
 
 
 # ---- statistics ----------------------------------------------------------------------------------
+# Strata are groups of tasks, given as a list of values for each group. Every group counts the same,
+# however many tasks it has: in an average over two environments, each environment is a stratum.
 
 
 def mean_and_interval(strata: list, seed: int) -> dict:
-    """{"mean", "interval"} of the mean over `strata` of their means, with a 95% percentile
-    bootstrap interval that resamples each stratum's values (one per task) on their own."""
+    """{"mean", "interval"}: the mean over the strata of their means, and its 95% interval by a
+    percentile bootstrap. Each resample draws as many values of each stratum as it has, from that
+    stratum only."""
     import numpy as np
     from scipy.stats import bootstrap
 
-    average, strata = mean(map(mean, strata)), [np.asarray(s, dtype=float) for s in strata]
-    if all(s.min() == s.max() for s in strata):
-        return {"mean": average, "interval": [average] * 2}
-    pairs = [s.repeat(2) if len(s) == 1 else s for s in strata]  # SciPy wants two values or more
+    average = mean(map(mean, strata))
+    samples = []
+    for values in strata:
+        sample = np.asarray(values, dtype=float)
+        if len(sample) == 1:
+            sample = sample.repeat(2)  # SciPy wants two values or more; the resamples are the same
+        samples.append(sample)
+    if all(sample.min() == sample.max() for sample in samples):
+        return {"mean": average, "interval": [average, average]}
+
+    def mean_of_means(*resamples, axis):
+        return np.mean([r.mean(axis) for r in resamples], 0)
+
     found = bootstrap(
-        pairs,
-        lambda *xs, axis: np.mean([x.mean(axis) for x in xs], 0),
+        samples,
+        mean_of_means,
         n_resamples=10_000,
         batch=500,
         method="percentile",
@@ -449,17 +544,26 @@ def mean_and_interval(strata: list, seed: int) -> dict:
 
 
 def paired_test(strata: list, seed: int) -> dict:
-    """`mean_and_interval` of differences (one per task) and "p": two-sided, of a permutation test
-    that flips their signs."""
+    """`mean_and_interval` of differences, one per task, and "p", two-sided, of a permutation test:
+    how often the mean is as far from 0 if the sign of each difference is drawn at random."""
     import numpy as np
     from scipy.stats import permutation_test
 
-    gains, p = np.concatenate([np.asarray(s, dtype=float) for s in strata]), 1.0
-    weights = np.concatenate([[len(gains) / len(strata) / len(s)] * len(s) for s in strata])
+    gains = np.concatenate(strata, dtype=float)
+    weights = []  # with these, the mean over all tasks is the mean over the strata of their means
+    for values in strata:
+        weight = len(gains) / len(strata) / len(values)
+        weights.extend([weight] * len(values))
+    weights = np.array(weights)
+
+    def weighted_mean(flipped, axis):
+        return (flipped * weights).mean(axis)
+
+    p = 1.0
     if len(gains) > 1 and gains.any():
         p = permutation_test(
             (gains,),
-            lambda x, axis: (x * weights).mean(axis),
+            weighted_mean,
             rng=seed,
             permutation_type="samples",
             n_resamples=9_999,
@@ -469,205 +573,270 @@ def paired_test(strata: list, seed: int) -> dict:
     return {**mean_and_interval(strata, seed), "p": float(p)}
 
 
-def summarise(cells: list[dict], seed: int, several: bool) -> tuple[list[dict], list[dict]]:
-    """(results, differences). A result per cell or total: mean and interval of each metric (None if
-    an episode is missing) and counts. A difference for any two complete ones of an agent and split
-    that differ in the plans or in the insertion only: the paired test on the tasks of both."""
-    results, differences = [], []
-    cells = tables.with_totals(cells, several)
-    for cell in cells:
-        every = [r for s in cell["strata"] for rs in s.values() for r in rs]
-        rows = [r for r in every if r]
-        names = {k: cell[k] for k in ("agent", "plans", "plan_position", "split")}
-        thoughts = [
-            r["continued"]
-            for r in rows
-            if r["plan_position"] == "thought" and r.get("continued") is not None
-        ]
-        result = {
-            **names,
-            "total": cell["total"],
-            "tasks": sum(map(len, cell["strata"])),
-            "runs": len(tables.unique(cell["conditions"], "run")),
-            "episodes": len(rows),
-            "missing": len(every) - len(rows),
-            "ends": dict(Counter(r["end"] for r in rows)),
-            "format_errors": sum(r.get("format_errors", 0) for r in rows),
-            "context_overflows": sum(r["end"] == "context" for r in rows),
-            "continued": sum(thoughts),
-            "own_turn": len(thoughts) - sum(thoughts),
-            "untagged": sum(c["untagged"] for c in cell["conditions"]),
-            "notes": list(dict.fromkeys(c["note"] for c in cell["conditions"] if c.get("note"))),
-            "steps": mean(len(r["steps"]) for r in rows),
-        }
-        complete = bool(rows) and not result["missing"]
-        for name, (_, value) in tables.METRICS.items():
-            result[name] = (
-                mean_and_interval(
-                    [[mean(map(value, rs)) for rs in s.values()] for s in cell["strata"]], seed
-                )
-                if complete
-                else None
-            )
-        results.append(result)
-        for other in cells if complete else []:
-            same = all(other[k] == cell[k] for k in ("agent", "split", "total"))
-            comparable = (
-                other["plans"] in ("none", cell["plans"])
-                or other["plan_position"] == cell["plan_position"]
-            )
-            if not (
-                same
-                and comparable
-                and tables.rank(other) < tables.rank(cell)
-                and all(r for s in other["strata"] for rs in s.values() for r in rs)
-            ):
-                continue
-            both = [
-                [(rs, o[t]) for t, rs in s.items() if t in o]
-                for s, o in zip(cell["strata"], other["strata"], strict=True)
-            ]
-            if all(both):
-                differences.append(
-                    {
-                        **names,
-                        "tasks": sum(map(len, both)),
-                        "over": {"plans": other["plans"], "plan_position": other["plan_position"]},
-                        **{
-                            name: paired_test(
-                                [
-                                    [mean(map(value, rs)) - mean(map(value, o)) for rs, o in pairs]
-                                    for pairs in both
-                                ],
-                                seed,
-                            )
-                            for name, (_, value) in tables.METRICS.items()
-                        },
-                    }
-                )
+def summarise(conditions: list[dict], seed: int, several: bool) -> tuple[list[dict], list[dict]]:
+    """(results, differences). There is a result for each condition and each total of conditions
+    (`tables.with_totals`), and a difference for any two comparable ones that are complete."""
+    entries = tables.with_totals(conditions, several)
+    results = [result_of(entry, seed) for entry in entries]
+    differences = []
+    for entry in entries:
+        for base in entries:
+            if comparable(entry, base) and is_complete(entry) and is_complete(base):
+                difference = difference_of(entry, base, seed)
+                if difference:
+                    differences.append(difference)
     return results, differences
+
+
+def episodes_of(entry: dict) -> list[dict | None]:
+    """All episodes of a condition or total, of every task and run folder; None: missing."""
+    found = []
+    for by_task in entry["strata"]:
+        for episodes in by_task.values():
+            found.extend(episodes)
+    return found
+
+
+def is_complete(entry: dict) -> bool:
+    episodes = episodes_of(entry)
+    return len(episodes) > 0 and all(episodes)
+
+
+def task_value(episodes: list[dict], metric: str) -> float:
+    """A task's value of a metric: the mean over its episodes, one of each run folder."""
+    _, value = tables.METRICS[metric]
+    return mean(map(value, episodes))
+
+
+def result_of(entry: dict, seed: int) -> dict:
+    """Counts, and mean and interval of each metric: None if an episode is missing."""
+    episodes = episodes_of(entry)
+    played = [e for e in episodes if e]
+    ends = Counter(e["end"] for e in played)
+    continued = Counter(e.get("continued") for e in played)  # None: no plan in the thought
+    notes = [c["note"] for c in entry["conditions"] if c.get("note")]
+    result = {
+        "agent": entry["agent"],
+        "plans": entry["plans"],
+        "plan_position": entry["plan_position"],
+        "split": entry["split"],
+        "total": entry["total"],
+        "tasks": sum(map(len, entry["strata"])),
+        "runs": len(tables.unique(entry["conditions"], "run")),
+        "episodes": len(played),
+        "missing": len(episodes) - len(played),
+        "ends": dict(ends),
+        "format_errors": sum(e.get("format_errors", 0) for e in played),
+        "context_overflows": ends["context"],
+        "continued": continued[True],
+        "own_turn": continued[False],
+        "untagged": sum(c["untagged"] for c in entry["conditions"]),
+        "notes": list(dict.fromkeys(notes)),
+        "steps": mean(len(e["steps"]) for e in played),
+    }
+    complete = is_complete(entry)
+    for metric in tables.METRICS:
+        result[metric] = None
+        if complete:
+            strata = []
+            for by_task in entry["strata"]:
+                strata.append([task_value(episodes, metric) for episodes in by_task.values()])
+            result[metric] = mean_and_interval(strata, seed)
+    return result
+
+
+def comparable(entry: dict, base: dict) -> bool:
+    """Whether there is a difference of `entry` over `base`: they are of the same agent and split,
+    differ in the plan setting or in the plan position but not in both, and `base` stands above in
+    the tables. No plan at all has no plan position and can be the base of any."""
+    if any(entry[name] != base[name] for name in ("agent", "split", "total")):
+        return False
+    if tables.rank(base) >= tables.rank(entry):
+        return False
+    same_position = base["plan_position"] == entry["plan_position"]
+    return same_position or base["plans"] in ("none", entry["plans"])
+
+
+def difference_of(entry: dict, base: dict, seed: int) -> dict | None:
+    """The paired test of each metric on the tasks that both have; None if a stratum has none."""
+    pairs = []  # for each stratum: [(a task's episodes, its episodes of `base`), ...]
+    for own, of_base in zip(entry["strata"], base["strata"], strict=True):
+        both = [(own[task], of_base[task]) for task in own if task in of_base]
+        if not both:
+            return None
+        pairs.append(both)
+    difference = {
+        "agent": entry["agent"],
+        "plans": entry["plans"],
+        "plan_position": entry["plan_position"],
+        "split": entry["split"],
+        "tasks": sum(map(len, pairs)),
+        "over": {"plans": base["plans"], "plan_position": base["plan_position"]},
+    }
+    for metric in tables.METRICS:
+        strata = []
+        for both in pairs:
+            strata.append([task_value(x, metric) - task_value(y, metric) for x, y in both])
+        difference[metric] = paired_test(strata, seed)
+    return difference
 
 
 # ---- the judge (paper 5.6, appendix E.3, figure 13) ----------------------------------------------
 
 
-def parse_judgement(reply: str) -> dict | None:
-    """{dimension: "first", "second" or "tie"} for the three dimensions and "overall", from the JSON
-    object in a reply; None if there is none or an answer is not one of these."""
-    for match in re.finditer(r"\{", reply):
-        try:
-            answer, _ = json.JSONDecoder().raw_decode(reply[match.start() :])
-        except ValueError:
-            continue
-        said = {
-            d: str(answer.get(f"{d}_better", "")).strip().lower() for d in (*DIMENSIONS, "overall")
-        }
-        return said if all(v in ("first", "second", "tie") for v in said.values()) else None
-    return None
-
-
-def count_verdicts(rows: list[dict], plans: list[str]) -> dict[str, Counter]:
-    """{dimension: counts of "win", "tie", "loss" of the second of two settings, and "invalid"}.
-    Each task's plans are shown in both orders: contradicting answers are a tie; if one is missing,
-    the task is invalid."""
-    by_task: dict[str, dict] = {}
-    for row in rows:
-        by_task.setdefault(row["task"], {})[row["first"]] = row["answer"]
-    zero = dict.fromkeys(("win", "tie", "loss", "invalid"), 0)
-    counts = {d: Counter(zero) for d in (*DIMENSIONS, "overall")}
-    for answers in by_task.values():
-        for d, count in counts.items():
-            if len(answers) < 2 or None in answers.values():
-                count["invalid"] += 1
-                continue
-            won = {
-                {"first": first, "second": plans[first == plans[0]], "tie": None}[answer[d]]
-                for first, answer in answers.items()
-            }
-            tie = len(won) > 1 or None in won
-            count["tie" if tie else "win" if won == {plans[1]} else "loss"] += 1
-    return counts
-
-
-def judged(out: str) -> dict | None:
-    """{"plans", "judge", "verdicts"} of the settings compared last."""
-    path = Path(out) / "eval" / "judgements.jsonl"
-    rows = common.read_rows(path, ("task", "first", "answer", "plans", "judge_id"), missing_ok=True)
-    if not rows:
-        return None
-    last = rows[-1]
-    verdicts = count_verdicts([r for r in rows if r["judge_id"] == last["judge_id"]], last["plans"])
-    return {"plans": last["plans"], "judge": last["judge"], "verdicts": verdicts}
-
-
 def judge(a: JudgeArgs) -> None:
     """Compare the plans of two settings on every task that has both, in both orders."""
-    if len(a.plans) != 2 or a.plans[0] == a.plans[1]:
-        raise InputError(f"--plans takes two settings to compare, not {' '.join(a.plans)}")
-    texts: dict[str, dict] = {setting: {} for setting in a.plans}
-    for cell in with_episodes(a.out, asked_conditions(a.out)[0]):
-        texts.get(cell["plans"], {}).update({t: p for t, p in cell["texts"].items() if p})
-    for setting in a.plans:
-        if not texts[setting]:
-            raise InputError(f"--plans {setting}: {a.out} has no plans of it; evaluate it first")
-    folder = Path(a.out) / "eval"
-    rows = common.read_rows(folder / "plans.jsonl", ("task", "instruction"))
-    u = {r["task"]: r["instruction"] for r in rows}
+    texts = plans_to_judge(a)
     name, url = common.name_and_url(a.judge)
     common.check_model(name, url)
     prompt = (common.DATA / "report" / "judge.txt").read_text().strip()
-    path, judge_id = (
-        folder / "judgements.jsonl",
-        common.fingerprint(common.model_fingerprint(name, url), prompt, a.tokens, a.plans, texts),
-    )
-    rows = common.read_rows(path, ("task", "first", "answer", "judge_id"), missing_ok=True)
-    done = common.finished((r for r in rows if r["judge_id"] == judge_id), "task", "first")
-    todo = [
-        (t, *order)
-        for t in texts[a.plans[0]]
-        if t in texts[a.plans[1]]
-        for order in (a.plans, a.plans[::-1])
-        if (t, order[0]) not in done
-    ]
-
-    async def ask_all() -> None:
-        with (
-            common.Appender(path) as append,
-            tqdm(total=len(todo), desc="judgements") as bar,
-            common.open_model(name, url, a) as model,
-        ):
-
-            async def ask(task, first, second):
-                text = common.fill(
-                    prompt, task=u[task], first=texts[first][task], second=texts[second][task]
-                )
-                for attempt in range(3):  # an invalid answer is asked for again, less greedily
-                    reply = await model.ask(
-                        [{"role": "user", "content": text}],
-                        0.3 * attempt,
-                        a.tokens,
-                        common.seed_of(task, first, attempt),
-                    )
-                    if answer := parse_judgement(reply.text):
-                        break
-                append(
-                    {
-                        "task": task,
-                        "plans": a.plans,
-                        "first": first,
-                        "answer": answer,
-                        "reply": reply.text,
-                        "judge": name,
-                        "judge_id": judge_id,
-                    }
-                )
-                bar.update()
-
-            await asyncio.gather(*[ask(*key) for key in todo])
-
-    if todo:
-        asyncio.run(ask_all())
+    model_id = common.model_fingerprint(name, url)
+    judge_id = common.fingerprint(model_id, prompt, a.tokens, a.plans, texts)
+    questions = open_questions(a, texts, prompt, judge_id)
+    if questions:
+        asyncio.run(ask_judge(a, name, url, judge_id, questions))
     write_report(ReportArgs([a.out], a.seed))
+
+
+def plans_to_judge(a: JudgeArgs) -> dict[str, dict]:
+    """{setting: {task: plan}} of the two settings."""
+    if len(a.plans) != 2 or a.plans[0] == a.plans[1]:
+        raise InputError(f"--plans takes two settings to compare, not {' '.join(a.plans)}")
+    first, second = a.plans
+    texts: dict[str, dict] = {first: {}, second: {}}
+    conditions, _ = asked_conditions(a.out)
+    for condition in with_episodes(a.out, conditions):
+        if condition["plans"] in texts:
+            for task, plan in condition["texts"].items():
+                if plan:
+                    texts[condition["plans"]][task] = plan
+    for setting in a.plans:
+        if not texts[setting]:
+            raise InputError(f"--plans {setting}: {a.out} has no plans of it; evaluate it first")
+    return texts
+
+
+def open_questions(
+    a: JudgeArgs, texts: dict[str, dict], prompt: str, judge_id: str
+) -> list[tuple[str, str, str]]:
+    """[(task, the setting shown first, what to ask), ...] that this judge has not answered yet."""
+    folder = Path(a.out) / "eval"
+    rows = common.read_rows(folder / "plans.jsonl", ("task", "instruction"))
+    instructions = {row["task"]: row["instruction"] for row in rows}
+    fields = ("task", "first", "answer", "judge_id")
+    rows = common.read_rows(folder / "judgements.jsonl", fields, missing_ok=True)
+    done = common.finished(rows, "judge_id", "task", "first")
+    questions = []
+    for task in texts[a.plans[0]]:
+        if task not in texts[a.plans[1]]:
+            continue
+        for first, second in (a.plans, a.plans[::-1]):
+            if (judge_id, task, first) not in done:
+                text = common.fill(
+                    prompt,
+                    task=instructions[task],
+                    first=texts[first][task],
+                    second=texts[second][task],
+                )
+                questions.append((task, first, text))
+    return questions
+
+
+async def ask_judge(
+    a: JudgeArgs, name: str, url: str | None, judge_id: str, questions: list[tuple[str, str, str]]
+) -> None:
+    """Ask all questions and keep the answers in eval/judgements.jsonl."""
+    path = Path(a.out) / "eval" / "judgements.jsonl"
+
+    async def ask(question: tuple[str, str, str]) -> None:
+        task, first, text = question
+        messages = [{"role": "user", "content": text}]
+        for attempt in range(3):  # an invalid answer is asked for again, less greedily
+            seed = common.seed_of(task, first, attempt)
+            reply = await model.ask(messages, 0.3 * attempt, a.tokens, seed)
+            answer = parse_judgement(reply.text)
+            if answer:
+                break
+        row = {
+            "task": task,
+            "plans": a.plans,
+            "first": first,
+            "answer": answer,
+            "reply": reply.text,
+            "judge": name,
+            "judge_id": judge_id,
+        }
+        append(row)
+        bar.update()
+
+    with (
+        common.Appender(path) as append,
+        tqdm(total=len(questions), desc="judgements") as bar,
+        common.open_model(name, url, a) as model,
+    ):
+        await asyncio.gather(*map(ask, questions))
+
+
+def parse_judgement(reply: str) -> dict | None:
+    """{dimension: "first", "second" or "tie"} for the three dimensions and "overall", from the JSON
+    object in a reply; None if there is none, or if an answer is none of these."""
+    for brace in re.finditer(r"\{", reply):
+        try:
+            said, _ = json.JSONDecoder().raw_decode(reply[brace.start() :])
+        except ValueError:
+            continue
+        answer = {}
+        for dimension in (*DIMENSIONS, "overall"):
+            answer[dimension] = str(said.get(f"{dimension}_better", "")).strip().lower()
+            if answer[dimension] not in ("first", "second", "tie"):
+                return None
+        return answer
+    return None
+
+
+def verdict_of(answers: dict[str, dict | None], dimension: str, plans: list[str]) -> str:
+    """How the second of the two settings in `plans` did on a task: "win", "tie", "loss", or
+    "invalid" if an answer is missing. `answers`: {the setting shown first: the answer}. Answers
+    that contradict each other are a tie."""
+    if len(answers) < 2 or None in answers.values():
+        return "invalid"
+    winners = set()
+    for first, answer in answers.items():
+        second = plans[1] if first == plans[0] else plans[0]
+        winners.add({"first": first, "second": second, "tie": None}[answer[dimension]])
+    if winners == {plans[1]}:
+        return "win"
+    if winners == {plans[0]}:
+        return "loss"
+    return "tie"
+
+
+def count_verdicts(rows: list[dict], plans: list[str]) -> dict[str, Counter]:
+    """{dimension: counts of "win", "tie", "loss" and "invalid"} over the tasks, each of which was
+    shown in both orders."""
+    by_task: dict[str, dict] = {}
+    for row in rows:
+        by_task.setdefault(row["task"], {})[row["first"]] = row["answer"]
+    counts = {}
+    for dimension in (*DIMENSIONS, "overall"):
+        count = Counter({"win": 0, "tie": 0, "loss": 0, "invalid": 0})
+        for answers in by_task.values():
+            count[verdict_of(answers, dimension, plans)] += 1
+        counts[dimension] = count
+    return counts
+
+
+def newest_verdicts(out: str) -> dict | None:
+    """{"plans", "judge", "verdicts"} of the settings that were compared last; None: none were."""
+    path = Path(out) / "eval" / "judgements.jsonl"
+    fields = ("task", "first", "answer", "plans", "judge_id")
+    rows = common.read_rows(path, fields, missing_ok=True)
+    if not rows:
+        return None
+    last = rows[-1]
+    same = [row for row in rows if row["judge_id"] == last["judge_id"]]
+    verdicts = count_verdicts(same, last["plans"])
+    return {"plans": last["plans"], "judge": last["judge"], "verdicts": verdicts}
 
 
 # ---- the commands --------------------------------------------------------------------------------
@@ -675,18 +844,26 @@ def judge(a: JudgeArgs) -> None:
 
 def write_report(a: ReportArgs) -> str:
     """Write and print tables, figures and report of all that was played."""
-    folders = list({Path(out).resolve(): str(Path(out)) for out in a.out}.values())
-    several, cells, outdated = len(folders) > 1, [], 0
+    by_path = {Path(out).resolve(): str(Path(out)) for out in a.out}
+    folders = list(by_path.values())
+    several = len(folders) > 1
+    conditions = []
+    outdated = 0
     for out in folders:
-        asked, old = asked_conditions(out, folders if several else ())
+        asked, left_out = asked_conditions(out, folders if several else ())
         if not asked:
             raise InputError(f"{out} has no evaluation: run 05_eval.py --out {out} first")
-        cells, outdated = cells + with_episodes(out, asked), outdated + old
-    cells = tables.pooled(cells) if several else cells
-    results, differences = summarise(cells, a.seed, several)
-    to = Path(folders[0], "pooled" if several else "")
-    verdicts = None if several else judged(folders[0])
-    text = report.write(to, cells, outdated, results, differences, verdicts)
+        conditions.extend(with_episodes(out, asked))
+        outdated += left_out
+    if several:
+        to = Path(folders[0]) / "pooled"
+        conditions = tables.pooled(conditions)
+        verdicts = None
+    else:
+        to = Path(folders[0])
+        verdicts = newest_verdicts(folders[0])
+    results, differences = summarise(conditions, a.seed, several)
+    text = report.write(to, conditions, outdated, results, differences, verdicts)
     print(f"\n{text}\nwritten to {to}/results.md, results.json, results.png, report.html")
     return text
 
@@ -695,42 +872,42 @@ def write_plan(a: PlanArgs) -> None:
     """Print the plan for one task in words."""
     if not a.text:
         raise InputError('name the task: python 05_eval.py plan --planner MODEL "Your task is ..."')
-    prompts, (name, url) = common.Prompts(a.env, a.prompts), common.name_and_url(a.planner)
+    prompts = common.Prompts(a.env, a.prompts)
+    name, url = common.name_and_url(a.planner)
     common.check_model(name, url)
 
     async def ask() -> str:
-        with (
-            tempfile.TemporaryDirectory() as out,
-            common.open_model(
-                name,
-                url,
-                SimpleNamespace(
-                    out=out, concurrency=1, tensor_parallel=1, max_model_len=a.max_model_len
-                ),
-            ) as model,
-        ):
-            return (await model.ask(prompts.planner(a.text), 0.0, a.plan_tokens)).text
+        with tempfile.TemporaryDirectory() as logs:
+            serving = SimpleNamespace(
+                out=logs, concurrency=1, tensor_parallel=1, max_model_len=a.max_model_len
+            )
+            with common.open_model(name, url, serving) as model:
+                return (await model.ask(prompts.planner(a.text), 0.0, a.plan_tokens)).text
 
     reply = asyncio.run(ask())
-    if not (plan := common.parse_plan(reply)):
+    plan = common.parse_plan(reply)
+    if not plan:
         raise InputError(f"{a.planner} wrote no plan but: {reply[:300]}")
     print(plan)
 
 
 def split_commas(values: list[str]) -> list[str]:
-    """'a,b' 'c' -> a, b, c; a URL may have commas of its own."""
-    return list(
-        dict.fromkeys(
-            part for v in values for part in ([v] if v.startswith("http") else v.split(",")) if part
-        )
-    )
+    """'a,b' 'c' -> a, b, c, without duplicates; a URL may have commas of its own."""
+    parts = []
+    for value in values:
+        if value.startswith("http"):
+            parts.append(value)
+        else:
+            parts.extend(filter(None, value.split(",")))
+    return list(dict.fromkeys(parts))
 
 
-def main(a: Args) -> None:
-    for name in ("agents", "plans", "splits", "plan_positions"):
-        setattr(a, name, split_commas(getattr(a, name)))
-    if wrong := [i for i in a.plan_positions if i not in common.PLAN_POSITIONS]:
-        raise InputError(f"--plan_positions {wrong[0]}: one of {', '.join(common.PLAN_POSITIONS)}")
+def check_arguments(a: Args) -> None:
+    """Raise `InputError` before any work for what cannot work."""
+    for plan_position in a.plan_positions:
+        if plan_position not in common.PLAN_POSITIONS:
+            known = ", ".join(common.PLAN_POSITIONS)
+            raise InputError(f"--plan_positions {plan_position}: one of {known}")
     common.Prompts(a.env, a.prompts, a.examples)
     for setting in a.plans:
         planner = planner_of(a, setting)
@@ -740,52 +917,69 @@ def main(a: Args) -> None:
             common.check_model(planner)
             if setting != "gpt" and not Path(planner).is_dir():
                 raise InputError(
-                    f"--plans {setting}: there is no planner {planner}; run the stage "
-                    "that makes it, or leave it out"
+                    f"--plans {setting}: there is no planner {planner}; run the stage that makes "
+                    "it, or leave it out"
                 )
-    for agent in a.agents if not a.plans_only else []:
+    for agent in a.agents:
         if not agent.startswith("http"):
             common.check_model(agent)
     common.check_data(a.env, a.out)
 
-    async def stage():
-        async with common.EnvPool(a.env, a.workers, a.concurrency, a.ray) as pool:
-            named = [s for s in common.task_files(a.tasks) if s != "train"]
-            names = a.splits or named or common.environment(a.env).tests()
-            splits = {
-                s: (
-                    await common.list_tasks(
-                        pool, a.env, s, a.tasks, a.types, a.limit and a.skip + a.limit
-                    )
-                )[a.skip :]
-                for s in names
-            }
-            if empty := [s for s in splits if not splits[s] or a.skip < 0]:
-                raise InputError(f"--skip {a.skip} is negative or leaves no task of {empty[0]}")
-            every = list(dict.fromkeys(t for tasks in splits.values() for t in tasks))
-            plans_ids = await greedy_plans(a, every, pool)
-            if a.plans_only:
-                return
-            cells, (known, _) = cells_of(a, plans_ids, splits), asked_conditions(a.out)
-            if new := [c for c in cells if c not in known]:
-                with common.Appender(Path(a.out) / "eval" / "conditions.jsonl") as append:
-                    for cell in new:
-                        append(cell)
-            await play_missing(a, cells, pool)
 
-    asyncio.run(stage())
-    if a.plans_only:
-        print(f"written to {a.out}/eval/plans.jsonl")
-    else:
-        write_report(ReportArgs([a.out], a.seed))
+async def list_splits(a: Args, pool) -> dict[str, list[str]]:
+    """{split: its tasks}: of --splits, else of the files in --tasks, else the test splits."""
+    names = a.splits
+    if not names:
+        names = [s for s in common.task_files(a.tasks) if s != "train"]
+    if not names:
+        names = common.environment(a.env).tests()
+    end = a.limit  # list_tasks counts from the first task and refuses a limit of 0
+    if end:
+        end += a.skip
+    splits = {}
+    for split in names:
+        tasks = await common.list_tasks(pool, a.env, split, a.tasks, a.types, end)
+        splits[split] = tasks[a.skip :]
+        if a.skip < 0 or not splits[split]:
+            raise InputError(f"--skip {a.skip} is negative or leaves no task of {split}")
+    return splits
 
 
-COMMANDS = {
-    "judge": (judge, JudgeArgs),
-    "report": (write_report, ReportArgs),
-    "plan": (write_plan, PlanArgs, "text"),
-}
+async def evaluate(a: Args) -> None:
+    """Make the plans and play the episodes that are missing."""
+    async with common.EnvPool(a.env, a.workers, a.concurrency, a.ray) as pool:
+        splits = await list_splits(a, pool)
+        tasks = list(dict.fromkeys(itertools.chain.from_iterable(splits.values())))
+        plans_ids = await greedy_plans(a, tasks, pool)
+        conditions = conditions_of(a, plans_ids, splits)
+        known, _ = asked_conditions(a.out)
+        new = [c for c in conditions if c not in known]
+        if new:
+            with common.Appender(Path(a.out) / "eval" / "conditions.jsonl") as append:
+                for condition in new:
+                    append(condition)
+        await play_missing(a, conditions, pool)
+
+
+def main(a: Args) -> None:
+    a.agents = split_commas(a.agents)
+    a.plans = split_commas(a.plans)
+    a.splits = split_commas(a.splits)
+    a.plan_positions = split_commas(a.plan_positions)
+    check_arguments(a)
+    asyncio.run(evaluate(a))
+    write_report(ReportArgs([a.out], a.seed))
+
 
 if __name__ == "__main__":
-    named = len(sys.argv) > 1 and sys.argv[1] in COMMANDS
-    common.run_stage(*(COMMANDS[sys.argv.pop(1)] if named else (main, Args)))
+    command = sys.argv[1] if len(sys.argv) > 1 else ""
+    if command in ("judge", "report", "plan"):
+        sys.argv.pop(1)
+    if command == "judge":
+        common.run_stage(judge, JudgeArgs)
+    elif command == "report":
+        common.run_stage(write_report, ReportArgs)
+    elif command == "plan":
+        common.run_stage(write_plan, PlanArgs, "text")
+    else:
+        common.run_stage(main, Args)

@@ -8,101 +8,104 @@ from conftest import CORRIDOR, stage
 
 import common
 from common import InputError, plan_reply, read_rows, task_type
+from data.report import tables
 
 ev = stage("05_eval")
 
 
-def test_controls(tmp_path, tiny_model, chat_server, monkeypatch):
-    """`mismatched` is the planner's plan for a task of another type; `oracle` is made of the task's own
-    expert trajectory and is in no file that a planner is trained on."""
+@pytest.fixture
+def settings(tmp_path, chat_server, monkeypatch) -> dict:
+    """Settings of an evaluation in tmp_path, whose planner's plan is the task's instruction."""
 
     def reply(messages, body):
-        first = messages[0]["content"]
-        planning = "Action" not in first
-        return plan_reply(f"Step 1: {first.splitlines()[-1]}") if planning else "Action: walk on"
+        prompt = messages[0]["content"]
+        if "Action" in prompt:
+            return "Action: walk on"
+        return plan_reply(f"Step 1: {prompt.splitlines()[-1]}")
 
     server = chat_server(reply)
     monkeypatch.setattr(common, "serve", lambda *_: contextlib.nullcontext(server.url))
-    (tmp_path / "mpo").symlink_to(tiny_model)
-    a = {
+    return {
         "env": CORRIDOR,
         "workers": 1,
         "out": str(tmp_path),
         "agents": [server.url],
-        "splits": ["seen"],
         "max_steps": 2,
     }
-    ev.main(ev.Args(**a, plans=["none", "mismatched", "mpo", "oracle"]))
+
+
+def test_controls(tmp_path, tiny_model, settings):
+    """`mismatched` is mpo's plan for a task of another type; `oracle` is made of the task's own
+    expert trajectory and is in no file that a planner is trained on."""
+    (tmp_path / "mpo").symlink_to(tiny_model)
+    usual = {**settings, "splits": ["seen"]}
+    ev.main(ev.Args(**usual, plans=["none", "mismatched", "mpo", "oracle"]))
     rows = read_rows(tmp_path / "eval" / "plans.jsonl")
     plans = {(r["setting"], r["task"]): r["plan"] for r in rows}
-    u = {r["task"]: r["instruction"] for r in rows}
+    instructions = {r["task"]: r["instruction"] for r in rows}
     assert len(plans) == len(rows) == 3 * 8
-    env, used = common.environment(CORRIDOR)(), set()
-    for task in u:
-        assert u[task] in plans["mpo", task]
-        [other] = [t for t in u if u[t] in plans["mismatched", task]]
+    env = common.environment(CORRIDOR)()
+    partners = set()
+    for task, instruction in instructions.items():
+        assert instruction in plans["mpo", task]
+        [other] = [t for t in instructions if instructions[t] in plans["mismatched", task]]
         assert task_type(other) != task_type(task)
-        used.add(other)
-        e = env.expert(task)
-        assert plans["oracle", task] == common.number_steps(env.abstract(u[task], e["steps"]))
-    assert len(used) > 2, "drawn, not always the same"
+        partners.add(other)
+        steps = env.abstract(instruction, env.expert(task)["steps"])
+        assert plans["oracle", task] == common.number_steps(steps)
+    assert len(partners) > 2, "drawn, not always the same"
     assert not list(tmp_path.glob("*.jsonl"))
-    settings = [r["plans"] for r in json.loads((tmp_path / "results.json").read_text())["results"]]
-    assert settings == ["none", "mismatched", "mpo", "oracle"]
+    results = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert [r["plans"] for r in results] == ["none", "mismatched", "mpo", "oracle"]
     for name in ("table2", "table3", "table6"):
         assert len((tmp_path / f"{name}.md").read_text().split("```")[0].splitlines()) >= 8
-    ev.main(ev.Args(**a, types=["find-key"], seed=1, plans=["mismatched"]))  # all of one type
-    for r in read_rows(tmp_path / "eval" / "plans.jsonl")[len(rows) :]:
-        assert r["plan"] and u[r["task"]] not in r["plan"], "still of another task"
+
+    ev.main(ev.Args(**usual, types=["find-key"], seed=1, plans=["mismatched"]))  # all of one type
+    for row in read_rows(tmp_path / "eval" / "plans.jsonl")[len(rows) :]:
+        assert row["plan"] and instructions[row["task"]] not in row["plan"], "of another task"
     with pytest.raises(InputError, match="--plans mismatched needs two test tasks"):
-        ev.main(ev.Args(**a, limit=1, seed=2, plans=["mismatched"]))
+        ev.main(ev.Args(**usual, limit=1, seed=2, plans=["mismatched"]))
 
 
-def test_validation_tasks_are_those_after_the_others(tmp_path, chat_server, monkeypatch):
+def test_mismatched_tasks_are_those_of_earlier_runs():
+    tasks = ["boil/1", "boil/2", "melt/1", "melt/2", "grow/1"]
+    drawn = [ev.task_of_another_type(ev.Args(seed=seed), "boil/1", tasks) for seed in range(4)]
+    assert drawn == ["grow/1", "melt/1", "melt/1", "grow/1"]
+
+
+def test_validation_tasks_are_those_after_the_others(tmp_path, settings):
     """--skip leaves out the tasks that the other stages use with --limit."""
-    server = chat_server(lambda messages, body: "Action: walk on")
-    monkeypatch.setattr(common, "serve", lambda *_: contextlib.nullcontext(server.url))
-    a = {
-        "env": CORRIDOR,
-        "workers": 1,
-        "out": str(tmp_path),
-        "agents": [server.url],
-        "splits": ["train"],
-        "max_steps": 1,
-        "plans": ["none"],
-    }
-    ev.main(ev.Args(**a, skip=3, limit=2))
-    [cell] = read_rows(tmp_path / "eval" / "conditions.jsonl")
-    assert cell["tasks"] == common.environment(CORRIDOR)().tasks("train")[3:5]
-    with pytest.raises(InputError, match="--skip 8 is negative or leaves no task of train"):
-        ev.main(ev.Args(**a, skip=8))
+    usual = {**settings, "splits": ["train"], "plans": ["none"]}
+    ev.main(ev.Args(**usual, skip=3, limit=2))
+    [condition] = read_rows(tmp_path / "eval" / "conditions.jsonl")
+    assert condition["tasks"] == common.environment(CORRIDOR)().tasks("train")[3:5]
+    for skip in (8, -1):
+        with pytest.raises(InputError, match=f"--skip {skip} is negative or leaves no task of tra"):
+            ev.main(ev.Args(**usual, skip=skip))
 
 
-def test_the_room_between_sft_and_oracle():
-    """(60 - 50) / (90 - 50); no share of a room that may be none."""
-    from data.report import tables
-
-    def note(low: float) -> str:
-        over = {"plans": "sft", "plan_position": "instruction"}
-        found = {"mpo": [0.1, -0.1, 0.3], "oracle": [0.4, low, 0.7]}
-        return tables.gains(
-            [],
-            [
-                {
-                    "agent": "a",
-                    "split": "all",
-                    "plans": plans,
-                    "plan_position": "instruction",
-                    "over": over,
-                    "tasks": 3,
-                }
-                | {
-                    metric: {"mean": mean, "interval": [a, b], "p": 0.5}
-                    for metric in ("reward", "solved", "ended")
-                }
-                for plans, (mean, a, b) in found.items()
-            ],
-        ).note
-
-    assert "a, all: MPO recovers 25% of the reward from SFT" in note(0.1)
-    assert "recovers" not in note(-0.1)
+@pytest.mark.parametrize(
+    ("low", "note"),
+    [
+        (0.1, "a, all: MPO recovers 25% of the reward from SFT"),  # (60 - 50) / (90 - 50)
+        (-0.1, None),  # no share of a headroom that may be none
+    ],
+)
+def test_the_headroom_between_sft_and_oracle(low, note):
+    differences = []
+    for plans, mean, interval in (("mpo", 0.1, [-0.1, 0.3]), ("oracle", 0.4, [low, 0.7])):
+        value = {"mean": mean, "interval": interval, "p": 0.5}
+        difference = {
+            "agent": "a",
+            "split": "all",
+            "plans": plans,
+            "plan_position": "instruction",
+            "over": {"plans": "sft", "plan_position": "instruction"},
+            "tasks": 3,
+            "reward": value,
+            "solved": value,
+            "ended": value,
+        }
+        differences.append(difference)
+    found = tables.gains([], differences).note
+    assert note in found if note else "recovers" not in found

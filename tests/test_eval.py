@@ -1,4 +1,4 @@
-"""Stage 5: statistics, tables, insertion, plan sources, the judge."""
+"""Stage 5: statistics, tables, plan positions, plan sources, the judge."""
 
 import json
 import random
@@ -14,7 +14,9 @@ from common import InputError, plan_reply, read_rows
 
 ev = stage("05_eval")
 GOLDEN = Path(__file__).parent / "golden" / "plan_position.json"
-SEEN, UNSEEN = ["boil/1", "boil/2"], ["melt/1", "melt/2"]
+SEEN = ["boil/1", "boil/2"]
+UNSEEN = ["melt/1", "melt/2"]
+SPLITS = {"seen": SEEN, "unseen": UNSEEN}
 
 
 # ---- rows with known answers ---------------------------------------------------------------------
@@ -23,6 +25,8 @@ SEEN, UNSEEN = ["boil/1", "boil/2"], ["melt/1", "melt/2"]
 def episode(
     task, plan, reward, steps, agent="a", plan_position="instruction", end=None, **more
 ) -> dict:
+    if end is None:
+        end = "success" if reward == 1.0 else "steps"
     return {
         "task": task,
         "plan": plan,
@@ -33,7 +37,7 @@ def episode(
         "instruction": f"Your task is {task}.",
         "reward": reward,
         "success": reward == 1.0,
-        "end": end or ("success" if reward == 1.0 else "steps"),
+        "end": end,
         "format_errors": 0,
         "steps": [[f"Action: go {i}", f"You went {i}."] for i in range(steps)],
         **more,
@@ -55,22 +59,20 @@ def condition(plans, split, tasks, agent="a", plan_position="instruction", **mor
 
 
 def write_run(out: Path, conditions: list[dict], plans: dict, rollouts: list[dict]) -> Path:
-    """A run folder of `conditions`, {(setting, task): plan} and episodes."""
+    """A run folder of conditions, {(setting, task): plan} and episodes."""
     (out / "eval").mkdir(parents=True)
+    rows = []
+    for (setting, task), plan in plans.items():
+        row = {
+            "setting": setting,
+            "task": task,
+            "plan": plan,
+            "instruction": f"Your task is {task}.",
+            "plans_id": f"id of {setting}",
+        }
+        rows.append(row)
     write_jsonl(out / "eval" / "conditions.jsonl", conditions)
-    write_jsonl(
-        out / "eval" / "plans.jsonl",
-        [
-            {
-                "setting": s,
-                "task": t,
-                "plan": p,
-                "instruction": f"Your task is {t}.",
-                "plans_id": f"id of {s}",
-            }
-            for (s, t), p in plans.items()
-        ],
-    )
+    write_jsonl(out / "eval" / "plans.jsonl", rows)
     write_jsonl(out / "eval" / "rollouts.jsonl", rollouts)
     return out
 
@@ -89,46 +91,41 @@ def by_setting(out) -> dict:
 
 def rows_of(table: Path) -> list[list[str]]:
     """The head and the rows of a Markdown table, without the intervals."""
-    return [
-        [c.strip().split(" [")[0] for c in line.split("|")[1:-1]]
-        for line in table.read_text().splitlines()
-        if line.startswith("| ")
-    ]
+    rows = []
+    for line in table.read_text().splitlines():
+        if line.startswith("| "):
+            rows.append([text.strip().split(" [")[0] for text in line.split("|")[1:-1]])
+    return rows
 
 
 @pytest.fixture
 def known(tmp_path) -> Path:
     """Two splits of two tasks; without a plan 0, 0.5 | 0, 1, with mpo's 1, 1 | 0.5, 1, where 0.5
     is of an episode that could not be completed."""
-    plans = {("mpo", t): f"Step 1: do {t}" for t in SEEN + UNSEEN}
-    rewards = {"none": [0.0, 0.5, 0.0, 1.0], "mpo": [1.0, 1.0, 0.5, 1.0]}
-    rollouts = [
-        episode(t, plans.get((s, t)), r, 4, end="failure" if r == 0.5 else None)
-        for s, rs in rewards.items()
-        for t, r in zip(SEEN + UNSEEN, rs, strict=True)
-    ]
-    conditions = [
-        condition(s, split, tasks)
-        for s in rewards
-        for split, tasks in (("seen", SEEN), ("unseen", UNSEEN))
-    ]
+    plans = {("mpo", task): f"Step 1: do {task}" for task in SEEN + UNSEEN}
+    rollouts = []
+    conditions = []
+    for setting, rewards in (("none", [0.0, 0.5, 0.0, 1.0]), ("mpo", [1.0, 1.0, 0.5, 1.0])):
+        for task, reward in zip(SEEN + UNSEEN, rewards, strict=True):
+            end = "failure" if reward == 0.5 else None
+            rollouts.append(episode(task, plans.get((setting, task)), reward, 4, end=end))
+        for split, tasks in SPLITS.items():
+            conditions.append(condition(setting, split, tasks))
     return write_run(tmp_path / "run", conditions, plans, rollouts)
 
 
 def test_known_table(known):
     write_report(known)
     found = by_setting(known)
-    means = {
-        key: tuple(r[m]["mean"] for m in ("reward", "solved", "ended", "reward_per_step"))
-        for key, r in found.items()
-    }
+    metrics = ("reward", "solved", "ended", "reward_per_step")
+    means = {key: [result[m]["mean"] for m in metrics] for key, result in found.items()}
     assert means == {
-        ("none", "seen"): (0.25, 0.0, 0.5, 0.0625),
-        ("none", "unseen"): (0.5, 0.5, 0.5, 0.125),
-        ("none", "all"): (0.375, 0.25, 0.5, 0.09375),
-        ("mpo", "seen"): (1.0, 1.0, 1.0, 0.25),
-        ("mpo", "unseen"): (0.75, 0.5, 1.0, 0.1875),
-        ("mpo", "all"): (0.875, 0.75, 1.0, 0.21875),
+        ("none", "seen"): [0.25, 0.0, 0.5, 0.0625],
+        ("none", "unseen"): [0.5, 0.5, 0.5, 0.125],
+        ("none", "all"): [0.375, 0.25, 0.5, 0.09375],
+        ("mpo", "seen"): [1.0, 1.0, 1.0, 0.25],
+        ("mpo", "unseen"): [0.75, 0.5, 1.0, 0.1875],
+        ("mpo", "all"): [0.875, 0.75, 1.0, 0.21875],
     }
     assert found["mpo", "seen"]["reward"]["interval"] == [1.0, 1.0]
     assert found["none", "seen"]["reward"]["interval"] == [0.0, 0.5]
@@ -141,14 +138,20 @@ def test_known_table(known):
     ]
     assert "| +50.0 [+12.5, +87.5], p " in table
     assert r"a & MPO & 100.0 [100.0, 100.0] & 75.0" in table and r"\begin{tabular}" in table
-    assert rows_of(known / "table6.md") == [
-        [
-            "agent",
-            "plans",
-            *(f"{s}, {m} (x100)" for s in ("seen", "unseen", "all") for m in ("solved", "ended")),
-            "gain over no plan, all, solved",
-            "gain over no plan, all, ended",
-        ],
+    head, *rows = rows_of(known / "table6.md")
+    assert head == [
+        "agent",
+        "plans",
+        "seen, solved (x100)",
+        "seen, ended (x100)",
+        "unseen, solved (x100)",
+        "unseen, ended (x100)",
+        "all, solved (x100)",
+        "all, ended (x100)",
+        "gain over no plan, all, solved",
+        "gain over no plan, all, ended",
+    ]
+    assert rows == [
         ["a", "no plan", "0.0", "50.0", "50.0", "50.0", "25.0", "50.0", "", ""],
         ["a", "MPO", "100.0", "100.0", "50.0", "100.0", "75.0", "100.0", "+50.0", "+50.0"],
     ]
@@ -171,17 +174,16 @@ def test_missing_episodes_are_reported_not_averaged(known):
 
 
 def test_figure_5_waits_for_all_its_episodes(tmp_path):
-    settings = ("fig5/m2n1", "fig5/m4n1")
-    plans = {(s, t): f"Step 1: do {t} {s}" for s in settings for t in SEEN + UNSEEN}
-    rows = [episode(t, plan, 1.0, 2) for (s, t), plan in plans.items()]
-    conditions = [
-        condition(s, split, tasks)
-        for s in settings
-        for split, tasks in (("seen", SEEN), ("unseen", UNSEEN))
-    ]
-    out = write_run(
-        tmp_path / "run", conditions, plans, [r for r in rows if r["task"] != UNSEEN[1]]
-    )
+    plans = {}
+    conditions = []
+    for setting in ("fig5/m2n1", "fig5/m4n1"):
+        for split, tasks in SPLITS.items():
+            conditions.append(condition(setting, split, tasks))
+            for task in tasks:
+                plans[setting, task] = f"Step 1: do {task} {setting}"
+    rows = [episode(task, plan, 1.0, 2) for (_, task), plan in plans.items()]
+    all_but_one = [r for r in rows if r["task"] != UNSEEN[1]]
+    out = write_run(tmp_path / "run", conditions, plans, all_but_one)
     write_report(out)
     assert (out / "fig5.md").exists() and not (out / "fig5.png").exists()
     write_jsonl(out / "eval" / "rollouts.jsonl", rows)
@@ -189,86 +191,113 @@ def test_figure_5_waits_for_all_its_episodes(tmp_path):
     assert (out / "fig5.png").exists()
 
 
-@pytest.mark.parametrize("retrained", ["planner", "agent"])
-def test_cells_of_earlier_versions_are_left_out(known, retrained):
-    new = {
-        "planner": condition("mpo", "seen", SEEN) | {"plans_id": "new"},
-        "agent": condition("none", "seen", SEEN) | {"agent_id": "new"},
-    }[retrained]
-    with (known / "eval" / "conditions.jsonl").open("a") as f:
+def ask_again(run: Path, new: dict) -> str:
+    """Append a condition to a run folder; the report of it."""
+    with (run / "eval" / "conditions.jsonl").open("a") as f:
         f.write(json.dumps(new) + "\n")
-    text = write_report(known)
+    return write_report(run)
+
+
+def test_conditions_of_an_earlier_planner_are_left_out(known):
+    text = ask_again(known, condition("mpo", "seen", SEEN) | {"plans_id": "new"})
     found = by_setting(known)
-    key = (new["plans"], "seen")
-    assert found[key]["missing"] == 2
-    if retrained == "planner":
-        assert {("mpo", "unseen"), ("mpo", "all")}.isdisjoint(found) and "out: 1 conditions" in text
-    else:
-        assert set(found) == {key} and not numbers(known)["differences"]
+    assert found["mpo", "seen"]["missing"] == 2
+    assert {("mpo", "unseen"), ("mpo", "all")}.isdisjoint(found)
+    assert "Left out: 1 " in text
 
 
-def test_results_recomputed_from_the_rows(tmp_path):
-    """All means and counts from the raw rows by another way, to 1e-9."""
+def test_conditions_of_an_earlier_agent_are_left_out(known):
+    ask_again(known, condition("none", "seen", SEEN) | {"agent_id": "new"})
+    found = by_setting(known)
+    assert found["none", "seen"]["missing"] == 2
+    assert set(found) == {("none", "seen")} and not numbers(known)["differences"]
+
+
+# ---- results recomputed from the rows ------------------------------------------------------------
+
+TASKS_OF = {
+    "seen": [f"boil/{i}" for i in range(9)],
+    "unseen": [f"melt/{i}" for i in range(7)],
+}
+TASKS_OF["all"] = TASKS_OF["seen"] + TASKS_OF["unseen"]
+
+
+@pytest.fixture(scope="module")
+def random_run(tmp_path_factory) -> tuple[Path, dict, dict]:
+    """(run folder, plans, episodes) of two agents; some plans of sft and mpo are equal."""
     draw = random.Random(1)
-    tasks = {"seen": [f"boil/{i}" for i in range(9)], "unseen": [f"melt/{i}" for i in range(7)]}
-    agents, settings = ["a", "b"], ["none", "sft", "mpo"]
-    plans = {
-        (s, t): f"Step 1: {s if draw.random() < 0.7 else 'both'} {t}"
-        for s in settings[1:]
-        for ts in tasks.values()
-        for t in ts
-    }
-    conditions, rows = [], {}
-    for agent in agents:
-        for s in settings:
-            for plan_position in common.PLAN_POSITIONS if s == "mpo" else ["instruction"]:
-                for split, ts in tasks.items():
-                    conditions.append(condition(s, split, ts, agent, plan_position))
-                    for t in ts:
-                        key = agent, plan_position, t, plans.get((s, t))
-                        rows.setdefault(
-                            key,
-                            episode(
-                                t,
-                                key[3],
-                                round(draw.random(), 3),
-                                draw.randint(0, 9),
-                                agent,
-                                plan_position,
-                                format_errors=draw.randint(0, 2),
-                                end=draw.choice(["steps", "context", "errors", "failure"]),
-                            ),
-                        )
-    out = write_run(tmp_path / "run", conditions, plans, list(rows.values()))
-    write_report(out)
+    plans = {}
+    for setting in ("sft", "mpo"):
+        for task in TASKS_OF["all"]:
+            plans[setting, task] = f"Step 1: {setting if draw.random() < 0.7 else 'both'} {task}"
+    columns = [("none", "instruction"), ("sft", "instruction")]
+    columns += [("mpo", plan_position) for plan_position in common.PLAN_POSITIONS]
+    conditions = []
+    episodes = {}
+    for agent in ("a", "b"):
+        for setting, plan_position in columns:
+            for split in ("seen", "unseen"):
+                tasks = TASKS_OF[split]
+                conditions.append(condition(setting, split, tasks, agent, plan_position))
+            for task in TASKS_OF["all"]:
+                plan = plans.get((setting, task))
+                row = episode(
+                    task,
+                    plan,
+                    round(draw.random(), 3),
+                    draw.randint(0, 9),
+                    agent,
+                    plan_position,
+                    format_errors=draw.randint(0, 2),
+                    end=draw.choice(["steps", "context", "errors", "failure"]),
+                )
+                episodes.setdefault((agent, plan_position, task, plan), row)
+    folder = tmp_path_factory.mktemp("random") / "run"
+    write_run(folder, conditions, plans, list(episodes.values()))
+    write_report(folder)
+    return folder, plans, episodes
+
+
+def test_results_recomputed_from_the_rows(random_run):
+    """All means and counts from the raw rows by another way, to 1e-9."""
+    out, plans, episodes = random_run
     results = numbers(out)["results"]
-    assert len(results) == len(agents) * (2 + len(common.PLAN_POSITIONS)) * 3
+    assert len(results) == 2 * (2 + len(common.PLAN_POSITIONS)) * 3
     for name in ("results.png", "fig3.png", "fig4.png", "fig4.md", "table4.md"):
         assert (out / name).stat().st_size > 300
     for r in results:
-        ts = [t for split in tasks for t in tasks[split] if r["split"] in (split, "all")]
-        mine = [rows[r["agent"], r["plan_position"], t, plans.get((r["plans"], t))] for t in ts]
-        assert r["tasks"] == r["episodes"] == len(ts) and not r["missing"]
-        per_step = [e["reward"] / (len(e["steps"]) or 1) for e in mine]
-        for metric, values in (
-            ("reward", [e["reward"] for e in mine]),
-            ("solved", [e["success"] for e in mine]),
-            ("ended", [e["end"] == "failure" for e in mine]),
-            ("reward_per_step", per_step),
-        ):
-            assert r[metric]["mean"] == pytest.approx(sum(values) / len(ts), abs=1e-9)
-        assert r["ends"] == Counter(e["end"] for e in mine)
-        assert r["format_errors"] == sum(e["format_errors"] for e in mine)
-        assert r["context_overflows"] == sum(e["end"] == "context" for e in mine)
-    by_key = {(r["agent"], r["plans"], r["plan_position"], r["split"]): r for r in results}
-    differences = numbers(out)["differences"]
-    for d in differences:
-        a = by_key[d["agent"], d["plans"], d["plan_position"], d["split"]]
-        b = by_key[d["agent"], *d["over"].values(), d["split"]]
-        gain = a["reward"]["mean"] - b["reward"]["mean"]
-        assert d["reward"]["mean"] == pytest.approx(gain, abs=1e-9)
+        own = []
+        for task in TASKS_OF[r["split"]]:
+            plan = plans.get((r["plans"], task))
+            own.append(episodes[r["agent"], r["plan_position"], task, plan])
+        assert r["tasks"] == r["episodes"] == len(own) and not r["missing"]
+        values = {
+            "reward": [e["reward"] for e in own],
+            "solved": [e["success"] for e in own],
+            "ended": [e["end"] == "failure" for e in own],
+            "reward_per_step": [e["reward"] / max(1, len(e["steps"])) for e in own],
+        }
+        for metric, found in values.items():
+            assert r[metric]["mean"] == pytest.approx(sum(found) / len(own), abs=1e-9)
+        assert r["ends"] == Counter(e["end"] for e in own)
+        assert r["format_errors"] == sum(e["format_errors"] for e in own)
+        assert r["context_overflows"] == sum(e["end"] == "context" for e in own)
+
+
+def test_differences_are_those_of_the_results(random_run):
+    out, _, _ = random_run
+    rewards = {}
+    for r in numbers(out)["results"]:
+        rewards[r["agent"], r["plans"], r["plan_position"], r["split"]] = r["reward"]["mean"]
+    compared = set()
+    for d in numbers(out)["differences"]:
+        over = d["over"]["plans"], d["over"]["plan_position"]
+        own = rewards[d["agent"], d["plans"], d["plan_position"], d["split"]]
+        base = rewards[d["agent"], *over, d["split"]]
+        assert d["reward"]["mean"] == pytest.approx(own - base, abs=1e-9)
+        compared.add((d["plans"], d["plan_position"], *over))
     first, second, third = common.PLAN_POSITIONS
-    assert {(d["plans"], d["plan_position"], *d["over"].values()) for d in differences} == {
+    assert compared == {
         ("sft", first, "none", first),
         ("mpo", first, "none", first),
         ("mpo", first, "sft", first),
@@ -280,11 +309,22 @@ def test_results_recomputed_from_the_rows(tmp_path):
     }
 
 
-def test_statistics():
-    found = ev.paired_test([[1.0] * 5], 0)
-    assert found == {"mean": 1.0, "interval": [1.0, 1.0], "p": 2 / 2**5}, "exact: all signs"
-    assert ev.paired_test([[0.0] * 20], 0) == {"mean": 0.0, "interval": [0.0, 0.0], "p": 1.0}
-    assert ev.paired_test([[0.5]], 0) == {"mean": 0.5, "interval": [0.5, 0.5], "p": 1.0}
+# ---- statistics ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("gains", "mean", "p"),
+    [
+        ([1.0] * 5, 1.0, 2 / 2**5),  # exact: all signs
+        ([0.0] * 20, 0.0, 1.0),
+        ([0.5], 0.5, 1.0),
+    ],
+)
+def test_gains_that_do_not_vary(gains, mean, p):
+    assert ev.paired_test([gains], 0) == {"mean": mean, "interval": [mean, mean], "p": p}
+
+
+def test_intervals():
     low, high = ev.mean_and_interval([[0.0, 1.0] * 50], 0)["interval"]  # standard error 0.05
     assert low == pytest.approx(0.4, abs=0.015) and high == pytest.approx(0.6, abs=0.015)
     found = ev.mean_and_interval([[0.0, 1.0] * 50, [1.0] * 9, [0.0]], 0)
@@ -299,7 +339,9 @@ def test_intervals_cover_and_p_values_are_level():
     of the p-values without a difference are below 0.05."""
     import numpy as np
 
-    draw, covered, small = np.random.default_rng(3), 0, 0
+    draw = np.random.default_rng(3)
+    covered = 0
+    small = 0
     for i in range(300):
         base = draw.random(60)
         gain = (draw.random(60) < 0.2 + 0.5 * base) * 1.0 - (draw.random(60) < 0.1 + 0.5 * base)
@@ -313,56 +355,83 @@ def test_intervals_cover_and_p_values_are_level():
 # ---- the judge -----------------------------------------------------------------------------------
 
 
-def verdict(*better: str) -> str:
-    names = (f"{d}_better" for d in (*ev.DIMENSIONS, "overall"))
-    return json.dumps({"correctness_reason": "{not}", **dict(zip(names, better, strict=True))})
+def judgement(correctness, followability, standardization, overall) -> str:
+    """A judge's reply."""
+    return json.dumps(
+        {
+            "correctness_reason": "{not}",
+            "correctness_better": correctness,
+            "followability_better": followability,
+            "standardization_better": standardization,
+            "overall_better": overall,
+        }
+    )
+
+
+TIES = judgement("tie", "tie", "tie", "tie")
 
 
 def test_parse_judgement():
-    reply = f"Here it is:\n```json\n{verdict('First', 'tie', 'second', 'first')}\n```"
+    reply = f"Here it is:\n```json\n{judgement('First', 'tie', 'second', 'first')}\n```"
     assert ev.parse_judgement(reply) == {
         "correctness": "first",
         "followability": "tie",
         "standardization": "second",
         "overall": "first",
     }
-    cut = verdict(*["tie"] * 4)[:-5]
-    wrong = verdict("both", "tie", "tie", "tie")
-    for reply in ("", "first", "{", '{"correctness_better": "first"}', wrong, "[1]", cut):
-        assert ev.parse_judgement(reply) is None, reply
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "",
+        "first",
+        "{",
+        "[1]",
+        '{"correctness_better": "first"}',
+        judgement("both", "tie", "tie", "tie"),
+        TIES[:-5],
+    ],
+)
+def test_replies_that_are_no_judgement(reply):
+    assert ev.parse_judgement(reply) is None
 
 
 def test_judge(tmp_path, chat_server):
     """boil/0 prefers mpo in either order, boil/1 the first plan; boil/2 has no answer in one order;
     boil/3 is first invalid, then a tie; boil/4 prefers sft, except for followability."""
     tasks = [f"boil/{i}" for i in range(5)]
-    plans = {(s, t): f"Step 1: {s} plan" for s in ("sft", "mpo") for t in tasks}
-    conditions = [condition(s, "seen", tasks) for s in ("sft", "mpo")]
-    out, asked = write_run(tmp_path / "run", conditions, plans, []), Counter()
+    plans = {}
+    for setting in ("sft", "mpo"):
+        for task in tasks:
+            plans[setting, task] = f"Step 1: {setting} plan"
+    conditions = [condition(setting, "seen", tasks) for setting in ("sft", "mpo")]
+    out = write_run(tmp_path / "run", conditions, plans, [])
+    asked = Counter()
 
     def reply(messages, body):
         text = messages[0]["content"]
         task = re.search(r"boil/\d", text)[0]
-        order = "mpo" if text.index("mpo plan") < text.index("sft plan") else "sft"
-        asked[task, order] += 1
-        mpo, sft = ("first", "second") if order == "mpo" else ("second", "first")
-        ties = verdict(*["tie"] * 4)
-        again = ties if asked[task, order] > 1 else '{"correctness_better": "mpo"}'
+        if text.index("mpo plan") < text.index("sft plan"):
+            shown_first, mpo, sft = "mpo", "first", "second"
+        else:
+            shown_first, mpo, sft = "sft", "second", "first"
+        asked[task, shown_first] += 1
+        again = TIES if asked[task, shown_first] > 1 else '{"correctness_better": "mpo"}'
         return {
-            "boil/0": "I think:\n" + verdict(mpo, mpo, mpo, mpo),
-            "boil/1": verdict(*["first"] * 4),
-            "boil/2": ties if order == "mpo" else "They are both fine.",
+            "boil/0": "I think:\n" + judgement(mpo, mpo, mpo, mpo),
+            "boil/1": judgement("first", "first", "first", "first"),
+            "boil/2": TIES if shown_first == "mpo" else "They are both fine.",
             "boil/3": again,
-            "boil/4": verdict(sft, mpo, sft, sft),
+            "boil/4": judgement(sft, mpo, sft, sft),
         }[task]
 
     server = chat_server(reply)
     a = ev.JudgeArgs(out=str(out), judge=server.url)
     ev.judge(a)
-    judged = numbers(out)["judged"]
-    assert judged.pop("plans") == ["sft", "mpo"]
     usual = {"win": 1, "tie": 2, "loss": 1, "invalid": 1}
-    assert judged == {
+    assert numbers(out)["judged"] == {
+        "plans": ["sft", "mpo"],
         "correctness": usual,
         "followability": usual | {"win": 2, "loss": 0},
         "standardization": usual,
@@ -375,12 +444,18 @@ def test_judge(tmp_path, chat_server):
     before = len(server.requests)
     ev.judge(a)
     assert len(server.requests) == before, "nothing is judged twice"
-    for wrong, says in ((["sft", "sft"], "two settings"), (["sft", "gpt"], "no plans of it")):
-        with pytest.raises(InputError, match=says):
-            ev.judge(ev.JudgeArgs(out=str(out), judge=server.url, plans=wrong))
 
 
-# ---- insertion and plan sources ------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("plans", "says"),
+    [(["sft", "sft"], "two settings"), (["mpo", "gpt"], "gpt: .* no plans of it")],
+)
+def test_settings_that_cannot_be_judged(known, plans, says):
+    with pytest.raises(InputError, match=says):
+        ev.judge(ev.JudgeArgs(out=str(known), plans=plans))
+
+
+# ---- plan positions and plan sources -------------------------------------------------------------
 
 TASKS = common.environment(CORRIDOR)().tasks("seen")[:3]
 
@@ -390,29 +465,32 @@ def evaluate(tmp_path):
     """evaluate(**settings): stage 5 on three tasks of the toy environment, in tmp_path / "run"."""
     listed = tmp_path / "tasks.json"
     listed.write_text(json.dumps([t.split("/") for t in TASKS]))
+    usual = {
+        "env": CORRIDOR,
+        "workers": 1,
+        "out": str(tmp_path / "run"),
+        "tasks": [str(listed)],
+    }
 
     def run(**settings):
-        ev.main(
-            ev.Args(
-                **{
-                    "env": CORRIDOR,
-                    "workers": 1,
-                    "out": str(tmp_path / "run"),
-                    "tasks": [str(listed)],
-                    **settings,
-                }
-            )
-        )
+        ev.main(ev.Args(**{**usual, **settings}))
 
     return run
 
 
-def test_the_three_insertions_differ_where_they_should(tmp_path, evaluate, chat_server):
+def plan_for(task: str) -> str:
+    return f"Step 1: walk on for {task}\nStep 2: take it"
+
+
+def position_of(messages: list[dict], plan: str) -> str:
+    """The plan position of a conversation, from the messages in which the plan stands."""
+    if plan in messages[0]["content"]:
+        return "instruction"
+    return "thought" if len(messages) > 1 and plan in messages[1]["content"] else "observation"
+
+
+def test_the_plan_positions_differ_where_they_should(tmp_path, evaluate, chat_server):
     """Table 4: complete conversations, one of them as in tests/golden/plan_position.json."""
-
-    def plan_for(task):
-        return f"Step 1: walk on for {task}\nStep 2: take it"
-
     server = chat_server(lambda m, body: f"Thought: {len(m)} messages.\nAction: walk on")
     plans = write_jsonl(tmp_path / "mine.jsonl", [{"task": t, "plan": plan_for(t)} for t in TASKS])
     evaluate(
@@ -423,22 +501,20 @@ def test_the_three_insertions_differ_where_they_should(tmp_path, evaluate, chat_
     )
     out = tmp_path / "run"
     assert [(r["plans"], r["plan_position"]) for r in numbers(out)["results"]] == [
-        ("mine.jsonl", i) for i in common.PLAN_POSITIONS
+        ("mine.jsonl", plan_position) for plan_position in common.PLAN_POSITIONS
     ]
-    u = {r["task"]: r["instruction"] for r in read_rows(out / "eval" / "plans.jsonl")}
-    talks: dict[str, dict] = {t: {} for t in TASKS}
+    instructions = {r["task"]: r["instruction"] for r in read_rows(out / "eval" / "plans.jsonl")}
+    talks: dict[str, dict] = {t: {} for t in TASKS}  # the longest conversations
     for body in server.requests:
         messages = body["messages"]
-        [task] = [t for t in TASKS if u[t] in messages[0]["content"]]
-        held = [plan_for(task) in m["content"] for m in messages]
-        plan_position = (
-            "instruction" if held[0] else "observation" if not any(held[:2]) else "thought"
-        )
+        [task] = [t for t in TASKS if instructions[t] in messages[0]["content"]]
+        plan_position = position_of(messages, plan_for(task))
         if len(messages) > len(talks[task].get(plan_position, [])):
             talks[task][plan_position] = messages
-    for task, by_insert in talks.items():
-        line, plan = common.PLAN_LINE.format(plan=plan_for(task)), plan_for(task)
-        instruction, thought, observation = (by_insert[i] for i in common.PLAN_POSITIONS)
+    for task, by_position in talks.items():
+        plan = plan_for(task)
+        line = common.PLAN_LINE.format(plan=plan)
+        instruction, thought, observation = (by_position[i] for i in common.PLAN_POSITIONS)
         plain = [m | {"content": m["content"].replace(line, "")} for m in instruction]
         assert sum(plan in m["content"] for m in instruction) == 1
         assert instruction[0]["content"] == plain[0]["content"] + line
@@ -446,14 +522,14 @@ def test_the_three_insertions_differ_where_they_should(tmp_path, evaluate, chat_
         assert thought[2] == {"role": "user", "content": "Observation: OK."}
         assert len(thought) == len(plain) + 2 and thought[0] == plain[0]
         assert [m | {"content": m["content"].removesuffix(line)} for m in observation] == plain
-        assert [m["content"].endswith(line) for m in observation] == [
-            i > 0 and m["role"] == "user" for i, m in enumerate(observation)
-        ]
+        assert observation[0] == plain[0]
+        for message in observation[1:]:
+            assert message["content"].endswith(line) == (message["role"] == "user")
     golden = json.loads(GOLDEN.read_text())
     assert talks[TASKS[0]] == golden, "after an intended change, write this file again and read it"
 
 
-def test_plans_of_the_teacher_and_of_files(tmp_path, evaluate, chat_server, monkeypatch, capsys):
+def test_plans_of_the_teacher(tmp_path, evaluate, chat_server, monkeypatch):
     """--plans gpt asks the teacher with the environment's own prompt; plans are made once and used
     by all agents."""
 
@@ -462,36 +538,51 @@ def test_plans_of_the_teacher_and_of_files(tmp_path, evaluate, chat_server, monk
             return plan_reply(f"Step 1: {len(messages[0]['content'])}")
         return "Action: walk on"
 
-    server, out = chat_server(reply), tmp_path / "run"
+    server = chat_server(reply)
     monkeypatch.setenv("OPENAI_API_KEY", "k")
     monkeypatch.setenv("OPENAI_BASE_URL", server.url)
-    more = {"limit": 2, "max_steps": 2, "agents": ["small", "large"], "prompts": "brief"}
-    evaluate(**more, plans=["none,gpt"], plans_only=True)
+    out = tmp_path / "run"
+    usual = {"limit": 2, "max_steps": 2, "prompts": "brief"}
+    evaluate(**usual, agents=["small"], plans=["gpt"])
+    evaluate(**usual, agents=["small", "large"], plans=["none,gpt"])
     plans = read_rows(out / "eval" / "plans.jsonl")
     assert sorted(r["task"] for r in plans) == sorted(TASKS[:2])
-    assert {r["setting"] for r in plans} == {"gpt"} and not (out / "results.md").exists()
-    assert len(server.requests) == 2
-    evaluate(**more, plans=["none,gpt"])
-    rows = read_rows(out / "eval" / "rollouts.jsonl")
-    assert Counter((r["agent"], r["plan"] is None) for r in rows) == {
-        (a, p): 2 for a in ("small", "large") for p in (True, False)
-    }
+    assert {r["setting"] for r in plans} == {"gpt"}
     assert sum(b["model"] == "gpt-4o" for b in server.requests) == 2
+    played = Counter()
+    for row in read_rows(out / "eval" / "rollouts.jsonl"):
+        played[row["agent"], "none" if row["plan"] is None else "gpt"] += 1
+    assert played == {
+        ("small", "none"): 2,
+        ("small", "gpt"): 2,
+        ("large", "none"): 2,
+        ("large", "gpt"): 2,
+    }
     assert (out / "table3.md").exists() and not (out / "fig4.png").exists()
     before = len(server.requests)
-    evaluate(**more, plans=["none"])
+    evaluate(**usual, agents=["small", "large"], plans=["none"])
     assert len(server.requests) == before
-    bad = tmp_path / "bad.jsonl"
-    for written, says in (
+
+
+@pytest.mark.parametrize(
+    ("rows", "says"),
+    [
         ([{"task": TASKS[0], "plan": "x"}], f"no plan for {TASKS[1]}"),
-        ([{"task": t, "plan": p} for t in TASKS for p in "xy"], "several plans"),
-        ([{"task": t, "plan": 3} for t in TASKS], "must be text"),
-    ):
-        write_jsonl(bad, written)
-        with pytest.raises(InputError, match=f"bad.jsonl.*{says}"):
-            evaluate(**more, plans=[str(bad)])
+        ([{"task": TASKS[0], "plan": plan} for plan in "xy"], "several plans"),
+        ([{"task": TASKS[0], "plan": 3}], "must be text"),
+    ],
+)
+def test_files_of_plans_that_cannot_be_used(tmp_path, evaluate, chat_server, rows, says):
+    server = chat_server(lambda messages, body: "Action: walk on")
+    bad = write_jsonl(tmp_path / "bad.jsonl", rows)
+    with pytest.raises(InputError, match=f"bad.jsonl.*{says}"):
+        evaluate(agents=[server.url], plans=[str(bad)])
+    assert not server.requests
+
+
+def test_settings_that_cannot_be_used(tmp_path, evaluate):
     with pytest.raises(InputError, match="--plan_positions prompt: one of instruction, thought"):
-        evaluate(**more, plans=["none"], plan_positions=["prompt"])
+        evaluate(agents=["http://localhost:1"], plans=["none"], plan_positions=["prompt"])
     with pytest.raises(InputError, match="has no evaluation"):
         write_report(tmp_path / "none")
 
