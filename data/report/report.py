@@ -1,7 +1,8 @@
 """The files of a report: which there are, and what goes into each.
 
-Reads what stage 5 computed: `cells` (rows of eval/conditions.jsonl with `texts`, {task: plan}, and
-`episodes`, {task: row}), `results` and `differences`."""
+Reads what stage 5 computed: `conditions` (rows of eval/conditions.jsonl with `texts`, {task: plan},
+and `episodes`, {task: row}), `results` and `differences` (tables.py).
+"""
 
 import json
 from pathlib import Path

@@ -39,6 +39,10 @@ METRICS = {  # name: (label, value of an episode)
     "ended": ("ended", ended),
     "reward_per_step": ("reward per step", reward_per_step),
 }
+SUCCESS = (
+    " Solved: the goal state was reached. Ended: the episode is done, also when the task "
+    "can no longer be completed (the paper's success rate)."
+)
 ORDER = ("none", "mismatched", "sft", "gpt", "rft", "mpo", "oracle")  # of plan settings in tables
 NAMES = {
     "none": "no plan",
@@ -47,33 +51,39 @@ NAMES = {
     "rft": "RFT",
     "mpo": "MPO",
     "wkm": "WKM's knowledge",
-    "mismatched": "mismatched (control)",
+    "mismatched": "mismatched plan (control)",
     "oracle": "oracle (control)",
 }
-FIG5 = re.compile(r"fig5/m(\d+)n(\d+)")
-INSTRUCTION, GUIDED = ("instruction",), ("none", "mismatched", "mpo", "wkm", "oracle")
-SUCCESS = (
-    " Solved: the goal state was reached. Ended: the episode is done, also when the task "
-    "can no longer be completed (the paper's success rate)."
-)
-REWARD = ("reward",)
-# {name: (title, metrics, plan settings, insertions)}; tables with fewer than two rows are skipped
-TABLES = {
-    "table2": ("Average reward with and without meta plans", REWARD, GUIDED, INSTRUCTION),
-    "table3": ("How the planner is trained", REWARD, ORDER, INSTRUCTION),
-    "table4": ("Where the agent reads the plan", REWARD, ("mpo",), common.PLAN_POSITIONS),
-    "table6": (
-        "Success rate with and without meta plans",
-        ("solved", "ended"),
-        GUIDED,
-        INSTRUCTION,
+FIG5 = re.compile(r"fig5/m(\d+)n(\d+)")  # plan settings of figure 5: M plans, N rollouts
+
+
+class PaperTable(NamedTuple):
+    """What a table or figure of the paper shows."""
+
+    title: str
+    metrics: tuple[str, ...]
+    plans: tuple[str, ...] | re.Pattern
+    plan_positions: tuple[str, ...] = ("instruction",)
+
+    def label(self, metric: str) -> str:
+        """What a column's head adds to tell the table's metrics apart."""
+        if len(self.metrics) == 1:
+            return ""
+        return f", {METRICS[metric][0]}"
+
+
+GUIDED = ("none", "mismatched", "mpo", "wkm", "oracle")
+TABLES = {  # those with fewer than two rows are left out
+    "table2": PaperTable("Average reward with and without meta plans", ("reward",), GUIDED),
+    "table3": PaperTable("How the planner is trained", ("reward",), ORDER),
+    "table4": PaperTable(
+        "Where the agent reads the plan", ("reward",), ("mpo",), common.PLAN_POSITIONS
     ),
     "table6": PaperTable("Success rate with and without meta plans", ("solved", "ended"), GUIDED),
     "fig3": PaperTable(
         "Average reward per step",
         ("reward_per_step",),
         ("none", "mismatched", "sft", "mpo", "oracle"),
-        INSTRUCTION,
     ),
     "fig4": PaperTable("Agents of several sizes", ("reward",), ("none", "mpo")),
     "fig5": PaperTable("How many plans M and rollouts N", ("reward",), FIG5),
@@ -177,35 +187,30 @@ def pooled(conditions: list[dict]) -> list[dict]:
 
 
 def with_totals(conditions: list[dict], several: bool) -> list[dict]:
-    """What there is a result of: {"agent", "plans", "plan_position", "split", "total", "conditions",
-    "strata"}, `strata` as [{task: its episodes}]. Conditions of several run folders that have the
-    same names are one. An agent, setting and insertion with more than one split has a total: "all" tasks, or, with
-    `several` folders, the "average" over the splits, if it has all of them."""
-    out, splits = [], unique(conditions, "split")
-    for key in unique(conditions, "agent", "plans", "plan_position"):
-        own = [c for c in conditions if (c["agent"], c["plans"], c["plan_position"]) == key]
-        strata: dict[str, dict] = {s: {} for s in splits if s in unique(own, "split")}
-        for c in own:
-            for task, row in c["episodes"].items():
-                strata[c["split"]].setdefault(task, []).append(row)
-        names = dict(zip(("agent", "plans", "plan_position"), key, strict=True))
-        out += [
-            {
-                **names,
-                "split": s,
-                "total": False,
-                "strata": [episodes],
-                "conditions": [c for c in own if c["split"] == s],
-            }
-            for s, episodes in strata.items()
-        ]
+    """What there is a result of: {"agent", "plans", "plan_position", "split", "total",
+    "conditions", "strata"}, `strata` as [{task: its episodes}]. Conditions of several run folders
+    that have the same names are one. An agent, setting and plan position with more than one split
+    has a total: "all" tasks, or, with `several` folders, the "average" over the splits, if it has
+    all of them."""
+    fields = ("agent", "plans", "plan_position")
+    every_split = unique(conditions, "split")
+    found = []
+    for key in unique(conditions, *fields):
+        names = dict(zip(fields, key, strict=True))
+        own = where(conditions, **names)
+        by_split = _episodes_by_split(own, every_split)
+        for split, episodes in by_split.items():
+            single = {**names, "total": False, "conditions": where(own, split=split)}
+            found.append({**single, "split": split, "strata": [episodes]})
         total = {**names, "total": True, "conditions": own}
-        if several and len(strata) == len(splits) > 1:
-            out.append({**total, "split": "average", "strata": list(strata.values())})
-        elif not several and len(strata) > 1:
-            every = {t: rows for s in strata.values() for t, rows in s.items()}
-            out.append({**total, "split": "all", "strata": [every]})
-    return out
+        if several and len(by_split) == len(every_split) > 1:
+            found.append({**total, "split": "average", "strata": list(by_split.values())})
+        elif not several and len(by_split) > 1:
+            tasks: dict[str, list] = {}
+            for episodes in by_split.values():
+                tasks.update(episodes)
+            found.append({**total, "split": "all", "strata": [tasks]})
+    return found
 
 
 def _episodes_by_split(conditions: list[dict], splits: list[str]) -> dict[str, dict]:
