@@ -111,6 +111,7 @@ class Args:
     tensor_parallel: int = arg(1, "GPUs of one replica of a served model")
     max_model_len: int = arg(32768, "context of a served model, tokens, at most its own")
     seed: int = arg(0, "random seed of the bootstrap")
+    check: bool = arg(False, "say whether this command can run here, a line each, and stop")
 
 
 @dataclass
@@ -127,6 +128,7 @@ class JudgeArgs:
     tensor_parallel: int = arg(1, "GPUs of one replica of a served model")
     max_model_len: int = arg(32768, "context of a served model, tokens, at most its own")
     seed: int = arg(0, "random seed of the bootstrap")
+    check: bool = arg(False, "say whether this command can run here, a line each, and stop")
 
 
 @dataclass
@@ -686,6 +688,11 @@ def difference_of(entry: dict, base: dict, seed: int) -> dict | None:
 
 def judge(a: JudgeArgs) -> None:
     """Compare the plans of two settings on every task that has both, in both orders."""
+    if a.check:
+        checks = common.Checks(a.out)
+        checks.asks(a.judge, None, a)
+        checks.finish()
+        return
     texts = plans_to_judge(a)
     name, url = common.name_and_url(a.judge)
     common.check_model(name, url)
@@ -902,18 +909,23 @@ def split_commas(values: list[str]) -> list[str]:
     return list(dict.fromkeys(parts))
 
 
-def check_arguments(a: Args) -> None:
-    """Raise `InputError` before any work for what cannot work."""
+def check_settings(a: Args) -> None:
+    """Raise `InputError` for settings that cannot work."""
     for plan_position in a.plan_positions:
         if plan_position not in common.PLAN_POSITIONS:
             known = ", ".join(common.PLAN_POSITIONS)
             raise InputError(f"--plan_positions {plan_position}: one of {known}")
     common.Prompts(a.env, a.prompts, a.examples)
     for setting in a.plans:
-        planner = planner_of(a, setting)
         if setting.endswith(".jsonl"):
             common.read_rows(setting, ("task", "plan"))
-        elif planner:
+
+
+def check_models(a: Args) -> None:
+    """Raise `InputError` before any work if a planner or an agent is missing."""
+    for setting in a.plans:
+        planner = planner_of(a, setting)
+        if planner:
             common.check_model(planner)
             if setting != "gpt" and not Path(planner).is_dir():
                 raise InputError(
@@ -923,7 +935,21 @@ def check_arguments(a: Args) -> None:
     for agent in a.agents:
         if not agent.startswith("http"):
             common.check_model(agent)
-    common.check_data(a.env, a.out)
+
+
+def check(a: Args) -> None:
+    """--check: what the evaluation needs, a line each."""
+    checks = common.Checks(a.out)
+    checks.environment(a)
+    for setting in a.plans:
+        planner = planner_of(a, setting)
+        if planner:
+            checks.asks(planner, None, a)
+    for agent in a.agents:
+        checks.asks(agent, None, a)
+    conditions = len(a.agents) * len(a.plans) * len(a.plan_positions)
+    checks.episodes(a, a.splits or common.environment(a.env).tests(), conditions)
+    checks.finish()
 
 
 async def list_splits(a: Args, pool) -> dict[str, list[str]]:
@@ -966,7 +992,12 @@ def main(a: Args) -> None:
     a.plans = split_commas(a.plans)
     a.splits = split_commas(a.splits)
     a.plan_positions = split_commas(a.plan_positions)
-    check_arguments(a)
+    check_settings(a)
+    if a.check:
+        check(a)
+        return
+    check_models(a)
+    common.check_data(a.env, a.out)
     asyncio.run(evaluate(a))
     write_report(ReportArgs([a.out], a.seed))
 

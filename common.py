@@ -109,6 +109,8 @@ def run_stage(main, args_class, positional: str | None = None, training: bool = 
     is 130. `positional` names the field that takes the positional argument. `training` skips the
     interpreter's shutdown, where a thread of gloo can abort the process (pytorch#179291)."""
     parser, args = parse_arguments(args_class, positional)
+    if getattr(args, "check", False) and os.environ.get("RANK", "0") != "0":
+        return  # the first process checks for all
     try:
         main(args)
     except InputError as e:

@@ -111,7 +111,11 @@ def test_each_thing_that_is_wrong_is_one_line(tmp_path):
         ("03_sample_score.py", ["--mm", "3"], "unknown argument --mm"),
         ("02_sft.py", ["--epochs", "three"], "argument --epochs: invalid int value"),
         ("05_eval.py", ["--env", CORRIDOR, "--tasks", "seen=no.json"], "no.json: must be a JSON"),
-        ("03_sample_score.py", ["explore", "--env", CORRIDOR, "--agent", "runs/no"], "still to be"),
+        (
+            "03_sample_score.py",
+            ["explore", "--env", CORRIDOR],
+            "runs.sciworld.agent is still to be",
+        ),
         ("05_eval.py", ["judge", "--judge", "gpt-9"], "gpt-9 needs an API key"),
     ],
 )

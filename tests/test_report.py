@@ -278,7 +278,7 @@ def test_names_of_agents_in_several_folders(tmp_path, monkeypatch):
 
 
 def test_notes(tmp_path):
-    """Of all tables: full contexts, cells' notes, plans without tags; of table 4: how the plan
+    """Of all tables: full contexts, conditions' notes, plans without tags; of table 4: how the plan
     became a thought."""
     plans = {(s, t): f"Step 1: {s} {t}" for s in ("gpt", "mpo") for t in SEEN}
     conditions = [
