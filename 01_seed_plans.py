@@ -427,9 +427,11 @@ def print_quality_control(trajectories: list[dict], rejected: list[dict], path: 
             "stage again)"
         )
     print(line)
-    totals = Counter(common.task_type(e["task"]) for e in trajectories)
+    totals = Counter()
     losses = Counter()
     reasons = Counter()
+    for e in trajectories:
+        totals[common.task_type(e["task"])] += 1
     for row in rejected:
         losses[common.task_type(row["task"])] += 1
         reasons[row["reason"].split(":")[0]] += 1
@@ -496,8 +498,10 @@ async def teacher_thoughts(a: Args, trajectories: list[dict]) -> dict[str, list[
     path = Path(a.out) / "thoughts.jsonl"
     teacher_id = common.model_fingerprint(a.teacher, a.teacher_url)
     fingerprint = common.fingerprint(teacher_id, THOUGHTS, a.temperatures)
-    rows = common.read_rows(path, ("task", "thoughts", "fingerprint"), missing_ok=True)
-    found = {row["task"]: row["thoughts"] for row in rows if row["fingerprint"] == fingerprint}
+    found = {}
+    for row in common.read_rows(path, ("task", "thoughts", "fingerprint"), missing_ok=True):
+        if row["fingerprint"] == fingerprint:
+            found[row["task"]] = row["thoughts"]
     todo = [e for e in trajectories if e["task"] not in found]
     if todo:
         with (

@@ -135,7 +135,7 @@ async def sample_plan(planner, messages: list[dict], task: str, m: int, a: Args)
 
 
 async def sample_plans(a: Args, tasks: list[str], prompts, pool) -> list[dict]:
-    """Rows of plans.jsonl: {p_m | m = 1..M} ~ pi_g(p|u) for every task. The planner is asked only
+    """Rows of plans.jsonl: p_1, ..., p_M ~ pi_g(p|u) for every task. The planner is asked only
     for plans that the file does not have."""
     path = Path(a.out) / "plans.jsonl"
     planner_id = common.model_fingerprint(a.planner, a.planner_url)
@@ -606,9 +606,9 @@ def main(a: Args) -> None:
             )
         common.write_rows(Path(a.out) / "best_plans.jsonl", best_plans(plans, q, prompts))
     common.write_rows(a.pairs or Path(a.out) / "pairs.jsonl", pairs)
-    tasks = {row["task"] for row in plans}
+    tasks = len(plans) // a.m
     gap = mean(pair["q_chosen"] - pair["q_rejected"] for pair in pairs)
-    print(f"pairs: {len(pairs)} from {len(pairs)} of {len(tasks)} tasks, mean Q gap {gap:.3f}")
+    print(f"pairs: {len(pairs)} from {len(pairs)} of {tasks} tasks, mean Q gap {gap:.3f}")
 
 
 if __name__ == "__main__":

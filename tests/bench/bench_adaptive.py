@@ -82,17 +82,20 @@ def main() -> None:
     total = 0
     agree = 0  # orders in which it has the same answer
     with_pair = 0  # orders of tasks that have a pair by all rollouts
-    found = 0  # and in which the adaptive choice has it
+    found = 0  # those of them in which the adaptive choice has it
     for plans in tasks:
         for _ in range(a.shuffles):
             seen = replay({plan: draw.sample(r, len(r)) for plan, r in plans.items()})
             right = agrees(pair(seen), plans)
             spent += sum(map(len, seen.values()))
             total += sum(map(len, plans.values()))
-            agree += right
-            if pair(plans):
+            has_pair = pair(plans) is not None
+            if right:
+                agree += 1
+            if has_pair:
                 with_pair += 1
-                found += right
+            if has_pair and right:
+                found += 1
     orders = len(tasks) * a.shuffles
     plans_per_task = common.mean(map(len, tasks))
     print(
