@@ -2,30 +2,46 @@
 
     python 01_seed_plans.py --env NAME --out runs/NAME --teacher gpt-4o
 
-Files in --out
-    trajectories.jsonl          the expert's trajectory e of each task: `task` (TYPE/VARIATION),
-                                `solved`, `instruction` (u), `steps` ([[action, observation], ...]),
-                                `reward`, and what else the environment's expert says
-    seed_plans.jsonl            (u, p) as conversations: what 02_sft.py trains the planner on
-                                (equation 3): `task`, `plan`, `teacher`, `messages`
-    teacher_plans.jsonl         every plan of the teacher: `task`, `plan`, `reason` (null if it
-                                passed), `teacher`, `fingerprint` and `asked` (hashes of what made it);
-                                kept whatever tasks a later run has
-    seed_plans.rejected.jsonl   plans that failed quality control: `task`, `plan`, `teacher`,
-                                `reason`
-    edited_plans.jsonl          yours, not written by this stage: `task` and `plan` of plans edited
-                                by hand; they replace the teacher's and are checked like them
-    thoughts.jsonl              with --thoughts: `task`, `thoughts` (the teacher's, one for each
-                                step; null: no reply had that many), `fingerprint`
-    agent_sft.jsonl             the trajectories as conversations in the agent's prompt format: what
-                                02_sft.py trains an agent on: `task`, `with_plan`, `messages`
+Files in --out, each with one row a task:
+
+trajectories.jsonl            the expert's trajectory e
+    task                      TYPE/VARIATION
+    solved                    whether the expert solved the task
+    instruction, reward       u and r(u, e)
+    steps                     [[action, observation], ...]
+    ...                       what else the environment's expert says, such as `by`
+
+seed_plans.jsonl              the seed plan p, on which 02_sft.py trains the planner (equation 3)
+    task, plan, teacher
+    messages                  u and p as a conversation
+
+seed_plans.rejected.jsonl     the plan, if it failed quality control
+    task, plan, teacher
+    reason                    why it failed
+
+teacher_plans.jsonl           every plan of the teacher, also those of earlier runs with other tasks
+    task, plan, teacher
+    reason                    why the plan failed quality control, null if it passed
+    fingerprint               hash of teacher, prompt, step limit and --explored
+    asked                     hash of temperatures and token limit
+
+edited_plans.jsonl            plans that you edited by hand; this stage only reads them
+    task, plan                replaces the teacher's plan and is checked like it
+
+thoughts.jsonl                with --thoughts: the teacher's thoughts for the expert's actions
+    task
+    thoughts                  one for each step; null if no reply had that many
+    fingerprint               hash of teacher, prompt and temperatures
+
+agent_sft.jsonl               the trajectory in the agent's prompt format, for 02_sft.py
+    task, messages
+    with_plan                 whether the seed plan is in the prompt
 """
 
 import asyncio
-import contextlib
 import random
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import List, Optional
@@ -67,9 +83,8 @@ class Args:
     )
     explored: Optional[str] = arg(
         None,
-        "explore.jsonl of an agent: with --prompts wkm the teacher "
-        "writes task knowledge from the expert's and the agent's "
-        "trajectories, not plans (WKM, Qiao et al. 2024)",
+        "explore.jsonl of an agent: with --prompts wkm the teacher writes task knowledge from the "
+        "expert's and the agent's trajectories, not plans (WKM, Qiao et al. 2024)",
     )
     plan_share: float = arg(
         0.0,
@@ -93,248 +108,337 @@ class Args:
 
 
 async def expert_trajectories(a: Args) -> list[dict]:
-    """The trajectories e of all tasks that the environment's expert solves, in the tasks' order."""
+    """The trajectories e of the tasks that the environment's expert solves, in the order of the
+    tasks. The expert plays only tasks that are not yet in trajectories.jsonl."""
     path = Path(a.out) / "trajectories.jsonl"
-    rows = common.read_rows(path, ("task", "instruction", "steps"), missing_ok=True)
-    done = common.finished(rows, "task")
+    found = {}
+    for row in common.read_rows(path, ("task", "instruction", "steps"), missing_ok=True):
+        found[row["task"]] = row
     with common.Appender(path) as append:
         async with common.EnvPool(a.env, a.workers) as pool:
             tasks = await common.list_tasks(pool, a.env, "train", a.tasks, a.types, a.limit)
-            todo = [t for t in tasks if (t,) not in done]
-            with tqdm(
-                total=len(tasks), initial=len(tasks) - len(todo), desc="expert trajectories"
-            ) as bar:
+            todo = [task for task in tasks if task not in found]
+            done = len(tasks) - len(todo)
+            with tqdm(total=len(tasks), initial=done, desc="expert trajectories") as bar:
 
-                def keep(task, e):
-                    e = e or {"instruction": "", "steps": [], "reward": 0.0}
-                    done[(task,)] = {"task": task, "solved": bool(e["steps"]), **e}
-                    append(done[(task,)])
+                def keep(task, trajectory):
+                    found[task] = trajectory_row(task, trajectory)
+                    append(found[task])
                     bar.update()
 
                 await pool.each(todo, "expert", keep)
-    rows = [done[(t,)] for t in tasks]
-    solved = [r for r in rows if r["solved"]]
-    print(f"expert: {len(solved)} of {len(rows)} tasks solved" + ", by type:" * (len(rows) > 1))
-    for kind, total in Counter(common.task_type(t) for t in tasks).items():
-        by = Counter(r.get("by") for r in solved if common.task_type(r["task"]) == kind)
-        how = f" ({', '.join(f'{k} {n}' for k, n in by.most_common())})" if any(by) else ""
-        print(f"  {kind} {by.total()} of {total}{how}")
-    return solved
+    rows = [found[task] for task in tasks]
+    print_solved(rows)
+    return [row for row in rows if row["solved"]]
 
 
-# ---- seed plans ----------------------------------------------------------------------------------
+def trajectory_row(task: str, trajectory: dict | None) -> dict:
+    """A row of trajectories.jsonl; `trajectory` is None if the expert failed."""
+    if trajectory is None:
+        trajectory = {"instruction": "", "steps": [], "reward": 0.0}
+    return {"task": task, "solved": bool(trajectory["steps"]), **trajectory}
 
-# a name with an instance number, `cabinet 4`; not a quantity, `wait 10 steps`, `above 50 degrees`
+
+def print_solved(rows: list[dict]) -> None:
+    """Say how many tasks of each type the expert solved and, if the environment tells, by what."""
+    totals = Counter()
+    solved = defaultdict(Counter)  # {task type: {way: number of tasks}}
+    for row in rows:
+        kind = common.task_type(row["task"])
+        totals[kind] += 1
+        if row["solved"]:
+            solved[kind][row.get("by")] += 1
+    count = sum(ways.total() for ways in solved.values())
+    by_type = ", by type:" if len(rows) > 1 else ""
+    print(f"expert: {count} of {len(rows)} tasks solved{by_type}")
+    for kind, total in totals.items():
+        ways = solved[kind]
+        line = f"  {kind} {ways.total()} of {total}"
+        if any(ways):
+            line += f" ({', '.join(f'{way} {number}' for way, number in ways.most_common())})"
+        print(line)
+
+
+# ---- quality control -----------------------------------------------------------------------------
+
+# A name with an instance number, `cabinet 4`; not a quantity, `wait 10 steps`, `above 50 degrees`.
 INSTANCE = re.compile(
-    r"\b(?!(?:steps?|for|wait|above|below|least|most|than|about|of|to|at|and|or|the)\b)"
-    r"[a-z]+ \(?\d+\b(?!\.?\d*\s*(?:degrees|steps|times|°))",
-    re.I,
+    r"""
+    \b
+    (?!(?:steps?|for|wait|above|below|least|most|than|about|of|to|at|and|or|the)\b)
+    [a-z]+ [ ] \(? \d+ \b
+    (?!\.?\d*\s*(?:degrees|steps|times|°))
+    """,
+    re.IGNORECASE | re.VERBOSE,
 )
-SYNONYMS = [
-    set(words.split())
-    for words in (
-        "go navigate walk head travel return proceed visit enter",
-        "use apply employ operate utilize",
-        "find identify locate search discover determine seek",
-        "put place drop position insert",
-        "check ensure verify confirm inspect examine observe look read",
-        "take pick grab get collect retrieve obtain acquire gather",
-        "choose select pick decide",
-        "activate toggle turn switch start",
-        "wait allow let monitor",
-        "heat warm cook",
-        "cool chill",
-        "clean wash rinse",
-        "buy purchase",
-        "mix combine stir",
-        "focus concentrate",
-    )
-]
+FIRST_WORD = re.compile(r"[^a-z]*([a-z]+)")
+MAX_STEP_WORDS = 40
+SYNONYMS = """
+    go navigate walk head travel return proceed visit enter
+    use apply employ operate utilize
+    find identify locate search discover determine seek
+    put place drop position insert
+    check ensure verify confirm inspect examine observe look read
+    take pick grab get collect retrieve obtain acquire gather
+    choose select pick decide
+    activate toggle turn switch start
+    wait allow let monitor
+    heat warm cook
+    cool chill
+    clean wash rinse
+    buy purchase
+    mix combine stir
+    focus concentrate
+"""
 KNOWLEDGE = {"when", "before", "after", "if", "never", "always", "do"}  # first words of WKM's rules
 
 
-def check_plan(plan: str | None, verbs: set, max_steps: int = 20) -> str | None:
+def with_synonyms(verbs: set[str]) -> set[str]:
+    """The verbs, and all words of the lines of SYNONYMS that one of them is in."""
+    allowed = set(verbs)
+    for line in SYNONYMS.splitlines():
+        group = set(line.split())
+        if group & verbs:
+            allowed |= group
+    return allowed
+
+
+def check_plan(plan: str | None, verbs: set[str], max_steps: int = 20) -> str | None:
     """Quality control of seed plans (paper appendix C): why the plan is rejected, or None.
 
-    The paper names three faults: too detailed to generalise (instance numbers such as `cabinet 4`,
-    too many steps), actions that the environment does not have, and a wrong format. A step starts
-    with one of `verbs`, or with a synonym of one."""
+    The paper names three faults. The plan is too detailed to generalise: it has instance numbers
+    such as `cabinet 4`, or too many steps. It has actions that the environment does not have: each
+    step must start with one of `verbs` or with a synonym of one. Or its format is wrong."""
     if not plan:
         return "format: no numbered steps between <meta_plan> and </meta_plan>"
     steps = common.plan_steps(plan)
-    verbs = verbs.union(*(group for group in SYNONYMS if group & verbs))
     if len(steps) > max_steps:
         return f"too long: {len(steps)} steps, at most {max_steps}"
+    allowed = with_synonyms(verbs)
     for step in steps:
-        if len(step.split()) > 40:
-            return f"too long: a step of more than 40 words: {step[:80]!r}"
-        if found := INSTANCE.search(step):
-            return f"instance detail: {found[0]!r}"
-        verb = re.match(r"[^a-z]*([a-z]+)", step.lower())
-        if not verb or verb[1] not in verbs:
+        if len(step.split()) > MAX_STEP_WORDS:
+            return f"too long: a step of more than {MAX_STEP_WORDS} words: {step[:80]!r}"
+        instance = INSTANCE.search(step)
+        if instance:
+            return f"instance detail: {instance[0]!r}"
+        first_word = FIRST_WORD.match(step.lower())
+        if not first_word or first_word[1] not in allowed:
             return f"verb the environment does not have: {step[:60]!r}"
     return None
 
 
+def checked_plan(task: str, plan: str, teacher: str, verbs: set[str], a: Args) -> dict:
+    """A plan with the `reason` why quality control rejects it, None if it passes."""
+    reason = check_plan(plan, verbs, a.max_plan_steps)
+    return {"task": task, "plan": plan, "teacher": teacher, "reason": reason}
+
+
+# ---- seed plans ----------------------------------------------------------------------------------
+
+EXTRACT = (
+    "Take the meta plan out of your reply and write it again as numbered steps, "
+    '"Step 1: ...", one a line, between <meta_plan> and </meta_plan>. Write nothing else.'
+)
+
+
 def conversation(steps: list) -> str:
-    return "\n".join(f"Action: {a}\nObservation: {o}" for a, o in steps)
+    """The expert's trajectory as the teacher reads it."""
+    return "\n".join(f"Action: {action}\nObservation: {seen}" for action, seen in steps)
 
 
 def explored_trajectories(a: Args) -> dict[str, str]:
     """{task: the agent's trajectory of lowest reward}, for the tasks that it did not solve."""
     if not a.explored:
         return {}
-    if a.teacher == "rules":
-        raise InputError("--explored needs a model as --teacher: it compares two trajectories")
     rows = common.read_rows(a.explored, ("task", "reward", "success", "steps", "fingerprint"))
-    rows = [
-        r
-        for r in rows  # of the agent as it is now
-        if r["fingerprint"] == rows[-1]["fingerprint"] and not r["success"] and r["steps"]
-    ]
-    rows.sort(key=lambda r: -r["reward"])
-    return {
-        r["task"]: "\n".join(
-            f"{reply}\nObservation: {observation}" for reply, observation in r["steps"]
-        )
-        for r in rows
-    }
+    lowest = {}
+    for row in rows:
+        # the last row is of the agent as it is now; others may be of an earlier training
+        if row["fingerprint"] != rows[-1]["fingerprint"] or row["success"] or not row["steps"]:
+            continue
+        task = row["task"]
+        if task not in lowest or row["reward"] <= lowest[task]["reward"]:
+            lowest[task] = row
+    texts = {}
+    for task, row in lowest.items():
+        turns = [f"{reply}\nObservation: {observation}" for reply, observation in row["steps"]]
+        texts[task] = "\n".join(turns)
+    return texts
+
+
+def edited_plans(a: Args, verbs: set[str]) -> dict[str, dict]:
+    """{task: checked plan} of the plans that a user edited by hand."""
+    path = Path(a.out) / "edited_plans.jsonl"
+    checked = {}
+    for row in common.read_rows(path, ("task", "plan"), missing_ok=True):
+        task = row["task"]
+        plan = common.parse_plan(common.plan_reply(row["plan"])) or row["plan"]
+        checked[task] = checked_plan(task, plan, "edited", verbs, a)
+    return checked
+
+
+def rule_plans(a: Args, trajectories: list[dict], verbs: set[str]) -> dict[str, dict]:
+    """{task: checked plan} of the plans that the environment's rules make of trajectories."""
+    abstract = common.environment(a.env).abstract
+    checked = {}
+    for e in trajectories:
+        plan = common.number_steps(abstract(e["instruction"], e["steps"]))
+        checked[e["task"]] = checked_plan(e["task"], plan, "rules", verbs, a)
+    return checked
+
+
+def earlier_plans(path: Path, fingerprint: str, asked: str) -> dict[str, dict]:
+    """{task: checked plan} of the plans that earlier runs asked the same teacher for. A rejected
+    plan is left out if it was asked for at other temperatures: it may pass at the new ones."""
+    fields = ("task", "plan", "teacher", "reason", "fingerprint", "asked")
+    plans = {}
+    for row in common.read_rows(path, fields, missing_ok=True):
+        same_teacher = row.pop("fingerprint") == fingerprint
+        same_request = row.pop("asked") == asked
+        if same_teacher and (same_request or row["reason"] is None):
+            plans[row["task"]] = row
+    return plans
 
 
 async def ask_teacher(
-    teacher, prompts, check, e: dict, explored: str, a: Args
-) -> tuple[str | None, str | None]:
-    """(plan, None) or (last plan or reply, reason). Appendix C: a plan with too much detail or with
-    verbs the environment lacks is asked for again at another temperature; for a reply in the wrong
+    teacher, messages: list[dict], task: str, verbs: set[str], a: Args
+) -> tuple[str, str | None]:
+    """(plan, None), or (last plan or reply, why quality control rejects it).
+
+    Appendix C: a rejected plan is asked for again at another temperature. If a reply has the wrong
     format, the teacher is first asked to extract the plan from it."""
-    messages = prompts.teacher(e["instruction"], conversation(e["steps"]), explored)
-    reason = text = None
-    for i, temperature in enumerate(a.temperatures):
-        seed = common.seed_of(a.seed, e["task"], i)
-        text = (await teacher.ask(messages, temperature, a.max_tokens, seed)).text
-        plan = common.parse_plan(text)
-        if plan is None and text.strip():
-            extract = [
-                *messages,
-                {"role": "assistant", "content": text},
-                {
-                    "role": "user",
-                    "content": "Take the meta plan out of your reply and write it again as numbered steps, "
-                    '"Step 1: ...", one a line, between <meta_plan> and </meta_plan>. Write nothing '
-                    "else.",
-                },
-            ]
-            text = (await teacher.ask(extract, 0.0, a.max_tokens, a.seed)).text
-            plan = common.parse_plan(text)
-        reason = check(plan)
+    for attempt, temperature in enumerate(a.temperatures):
+        seed = common.seed_of(a.seed, task, attempt)
+        try:
+            reply = await teacher.ask(messages, temperature, a.max_tokens, seed)
+            plan = common.parse_plan(reply.text)
+            if plan is None and reply.text.strip():
+                said = {"role": "assistant", "content": reply.text}
+                request = {"role": "user", "content": EXTRACT}
+                reply = await teacher.ask([*messages, said, request], 0.0, a.max_tokens, a.seed)
+                plan = common.parse_plan(reply.text)
+        except common.ContextOverflow:
+            return "", "the trajectory is longer than the teacher's context"
+        reason = check_plan(plan, verbs, a.max_plan_steps)
         if reason is None:
-            return plan, None
-        text = plan or text
-    return text, reason
+            break
+    return plan or reply.text, reason
+
+
+def print_cost(a: Args, requests: dict[str, list[dict]]) -> None:
+    """Say what the teacher's work costs before it starts: about four characters are a token."""
+    characters = sum(len(messages[0]["content"]) for messages in requests.values())
+    calls = len(requests)
+    print(
+        f"teacher {a.teacher}: {calls} calls (up to {2 * len(a.temperatures)} each if plans fail "
+        f"quality control), about {characters // 4:,} prompt tokens and {150 * calls:,} generated "
+        "tokens for one call each"
+    )
+
+
+async def teacher_plans(
+    a: Args, trajectories: list[dict], explored: dict[str, str], prompts, verbs: set[str]
+) -> dict[str, dict]:
+    """{task: checked plan} of the plans that the teacher makes of trajectories. It is asked only
+    for those that teacher_plans.jsonl does not have."""
+    path = Path(a.out) / "teacher_plans.jsonl"
+    teacher_id = common.model_fingerprint(a.teacher, a.teacher_url)
+    fingerprint = common.fingerprint(teacher_id, prompts.teacher_text, a.max_plan_steps, explored)
+    asked = common.fingerprint(a.temperatures, a.max_tokens)
+    plans = earlier_plans(path, fingerprint, asked)
+    requests = {}
+    for e in trajectories:
+        task = e["task"]
+        if task not in plans:
+            text = conversation(e["steps"])
+            requests[task] = prompts.teacher(e["instruction"], text, explored.get(task, ""))
+    if not requests:
+        return plans
+    if not prompts.teacher_text:
+        raise InputError(
+            f"--prompts {a.prompts} has no teacher.txt, which --teacher {a.teacher} needs"
+        )
+    print_cost(a, requests)
+    with (
+        common.Appender(path) as append,
+        common.open_model(a.teacher, a.teacher_url, a) as teacher,
+        tqdm(total=len(requests), desc="seed plans") as bar,
+    ):
+
+        async def work(task):
+            plan, reason = await ask_teacher(teacher, requests[task], task, verbs, a)
+            row = {"task": task, "plan": plan, "teacher": Path(a.teacher).name, "reason": reason}
+            plans[task] = row
+            append(row | {"fingerprint": fingerprint, "asked": asked})
+            bar.update()
+
+        await asyncio.gather(*[work(task) for task in requests])
+    return plans
 
 
 async def seed_plans(
     a: Args, trajectories: list[dict], explored: dict[str, str], prompts
 ) -> list[dict]:
-    """Rows of seed_plans.jsonl for the trajectories whose plan passes quality control (with
-    --explored, of those the agent failed at); writes the rejected plans."""
-    out, cls = Path(a.out), common.environment(a.env)
-    by_task = {e["task"]: e for e in trajectories if not a.explored or e["task"] in explored}
-    verbs = cls.VERBS | (KNOWLEDGE if a.explored else set())
-    teacher_id = common.model_fingerprint(a.teacher, a.teacher_url)
-    fingerprint = common.fingerprint(teacher_id, prompts.teacher_text, a.max_plan_steps, explored)
-    asked = common.fingerprint(a.temperatures, a.max_tokens)
-
-    def check(plan):
-        return check_plan(plan, verbs, a.max_plan_steps)
-
-    def verdict(task, plan, teacher, reason) -> dict:
-        return {"task": task, "plan": plan, "teacher": teacher, "reason": reason}
-
-    found = {}  # {task: the verdict on its plan}
-    for r in common.read_rows(out / "edited_plans.jsonl", ("task", "plan"), missing_ok=True):
-        plan = common.parse_plan(f"<meta_plan>\n{r['plan']}\n</meta_plan>")
-        found[r["task"]] = verdict(r["task"], plan or r["plan"], "edited", check(plan))
+    """Rows of seed_plans.jsonl: the plans that pass quality control. Writes the rejected plans.
+    With --explored, only tasks that the agent failed at get a plan."""
+    verbs = common.environment(a.env).VERBS
+    if a.explored:
+        verbs = verbs | KNOWLEDGE
+        trajectories = [e for e in trajectories if e["task"] in explored]
+    edited = edited_plans(a, verbs)
+    others = [e for e in trajectories if e["task"] not in edited]
     if a.teacher == "rules":
-        for task in by_task.keys() - found:
-            e = by_task[task]
-            plan = common.number_steps(cls.abstract(e["instruction"], e["steps"]))
-            found[task] = verdict(task, plan, "rules", check(plan))
+        plans = rule_plans(a, others, verbs)
     else:
-        fields = ("task", "plan", "teacher", "reason", "fingerprint", "asked")
-        rows = common.read_rows(out / "teacher_plans.jsonl", fields, missing_ok=True)
-        # a plan that was rejected may pass when it is asked for with other temperatures
-        found = {
-            r["task"]: r
-            for r in rows
-            if r["fingerprint"] == fingerprint and (r["reason"] is None or r["asked"] == asked)
-        } | found
-    if todo := [e for task, e in by_task.items() if task not in found]:
-        if not prompts.teacher_text:
-            raise InputError(
-                f"--prompts {a.prompts} has no teacher.txt, which --teacher {a.teacher} needs"
-            )
-        texts = [prompts.teacher(e["instruction"], conversation(e["steps"])) for e in todo]
-        tokens = sum(len(messages[0]["content"]) for messages in texts) // 4
-        print(
-            f"teacher {a.teacher}: {len(todo)} calls (up to {2 * len(a.temperatures)} each if "
-            f"plans fail quality control), about {tokens:,} prompt tokens and "
-            f"{150 * len(todo):,} generated tokens for one call each"
-        )
-        with (
-            common.Appender(out / "teacher_plans.jsonl") as append,
-            common.open_model(a.teacher, a.teacher_url, a) as teacher,
-            tqdm(total=len(todo), desc="seed plans") as bar,
-        ):
+        plans = await teacher_plans(a, others, explored, prompts, verbs)
+    plans |= edited
 
-            async def work(e):
-                try:
-                    plan, reason = await ask_teacher(
-                        teacher, prompts, check, e, explored.get(e["task"], ""), a
-                    )
-                except common.ContextOverflow:
-                    plan, reason = "", "the trajectory is longer than the teacher's context"
-                row = verdict(e["task"], plan, Path(a.teacher).name, reason)
-                found[e["task"]] = row | {"fingerprint": fingerprint, "asked": asked}
-                append(found[e["task"]])
-                bar.update()
-
-            await asyncio.gather(*[work(e) for e in todo])
-
-    kept = [found[task] for task in by_task if found[task]["reason"] is None]
-    rejected = [
-        verdict(*(found[task][k] for k in ("task", "plan", "teacher", "reason")))
-        for task in by_task
-        if found[task]["reason"]
-    ]
-    path = out / "seed_plans.rejected.jsonl"
+    kept = []
+    rejected = []
+    for e in trajectories:
+        row = plans[e["task"]]
+        if row["reason"] is None:
+            kept.append(seed_plan_row(e["instruction"], row, prompts))
+        else:
+            rejected.append(row)
+    path = Path(a.out) / "seed_plans.rejected.jsonl"
     common.write_rows(path, rejected)
-    print(
-        f"seed plans: {len(kept)} kept, {len(rejected)} rejected"
-        + (
+    print_quality_control(trajectories, rejected, path)
+    return kept
+
+
+def seed_plan_row(u: str, checked: dict, prompts) -> dict:
+    """(u, p) as the conversation that the planner is trained on (equation 3)."""
+    answer = {"role": "assistant", "content": common.plan_reply(checked["plan"])}
+    return {
+        "task": checked["task"],
+        "plan": checked["plan"],
+        "teacher": checked["teacher"],
+        "messages": [*prompts.planner(u), answer],
+    }
+
+
+def print_quality_control(trajectories: list[dict], rejected: list[dict], path: Path) -> None:
+    """Say how many plans were kept, and of which types and for which reasons the others are not."""
+    line = f"seed plans: {len(trajectories) - len(rejected)} kept, {len(rejected)} rejected"
+    if rejected:
+        line += (
             f" (see {path}; copy rows into edited_plans.jsonl, edit their plans and run this "
             "stage again)"
-            if rejected
-            else ""
         )
-    )
-    types = Counter(map(common.task_type, by_task))
-    for kind, n in Counter(common.task_type(r["task"]) for r in rejected).items():
-        print(f"  {kind}: {types[kind] - n} of {types[kind]} kept")
-    for reason, n in Counter(r["reason"].split(":")[0] for r in rejected).most_common():
-        print(f"  rejected {n}: {reason}")
-    return [
-        {
-            "task": r["task"],
-            "plan": r["plan"],
-            "teacher": r["teacher"],
-            "messages": [
-                *prompts.planner(by_task[r["task"]]["instruction"]),
-                {"role": "assistant", "content": common.plan_reply(r["plan"])},
-            ],
-        }
-        for r in kept
-    ]
+    print(line)
+    totals = Counter()
+    losses = Counter()
+    reasons = Counter()
+    for e in trajectories:
+        totals[common.task_type(e["task"])] += 1
+    for row in rejected:
+        losses[common.task_type(row["task"])] += 1
+        reasons[row["reason"].split(":")[0]] += 1
+    for kind, lost in losses.items():
+        print(f"  {kind}: {totals[kind] - lost} of {totals[kind]} kept")
+    for reason, count in reasons.most_common():
+        print(f"  rejected {count}: {reason}")
 
 
 # ---- what an agent learns from -------------------------------------------------------------------
@@ -356,20 +460,48 @@ now, from the task and from what was seen so far, never from what is seen only l
 
 def parse_thoughts(reply: str, count: int) -> list[str] | None:
     """The thoughts of a reply, numbered 1 to `count`, one a line; None if there are not as many."""
-    found = re.findall(r"^\s*(\d+)[.):]\s*(?:Thought:\s*)?(\S.*?)\s*$", reply, re.M)
-    numbers = [int(number) for number, _ in found]
-    return [text for _, text in found] if numbers == list(range(1, count + 1)) else None
+    line = r"^\s*(\d+)[.):]\s*(?:Thought:\s*)?(\S.*?)\s*$"
+    thoughts = []
+    for number, thought in re.findall(line, reply, re.MULTILINE):
+        thoughts.append(thought)
+        if int(number) != len(thoughts):
+            return None
+    return thoughts if len(thoughts) == count else None
+
+
+async def ask_for_thoughts(teacher, e: dict, a: Args) -> list[str] | None:
+    """A thought for each action of the trajectory e, asked for at one temperature after the other
+    until there are as many; None if there never are."""
+    count = len(e["steps"])
+    lines = []
+    for number, (action, observation) in enumerate(e["steps"], 1):
+        lines.append(f"Action {number}: {action}\nObservation: {observation}")
+    text = common.fill(
+        THOUGHTS, task=e["instruction"], conversation="\n".join(lines), count=str(count)
+    )
+    for attempt, temperature in enumerate(a.temperatures):
+        seed = common.seed_of(a.seed, e["task"], "thoughts", attempt)
+        messages = [{"role": "user", "content": text}]
+        try:
+            reply = await teacher.ask(messages, temperature, 64 * count, seed)
+        except common.ContextOverflow:
+            return None
+        thoughts = parse_thoughts(reply.text, count)
+        if thoughts:
+            return thoughts
+    return None
 
 
 async def teacher_thoughts(a: Args, trajectories: list[dict]) -> dict[str, list[str] | None]:
-    """{task: a thought for each action of its trajectory}, asked of the teacher at one temperature
-    after the other until there are as many; None if there never are."""
+    """{task: a thought for each action of its trajectory, or None}. The teacher is asked only for
+    those that thoughts.jsonl does not have."""
     path = Path(a.out) / "thoughts.jsonl"
-    fingerprint = common.fingerprint(
-        common.model_fingerprint(a.teacher, a.teacher_url), THOUGHTS, a.temperatures
-    )
-    rows = common.read_rows(path, ("task", "thoughts", "fingerprint"), missing_ok=True)
-    found = {r["task"]: r["thoughts"] for r in rows if r["fingerprint"] == fingerprint}
+    teacher_id = common.model_fingerprint(a.teacher, a.teacher_url)
+    fingerprint = common.fingerprint(teacher_id, THOUGHTS, a.temperatures)
+    found = {}
+    for row in common.read_rows(path, ("task", "thoughts", "fingerprint"), missing_ok=True):
+        if row["fingerprint"] == fingerprint:
+            found[row["task"]] = row["thoughts"]
     todo = [e for e in trajectories if e["task"] not in found]
     if todo:
         with (
@@ -379,30 +511,16 @@ async def teacher_thoughts(a: Args, trajectories: list[dict]) -> dict[str, list[
         ):
 
             async def work(e):
-                steps = "\n".join(
-                    f"Action {i}: {action}\nObservation: {observation}"
-                    for i, (action, observation) in enumerate(e["steps"], 1)
-                )
-                text = common.fill(
-                    THOUGHTS, task=e["instruction"], conversation=steps, count=str(len(e["steps"]))
-                )
-                thoughts, messages = None, [{"role": "user", "content": text}]
-                for i, temperature in enumerate(a.temperatures):
-                    seed = common.seed_of(a.seed, e["task"], "thoughts", i)
-                    with contextlib.suppress(common.ContextOverflow):
-                        reply = await teacher.ask(messages, temperature, 64 * len(e["steps"]), seed)
-                        thoughts = parse_thoughts(reply.text, len(e["steps"]))
-                    if thoughts:
-                        break
+                thoughts = await ask_for_thoughts(teacher, e, a)
                 found[e["task"]] = thoughts
                 append({"task": e["task"], "thoughts": thoughts, "fingerprint": fingerprint})
                 bar.update()
 
             await asyncio.gather(*[work(e) for e in todo])
-    missing = sum(found[e["task"]] is None for e in trajectories)
+    missing = [e for e in trajectories if found[e["task"]] is None]
     print(
-        f"thoughts: {len(trajectories) - missing} trajectories have them, {missing} have not: no "
-        "reply had as many thoughts as actions"
+        f"thoughts: {len(trajectories) - len(missing)} trajectories have them, {len(missing)} have "
+        "not: no reply had as many thoughts as actions"
     )
     return found
 
@@ -418,18 +536,34 @@ def agent_conversations(
     share of `plan_share` has p in the prompt."""
     rows = []
     for e in trajectories:
-        draw = random.Random(f"{a.seed} {e['task']}").random()
-        with_plan = e["task"] in plans and draw < a.plan_share
-        plan = plans[e["task"]] if with_plan else None
-        messages = prompts.agent(e["instruction"], plan, e["task"])
-        said = common.expert_replies(e["steps"], thoughts.get(e["task"]))
-        for reply, (_, observation) in zip(said, e["steps"], strict=True):
-            messages += [
-                {"role": "assistant", "content": reply},
-                common.observation_message(observation, a.observation_chars),
-            ]
-        rows.append({"task": e["task"], "with_plan": with_plan, "messages": messages[:-1]})
+        task = e["task"]
+        draw = random.Random(f"{a.seed} {task}").random()
+        with_plan = task in plans and draw < a.plan_share
+        plan = plans[task] if with_plan else None
+        messages = prompts.agent(e["instruction"], plan, task)
+        replies = common.expert_replies(e["steps"], thoughts.get(task))
+        for reply, (_, observation) in zip(replies, e["steps"], strict=True):
+            messages.append({"role": "assistant", "content": reply})
+            messages.append(common.observation_message(observation, a.observation_chars))
+        messages.pop()  # the agent does not answer the last observation
+        rows.append({"task": task, "with_plan": with_plan, "messages": messages})
     return rows
+
+
+# ---- the stage -----------------------------------------------------------------------------------
+
+
+async def make_rows(a: Args, explored: dict[str, str], prompts) -> None:
+    """Write the files of this stage. seed_plans.jsonl comes last: it is Make's target."""
+    trajectories = await expert_trajectories(a)
+    rows = await seed_plans(a, trajectories, explored, prompts)
+    if not rows:
+        raise InputError("no seed plan passed quality control: see seed_plans.rejected.jsonl")
+    plans = {row["task"]: row["plan"] for row in rows}
+    thoughts = await teacher_thoughts(a, trajectories) if a.thoughts else {}
+    conversations = agent_conversations(a, trajectories, plans, thoughts, prompts)
+    common.write_rows(Path(a.out) / "agent_sft.jsonl", conversations)
+    common.write_rows(Path(a.out) / "seed_plans.jsonl", rows)
 
 
 def main(a: Args) -> None:
@@ -438,21 +572,11 @@ def main(a: Args) -> None:
         common.check_model(a.teacher, a.teacher_url)
     elif a.thoughts:
         raise InputError("--thoughts needs a model as --teacher")
+    elif a.explored:
+        raise InputError("--explored needs a model as --teacher: it compares two trajectories")
     explored = explored_trajectories(a)
     common.check_data(a.env, a.out)
-
-    async def stage():
-        trajectories = await expert_trajectories(a)
-        rows = await seed_plans(a, trajectories, explored, prompts)
-        if not rows:
-            raise InputError("no seed plan passed quality control: see seed_plans.rejected.jsonl")
-        plans = {r["task"]: r["plan"] for r in rows}
-        thoughts = await teacher_thoughts(a, trajectories) if a.thoughts else {}
-        conversations = agent_conversations(a, trajectories, plans, thoughts, prompts)
-        common.write_rows(Path(a.out) / "agent_sft.jsonl", conversations)
-        common.write_rows(Path(a.out) / "seed_plans.jsonl", rows)  # last: Make's target
-
-    asyncio.run(stage())
+    asyncio.run(make_rows(a, explored, prompts))
 
 
 if __name__ == "__main__":

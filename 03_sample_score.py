@@ -2,35 +2,45 @@
 
     python 03_sample_score.py --env NAME --planner runs/NAME/sft --agent MODEL --out runs/NAME
 
-Files in --out
-    plans.jsonl      M sampled plans per task: `task`, `m`, `plan` (null: three replies had
-                     none), `instruction`, `planner`, `fingerprint`
-    rollouts.jsonl   N rollouts per plan (equation 5): `task`, `plan`, `rollout`, `agent`,
-                     `fingerprint`, `instruction`, `reward`, `success`, `end`, `steps` ([[reply up to
-                     its action, observation], ...]), `format_errors`, `prompt_tokens`,
-                     `completion_tokens`, `seconds`
-    pairs.jsonl      the best and the worst plan of each task by Q(p) (equations 6 and 7), for
-                     04_dpo.py: `task`, `prompt`, `chosen`, `rejected`, `q_chosen`, `q_rejected`
-    best_plans.jsonl the best plan of each task, for 02_sft.py (RFT, paper table 3): `task`, `q`,
-                     `plan`, `messages`
+Files in --out:
 
-`fingerprint` is a hash of what made a row (model, prompts, temperature, context length, seed, ...).
+plans.jsonl                   M sampled plans of each task
+    task, m                   TYPE/VARIATION, and the number of the plan from 0 to M - 1
+    plan                      null if none of three replies had a plan
+    instruction               u
+    planner                   the model that was asked
+    fingerprint               hash of model, prompt, temperature, token limit and seed
+
+rollouts.jsonl                N rollouts of each plan (equation 5)
+    task, plan, rollout       the rollout's number from 0 to N - 1
+    agent                     the model that played
+    fingerprint               hash of model, prompts, temperature, context length, seed, ...
+    instruction, reward       u and r(u, e)
+    success, end              whether the task was solved, and why the episode ended
+    steps                     [[reply up to its action, observation], ...]
+    format_errors             replies without an action
+    prompt_tokens, completion_tokens, seconds
+
+pairs.jsonl                   for 04_dpo.py: the best and the worst plan of each task (equation 7)
+    task, prompt              u as the messages that the planner is asked with
+    chosen, rejected          the two plans as the planner's replies
+    q_chosen, q_rejected      their Q(p) (equation 6)
+
+best_plans.jsonl              for 02_sft.py: the best plan of each task (RFT, paper table 3)
+    task, q, plan, messages
+
 Finished rows are kept: run it again to resume after a kill, or with a larger --m or --n.
 
     python 03_sample_score.py explore --agent runs/NAME/agent --out runs/NAME/eto1 \\
         --experts runs/NAME/trajectories.jsonl
 
-lets a trained agent try the train tasks without a plan, and pairs its failures with the expert's
-trajectories (ETO, Song et al. 2024; paper table 2). Files in --out: explore.jsonl (as
-rollouts.jsonl), pairs.jsonl for 04_dpo.py, and won.jsonl, the successful conversations, for
-02_sft.py (the self-training of KnowAgent, Zhu et al. 2024).
+lets a fine-tuned agent try the train tasks without a plan, and pairs its failures with the expert's
+trajectories (ETO, Song et al. 2024; paper table 2). Files in --out:
 
-    python 03_sample_score.py filter --agents MODEL MODEL --seed_plans runs/NAME/seed_plans.jsonl \\
-        --out runs/NAME
-
-leaves out the seed plans with which one of the agents does worse than without a plan (the consensus
-filter of EAGLET, arXiv 2510.05608). Files in --out: filtered_plans.jsonl for 02_sft.py, and
-filter.jsonl (as rollouts.jsonl), where an agent's episodes without a plan serve all later plans.
+explore.jsonl                 the agent's episodes, as in rollouts.jsonl
+pairs.jsonl                   for 04_dpo.py, fields as above; the replies are whole conversations
+won.jsonl                     for 02_sft.py: `task` and `messages` of the successful episodes (the
+                              self-training of KnowAgent, Zhu et al. 2024)
 """
 
 import asyncio
@@ -39,7 +49,6 @@ import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import List, Optional
 
 from tqdm import tqdm
@@ -49,11 +58,16 @@ from common import InputError, arg, mean
 
 
 @dataclass
-class EpisodeArgs:
-    """What scoring, exploring and filtering have in common."""
+class AgentArgs:
+    """What scoring and exploring have in common: an agent that plays tasks of an environment."""
 
     env: str = arg("sciworld", "environment: a folder of data/, or a path")
     out: str = arg("runs/sciworld", "run folder")
+    agent: str = arg(
+        "meta-llama/Llama-3.1-8B-Instruct",
+        "the agent that acts (paper 3.2): a local model, or one of an OpenAI-compatible API",
+    )
+    agent_url: Optional[str] = arg(None, "OpenAI-compatible servers of the agent, with commas")
     agent_temperature: float = arg(0.7, "temperature of the agent (paper: 0.7)")
     agent_tokens: int = arg(512, "token limit of an agent's reply")
     prompts: Optional[str] = arg(
@@ -79,15 +93,6 @@ class EpisodeArgs:
 
 
 @dataclass
-class AgentArgs(EpisodeArgs):
-    agent: str = arg(
-        "meta-llama/Llama-3.1-8B-Instruct",
-        "the agent that acts (paper 3.2): a local model, or one of an OpenAI-compatible API",
-    )
-    agent_url: Optional[str] = arg(None, "OpenAI-compatible servers of the agent, with commas")
-
-
-@dataclass
 class Args(AgentArgs):
     planner: str = arg("runs/sciworld/sft", "the SFT meta planner")
     planner_url: Optional[str] = arg(None, "OpenAI-compatible server of the planner")
@@ -103,10 +108,7 @@ class Args(AgentArgs):
         "write the pairs to this file; with a smaller --m or --n than "
         "were played, without new rollouts (figure 5)",
     )
-    min_gap: float = arg(0.0, "leave out pairs whose Q differ by less than this (paper: none)")
-    all_pairs: bool = arg(False, "pair any two plans of a task (paper: the best with the worst)")
     adaptive: bool = arg(False, "play only rollouts that can change which plan is best or worst")
-    allow_partial: bool = arg(False, "also compare plans with less than N rollouts that worked")
 
 
 @dataclass
@@ -117,71 +119,173 @@ class ExploreArgs(AgentArgs):
     n: int = arg(1, "rollouts per task (ETO: 1)")
 
 
-@dataclass
-class FilterArgs(EpisodeArgs):
-    agents: List[str] = arg(
-        [AgentArgs.agent], "the agents: local models, models of an API, or URLs of servers"
-    )
-    agent_temperature: float = arg(0.0, "temperature of the agents")
-    seed_plans: str = arg("runs/sciworld/seed_plans.jsonl", "the plans, of 01_seed_plans.py")
-    n: int = arg(1, "rollouts of each agent with a plan, and without")
+# ---- M plans of each task ------------------------------------------------------------------------
+
+
+async def sample_plan(planner, messages: list[dict], task: str, m: int, a: Args) -> str | None:
+    """p_m ~ pi_g(p|u). A reply without a plan is asked for again with another seed; None if three
+    replies have none."""
+    for attempt in range(3):
+        seed = common.seed_of(a.seed, task, m, attempt)
+        reply = await planner.ask(messages, a.plan_temperature, a.plan_tokens, seed)
+        plan = common.parse_plan(reply.text)
+        if plan is not None:
+            return plan
+    return None
 
 
 async def sample_plans(a: Args, tasks: list[str], prompts, pool) -> list[dict]:
-    """{p_i | i = 1..M} ~ pi_g(p|u) for every task. A reply without a plan is asked for again with
-    another seed; after three attempts the row's plan is None and it is ignored."""
-    path, planner_id = (
-        Path(a.out) / "plans.jsonl",
-        common.model_fingerprint(a.planner, a.planner_url),
-    )
+    """Rows of plans.jsonl: p_1, ..., p_M ~ pi_g(p|u) for every task. The planner is asked only
+    for plans that the file does not have."""
+    path = Path(a.out) / "plans.jsonl"
+    planner_id = common.model_fingerprint(a.planner, a.planner_url)
     fingerprint = common.fingerprint(
         planner_id, prompts.planner_text, a.plan_temperature, a.plan_tokens, a.seed
     )
-    rows = common.read_rows(path, ("task", "m", "plan", "fingerprint"), missing_ok=True)
-    done = common.finished((r for r in rows if r["fingerprint"] == fingerprint), "task", "m")
-    todo = [(task, m) for task in tasks for m in range(a.m) if (task, m) not in done]
+    sampled = {}
+    for row in common.read_rows(path, ("task", "m", "plan", "fingerprint"), missing_ok=True):
+        if row["fingerprint"] == fingerprint:
+            sampled[row["task"], row["m"]] = row
+    wanted = list(itertools.product(tasks, range(a.m)))
+    todo = [key for key in wanted if key not in sampled]
     if todo:
-        u = await pool.each(list(dict.fromkeys(t for t, _ in todo)), "reset")
+        tasks_todo = list(dict.fromkeys(task for task, _ in todo))
+        instructions = await pool.each(tasks_todo, "reset")
         with (
             common.Appender(path) as append,
             common.open_model(a.planner, a.planner_url, a) as planner,
             tqdm(total=len(todo), desc="sample plans") as bar,
         ):
 
-            async def sample(task, m):
-                for attempt in range(3):
-                    seed = common.seed_of(a.seed, task, m, attempt)
-                    reply = await planner.ask(
-                        prompts.planner(u[task]), a.plan_temperature, a.plan_tokens, seed
-                    )
-                    if plan := common.parse_plan(reply.text):
-                        break
-                done[task, m] = {
-                    "task": task,
-                    "m": m,
-                    "plan": plan,
-                    "instruction": u[task],
-                    "planner": planner_id,
-                    "fingerprint": fingerprint,
-                }
-                append(done[task, m])
+            async def work(task, m):
+                u = instructions[task]
+                plan = await sample_plan(planner, prompts.planner(u), task, m, a)
+                row = {"task": task, "m": m, "plan": plan, "instruction": u, "planner": planner_id}
+                sampled[task, m] = row | {"fingerprint": fingerprint}
+                append(sampled[task, m])
                 bar.update()
 
-            await asyncio.gather(*[sample(*key) for key in todo])
-    plans = [done[task, m] for task in tasks for m in range(a.m)]
-    if missing := sum(p["plan"] is None for p in plans):
-        print(f"{missing} of {len(plans)} plans are missing: three replies in a row had none")
+            await asyncio.gather(*[work(task, m) for task, m in todo])
+    plans = [sampled[key] for key in wanted]
+    missing = [row for row in plans if row["plan"] is None]
+    if missing:
+        print(f"{len(missing)} of {len(plans)} plans are missing: three replies in a row had none")
     return plans
 
 
-async def play(
-    a: AgentArgs | SimpleNamespace, keys: list[tuple], prompts, pool, path: Path, choose=None
-) -> dict[tuple, list[dict]]:
-    """{(task, plan): its N rollouts} (equation 5). With `choose`, rounds of one more rollout for
-    each plan in choose({plan: its rewards so far}, N) of a task, until it returns no plan. Jobs of
-    one task and plan are adjacent: their prompts share a prefix, which the server caches."""
-    agent_id = common.model_fingerprint(a.agent, a.agent_url)
-    fingerprint = common.fingerprint(
+# ---- N rollouts of each plan ---------------------------------------------------------------------
+
+
+class FinishedRollouts:
+    """The finished rollouts of plans, of at most `n` each. `keys`: (task, plan) of each plan; plan
+    is None where the agent plays without one."""
+
+    def __init__(self, keys: list[tuple], n: int):
+        self.n = n
+        self.rows: dict[tuple, dict[int, dict]] = {key: {} for key in keys}
+
+    def add(self, row: dict) -> None:
+        """Keep a row of rollouts.jsonl, unless it is of another plan or beyond the first `n`."""
+        key = (row["task"], row["plan"])
+        if key in self.rows and row["rollout"] < self.n:
+            self.rows[key][row["rollout"]] = row
+
+    def by_plan(self) -> dict[tuple, list[dict]]:
+        """{(task, plan): its rollouts in the order of their numbers}"""
+        ordered = {}
+        for key, rows in self.rows.items():
+            ordered[key] = sorted(rows.values(), key=lambda row: row["rollout"])
+        return ordered
+
+    def missing(self) -> list[dict]:
+        """All {"task", "plan", "rollout"} that are not finished. Those of one plan are adjacent:
+        their prompts share a prefix, which the server caches."""
+        jobs = []
+        for (task, plan), rows in self.rows.items():
+            for number in range(self.n):
+                if number not in rows:
+                    jobs.append({"task": task, "plan": plan, "rollout": number})
+        return jobs
+
+    def next_round(self) -> list[dict]:
+        """One more {"task", "plan", "rollout"} for each plan that is `undecided`. A failed rollout
+        counts as one without reward here."""
+        rewards: dict[str, dict[str, list[float]]] = {}
+        for (task, plan), rows in self.by_plan().items():
+            rewards.setdefault(task, {})[plan] = [row["reward"] for row in rows]
+        jobs = []
+        for task, of_plans in rewards.items():
+            for plan in undecided(of_plans, self.n):
+                number = min(set(range(self.n)) - self.rows[task, plan].keys())
+                jobs.append({"task": task, "plan": plan, "rollout": number})
+        return jobs
+
+
+def undecided(rewards: dict[str, list[float]], n: int) -> list[str]:
+    """The plans of a task that get another rollout, at most `n` each, given their rewards so far:
+    those that can still change which plan is best or worst.
+
+    Every plan gets one rollout. If all earned the same, every plan gets a second one; if all earned
+    the same again, the task is a tie and ends. From then on `contenders` continue."""
+    if len(rewards) < 2:
+        return []
+    every = list(itertools.chain.from_iterable(rewards.values()))
+    all_equal = len(set(every)) < 2
+    fewest = min(2 if all_equal else 1, n)
+    behind = [plan for plan, seen in rewards.items() if len(seen) < fewest]
+    if behind or all_equal:
+        return behind
+    return contenders(rewards, n)
+
+
+def contenders(rewards: dict[str, list[float]], n: int) -> list[str]:
+    """The plans with less than `n` rollouts that may yet become, or cease to be, the best or the
+    worst (successive halving on intervals of Q).
+
+    The best plan so far continues while the interval of another one overlaps its own. Any other
+    plan continues while its interval reaches above the mean of the best: a plan that can only tie
+    is dropped. The same holds for the worst plan, the other way round."""
+    pooled = mean(itertools.chain.from_iterable(rewards.values()))
+    means = {}
+    low = {}
+    high = {}
+    for plan, seen in rewards.items():
+        means[plan] = mean(seen)
+        low[plan], high[plan] = q_interval(seen, n, pooled)
+    best = max(rewards, key=lambda plan: (means[plan], len(rewards[plan])))
+    worst = min(rewards, key=lambda plan: (means[plan], -len(rewards[plan])))
+    open_plans = set()
+    for plan in rewards:
+        if plan != best:
+            if high[plan] > means[best]:
+                open_plans.add(plan)
+            if high[plan] > low[best]:
+                open_plans.add(best)
+        if plan != worst:
+            if low[plan] < means[worst]:
+                open_plans.add(plan)
+            if low[plan] < high[worst]:
+                open_plans.add(worst)
+    return [plan for plan in rewards if plan in open_plans and len(rewards[plan]) < n]
+
+
+def q_interval(rewards: list[float], n: int, pooled: float) -> tuple[float, float]:
+    """The lowest and the highest Q(p) that a plan is likely to have after all `n` rollouts: one
+    standard deviation around what is expected. `pooled`, the mean reward of all plans of the task,
+    is a prior that counts as two rollouts of this plan."""
+    seen = len(rewards)
+    left = n - seen
+    p = (sum(rewards) + 2 * pooled) / (seen + 2)
+    # the variance of a beta-binomial distribution: p itself is uncertain
+    deviation = (left * p * (1 - p) * (seen + 2 + left) / (seen + 3)) ** 0.5
+    lowest = sum(rewards) + max(0.0, left * p - deviation)
+    highest = sum(rewards) + min(left, left * p + deviation)
+    return lowest / n, highest / n
+
+
+def rollouts_fingerprint(a: AgentArgs, agent_id: str, prompts) -> str:
+    """Hash of all that decides how an episode goes, but for task, plan and number."""
+    return common.fingerprint(
         agent_id,
         prompts.agent_text,
         prompts.examples,
@@ -193,194 +297,294 @@ async def play(
         a.max_model_len,
         a.seed,
     )
+
+
+async def play(
+    a: AgentArgs, keys: list[tuple], prompts, pool, path: Path, adaptive: bool = False
+) -> dict[tuple, list[dict]]:
+    """{(task, plan): its rollouts} for all `keys` (equation 5): N each or, if `adaptive`, as many
+    as it takes to find the best and the worst plan of each task. Rollouts that are in the file
+    `path` are not played again, unless they failed."""
+    agent_id = common.model_fingerprint(a.agent, a.agent_url)
+    fingerprint = rollouts_fingerprint(a, agent_id, prompts)
+    finished = FinishedRollouts(keys, a.n)
     fields = ("task", "plan", "rollout", "reward", "fingerprint", "end")
-    done = common.finished(
-        (
-            r
-            for r in common.read_rows(path, fields, missing_ok=True)
-            if r["fingerprint"] == fingerprint and r["end"] != "crash"
-        ),
-        "task",
-        "plan",
-        "rollout",
+    for row in common.read_rows(path, fields, missing_ok=True):
+        if row["fingerprint"] == fingerprint and row["end"] != "crash":
+            finished.add(row)
+    next_jobs = finished.next_round if adaptive else finished.missing
+    jobs = next_jobs()
+    if not jobs:
+        return finished.by_plan()
+    config = common.RolloutConfig(
+        prompts,
+        a.agent_temperature,
+        a.agent_tokens,
+        a.observation_chars,
+        a.seed,
+        max_steps=a.max_steps,
     )
-
-    def found() -> dict[tuple, list[dict]]:
-        return {key: [done[*key, n] for n in range(a.n) if (*key, n) in done] for key in keys}
-
-    def missing() -> list[tuple]:
-        """(task, plan, rollout) to play next."""
-        if not choose:
-            return [(*key, n) for key in keys for n in range(a.n) if (*key, n) not in done]
-        rewards: dict[str, dict] = {}
-        for (task, plan), rows in found().items():
-            rewards.setdefault(task, {})[plan] = [r["reward"] for r in rows]
-        return [
-            (task, plan, next(n for n in range(a.n) if (task, plan, n) not in done))
-            for task, of_plans in rewards.items()
-            for plan in choose(of_plans, a.n)
-        ]
-
     retries = 0
-    if todo := missing():
-        with common.Appender(path) as append, common.open_model(a.agent, a.agent_url, a) as agent:
-            c = common.RolloutConfig(
-                prompts,
-                a.agent_temperature,
-                a.agent_tokens,
-                a.observation_chars,
-                a.seed,
-                max_steps=a.max_steps,
+    with common.Appender(path) as append, common.open_model(a.agent, a.agent_url, a) as agent:
+
+        def keep(row):
+            append(row)
+            finished.add(row)
+
+        while jobs:
+            for job in jobs:
+                job["agent"] = agent_id
+                job["fingerprint"] = fingerprint
+            retries += await common.rollouts(
+                jobs, agent, pool, a.env, config, agent.concurrency, keep
             )
-
-            def keep(row):
-                append(row)
-                done[row["task"], row["plan"], row["rollout"]] = row
-
-            while todo:
-                jobs = [
-                    {
-                        "task": task,
-                        "plan": plan,
-                        "rollout": n,
-                        "agent": agent_id,
-                        "fingerprint": fingerprint,
-                    }
-                    for task, plan, n in todo
-                ]
-                retries += await common.rollouts(
-                    jobs, agent, pool, a.env, c, agent.concurrency, keep
-                )
-                todo = missing()
+            jobs = next_jobs()
     if retries:
         print(f"{retries} episodes were retried because their environment worker died")
-    return found()
+    return finished.by_plan()
 
 
 async def score_plans(a: Args, plans: list[dict], prompts, pool) -> dict[tuple, list[dict]]:
-    """{(task, plan): its rollouts}: N, or as many as --adaptive needed. Equal plans of a task are
-    scored once."""
-    unique = list(dict.fromkeys((p["task"], p["plan"]) for p in plans if p["plan"]))
-    scored = await play(
-        a, unique, prompts, pool, Path(a.out) / "rollouts.jsonl", undecided if a.adaptive else None
-    )
-    ends = Counter(r["end"] for rows in scored.values() for r in rows)
-    share = ends.total() / max(1, a.n * len(unique))
-    print(
-        f"rollouts: {ends.total()} of {len(unique)} plans"
-        + (f" ({share:.0%} of {a.n} each)" if a.adaptive else "")
-        + f", mean reward {mean(r['reward'] for rows in scored.values() for r in rows):.3f}; "
-        + "ends: "
-        + ", ".join(f"{k} {v}" for k, v in ends.most_common())
-    )
+    """{(task, plan): its rollouts} for the rows of plans.jsonl. Equal plans of a task are scored
+    once."""
+    unique = list(dict.fromkeys((row["task"], row["plan"]) for row in plans if row["plan"]))
+    path = Path(a.out) / "rollouts.jsonl"
+    scored = await play(a, unique, prompts, pool, path, a.adaptive)
+    rows = list(itertools.chain.from_iterable(scored.values()))
+    line = f"rollouts: {len(rows)} of {len(unique)} plans"
+    if a.adaptive:
+        share = len(rows) / max(1, a.n * len(unique))
+        line += f" ({share:.0%} of {a.n} each)"
+    ends = Counter(row["end"] for row in rows)
+    counts = ", ".join(f"{end} {count}" for end, count in ends.most_common())
+    print(f"{line}, mean reward {mean_reward(rows):.3f}; ends: {counts}")
     return scored
 
 
-def undecided(rewards: dict[str, list[float]], n: int) -> list[str]:
-    """The plans of a task that get another rollout, of at most `n` each, given the rewards so far:
-    those that can still change which plan is best or worst (successive halving on intervals of Q).
-
-    The interval of Q is what the mean of n rollouts can become: future rollouts are taken to be
-    like the plan's own and, as a prior worth two rollouts, like those of all plans of the task,
-    within one standard deviation. The best plan continues while another's interval overlaps its
-    own; any other plan while its interval passes the best one's mean (a plan that can only tie is
-    dropped); the same for the worst. Every plan gets one rollout; a task whose plans all earned the
-    same twice is a tie."""
-    if len(rewards) < 2:
-        return []
-    every = [x for r in rewards.values() for x in r]
-    fewest = min(1 if every and min(every) < max(every) else 2, n)
-    if any(len(r) < fewest for r in rewards.values()):
-        return [plan for plan, r in rewards.items() if len(r) < fewest]
-    if min(every) == max(every):
-        return []
-    pooled, low, high = mean(every), {}, {}
-    for plan, r in rewards.items():
-        left = n - len(r)
-        p = (sum(r) + 2 * pooled) / (len(r) + 2)
-        # beta-binomial: p itself is uncertain
-        spread = (left * p * (1 - p) * (len(r) + 2 + left) / (len(r) + 3)) ** 0.5
-        low[plan] = (sum(r) + max(0.0, left * p - spread)) / n
-        high[plan] = (sum(r) + min(left, left * p + spread)) / n
-    best = max(rewards, key=lambda p: (mean(rewards[p]), len(rewards[p])))
-    worst = min(rewards, key=lambda p: (mean(rewards[p]), -len(rewards[p])))
-    open_plans = {
-        p
-        for p in rewards
-        if (p != best and high[p] > mean(rewards[best]))
-        or (p != worst and low[p] < mean(rewards[worst]))
-    }
-    if any(high[p] > low[best] for p in rewards if p != best):
-        open_plans.add(best)
-    if any(low[p] < high[worst] for p in rewards if p != worst):
-        open_plans.add(worst)
-    return [p for p in rewards if p in open_plans and len(rewards[p]) < n]
+def mean_reward(rollouts: list[dict]) -> float:
+    return mean(row["reward"] for row in rollouts)
 
 
-def quality(rows: list[dict], n: int, allow_partial: bool = False) -> float | None:
-    """Q(p) = 1/N sum r(u, e_i) (equation 6) over the rollouts that did not crash; None if there are
-    fewer than `n` and not `allow_partial`: then the plan is not compared."""
-    good = [r["reward"] for r in rows if r["end"] != "crash"]
-    return mean(good) if good and (allow_partial or len(good) >= n) else None
+# ---- Q(p) and pairs ------------------------------------------------------------------------------
 
 
-def ranked_plans(plans: list[dict], q: dict[tuple, float | None]) -> dict[str, list[tuple]]:
-    """{task: [(Q(p), row of plans.jsonl), ...]}, highest Q first; of equals the first sampled."""
-    out: dict[str, list[tuple]] = {}
-    for p in plans:
-        if (score := q.get((p["task"], p["plan"]))) is not None:
-            out.setdefault(p["task"], []).append((score, p))
-    return {task: sorted(rows, key=lambda row: -row[0]) for task, rows in out.items()}
+def not_failed(rollouts: list[dict]) -> list[dict]:
+    """The rollouts without those that failed three times, such as by a worker that died."""
+    return [row for row in rollouts if row["end"] != "crash"]
+
+
+def quality(rollouts: list[dict]) -> float | None:
+    """Q(p) = 1/N sum r(u, e_i) (equation 6) over a plan's rollouts that did not fail; None if there
+    are none."""
+    counted = not_failed(rollouts)
+    return mean_reward(counted) if counted else None
+
+
+def qualities(scored: dict[tuple, list[dict]]) -> dict[tuple, float]:
+    """{(task, plan): Q(p)} of the plans that have one; says how many have failed rollouts."""
+    q = {}
+    partial = 0
+    failed = 0
+    for key, rollouts in scored.items():
+        score = quality(rollouts)
+        if score is not None:
+            q[key] = score
+        if len(not_failed(rollouts)) < len(rollouts):
+            if score is None:
+                failed += 1
+            else:
+                partial += 1
+    why = 'failed three times (see "error" in their rows)'
+    if partial:
+        print(f"{partial} plans have rollouts that {why}: they are scored by their other rollouts")
+    if failed:
+        print(f"{failed} plans are not compared: all their rollouts {why}")
+    return q
+
+
+def ranked_plans(plans: list[dict], q: dict[tuple, float]) -> dict[str, list[dict]]:
+    """{task: its rows of plans.jsonl with their `q`}, highest Q(p) first; of equals the first
+    sampled."""
+    ranked: dict[str, list[dict]] = {}
+    for row in plans:
+        key = (row["task"], row["plan"])
+        if key in q:
+            ranked.setdefault(row["task"], []).append(row | {"q": q[key]})
+    for rows in ranked.values():
+        rows.sort(key=lambda row: row["q"], reverse=True)
+    return ranked
 
 
 def assistant(plan: str) -> list[dict]:
     return [{"role": "assistant", "content": common.plan_reply(plan)}]
 
 
-def contrastive_pairs(
-    plans: list[dict],
-    q: dict[tuple, float | None],
-    prompts,
-    min_gap: float = 0.0,
-    all_pairs: bool = False,
-) -> list[dict]:
-    """(u, p_w, p_l) for each task: its plans of highest and lowest Q(p), of equals the first
-    sampled (equation 7), or any two plans. Pairs of the same Q are skipped, and those that differ
-    by less than `min_gap`."""
+def contrastive_pairs(plans: list[dict], q: dict[tuple, float], prompts) -> list[dict]:
+    """(u, p_w, p_l) of each task: its plans of highest and lowest Q(p), of equals the first sampled
+    (equation 7). Tasks whose plans all have the same Q are skipped."""
     pairs = []
     for task, rows in ranked_plans(plans, q).items():
-        couples = [(rows[0], min(rows, key=lambda row: row[0]))]
-        if all_pairs:
-            different = {p["plan"]: (score, p) for score, p in rows}
-            couples = itertools.combinations(different.values(), 2)
-        pairs += [
-            {
-                "task": task,
-                "prompt": prompts.planner(best["instruction"]),
-                "chosen": assistant(best["plan"]),
-                "rejected": assistant(worst["plan"]),
-                "q_chosen": q_best,
-                "q_rejected": q_worst,
-            }
-            for (q_best, best), (q_worst, worst) in couples
-            if q_best > q_worst and q_best - q_worst >= min_gap
-        ]
+        best = rows[0]
+        worst = min(rows, key=lambda row: row["q"])
+        if best["q"] > worst["q"]:
+            pairs.append(
+                {
+                    "task": task,
+                    "prompt": prompts.planner(best["instruction"]),
+                    "chosen": assistant(best["plan"]),
+                    "rejected": assistant(worst["plan"]),
+                    "q_chosen": best["q"],
+                    "q_rejected": worst["q"],
+                }
+            )
     return pairs
 
 
-def best_plans(plans: list[dict], q: dict[tuple, float | None], prompts) -> list[dict]:
+def best_plans(plans: list[dict], q: dict[tuple, float], prompts) -> list[dict]:
     """SFT rows with each task's plan of highest Q(p), for rejection sampling (RFT, paper table 3).
     Tasks whose plans all earned nothing are skipped."""
-    best = {task: rows[0] for task, rows in ranked_plans(plans, q).items() if rows[0][0]}
-    return [
-        {
-            "task": task,
-            "q": score,
-            "plan": p["plan"],
-            "messages": prompts.planner(p["instruction"]) + assistant(p["plan"]),
-        }
-        for task, (score, p) in best.items()
-    ]
+    chosen = []
+    for task, rows in ranked_plans(plans, q).items():
+        best = rows[0]
+        if best["q"] > 0:
+            messages = prompts.planner(best["instruction"]) + assistant(best["plan"])
+            chosen.append(
+                {"task": task, "q": best["q"], "plan": best["plan"], "messages": messages}
+            )
+    return chosen
+
+
+# ---- exploration by a fine-tuned agent (ETO) -----------------------------------------------------
+
+
+def turns(steps: list, observation_chars: int) -> list[dict]:
+    """The conversation after the first message, from the agent's first reply to its last."""
+    messages = []
+    for reply, observation in steps:
+        messages.append({"role": "assistant", "content": reply})
+        messages.append(common.observation_message(observation, observation_chars))
+    return messages[:-1]
+
+
+def trajectory_couples(expert: dict, episodes: list[dict]) -> list[tuple[dict, dict]]:
+    """(better, worse) trajectories of one task: the expert's with every episode of lower reward,
+    and the best episode with the worst if they differ in reward."""
+    couples = []
+    if expert["solved"]:
+        replies = common.expert_replies(expert["steps"], expert.get("thoughts"))
+        steps = []
+        for reply, (_, observation) in zip(replies, expert["steps"], strict=True):
+            steps.append([reply, observation])
+        better = {"reward": expert["reward"], "steps": steps}
+        couples += [(better, row) for row in episodes if row["reward"] < expert["reward"]]
+    best = max(episodes, key=lambda row: row["reward"])
+    worst = min(episodes, key=lambda row: row["reward"])
+    if best["reward"] > worst["reward"]:
+        couples.append((best, worst))
+    return couples
+
+
+def trajectory_pairs(
+    experts: list[dict], explored: dict[str, list[dict]], prompts, observation_chars: int
+) -> list[dict]:
+    """(u, e_w, e_l) of the `experts`, rows of trajectories.jsonl that may have `thoughts`, and the
+    `explored` episodes of each task. Failed and empty episodes are ignored. A worse trajectory is
+    cut five turns after the length of the better one."""
+    pairs = []
+    for expert in experts:
+        task = expert["task"]
+        episodes = [row for row in not_failed(explored.get(task, [])) if row["steps"]]
+        if not episodes:
+            continue
+        u = expert["instruction"] or episodes[0]["instruction"]
+        for better, worse in trajectory_couples(expert, episodes):
+            cut = worse["steps"][: len(better["steps"]) + 5]
+            pairs.append(
+                {
+                    "task": task,
+                    "prompt": prompts.agent(u, None, task),
+                    "chosen": turns(better["steps"], observation_chars),
+                    "rejected": turns(cut, observation_chars),
+                    "q_chosen": better["reward"],
+                    "q_rejected": worse["reward"],
+                }
+            )
+    return pairs
+
+
+def load_experts(a: ExploreArgs) -> list[dict]:
+    """The rows of --experts, of --types, the first --limit of them, with the `thoughts` that the
+    teacher wrote for them, if it did."""
+    experts = []
+    fields = ("task", "instruction", "steps", "reward", "solved")
+    for row in common.read_rows(a.experts, fields):
+        if not a.types or common.task_type(row["task"]) in a.types:
+            experts.append(row)
+    experts = experts[: a.limit]
+    if not experts:
+        raise InputError(f"{a.experts} has no task of these --types")
+    thoughts = {}
+    path = Path(a.experts).with_name("thoughts.jsonl")
+    for row in common.read_rows(path, ("task", "thoughts"), missing_ok=True):
+        thoughts[row["task"]] = row["thoughts"]
+    for expert in experts:
+        expert["thoughts"] = thoughts.get(expert["task"])
+    return experts
+
+
+async def play_without_plan(a: ExploreArgs, experts: list[dict], prompts) -> dict[str, list[dict]]:
+    """{task: its N rollouts}"""
+    keys = [(expert["task"], None) for expert in experts]
+    async with common.EnvPool(a.env, a.workers, a.concurrency, a.ray) as pool:
+        scored = await play(a, keys, prompts, pool, Path(a.out) / "explore.jsonl")
+    return {task: rollouts for (task, _), rollouts in scored.items()}
+
+
+def won_conversations(episodes: list[dict], prompts, observation_chars: int) -> list[dict]:
+    """SFT rows of the successful episodes."""
+    rows = []
+    for row in episodes:
+        if row["success"]:
+            prompt = prompts.agent(row["instruction"], None, row["task"])
+            messages = prompt + turns(row["steps"], observation_chars)
+            rows.append({"task": row["task"], "messages": messages})
+    return rows
+
+
+def explore(a: ExploreArgs) -> None:
+    """Play the experts' tasks with the agent; write its successes and its pairs with the expert."""
+    prompts = common.Prompts(a.env, a.prompts, a.examples)
+    common.check_model(a.agent, a.agent_url)
+    experts = load_experts(a)
+    common.check_data(a.env, a.out)
+
+    explored = asyncio.run(play_without_plan(a, experts, prompts))
+    pairs = trajectory_pairs(experts, explored, prompts, a.observation_chars)
+    episodes = list(itertools.chain.from_iterable(explored.values()))
+    won = won_conversations(episodes, prompts, a.observation_chars)
+    common.write_rows(Path(a.out) / "won.jsonl", won)
+    print(
+        f"exploration: {len(episodes)} episodes, mean reward {mean_reward(episodes):.3f}, "
+        f"{len(won)} successful; {len(pairs)} pairs"
+    )
+    if not pairs:
+        raise InputError(
+            "the agent did as well as the expert on every task, so it has no failure "
+            "to learn from: use more tasks, a larger --n or --agent_temperature"
+        )
+    common.write_rows(Path(a.out) / "pairs.jsonl", pairs)
+
+
+# ---- the stage -----------------------------------------------------------------------------------
+
+
+async def sample_and_score(a: Args, prompts) -> tuple[list[dict], dict[tuple, list[dict]]]:
+    """Rows of plans.jsonl, and {(task, plan): its rollouts}."""
+    async with common.EnvPool(a.env, a.workers, a.concurrency, a.ray) as pool:
+        tasks = await common.list_tasks(pool, a.env, "train", a.tasks, a.types, a.limit)
+        plans = await sample_plans(a, tasks, prompts, pool)
+        scored = await score_plans(a, plans, prompts, pool)
+    return plans, scored
 
 
 def main(a: Args) -> None:
@@ -391,27 +595,9 @@ def main(a: Args) -> None:
     common.check_model(a.agent, a.agent_url)
     common.check_data(a.env, a.out)
 
-    async def stage():
-        async with common.EnvPool(a.env, a.workers, a.concurrency, a.ray) as pool:
-            tasks = await common.list_tasks(pool, a.env, "train", a.tasks, a.types, a.limit)
-            plans = await sample_plans(a, tasks, prompts, pool)
-            return plans, await score_plans(a, plans, prompts, pool)
-
-    plans, scored = asyncio.run(stage())
-    q = {
-        key: quality(rows, len(rows) if a.adaptive else a.n, a.allow_partial)
-        for key, rows in scored.items()
-    }
-    if partial := sum(any(r["end"] == "crash" for r in rows) for rows in scored.values()):
-        print(
-            f'{partial} plans have rollouts that failed three times (see "error" in their rows): '
-            + (
-                "they are compared by the others"
-                if a.allow_partial
-                else "they are not compared; --allow_partial compares them by the others"
-            )
-        )
-    pairs = contrastive_pairs(plans, q, prompts, a.min_gap, a.all_pairs)
+    plans, scored = asyncio.run(sample_and_score(a, prompts))
+    q = qualities(scored)
+    pairs = contrastive_pairs(plans, q, prompts)
     if not a.pairs:
         if not pairs:
             raise InputError(
@@ -420,159 +606,14 @@ def main(a: Args) -> None:
             )
         common.write_rows(Path(a.out) / "best_plans.jsonl", best_plans(plans, q, prompts))
     common.write_rows(a.pairs or Path(a.out) / "pairs.jsonl", pairs)
-    gap = mean(p["q_chosen"] - p["q_rejected"] for p in pairs)
-    paired, tasks = (len({p["task"] for p in rows}) for rows in (pairs, plans))
-    print(f"pairs: {len(pairs)} from {paired} of {tasks} tasks, mean Q gap {gap:.3f}")
+    tasks = len(plans) // a.m
+    gap = mean(pair["q_chosen"] - pair["q_rejected"] for pair in pairs)
+    print(f"pairs: {len(pairs)} from {len(pairs)} of {tasks} tasks, mean Q gap {gap:.3f}")
 
-
-# ---- exploration by an agent with training (ETO) -------------------------------------------------
-
-
-def turns(steps: list, observation_chars: int) -> list[dict]:
-    """The conversation after the first message, from the agent's first reply to its last."""
-    messages = []
-    for reply, observation in steps:
-        messages += [
-            {"role": "assistant", "content": reply},
-            common.observation_message(observation, observation_chars),
-        ]
-    return messages[:-1]
-
-
-def trajectory_pairs(
-    experts: list[dict], explored: dict[str, list[dict]], prompts, observation_chars: int
-) -> list[dict]:
-    """(u, e_w, e_l): for each task the expert's trajectory against every explored one of lower
-    reward, and the best explored one against the worst if they differ in reward. Crashed and empty
-    ones are ignored. A worse trajectory is cut five turns after the length of the better one.
-    `experts` may have `thoughts`, one for each step."""
-    pairs = []
-    for e in experts:
-        tried = [r for r in explored.get(e["task"], []) if r["end"] != "crash" and r["steps"]]
-        if not tried:
-            continue
-        said = common.expert_replies(e["steps"], e.get("thoughts"))
-        expert = {
-            "reward": e["reward"],
-            "steps": [[reply, o] for reply, (_, o) in zip(said, e["steps"], strict=True)],
-        }
-        couples = [(expert, r) for r in tried if e["solved"] and r["reward"] < e["reward"]]
-        best, worst = (f(tried, key=lambda r: r["reward"]) for f in (max, min))
-        couples += [(best, worst)] if best["reward"] > worst["reward"] else []
-        prompt = prompts.agent(e["instruction"] or tried[0]["instruction"], None, e["task"])
-        pairs += [
-            {
-                "task": e["task"],
-                "prompt": prompt,
-                "chosen": turns(won["steps"], observation_chars),
-                "rejected": turns(lost["steps"][: len(won["steps"]) + 5], observation_chars),
-                "q_chosen": won["reward"],
-                "q_rejected": lost["reward"],
-            }
-            for won, lost in couples
-        ]
-    return pairs
-
-
-def explore(a: ExploreArgs) -> None:
-    prompts = common.Prompts(a.env, a.prompts, a.examples)
-    common.check_model(a.agent, a.agent_url)
-    experts = common.read_rows(a.experts, ("task", "instruction", "steps", "reward", "solved"))
-    experts = [e for e in experts if not a.types or common.task_type(e["task"]) in a.types]
-    experts = experts[: a.limit]
-    thoughts = common.read_rows(
-        Path(a.experts).with_name("thoughts.jsonl"), ("task", "thoughts"), missing_ok=True
-    )
-    thoughts = {r["task"]: r["thoughts"] for r in thoughts}
-    experts = [{**e, "thoughts": thoughts.get(e["task"])} for e in experts]
-    if not experts:
-        raise InputError(f"{a.experts} has no task of these --types")
-    common.check_data(a.env, a.out)
-
-    async def stage():
-        async with common.EnvPool(a.env, a.workers, a.concurrency, a.ray) as pool:
-            keys = [(e["task"], None) for e in experts]
-            return await play(a, keys, prompts, pool, Path(a.out) / "explore.jsonl")
-
-    explored = {task: rows for (task, _), rows in asyncio.run(stage()).items()}
-    pairs = trajectory_pairs(experts, explored, prompts, a.observation_chars)
-    every = [r for rows in explored.values() for r in rows]
-    won = [r for r in every if r["success"]]
-    common.write_rows(
-        Path(a.out) / "won.jsonl",
-        [
-            {
-                "task": r["task"],
-                "messages": prompts.agent(r["instruction"], None, r["task"])
-                + turns(r["steps"], a.observation_chars),
-            }
-            for r in won
-        ],
-    )
-    print(
-        f"exploration: {len(every)} episodes, mean reward "
-        f"{mean(r['reward'] for r in every):.3f}, {len(won)} successful; {len(pairs)} pairs"
-    )
-    if not pairs:
-        raise InputError(
-            "the agent did as well as the expert on every task, so it has no failure "
-            "to learn from: use more tasks, a larger --n or --agent_temperature"
-        )
-    common.write_rows(Path(a.out) / "pairs.jsonl", pairs)
-
-
-# ---- filter of seed plans (EAGLET) ---------------------------------------------------------------
-
-
-def filter_seed_plans(a: FilterArgs) -> None:
-    """Write the seed plans p with Q(p) >= Q(no plan) on their own task for every agent. A plan
-    whose rollouts failed is kept. Raises `InputError` if no plan is left."""
-    prompts = common.Prompts(a.env, a.prompts, a.examples)
-    rows = common.read_rows(a.seed_plans, ("task", "plan", "messages"))
-    rows = [r for r in rows if not a.types or common.task_type(r["task"]) in a.types][: a.limit]
-    agents = [common.name_and_url(agent) for agent in a.agents]
-    for name, url in agents:
-        common.check_model(name, url)
-    common.check_data(a.env, a.out)
-
-    async def stage():
-        keys = list(dict.fromkeys((r["task"], p) for r in rows for p in (None, r["plan"])))
-        async with common.EnvPool(a.env, a.workers, a.concurrency, a.ray) as pool:
-            return {
-                name: await play(
-                    SimpleNamespace(**vars(a), agent=name, agent_url=url),
-                    keys,
-                    prompts,
-                    pool,
-                    Path(a.out) / "filter.jsonl",
-                )
-                for name, url in agents
-            }
-
-    kept = rows
-    for agent, scored in asyncio.run(stage()).items():
-        q = {key: quality(rollouts, a.n) for key, rollouts in scored.items()}
-        gain = {
-            key: q[key] - q[key[0], None]
-            for key in q
-            if key[1] and None not in (q[key], q[key[0], None])
-        }
-        kept = [r for r in kept if gain.get((r["task"], r["plan"]), 0) >= 0]
-        print(
-            f"{agent}: plans add {mean(gain.values()):+.3f} to the reward; "
-            f"{sum(x < 0 for x in gain.values())} of {len(gain)} do worse than no plan"
-        )
-    print(f"seed plans: {len(kept)} of {len(rows)} kept")
-    if not kept:
-        raise InputError(
-            f"{a.seed_plans}: no plan is left: check --types, and that agents that "
-            "were trained know plans (01_seed_plans.py --plan_share)"
-        )
-    common.write_rows(Path(a.out) / "filtered_plans.jsonl", kept)
-
-
-COMMANDS = {"explore": (explore, ExploreArgs), "filter": (filter_seed_plans, FilterArgs)}
 
 if __name__ == "__main__":
-    named = len(sys.argv) > 1 and sys.argv[1] in COMMANDS
-    common.run_stage(*(COMMANDS[sys.argv.pop(1)] if named else (main, Args)))
+    if sys.argv[1:2] == ["explore"]:
+        del sys.argv[1]
+        common.run_stage(explore, ExploreArgs)
+    else:
+        common.run_stage(main, Args)

@@ -1,4 +1,4 @@
-"""Agents with training: exploration and its pairs (ETO), KnowAgent's prompts, WKM's knowledge."""
+"""Fine-tuned agents: exploration and its pairs (ETO), KnowAgent's prompts, WKM's knowledge."""
 
 import os
 import re
@@ -9,7 +9,9 @@ from conftest import CORRIDOR, save_model, stage, write_jsonl
 import common
 from common import InputError, Prompts, read_rows
 
-seed, score, dpo = stage("01_seed_plans"), stage("03_sample_score"), stage("04_dpo")
+seed = stage("01_seed_plans")
+score = stage("03_sample_score")
+dpo = stage("04_dpo")
 
 
 def expert(task, steps, reward=1.0, solved=True) -> dict:
@@ -39,41 +41,49 @@ def said(messages) -> list[str]:
     return [m["content"].removeprefix("Action: ") for m in messages if m["role"] == "assistant"]
 
 
-def test_trajectory_pairs():
-    """Expert against failure, better against worse; never across tasks."""
+def go(*words):
+    return [[f"Action: {word}", f"{word} done"] for word in words]
 
-    def go(*words):
-        return [[f"Action: {w}", f"{w} done"] for w in words]
 
-    experts = [expert(t, [["open", "open done"], ["win", ""]]) for t in ("a/1", "a/2", "a/3")]
-    experts.append(expert("a/4", [], 0.0, solved=False))
-    explored = {
-        "a/1": [tried("a/1", 0.0, go("look", "fail"))],
-        "a/2": [tried("a/2", 1.0, go("open", "win")), tried("a/2", 1.0, go("win"), 1)],
-        "a/3": [
-            tried("a/3", 0.2, go("a")),
-            tried("a/3", 0.6, go("b"), 1),
-            tried("a/3", 0.0, [], 2),
-            tried("a/3", 0.0, go("c"), 3, "crash"),
-        ],
-        "a/4": [tried("a/4", 0.1, go("a")), tried("a/4", 0.7, go("b"), 1)],
-    }
-    pairs = score.trajectory_pairs(experts, explored, Prompts(CORRIDOR), 0)
-    won = ["open", "win"]
-    assert [(p["task"], said(p["chosen"]), said(p["rejected"])) for p in pairs] == [
-        ("a/1", won, ["look", "fail"]),
-        ("a/3", won, ["a"]),
-        ("a/3", won, ["b"]),
-        ("a/3", ["b"], ["a"]),
-        ("a/4", ["b"], ["a"]),
+WON = ["open", "win"]
+
+
+@pytest.mark.parametrize(
+    "solved, episodes, pairs",
+    [
+        (True, [(0.0, go("look", "fail"))], [(WON, ["look", "fail"])]),
+        (True, [(1.0, go("open", "win")), (1.0, go("win"))], []),
+        (
+            True,
+            [(0.2, go("a")), (0.6, go("b")), (0.0, [])],
+            [(WON, ["a"]), (WON, ["b"]), ("b", "a")],
+        ),
+        (False, [(0.1, go("a")), (0.7, go("b"))], [("b", "a")]),
+    ],
+)
+def test_trajectory_pairs(solved, episodes, pairs):
+    """Expert against failure, better against worse, never across tasks. Failed and empty episodes
+    do not count."""
+    won = [["open", "open done"], ["win", ""]]
+    experts = [expert("a/0", won), expert("a/2", won)]
+    experts.insert(1, expert("a/1", won) if solved else expert("a/1", [], 0.0, solved=False))
+    rows = [tried("a/1", reward, steps) for reward, steps in episodes]
+    rows.append(tried("a/1", 0.0, go("c"), end="crash"))
+    explored = {"a/0": [tried("a/0", 1.0, go("other"))], "a/1": rows}
+    made = score.trajectory_pairs(experts, explored, Prompts(CORRIDOR), 0)
+    assert [(said(p["chosen"]), said(p["rejected"])) for p in made] == [
+        (list(chosen), list(rejected)) for chosen, rejected in pairs
     ]
-    for p in pairs:
+    for p in made:
         [prompt] = p["prompt"]
-        assert p["q_chosen"] > p["q_rejected"] and f"Do {p['task']}." in prompt["content"]
+        assert p["task"] == "a/1" and "Do a/1." in prompt["content"]
+        assert p["q_chosen"] > p["q_rejected"]
         for side in (p["chosen"], p["rejected"]):
             roles = [m["role"] for m in side]
             assert roles == (["assistant", "user"] * 9)[: len(side)] and len(side) % 2
-    assert pairs[0]["chosen"][1] == {"role": "user", "content": "Observation: open done"}
+        first, *rest = p["chosen"]
+        if rest:
+            assert rest[0] == {"role": "user", "content": "Observation: open done"}
 
 
 def test_worse_trajectories_are_cut_and_experts_think():
@@ -88,36 +98,25 @@ def test_worse_trajectories_are_cut_and_experts_think():
     ]
 
 
+def talk(*words):
+    return score.turns([[f"Action: {word}", f"{word}!"] for word in words], 0)
+
+
 def test_only_the_agents_turns_are_targets(tmp_path, tokenizer, capsys):
     """Of both sides of a pair of trajectories; the turns that they share are packed once. Pairs
     longer than the limit are counted and left out."""
-
-    def talk(*words):
-        return score.turns([[f"Action: {w}", f"{w}!"] for w in words], 0)
-
     prompt = [{"role": "user", "content": "Do it."}]
-    rows = [
-        {
-            "task": "a/1",
-            "prompt": prompt,
-            "chosen": talk("open", "take cup", "win"),
-            "rejected": talk("open", "wait"),
-        },
-        {
-            "task": "a/2",
-            "prompt": prompt,
-            "chosen": talk("win"),
-            "rejected": talk(*["look around"] * 40),
-        },
-    ]
-    data = write_jsonl(tmp_path / "pairs.jsonl", rows)
+    row = {"task": "a/1", "prompt": prompt}
+    row |= {"chosen": talk("open", "take cup", "win"), "rejected": talk("open", "wait")}
+    long = {"task": "a/2", "prompt": prompt}
+    long |= {"chosen": talk("win"), "rejected": talk(*["look around"] * 40)}
+    data = write_jsonl(tmp_path / "pairs.jsonl", [row, long])
     [(pair, *_)] = dpo.load_pairs(dpo.Args(data=str(data), max_length=200), tokenizer)
     for (ids, targets), side in zip(pair, ("chosen", "rejected"), strict=True):
-        text = tokenizer.decode([i for i, t in zip(ids, targets, strict=True) if t])
-        assert text == "".join(f"Action: {w}<|im_end|>" for w in said(rows[0][side]))
-    shared = os.path.commonprefix([ids for ids, _ in pair])
-    assert "Observation: open!" in tokenizer.decode(shared)
-    assert "take" not in tokenizer.decode(shared)
+        text = tokenizer.decode([i for i, target in zip(ids, targets, strict=True) if target])
+        assert text == "".join(f"Action: {word}<|im_end|>" for word in said(row[side]))
+    shared = tokenizer.decode(os.path.commonprefix([ids for ids, _ in pair]))
+    assert "Observation: open!" in shared and "take" not in shared
     assert "skipped 1 pairs longer than --max_length 200" in capsys.readouterr().out
 
 
@@ -143,16 +142,19 @@ def test_the_experts_conversation_succeeds_again(seeded):
 
 def test_explore(seeded, tmp_path, tokenizer, chat_server, capsys):
     """The agent solves one task of three; the others pair with the expert; 04_dpo.py trains."""
-    gold = {r["instruction"]: r for r in read_rows(seeded / "trajectories.jsonl")}
-    tasks = [r["task"] for r in gold.values()]
-    wins = {tasks[0]}
+    experts = {row["instruction"]: row for row in read_rows(seeded / "trajectories.jsonl")}
+    first, *others = experts.values()
+    wins = {first["task"]}
 
     def reply(messages, body):
-        e = gold[max(gold, key=messages[0]["content"].rfind)]
-        known = e["task"] in wins
-        return f"Action: {e['steps'][len(messages) // 2][0] if known else 'touch the trap'}"
+        e = experts[max(experts, key=messages[0]["content"].rfind)]
+        if e["task"] not in wins:
+            return "Action: touch the trap"
+        action, _ = e["steps"][len(messages) // 2]
+        return f"Action: {action}"
 
-    server, out = chat_server(reply), tmp_path / "eto1"
+    server = chat_server(reply)
+    out = tmp_path / "eto1"
     a = score.ExploreArgs(
         env=CORRIDOR,
         workers=1,
@@ -167,81 +169,29 @@ def test_explore(seeded, tmp_path, tokenizer, chat_server, capsys):
     assert {b["temperature"] for b in server.requests} == {0.7}
     assert not any("meta plan" in b["messages"][0]["content"] for b in server.requests)
     pairs = read_rows(out / "pairs.jsonl", ("task", "prompt", "chosen", "rejected"))
-    assert [p["task"] for p in pairs] == tasks[1:]
+    assert [p["task"] for p in pairs] == [e["task"] for e in others]
     [won] = read_rows(out / "won.jsonl", ("task", "messages"))
-    e = gold[next(iter(gold))]
-    assert won["messages"][:1] == Prompts(CORRIDOR).agent(e["instruction"], None, tasks[0])
-    assert said(won["messages"]) == [action for action, _ in e["steps"]]
+    asked_first = Prompts(CORRIDOR).agent(first["instruction"], None, first["task"])
+    assert won["messages"][:1] == asked_first
+    assert said(won["messages"]) == [action for action, _ in first["steps"]]
     asked = len(server.requests)
     score.explore(a)
     assert len(server.requests) == asked, "nothing is played twice"
 
     agent = str(save_model(tmp_path / "agent", tokenizer))
-    dpo.main(
-        dpo.Args(
-            model=agent, data=str(out / "pairs.jsonl"), out=str(tmp_path / "trained"), epochs=1
-        )
-    )
-    assert (tmp_path / "trained" / "model.safetensors").exists()
-    wins.update(tasks)
+    trained = tmp_path / "trained"
+    dpo.main(dpo.Args(model=agent, data=str(out / "pairs.jsonl"), out=str(trained), epochs=1))
+    assert (trained / "model.safetensors").exists()
+    wins.update(e["task"] for e in others)
     with pytest.raises(InputError, match="no failure to learn from"):
         score.explore(score.ExploreArgs(**{**vars(a), "out": str(tmp_path / "eto2")}))
-
-
-def test_filter_of_seed_plans(seeded, tmp_path, chat_server, capsys, monkeypatch):
-    """Dropped: the plan of task 0, which harms agent a, and that of task 1, which harms agent b.
-    Kept: a plan that makes no difference. Nothing is played twice, and an agent's episodes without
-    a plan serve other plans."""
-    gold = {r["instruction"]: r for r in read_rows(seeded / "trajectories.jsonl")}
-    tasks = [r["task"] for r in gold.values()]
-
-    def reply(messages, body):
-        e = gold[max(gold, key=messages[0]["content"].rfind)]
-        harmed = e["task"] == tasks["ab".index(body["model"])]
-        if harmed and "meta plan" in messages[0]["content"]:
-            return "Action: touch the trap"
-        return f"Action: {e['steps'][len(messages) // 2][0]}"
-
-    server = chat_server(reply)
-    monkeypatch.setenv("OPENAI_BASE_URL", server.url)
-    monkeypatch.setenv("OPENAI_API_KEY", "none")
-    a = {
-        "env": CORRIDOR,
-        "workers": 1,
-        "agents": ["a", "b"],
-        "out": str(tmp_path),
-        "seed_plans": str(seeded / "seed_plans.jsonl"),
-    }
-    score.filter_seed_plans(score.FilterArgs(**a))
-    printed = capsys.readouterr().out
-    assert (
-        all(
-            re.search(rf"^{agent}: plans add -0\.\d+ .*; 1 of 3 do worse", printed, re.M)
-            for agent in "ab"
-        )
-        and "1 of 3 kept" in printed
-    )
-    rows = read_rows(seeded / "seed_plans.jsonl")
-    [kept] = read_rows(tmp_path / "filtered_plans.jsonl")
-    assert kept in rows and kept["task"] == tasks[2]
-    assert {b["temperature"] for b in server.requests} == {0.0}
-
-    server.requests.clear()
-    other = [r | {"plan": "Step 1: walk on"} for r in rows]
-    a["seed_plans"] = str(write_jsonl(tmp_path / "other.jsonl", other))
-    score.filter_seed_plans(score.FilterArgs(**a))
-    assert all("meta plan" in b["messages"][0]["content"] for b in server.requests)
-    server.requests.clear()
-    score.filter_seed_plans(score.FilterArgs(**a))
-    assert not server.requests
-    with pytest.raises(InputError, match="no plan is left"):
-        score.filter_seed_plans(score.FilterArgs(**a, limit=1))
 
 
 @pytest.mark.parametrize("env", sorted(p.parent.name for p in common.DATA.glob("*/knowagent")))
 def test_knowagents_prompt(env):
     """The agent's own prompt and example, and for every action what it needs and leads to."""
-    usual, knowing = Prompts(env), Prompts(env, "knowagent")
+    usual = Prompts(env)
+    knowing = Prompts(env, "knowagent")
     assert knowing.examples == usual.examples and usual.examples
     actions = re.findall(
         r"^(?:\d\. )?([a-z][a-z0-9 ]+(?:OBJ|RECEP|LOC|\[|:).*?)(?::|$)", usual.agent_text, re.M
@@ -258,42 +208,34 @@ def test_knowledge_from_expert_against_failure(seeded, tmp_path, chat_server):
     other; the agent is trained with the knowledge in its prompt. Rules may begin with "When"."""
     knowledge = "Step 1: When a room is empty, walk on\nStep 2: take what the task names"
     server = chat_server(lambda messages, body: common.plan_reply(knowledge))
-    gold = {r["task"]: r for r in read_rows(seeded / "trajectories.jsonl")}
-    first, *others = gold
+    trajectories = read_rows(seeded / "trajectories.jsonl")
+    instructions = {row["task"]: row["instruction"] for row in trajectories}
+    first, *others = instructions
     failures = [
-        tried(t, 0.1 * i, [[f"Action: wrong {i}", "No."]], i) for i in (2, 1) for t in others
+        tried(first, 0.0, [["Action: older", "No."]]) | {"fingerprint": "before retraining"}
     ]
-    old = tried(first, 0.0, [["Action: older", "No."]]) | {"fingerprint": "before retraining"}
-    failed = write_jsonl(
-        tmp_path / "explore.jsonl", [old, *failures, tried(first, 1.0, [["Action: right", "Yes."]])]
-    )
+    for i in (2, 1):
+        failures += [tried(task, 0.1 * i, [[f"Action: wrong {i}", "No."]], i) for task in others]
+    success = tried(first, 1.0, [["Action: right", "Yes."]])
+    failed = write_jsonl(tmp_path / "explore.jsonl", [*failures, success])
     prompts = tmp_path / "wkm"
     prompts.mkdir()
     (prompts / "planner.txt").write_text("Write task knowledge.\n{task}")
     (prompts / "teacher.txt").write_text("{task}\n{conversation}\nFailed:\n{explored}")
     out = tmp_path / "wkm-seed"
-    a = {
-        "env": CORRIDOR,
-        "workers": 1,
-        "out": str(out),
-        "limit": 3,
-        "plan_share": 1.0,
-        "explored": str(failed),
-    }
+    a = {"env": CORRIDOR, "workers": 1, "out": str(out), "limit": 3, "plan_share": 1.0}
+    a["explored"] = str(failed)
     seed.main(seed.Args(**a, prompts=str(prompts), teacher="t", teacher_url=server.url))
     assert len(server.requests) == 2
     for body in server.requests:
         [message] = body["messages"]
         assert "Action: wrong 1\nObservation: No." in message["content"]
         assert "wrong 2" not in message["content"]
-        assert sum(gold[t]["instruction"] in message["content"] for t in others) == 1
+        assert len([task for task in others if instructions[task] in message["content"]]) == 1
     rows = read_rows(out / "seed_plans.jsonl")
     assert [(r["task"], r["plan"]) for r in rows] == [(t, knowledge) for t in others]
     assert rows[0]["messages"][0]["content"].startswith("Write task knowledge.")
-    told = {
-        r["task"]: knowledge in r["messages"][0]["content"]
-        for r in read_rows(out / "agent_sft.jsonl")
-    }
-    assert told == {t: t in others for t in gold}
+    for row in read_rows(out / "agent_sft.jsonl"):
+        assert (knowledge in row["messages"][0]["content"]) == (row["task"] in others)
     with pytest.raises(InputError, match="--explored needs a model"):
         seed.main(seed.Args(**a, teacher="rules"))

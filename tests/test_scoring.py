@@ -11,7 +11,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from bench.bench_adaptive import replay
+from bench import bench_adaptive
 from conftest import CORRIDOR, ROOT, script_env, stage
 
 import common
@@ -44,10 +44,14 @@ def tasks_of(split: str = "train") -> list[str]:
 
 def gold(messages, body=None) -> str:
     """An agent that acts as the expert of the task in its first message."""
-    by_u = {e["instruction"]: e["steps"] for e in map(expert_of, tasks_of())}
-    u = max(by_u, key=messages[0]["content"].rfind)
-    turn = sum(m["role"] == "assistant" for m in messages)
-    return f"Thought: I know.\nAction: {by_u[u][turn][0]}"
+    steps = {}
+    for task in tasks_of():
+        expert = expert_of(task)
+        steps[expert["instruction"]] = expert["steps"]
+    u = max(steps, key=messages[0]["content"].rfind)
+    turn = [m["role"] for m in messages].count("assistant")
+    action, _ = steps[u][turn]
+    return f"Thought: I know.\nAction: {action}"
 
 
 def pid_of(pool) -> int:
@@ -55,7 +59,10 @@ def pid_of(pool) -> int:
 
 
 def jobs_of(tasks, n=1, plan=None):
-    return [{"task": task, "plan": plan, "rollout": i} for task in tasks for i in range(n)]
+    jobs = []
+    for task in tasks:
+        jobs += [{"task": task, "plan": plan, "rollout": number} for number in range(n)]
+    return jobs
 
 
 def play(url, jobs, concurrency=8, workers=1, pools=None, **config):
@@ -77,7 +84,8 @@ def play(url, jobs, concurrency=8, workers=1, pools=None, **config):
 
 
 def test_the_experts_actions_earn_the_reward(chat_server):
-    server, tasks = chat_server(gold), tasks_of()[:4]
+    server = chat_server(gold)
+    tasks = tasks_of()[:4]
     rows, retries = play(server.url, jobs_of(tasks, plan="Step 1: look"), workers=2)
     assert sorted(r["task"] for r in rows) == sorted(tasks) and retries == 0
     for r in rows:
@@ -97,7 +105,8 @@ def test_a_reply_without_an_action_is_a_step_that_says_so(chat_server):
         said = [m for m in messages if m["content"] != "I wonder."]
         return gold(said) if len(messages) > 1 else "I wonder."
 
-    server, task = chat_server(reply), tasks_of()[0]
+    server = chat_server(reply)
+    task = tasks_of()[0]
     [[row], _] = play(server.url, jobs_of([task]))
     assert row["success"] and row["format_errors"] == 1
     assert len(row["steps"]) == len(expert_of(task)["steps"]) + 1
@@ -122,12 +131,8 @@ def test_what_an_agent_is_asked(chat_server):
     server = chat_server(lambda messages, body: "Thought: on.\nAction: walk on\nI see a lamp.")
     [[row], _] = play(server.url, jobs_of(tasks_of()[:1]), max_steps=2)
     body = server.requests[-1]
-    assert {k: body[k] for k in ("model", "temperature", "max_tokens", "stop")} == {
-        "model": "scripted",
-        "temperature": 0.0,
-        "max_tokens": 64,
-        "stop": ["\nObservation:", "\nTask:", "\n---"],
-    }
+    assert body["model"] == "scripted" and body["stop"] == ["\nObservation:", "\nTask:", "\n---"]
+    assert body["temperature"] == 0.0 and body["max_tokens"] == 64
     assert "continue_final_message" not in body and isinstance(body["seed"], int)
     kept = "Thought: on.\nAction: walk on"
     assert [m["role"] for m in body["messages"]] == ["user", "assistant", "user"]
@@ -137,23 +142,25 @@ def test_what_an_agent_is_asked(chat_server):
 def test_a_plan_starts_every_thought_where_the_server_is_vllm(chat_server):
     """The server continues a message that was started (paper 5.2)."""
     server = chat_server(lambda messages, body: " On.\nAction: walk on")
-    server.owner, rows = "vllm", []
-    a = SimpleNamespace(concurrency=2)
+    server.owner = "vllm"
+    rows = []
 
     async def main():
         c = RolloutConfig(Prompts(CORRIDOR), 0.0, 64, 0, 0, max_steps=2, plan_position="thought")
+        jobs = jobs_of(tasks_of()[:1], plan="Step 1: walk")
         async with EnvPool(CORRIDOR, 1) as pool:
-            with common.open_model("m", server.url, a) as model:
-                jobs = jobs_of(tasks_of()[:1], plan="Step 1: walk")
+            with common.open_model("m", server.url, SimpleNamespace(concurrency=2)) as model:
                 await rollouts(jobs, model, pool, CORRIDOR, c, 1, rows.append)
 
     asyncio.run(main())
-    started, said = "Step 1: walk\nThought:", "Step 1: walk\nThought: On.\nAction: walk on"
-    for body, before in zip(server.requests, (1, 3), strict=True):
+    said = "Step 1: walk\nThought: On.\nAction: walk on"
+    first, second = server.requests
+    for body in (first, second):
         assert body["continue_final_message"] is True and body["add_generation_prompt"] is False
-        assert body["messages"][before:] == [{"role": "assistant", "content": started}]
+        assert body["messages"][-1] == {"role": "assistant", "content": "Step 1: walk\nThought:"}
         assert "Step 1" not in body["messages"][0]["content"]
-    assert server.requests[1]["messages"][1] == {"role": "assistant", "content": said}
+    assert len(first["messages"]) == 2 and len(second["messages"]) == 4
+    assert second["messages"][1] == {"role": "assistant", "content": said}
     assert rows[0]["continued"] is True and rows[0]["steps"][0][0] == said
 
 
@@ -172,10 +179,11 @@ def test_a_prompt_longer_than_the_context_ends_the_episode(chat_server):
     assert row["end"] == "context" and not row["success"] and len(row["steps"]) == 2
 
 
-def test_long_observations_are_cut():
-    assert observation_message("a" * 20, 10)["content"] == "Observation: aaaaaaaaaa ..."
-    assert observation_message("a" * 10, 10)["content"] == "Observation: aaaaaaaaaa"
-    assert observation_message("a" * 20, 0)["content"] == "Observation: " + "a" * 20
+@pytest.mark.parametrize(
+    "length, limit, kept", [(20, 10, "aaaaaaaaaa ..."), (10, 10, "a" * 10), (20, 0, "a" * 20)]
+)
+def test_long_observations_are_cut(length, limit, kept):
+    assert observation_message("a" * length, limit)["content"] == f"Observation: {kept}"
 
 
 # ---- environment workers -------------------------------------------------------------------------
@@ -183,7 +191,9 @@ def test_long_observations_are_cut():
 
 def test_a_killed_worker_loses_nothing(chat_server):
     """SIGKILL to one of two workers in the middle of its episodes."""
-    tasks, lock, asked, pools = tasks_of()[:4], threading.Lock(), [], []
+    lock = threading.Lock()
+    asked = []
+    pools = []
 
     def reply(messages, body):
         with lock:
@@ -193,7 +203,7 @@ def test_a_killed_worker_loses_nothing(chat_server):
         time.sleep(0.02)
         return gold(messages)
 
-    rows, retries = play(chat_server(reply).url, jobs_of(tasks, 3), 6, 2, pools)
+    rows, retries = play(chat_server(reply).url, jobs_of(tasks_of()[:4], 3), 6, 2, pools)
     keys = [(r["task"], r["rollout"]) for r in rows]
     assert len(set(keys)) == len(keys) == 12 and retries > 0
     assert all(r["end"] == "success" and r["reward"] == 1.0 for r in rows)
@@ -201,7 +211,8 @@ def test_a_killed_worker_loses_nothing(chat_server):
 
 def test_an_episode_that_always_kills_its_worker_is_a_crash(chat_server):
     """After three attempts it has end "crash", and the other episodes go on."""
-    first, second, pools = *tasks_of()[:2], []
+    first, second = tasks_of()[:2]
+    pools = []
 
     def reply(messages, body):
         if expert_of(first)["instruction"] in messages[0]["content"]:
@@ -218,7 +229,8 @@ def test_a_worker_that_does_not_answer_is_replaced(monkeypatch):
     async def main():
         async with EnvPool(CORRIDOR, 1) as pool:
             async with pool.session() as env:
-                u, before = await env("reset", tasks_of()[0]), pid_of(pool)
+                u = await env("reset", tasks_of()[0])
+                before = pid_of(pool)
                 os.kill(before, signal.SIGSTOP)
                 with pytest.raises(WorkerDied, match="did not answer step within 1 s"):
                     await env("step", "dance", deadline=1.0)
@@ -258,22 +270,31 @@ def test_bad_task_files(tmp_path, content, error):
         asyncio.run(common.list_tasks(None, CORRIDOR, "train", [str(path)], None, None))
 
 
-def test_task_types_and_limit():
-    async def listed(**more):
+def listed(split="train", types=None, limit=None) -> list[str]:
+    async def main():
         async with EnvPool(CORRIDOR, 1) as pool:
-            options = {"tasks": [], "types": None, "limit": None, **more}
-            return await common.list_tasks(pool, CORRIDOR, options.pop("split", "train"), **options)
+            return await common.list_tasks(pool, CORRIDOR, split, [], types, limit)
 
-    tasks = asyncio.run(listed())
+    return asyncio.run(main())
+
+
+def test_task_types_and_limit():
+    tasks = listed()
     kind = common.task_type(tasks[0])
-    assert asyncio.run(listed(types=[kind], limit=1)) == tasks[:1]
-    for more, error in [
-        ({"types": ["find-unicorn"]}, "find-unicorn.*" + kind),
+    assert listed(types=[kind], limit=1) == tasks[:1]
+
+
+@pytest.mark.parametrize(
+    "more, error",
+    [
+        ({"types": ["find-unicorn"]}, "find-unicorn.*find-lamp"),
         ({"limit": 0}, "--limit"),
         ({"split": "holdout"}, "holdout.*train"),
-    ]:
-        with pytest.raises(InputError, match=error):
-            asyncio.run(listed(**more))
+    ],
+)
+def test_bad_task_types_limit_and_split(more, error):
+    with pytest.raises(InputError, match=error):
+        listed(**more)
 
 
 @pytest.mark.slow
@@ -281,7 +302,12 @@ def test_a_ray_cluster_that_loses_a_node(chat_server):
     """Workers on a Ray cluster of two nodes play the same episodes as local processes do, when one
     node is killed on the way."""
     pytest.importorskip("ray")
-    slow = chat_server(lambda messages, body: (time.sleep(0.1), gold(messages))[1])
+
+    def slow_gold(messages, body):
+        time.sleep(0.1)
+        return gold(messages)
+
+    slow = chat_server(slow_gold)
     code = f"""
 import asyncio, json, os, sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -330,58 +356,64 @@ def plan_row(task, m, plan):
 
 def test_pairs_by_hand():
     """Of equals the plan sampled first; ties and tasks without scores give no pair."""
-    plans = [plan_row("a", m, p) for m, p in enumerate(["w", "x", "y", "z"])]
+    plans = [plan_row("a", m, plan) for m, plan in enumerate("wxyz")]
     plans += [plan_row("b", 0, "w"), plan_row("b", 1, "x"), plan_row("c", 0, None)]
-    q = {
-        ("a", "w"): 0.5,
-        ("a", "x"): 1.0,
-        ("a", "y"): 1.0,
-        ("a", "z"): 0.0,
-        ("b", "w"): 0.0,
-        ("b", "x"): 0.0,
-    }
+    q = {("a", "w"): 0.5, ("a", "x"): 1.0, ("a", "y"): 1.0, ("a", "z"): 0.0}
+    q |= {("b", "w"): 0.0, ("b", "x"): 0.0}
     prompts = Prompts(CORRIDOR)
     [pair] = score.contrastive_pairs(plans, q, prompts)
     assert pair["chosen"] == score.assistant("x") and pair["rejected"] == score.assistant("z")
     assert (pair["task"], pair["q_chosen"], pair["q_rejected"]) == ("a", 1.0, 0.0)
     assert pair["prompt"] == prompts.planner("Do a.")
-    every = score.contrastive_pairs([*plans, plan_row("a", 4, "z")], q, prompts, all_pairs=True)
-    assert [(p["q_chosen"], p["q_rejected"]) for p in every] == [
-        (1.0, 0.5),
-        (1.0, 0.0),
-        (1.0, 0.5),
-        (1.0, 0.0),
-        (0.5, 0.0),
-    ]
-    assert [p["chosen"] for p in every] == [*map(score.assistant, "xxyyw")]
-    assert len(score.contrastive_pairs(plans, q, prompts, 0.6, True)) == 2
-    assert not score.contrastive_pairs(plans, q, prompts, 1.1)
     [best] = score.best_plans(plans, q, prompts)
     assert (best["task"], best["q"], best["plan"]) == ("a", 1.0, "x")
     assert best["messages"] == pair["prompt"] + pair["chosen"]
 
 
-def test_quality():
-    ends = ((1.0, "success"), (0.5, "steps"), (0.0, "crash"))
-    rows = [{"reward": r, "end": end} for r, end in ends]
-    assert score.quality(rows[:2], 2) == 0.75 and score.quality(rows[:2], 3) is None
-    assert score.quality(rows, 3) is None and score.quality(rows, 3, allow_partial=True) == 0.75
-    assert score.quality(rows[2:], 1, allow_partial=True) is None
+WORKED = {"reward": 1.0, "end": "success"}
+HALF = {"reward": 0.5, "end": "steps"}
+CRASH = {"reward": 0.0, "end": "crash"}
+
+
+@pytest.mark.parametrize(
+    "rollouts, q, said",
+    [
+        ([WORKED, HALF], 0.75, ""),
+        ([WORKED, HALF, CRASH], 0.75, "1 plans have rollouts that failed"),
+        ([CRASH, CRASH], None, "1 plans are not compared: all their rollouts failed"),
+        ([], None, ""),
+    ],
+)
+def test_failed_rollouts_do_not_count(rollouts, q, said, capsys):
+    """A plan is scored by its other rollouts; without any it is not compared."""
+    key = ("a", "w")
+    assert score.quality(rollouts) == q
+    assert score.qualities({key: rollouts}) == ({} if q is None else {key: q})
+    printed = capsys.readouterr().out
+    assert said in printed and bool(said) == bool(printed)
 
 
 def simulate(recorded: dict[str, list[float]]) -> tuple[dict, int]:
     """(the rewards that the adaptive choice saw, rollouts spent) on one task's recorded rewards."""
-    seen = replay(recorded)
+    seen = bench_adaptive.replay(recorded)
     return seen, sum(map(len, seen.values()))
 
 
-def test_adaptive_choice():
-    assert score.undecided({"a": [], "b": [1.0]}, 5) == ["a", "b"], "every plan gets one"
-    assert score.undecided({"a": [0.0], "b": [0.0]}, 5) == ["a", "b"]
-    three = {"a": [0.0, 0.0], "b": [1.0, 1.0], "c": [0.0, 0.0]}
-    assert score.undecided(three, 5) == ["a"], "c can only tie with a"
-    assert score.undecided({"a": [0.0, 0.0], "b": [0.0, 0.0]}, 5) == [], "a tie"
-    assert score.undecided({"a": [1.0], "b": [0.0]}, 1) == []
+@pytest.mark.parametrize(
+    "rewards, n, chosen",
+    [
+        ({"a": [], "b": [1.0]}, 5, ["a", "b"]),  # every plan gets one
+        ({"a": [0.0], "b": [0.0]}, 5, ["a", "b"]),
+        ({"a": [0.0, 0.0], "b": [1.0, 1.0], "c": [0.0, 0.0]}, 5, ["a"]),  # c can only tie with a
+        ({"a": [0.0, 0.0], "b": [0.0, 0.0]}, 5, []),  # a tie
+        ({"a": [1.0], "b": [0.0]}, 1, []),
+    ],
+)
+def test_adaptive_choice(rewards, n, chosen):
+    assert score.undecided(rewards, n) == chosen
+
+
+def test_adaptive_choice_of_a_task():
     clear = {"good": [1.0] * 5, "bad": [0.0] * 5, "middling": [0.0, 1.0, 0.0, 1.0, 1.0]}
     seen, spent = simulate(clear)
     assert spent < 15 and set(seen["good"]) == {1.0} and set(seen["bad"]) == {0.0}
@@ -390,18 +422,19 @@ def test_adaptive_choice():
 
 def test_adaptive_saves_and_agrees():
     """On simulated tasks, 65% of the rollouts find a pair that is right by all rollouts."""
-    draw, spent, total, right, tasks = random.Random(0), 0, 0, 0, 0
+    draw = random.Random(0)
+    spent = total = right = tasks = 0
     for _ in range(200):
         chances = [draw.betavariate(0.5, 0.5) for _ in range(5)]
-        recorded = {
-            str(i): [float(draw.random() < c) for _ in range(5)] for i, c in enumerate(chances)
-        }
-        q = {p: sum(r) / 5 for p, r in recorded.items()}
-        if max(q.values()) == min(q.values()):
+        recorded = {}
+        for plan, chance in enumerate(chances):
+            recorded[str(plan)] = [float(draw.random() < chance) for _ in range(5)]
+        if bench_adaptive.pair(recorded) is None:
             continue
         seen, used = simulate(recorded)
-        mean = {p: sum(r) / len(r) for p, r in seen.items()}
-        best, worst = max(mean, key=mean.get), min(mean, key=mean.get)
-        right += q[best] == max(q.values()) and q[worst] == min(q.values())
-        spent, total, tasks = spent + used, total + 25, tasks + 1
+        if bench_adaptive.agrees(bench_adaptive.pair(seen), recorded):
+            right += 1
+        spent += used
+        total += 25
+        tasks += 1
     assert spent < 0.65 * total and right > 0.9 * tasks, (spent / total, right / tasks)
