@@ -102,6 +102,7 @@ class Args:
     tensor_parallel: int = arg(1, "GPUs of one replica of a served teacher")
     max_model_len: int = arg(32768, "context of a served teacher, tokens, at most its own")
     seed: int = arg(0, "random seed")
+    check: bool = arg(False, "say whether this command can run here, a line each, and stop")
 
 
 # ---- expert trajectories -------------------------------------------------------------------------
@@ -566,14 +567,27 @@ async def make_rows(a: Args, explored: dict[str, str], prompts) -> None:
     common.write_rows(Path(a.out) / "seed_plans.jsonl", rows)
 
 
+def check(a: Args) -> None:
+    """--check: what this stage needs, a line each."""
+    checks = common.Checks(a.out)
+    checks.environment(a)
+    if a.teacher != "rules":
+        checks.asks(a.teacher, a.teacher_url, a)
+    checks.episodes(a, ["train"], 1)
+    checks.finish()
+
+
 def main(a: Args) -> None:
     prompts = common.Prompts(a.env, a.prompts, a.examples)
+    if a.teacher == "rules" and a.thoughts:
+        raise InputError("--thoughts needs a model as --teacher")
+    if a.teacher == "rules" and a.explored:
+        raise InputError("--explored needs a model as --teacher: it compares two trajectories")
+    if a.check:
+        check(a)
+        return
     if a.teacher != "rules":
         common.check_model(a.teacher, a.teacher_url)
-    elif a.thoughts:
-        raise InputError("--thoughts needs a model as --teacher")
-    elif a.explored:
-        raise InputError("--explored needs a model as --teacher: it compares two trajectories")
     explored = explored_trajectories(a)
     common.check_data(a.env, a.out)
     asyncio.run(make_rows(a, explored, prompts))

@@ -90,6 +90,7 @@ class AgentArgs:
     max_model_len: int = arg(32768, "context of a served model, tokens, at most its own")
     ray: bool = arg(False, "environment workers on a Ray cluster (RAY_ADDRESS)")
     seed: int = arg(0, "random seed of plans and rollouts")
+    check: bool = arg(False, "say whether this command can run here, a line each, and stop")
 
 
 @dataclass
@@ -554,6 +555,9 @@ def won_conversations(episodes: list[dict], prompts, observation_chars: int) -> 
 def explore(a: ExploreArgs) -> None:
     """Play the experts' tasks with the agent; write its successes and its pairs with the expert."""
     prompts = common.Prompts(a.env, a.prompts, a.examples)
+    if a.check:
+        check(a, [(a.agent, a.agent_url)], a.n)
+        return
     common.check_model(a.agent, a.agent_url)
     experts = load_experts(a)
     common.check_data(a.env, a.out)
@@ -587,10 +591,24 @@ async def sample_and_score(a: Args, prompts) -> tuple[list[dict], dict[tuple, li
     return plans, scored
 
 
+def check(a: AgentArgs, models: list[tuple], times: int) -> None:
+    """--check: what playing every train task `times` times needs, a line each. `models`: (name,
+    URL) of those that are asked."""
+    checks = common.Checks(a.out)
+    checks.environment(a)
+    for name, url in models:
+        checks.asks(name, url, a)
+    checks.episodes(a, ["train"], times)
+    checks.finish()
+
+
 def main(a: Args) -> None:
     if a.m < 2 or a.n < 1:
         raise InputError("--m must be at least 2 (a best and a worst plan) and --n at least 1")
     prompts = common.Prompts(a.env, a.prompts, a.examples)
+    if a.check:
+        check(a, [(a.planner, a.planner_url), (a.agent, a.agent_url)], a.m * a.n)
+        return
     common.check_model(a.planner, a.planner_url)
     common.check_model(a.agent, a.agent_url)
     common.check_data(a.env, a.out)
@@ -608,7 +626,7 @@ def main(a: Args) -> None:
     common.write_rows(a.pairs or Path(a.out) / "pairs.jsonl", pairs)
     tasks = len(plans) // a.m
     gap = mean(pair["q_chosen"] - pair["q_rejected"] for pair in pairs)
-    print(f"pairs: {len(pairs)} from {len(pairs)} of {tasks} tasks, mean Q gap {gap:.3f}")
+    print(f"pairs: {len(pairs)} from {tasks} tasks, mean Q gap {gap:.3f}")
 
 
 if __name__ == "__main__":

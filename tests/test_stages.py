@@ -23,7 +23,7 @@ BAD = "take what is there"
 SEED_FILES = ("trajectories.jsonl", "seed_plans.jsonl", "agent_sft.jsonl")
 SCORE_FILES = ("plans.jsonl", "rollouts.jsonl", "pairs.jsonl", "best_plans.jsonl")
 EVAL_FILES = (
-    "eval/cells.jsonl",
+    "eval/conditions.jsonl",
     "eval/rollouts.jsonl",
     "results.md",
     "results.json",
@@ -140,7 +140,7 @@ def test_the_whole_chain(run_folder, script, tiny_model, chat_server):
 
     scoring = flags(**settings(out, server.url))
     printed = check_run("03_sample_score.py", *scoring)
-    assert "pairs: 4 from 4 of 4 tasks, mean Q gap 1.000" in printed
+    assert "pairs: 4 from 4 tasks, mean Q gap 1.000" in printed
     plans = read_rows(out / "plans.jsonl", ("task", "m", "plan"))
     assert len({(row["task"], row["m"]) for row in plans}) == len(plans) == 8
     assert len(set(keys_of(out))) == len(keys_of(out)) == 8
@@ -281,7 +281,7 @@ def test_replies_without_a_plan_are_ignored(run_folder, seeded, script, chat_ser
     run_score(run_folder, chat_server(reply).url, m=2)
     assert len(set(attempts)) == 6
     printed = capsys.readouterr().out
-    assert "2 of 8 plans are missing" in printed and "pairs: 3 from 3 of 4 tasks" in printed
+    assert "2 of 8 plans are missing" in printed and "pairs: 3 from 4 tasks" in printed
     rows = read_rows(run_folder / "plans.jsonl")
     assert [row["plan"] for row in rows if row["task"] == expert["task"]] == [None, None]
 
