@@ -289,7 +289,7 @@ def save_index(documents: list, vocabulary: dict[str, int], folder: Path) -> Non
 
 
 def word_key(word: str) -> int:
-    return int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).fingerprint(), "big")
+    return int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "big")
 
 
 # ---- use ----------------------------------------------------------------------------------------
