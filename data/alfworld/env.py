@@ -216,13 +216,16 @@ class ALFWorld(Environment):
         alfworld's hand-coded expert, which searches as a person would ("search"); if it does not
         succeed within the step limit, of the game's own walkthrough; None if that fails too.
         Actions are in the words of the prompt."""
-        for by in ("search", "walkthrough"):
-            u = self.reset(task)
-            actions = self._search() if by == "search" else self._walkthrough()
-            steps = self._replay(actions)
-            if steps:
-                return {"instruction": u, "steps": steps, "reward": 1.0, "by": by}
-        return None
+        u = self.reset(task)
+        steps = self._replay(self._search())
+        by = "search"
+        if not steps:
+            self.reset(task)
+            steps = self._replay(self._walkthrough())
+            by = "walkthrough"
+        if not steps:
+            return None
+        return {"instruction": u, "steps": steps, "reward": 1.0, "by": by}
 
     def _walkthrough(self) -> list[str]:
         return json.loads(self.path.read_bytes()).get("walkthrough") or []
