@@ -63,16 +63,13 @@ def peak_mb(pid: int) -> float:
     return int(own.split()[1]) / 1024 + sum(peak_mb(int(c)) for c in children)
 
 
-def transcript(env, actions=None, steps=0, seed=0) -> dict:
+def transcript(env, actions: list[str]) -> dict:
+    """What the environment says to these actions, and the seconds of the reset and each step."""
     start = time.perf_counter()
     intro = env.reset()
-    seconds, rows, draw = [time.perf_counter() - start], [], random.Random(seed)
-    for i in range(len(actions) if actions is not None else steps):
-        if actions is not None:
-            action = actions[i]
-        else:
-            known = env.state.admissible_commands
-            action = "go to nowhere 1" if i % 5 == 4 else draw.choice(known)
+    seconds = [time.perf_counter() - start]
+    rows = []
+    for action in actions:
         start = time.perf_counter()
         row = env.step(action)
         seconds.append(time.perf_counter() - start)
@@ -82,17 +79,32 @@ def transcript(env, actions=None, steps=0, seed=0) -> dict:
     return {"intro": intro, "rows": rows, "seconds": seconds}
 
 
+def random_actions(env: ALFWorld, steps: int, seed: int):
+    """Admissible commands, each chosen when the step before it is done; every fifth is invalid."""
+    draw = random.Random(seed)
+    for i in range(steps):
+        known = env.state.admissible_commands
+        yield "go to nowhere 1" if i % 5 == 4 else draw.choice(known)
+
+
 def main() -> None:
-    out, sys.stdout = sys.stdout, sys.stderr  # the packages print
-    env = name = None
+    out = sys.stdout
+    sys.stdout = sys.stderr  # the packages print
+    env = None
+    name = None
     for line in sys.stdin:
         job = json.loads(line)
         start = time.perf_counter()
-        if (job.get("game") or job["task"]) != name:
-            name = job.get("game") or job["task"]
-            env = (ALFWorld if "game" in job else ScienceWorld)(name)
+        wanted = job.get("game") or job["task"]
+        if wanted != name:
+            name = wanted
+            env = ALFWorld(name) if "game" in job else ScienceWorld(name)
         load = time.perf_counter() - start
-        row = transcript(env, **{k: job[k] for k in ("actions", "steps", "seed") if k in job})
+        if "actions" in job:
+            actions = job["actions"]
+        else:
+            actions = random_actions(env, job["steps"], job["seed"])
+        row = transcript(env, actions)
         row |= {"name": name, "load": load, "peak_mb": peak_mb(os.getpid())}
         print(json.dumps(row), file=out, flush=True)
 

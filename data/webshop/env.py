@@ -28,20 +28,9 @@ class WebShop(Environment):
     MAX_STEPS = {"goal": 10}
     FAILED = ("That is not possible here",)
     VERBS = {
-        "search",
-        "click",
-        "choose",
-        "check",
-        "compare",
-        "find",
-        "look",
-        "read",
-        "open",
-        "select",
-        "repeat",
-        "go",
-        "buy",
-    }
+        "search", "click", "choose", "check", "compare", "find", "look", "read", "open", "select",
+        "repeat", "go", "buy",
+    }  # fmt: skip
     # first goal, number of goals (paper, appendix A); the paper has no unseen split
     SPLITS = {"train": (1500, 1624), "seen": (0, 200)}
     VARIABLES = ("WEBSHOP_DATA", "WEBSHOP_GOALS", "XDG_CACHE_HOME")
@@ -58,19 +47,18 @@ class WebShop(Environment):
 
     @classmethod
     def version(cls) -> str:
-        """A digest of the goals, the lengths of the stored products, and how nouns are found."""
-        arrays = open_shop().goals, open_shop().offsets
-        return fingerprint(
-            *(hashlib.sha256(a.tobytes()).hexdigest() for a in arrays), HAS_SPACY_MODEL
-        )
+        """A fingerprint of the goals, the lengths of the stored products, and how nouns are
+        found."""
+        shop = open_shop()
+        goals = hashlib.sha256(shop.goals.tobytes()).hexdigest()
+        offsets = hashlib.sha256(shop.offsets.tobytes()).hexdigest()
+        return fingerprint(goals, offsets, HAS_SPACY_MODEL)
 
     @classmethod
     def note(cls) -> str:
-        return (
-            ""
-            if HAS_SPACY_MODEL
-            else ("Nouns of titles were found without spaCy's tagger, which is not installed.")
-        )
+        if HAS_SPACY_MODEL:
+            return ""
+        return "Nouns of titles were found without spaCy's tagger, which is not installed."
 
     # ---- tasks ----------------------------------------------------------------------------------
 
@@ -84,13 +72,15 @@ class WebShop(Environment):
         by_product: dict[int, list[int]] = {}
         for i, product in enumerate(self.shop.goals["product"].tolist()):
             by_product.setdefault(product, []).append(i)
-        goals, quarter = list(by_product.values()), len(by_product) // 4
-        goals = goals[:quarter] if split == "seen" else goals[quarter:]
-        return [[f"goal/{i}" for i in interleaved(goals)[:count]]]
+        products = list(by_product.values())
+        quarter = len(products) // 4
+        chosen = products[:quarter] if split == "seen" else products[quarter:]
+        return [[f"goal/{i}" for i in interleaved(chosen)[:count]]]
 
     @classmethod
     def check(cls, task: str) -> None:
-        number, count = task.rsplit("/", 1)[-1], len(open_shop().goals)
+        number = task.rsplit("/", 1)[-1]
+        count = len(open_shop().goals)
         if task_type(task) not in cls.MAX_STEPS or not number.isdecimal() or int(number) >= count:
             raise InputError(
                 f"unknown WebShop task {task!r}: it must be goal/NUMBER with NUMBER below {count}"
@@ -102,35 +92,52 @@ class WebShop(Environment):
         """Start `task` at the search page. Returns the instruction u."""
         self.check(task)
         self.goal = self.shop.goal(int(task.rsplit("/", 1)[1]))
+        self.hits = []  # the products that the last search found
+        self.number = 1  # of the page of results
         self.show("search")
-        self.hits, self.number = [], 1
         return self.goal["text"]
 
     def show(self, page: str, item: int | None = None) -> None:
         """Go to the page "search", "results" or "item", with no option chosen."""
-        self.page, self.item, self.options = page, item, {}
+        self.page = page
+        self.item = item
+        self.options = {}
 
     def step(self, action: str) -> tuple[str, float, bool, bool]:
         """(observation, reward, done, success). An invalid action leaves the page unchanged and
         returns an error message with the available actions."""
         match = re.fullmatch(r"(search|click)\s*\[(.*)\]", action.strip(), re.I | re.S)
         verb, value = match.groups() if match else ("", "")
-        verb, value = verb.lower(), " ".join(value.lower().split())
-        confirmed = ""
+        verb = verb.lower()
+        value = " ".join(value.lower().split())
+        confirmation = ""
         if verb == "search" and value and self.page == "search":
-            self.hits, self.number = self.shop.search(value), 1
+            self.hits = self.shop.search(value)
+            self.number = 1
             self.show("results")
         elif verb != "click" or value not in self.clickable():
             error = "That is not possible here, nothing happens."
             return f"{error}\n{self.available()}", 0.0, False, False
         elif value == "buy now":
-            bought, wanted = self.shop.product(self.item), self.shop.product(self.goal["product"])
-            result = reward(bought, list(self.options.values()), wanted, self.goal)
-            return f"You have bought {bought['asin']}.", result, True, result == 1.0
-        elif value == "back to search":
+            return self._buy()
+        else:
+            confirmation = self._click(value)
+        return f"{confirmation}{self.available()}\n{self.text()}", 0.0, False, False
+
+    def _buy(self) -> tuple[str, float, bool, bool]:
+        bought = self.shop.product(self.item)
+        wanted = self.shop.product(self.goal["product"])
+        earned = reward(bought, list(self.options.values()), wanted, self.goal)
+        return f"You have bought {bought['asin']}.", earned, True, earned == 1.0
+
+    def _click(self, value: str) -> str:
+        """Go to another page or choose an option; returns what confirms the choice, or ""."""
+        if value == "back to search":
             self.show("search")
-        elif value in ("next >", "< prev") and self.page == "results":
-            self.number += 1 if value == "next >" else -1
+        elif value == "next >" and self.page == "results":
+            self.number += 1
+        elif value == "< prev" and self.page == "results":
+            self.number -= 1
         elif value == "< prev" and self.page == "item":
             self.show("results")
         elif value == "< prev":
@@ -141,9 +148,10 @@ class WebShop(Environment):
             self.page = value
         else:
             options = self.shop.product(self.item)["options"]
-            self.options[[name for name, values in options.items() if value in values][-1]] = value
-            confirmed = f"You have clicked {value}.\n"
-        return f"{confirmed}{self.available()}\n{self.text()}", 0.0, False, False
+            names = [name for name, values in options.items() if value in values]
+            self.options[names[-1]] = value
+            return f"You have clicked {value}.\n"
+        return ""
 
     def listed(self) -> list[int]:
         """The products on this page of results, ten per page."""
@@ -154,24 +162,26 @@ class WebShop(Environment):
 
     def buttons(self) -> list[str]:
         """The navigation buttons of a page other than the search page."""
-        results = self.page == "results"
-        return [
-            "Back to Search",
-            *["< Prev"] * (not results or self.number > 1),
-            *["Next >"] * (results and 10 * self.number < len(self.hits)),
-        ]
+        buttons = ["Back to Search"]
+        if self.page != "results" or self.number > 1:
+            buttons.append("< Prev")
+        if self.page == "results" and 10 * self.number < len(self.hits):
+            buttons.append("Next >")
+        return buttons
 
     def clickable(self) -> list[str]:
         """The values that can be clicked on this page, in lower case."""
         if self.page == "search":
             return []
-        buttons = [b.lower() for b in self.buttons()]
+        values = [button.lower() for button in self.buttons()]
         if self.page == "results":
-            return [*buttons, *map(self.code, self.listed())]
-        if self.page in self.SUBPAGES:
-            return buttons
-        options = sum(self.shop.product(self.item)["options"].values(), [])
-        return list(dict.fromkeys([*buttons, *options, *self.SUBPAGES, "buy now"]))
+            values += [self.code(product) for product in self.listed()]
+        elif self.page == "item":
+            for choices in self.shop.product(self.item)["options"].values():
+                values += choices
+            values += [*self.SUBPAGES, "buy now"]
+            values = list(dict.fromkeys(values))
+        return values
 
     def available(self) -> str:
         clicks = ", ".join(f"click[{value}]" for value in self.clickable())
@@ -179,43 +189,49 @@ class WebShop(Environment):
 
     def text(self) -> str:
         """The page in the benchmark's text mode: its visible texts, joined by [SEP]."""
-        parts = ["Instruction:", self.goal["text"]]
-        product = self.shop.product(self.item) if self.item is not None else None
+        instruction = ["Instruction:", self.goal["text"]]
         if self.page == "search":
-            parts = ["WebShop", *parts, "Search"]
+            parts = ["WebShop", *instruction, "Search"]
         elif self.page == "results":
-            back, *turn = self.buttons()
-            parts += [back, f"Page {self.number} (Total results: {len(self.hits)})", *turn]
-            for p in map(self.shop.product, self.listed()):
-                parts += [p["asin"], p["name"], price_tag(p)]
+            parts = instruction + self._results()
         elif self.page == "item":
-            parts += self.buttons()
-            for option, values in product["options"].items():
-                parts += [option, *values]
-            parts += [
-                product["name"],
-                f"Price: {price_tag(product)}",
-                f"Rating: {product['rating']}",
-                "Description",
-                "Features",
-                "Reviews",
-                "Attributes",
-                "Buy Now",
-            ]
+            parts = instruction + self.buttons() + self._item()
         else:
-            shown = {
-                "description": [product["description"]],
-                "features": product["features"] or ["No Features"],
-                "reviews": ["No reviews found"],
-                "attributes": [
-                    *product["attributes"],
-                    product["category"],
-                    product["query"],
-                    product["product_category"],
-                ],
-            }[self.page]
-            parts += [*self.buttons(), *filter(None, shown)]
+            parts = instruction + self.buttons() + self._subpage()
         return " [SEP] ".join(parts)
+
+    def _results(self) -> list[str]:
+        back, *turn = self.buttons()
+        parts = [back, f"Page {self.number} (Total results: {len(self.hits)})", *turn]
+        for number in self.listed():
+            product = self.shop.product(number)
+            parts += [product["asin"], product["name"], price_tag(product)]
+        return parts
+
+    def _item(self) -> list[str]:
+        product = self.shop.product(self.item)
+        parts = []
+        for option, values in product["options"].items():
+            parts += [option, *values]
+        parts += [
+            product["name"],
+            f"Price: {price_tag(product)}",
+            f"Rating: {product['rating']}",
+        ]
+        return [*parts, "Description", "Features", "Reviews", "Attributes", "Buy Now"]
+
+    def _subpage(self) -> list[str]:
+        product = self.shop.product(self.item)
+        if self.page == "description":
+            parts = [product["description"]]
+        elif self.page == "features":
+            parts = product["features"] or ["No Features"]
+        elif self.page == "reviews":
+            parts = ["No reviews found"]
+        else:
+            groups = [product["category"], product["query"], product["product_category"]]
+            parts = product["attributes"] + groups
+        return [part for part in parts if part]
 
     # ---- expert ---------------------------------------------------------------------------------
 
@@ -224,36 +240,40 @@ class WebShop(Environment):
         product's query and the wanted attributes ("by": "attributes"), or else for the words of the
         instruction; open the goal's product on the page that lists it, choose its options, buy.
         None if no search lists the product or the reward is below 0.8 within the step limit."""
-        u, goal = self.reset(task), self.goal
-        target = self.shop.product(goal["product"])
-        chosen = []
-        for values in target["options"].values():
-            fits = {
-                v: (v in goal["options"], matching_options([v], goal["options"])) for v in values
-            }
-            best = max(values, key=fits.get)
-            chosen += [best] if fits[best][1] else []
-        queries = {
-            "attributes": " ".join([target["query"], *goal["attributes"]]).lower(),
+        u = self.reset(task)
+        target = self.shop.product(self.goal["product"])
+        searches = {
+            "attributes": " ".join([target["query"], *self.goal["attributes"]]).lower(),
             "instruction": re.sub(r", and price lower.*|[\[\]]", "", u).lower(),
         }
-        for by, keywords in queries.items():
-            hits = self.shop.search(keywords)
-            if goal["product"] not in hits:
+        for by, keywords in searches.items():
+            actions = self._purchase(keywords)
+            if actions is None:
                 continue
-            actions = [
-                f"search[{keywords}]",
-                *["click[next >]"] * (hits.index(goal["product"]) // 10),
-                *(f"click[{v}]" for v in (target["asin"].lower(), *chosen, "buy now")),
-            ]
             self.reset(task)
-            steps, earned = [], 0.0
+            steps = []
+            earned = 0.0
             for action in actions[: self.max_steps(task)]:
                 observation, earned, _, _ = self.step(action)
                 steps.append([action, observation])
             if earned >= 0.8:
                 return {"instruction": u, "steps": steps, "reward": earned, "by": by}
         return None
+
+    def _purchase(self, keywords: str) -> list[str] | None:
+        """The actions that buy the goal's product by a search, or None if that does not list it."""
+        hits = self.shop.search(keywords)
+        if self.goal["product"] not in hits:
+            return None
+        pages = hits.index(self.goal["product"]) // 10
+        product = self.shop.product(self.goal["product"])
+        actions = [f"search[{keywords}]"]
+        actions += ["click[next >]"] * pages
+        actions.append(f"click[{product['asin'].lower()}]")
+        for value in wanted_values(product["options"], self.goal["options"]):
+            actions.append(f"click[{value}]")
+        actions.append("click[buy now]")
+        return actions
 
     @staticmethod
     def abstract(u: str, steps: list) -> list[str]:
@@ -265,19 +285,28 @@ class WebShop(Environment):
             plan.append("click through the pages of results until a product fits all of them")
         price = " and whose price is below the limit" if "price lower" in u else ""
         plan.append(f"click the product whose title has the attributes{price}")
-        chosen = sum(observation.startswith("You have clicked") for _, observation in steps)
-        if chosen:
-            which = (
-                "the option that the task names"
-                if chosen == 1
-                else ("each of the options that the task names")
-            )
-            plan.append(f"choose {which}")
-        return [*plan, "buy it"]
+        chosen = [o for _, o in steps if o.startswith("You have clicked")]
+        if len(chosen) == 1:
+            plan.append("choose the option that the task names")
+        elif chosen:
+            plan.append("choose each of the options that the task names")
+        plan.append("buy it")
+        return plan
 
 
 def price_tag(product: dict) -> str:
     return " to ".join(f"${price}" for price in product["prices"])
+
+
+def wanted_values(options: dict[str, list[str]], wanted: list[str]) -> list[str]:
+    """Of each option of a product the value that matches a wanted one, if any does; equal texts
+    come before similar ones."""
+    found = []
+    for values in options.values():
+        best = max(values, key=lambda value: (value in wanted, matching_options([value], wanted)))
+        if matching_options([best], wanted):
+            found.append(best)
+    return found
 
 
 # ---- the benchmark's reward ---------------------------------------------------------------------
@@ -286,11 +315,12 @@ def price_tag(product: dict) -> str:
 def reward(bought: dict, chosen: list[str], wanted: dict, goal: dict) -> float:
     """In [0, 1]: matched (attributes + options + price) / (attributes + options + 1), times the
     type reward. `bought` and `wanted` are products, `chosen` the options chosen for `bought`."""
-    matched = (
-        sum(has_attribute(bought, a) for a in goal["attributes"])
-        + matching_options(chosen, goal["options"])
-        + (bought["price"] <= goal["ceiling"])
-    )
+    matched = matching_options(chosen, goal["options"])
+    for attribute in goal["attributes"]:
+        if has_attribute(bought, attribute):
+            matched += 1
+    if bought["price"] <= goal["ceiling"]:
+        matched += 1
     possible = len(goal["attributes"]) + len(goal["options"]) + 1
     return matched / possible * type_reward(bought, wanted)
 
@@ -300,22 +330,30 @@ def similar(a: str, b: str) -> bool:
 
 
 def has_attribute(product: dict, attribute: str) -> bool:
-    texts = product["name"], " ".join(product["features"]), product["description"]
-    return any(similar(a, attribute) for a in product["attributes"]) or any(
-        attribute in text.lower() for text in texts
-    )
+    if any(similar(known, attribute) for known in product["attributes"]):
+        return True
+    texts = [product["name"], " ".join(product["features"]), product["description"]]
+    return any(attribute in text.lower() for text in texts)
 
 
 def matching_options(chosen: list[str], wanted: list[str]) -> int:
     """How many of the wanted options the chosen ones match."""
-    chosen = [basic_colour(o) for o in chosen]
-    return sum(any(similar(o, basic_colour(w)) for o in chosen) for w in wanted)
+    colours = [basic_colour(option) for option in chosen]
+    matching = 0
+    for option in wanted:
+        wanted_colour = basic_colour(option)
+        if any(similar(colour, wanted_colour) for colour in colours):
+            matching += 1
+    return matching
 
 
 def basic_colour(option: str) -> str:
     """The first of the benchmark's colour names that `option` contains ('light heather grey' gives
     'grey'), or `option` itself."""
-    return next((c for c in WORDS["colours"] if c in option), option)
+    for colour in WORDS["colours"]:
+        if colour in option:
+            return colour
+    return option
 
 
 def type_reward(bought: dict, wanted: dict) -> float:
@@ -327,15 +365,16 @@ def type_reward(bought: dict, wanted: dict) -> float:
         return 0.0
     if share < 0.1:
         return 0.1
-    bought_categories, wanted_categories = (
-        {c.strip() for c in p["product_category"].split("\u203a")} for p in (bought, wanted)
-    )
     same = (
         bought["query"] == wanted["query"]
         or share > 0.2
-        or len(bought_categories & wanted_categories) >= 2
+        or len(categories(bought) & categories(wanted)) >= 2
     )
     return 1.0 if same else 0.5
+
+
+def categories(product: dict) -> set[str]:
+    return {category.strip() for category in product["product_category"].split("\u203a")}
 
 
 @functools.lru_cache(4096)
@@ -343,8 +382,9 @@ def nouns(title: str) -> list[str]:
     """The nouns of a title in lower case: by spaCy where en_core_web_sm is installed, else all
     words of three or more letters that are not in `NOT_NOUNS`."""
     if HAS_SPACY_MODEL:
-        return [t.text.lower() for t in tagger()(title) if t.pos_ in ("NOUN", "PROPN")]
-    return [w for w in re.findall(r"[^\W\d_]{3,}", title.lower()) if w not in NOT_NOUNS]
+        return [token.text.lower() for token in tagger()(title) if token.pos_ in ("NOUN", "PROPN")]
+    words = re.findall(r"[^\W\d_]{3,}", title.lower())
+    return [word for word in words if word not in NOT_NOUNS]
 
 
 @functools.cache

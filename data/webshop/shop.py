@@ -6,7 +6,7 @@ workers of a machine memory-map them: a worker's memory does not grow with the c
 products.jsonl   one product per line; products.npy: the byte offset of each line
 goals.npy        goals in the benchmark's order: product, instruction, option combination, ceiling
 bm25/            BM25 weights (bm25s) of each word
-words.npy        sorted 64-bit digests of the words; word_ids.npy: their ids in bm25/
+words.npy        sorted 64-bit hashes of the words; word_ids.npy: their ids in bm25/
 """
 
 import array
@@ -35,7 +35,9 @@ from common import InputError, fingerprint
 VERSION = 3  # of the cached files: a change of their content or format needs another number
 RESULTS = 50  # per search
 WORDS = json.loads(Path(__file__).with_name("words.json").read_text(encoding="utf-8"))
-WORD, STOP_WORDS, STEMMER = r"\w+", set(WORDS["stop_words"]), Stemmer.Stemmer("porter")
+WORD = r"\w+"
+STOP_WORDS = set(WORDS["stop_words"])
+STEMMER = Stemmer.Stemmer("porter")
 
 
 @functools.cache
@@ -43,10 +45,10 @@ def open_shop() -> "Shop":
     """The shop of $WEBSHOP_DATA. The first call builds it in ~/.cache/mpo ($XDG_CACHE_HOME): for
     1.18 million products that takes minutes and 5 GB of memory."""
     files = data_files()
-    stats = [
-        (kind, str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns)
-        for kind, path in files.items()
-    ]
+    stats = []
+    for kind, path in files.items():
+        stat = path.stat()
+        stats.append((kind, str(path.resolve()), stat.st_size, stat.st_mtime_ns))
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mpo"
     cache.mkdir(parents=True, exist_ok=True)
     folder = cache / f"webshop-{fingerprint(VERSION, stats)}"
@@ -85,22 +87,29 @@ def data_files() -> dict[str, Path]:
         raise InputError(f"{attributes} is missing: it has the attributes of {products.name}")
     files = {"products": products, "attributes": attributes}
     human = products.with_name("items_human_ins.json")
-    goals = os.environ.get("WEBSHOP_GOALS") or ("human" if human.exists() else "attributes")
+    goals = os.environ.get("WEBSHOP_GOALS")
+    if not goals:
+        goals = "human" if human.exists() else "attributes"
     if goals not in ("human", "attributes") or (goals == "human" and not human.exists()):
         raise InputError(f"WEBSHOP_GOALS={goals} must be attributes, or human if {human} exists")
-    return files | {"human": human} if goals == "human" else files
+    if goals == "human":
+        files["human"] = human
+    return files
 
 
-# ---- building -----------------------------------------------------------------------------------
+# ---- reading the benchmark's files --------------------------------------------------------------
 
-CHUNK, LONGEST = 1 << 22, 1 << 26  # characters of one read, and of the longest element of a file
+CHUNK = 1 << 22  # characters of one read
+LONGEST = 1 << 26  # characters of the longest element of a file
 
 
 def read_json(path: Path, bracket: str):
     """Yield the elements of a JSON list (`bracket` "["), or the keys and values of a JSON object
     ("{") in turn, without holding the file in memory. Unlike ijson, this reads NaN and lone
     surrogates, which Python's `json` writes. Raises `InputError` if the JSON is not complete."""
-    decoder, separator, at = json.JSONDecoder(), re.compile(r"[\s,:]*"), 1
+    decoder = json.JSONDecoder()
+    separator = re.compile(r"[\s,:]*")
+    at = 1  # where in `text` the next element begins
     with path.open(encoding="utf-8-sig", errors="replace") as f:
         text = f.read(CHUNK).lstrip()
         if not text.startswith(bracket):
@@ -120,7 +129,8 @@ def read_json(path: Path, bracket: str):
                 raise InputError(
                     f"{path} is not complete JSON at {text[at : at + 40]!r}: download it again"
                 )
-            text, at = text[at:] + more, 0
+            text = text[at:] + more
+            at = 0
 
 
 def read_json_items(path: Path):
@@ -144,35 +154,22 @@ def clean_product(row: dict) -> dict:
     Raises `ValueError` with the reason if the product is unusable."""
     if not isinstance(row, dict):
         raise ValueError("not an object")
-    asin, name = clean_text(row.get("asin")), clean_text(row.get("name"))
+    asin = clean_text(row.get("asin"))
+    name = clean_text(row.get("name"))
     if not asin or asin == "nan" or len(asin) > 10:
         raise ValueError("asin missing or longer than 10 characters")
     if not name:
         raise ValueError("no name")
-    prices = []
-    for part in clean_text(row.get("pricing")).split("$")[1:]:
-        with contextlib.suppress(ValueError):
-            prices.append(float(re.sub(r"[^\d.]", "", part)))
-    options, raw_options = {}, row.get("customization_options")
-    for option, choices in raw_options.items() if isinstance(raw_options, dict) else ():
-        choices = choices if isinstance(choices, list) else []
-        values = [
-            clean_text(c["value"]).replace("/", " | ").lower()
-            for c in choices
-            if isinstance(c, dict) and c.get("value")
-        ]
-        values = [" ".join(v.split()) for v in values if v]
-        if values:
-            options[clean_text(option).lower()] = list(dict.fromkeys(values))
     bullets = row.get("small_description")
-    bullets = bullets if isinstance(bullets, list) else [bullets]
+    if not isinstance(bullets, list):
+        bullets = [bullets]
     return {
         "asin": asin,
         "name": name,
         "description": clean_text(row.get("full_description")),
         "features": list(filter(None, map(clean_text, bullets))),
-        "prices": prices[:2] or [100.0],  # the benchmark's default price
-        "options": options,
+        "prices": clean_prices(row.get("pricing")),
+        "options": clean_options(row.get("customization_options")),
         "rating": clean_text(row.get("average_rating")) or "N.A.",
         "query": clean_text(row.get("query")).lower(),
         "category": clean_text(row.get("category")),
@@ -180,78 +177,146 @@ def clean_product(row: dict) -> dict:
     }
 
 
+def clean_prices(pricing) -> list[float]:
+    """The price, or the two ends of a range: "$5.0 to $35.0" -> [5.0, 35.0]."""
+    prices = []
+    for part in clean_text(pricing).split("$")[1:]:
+        with contextlib.suppress(ValueError):
+            prices.append(float(re.sub(r"[^\d.]", "", part)))
+    return prices[:2] or [100.0]  # the benchmark's default price
+
+
+def clean_options(raw) -> dict[str, list[str]]:
+    """{option: its values} in lower case, without options that have no value."""
+    options = {}
+    if not isinstance(raw, dict):
+        return options
+    for option, choices in raw.items():
+        values = []
+        for choice in choices if isinstance(choices, list) else []:
+            if isinstance(choice, dict) and choice.get("value"):
+                value = clean_text(choice["value"]).replace("/", " | ").lower()
+                values.append(" ".join(value.split()))
+        values = [value for value in dict.fromkeys(values) if value]
+        if values:
+            options[clean_text(option).lower()] = values
+    return options
+
+
 def instructions(entries: list, human: bool) -> list[dict]:
     """The usable instructions of a product. Those of the attribute file name no options: "options"
     is None, and every combination of the product's options becomes a goal."""
-    return [
-        {
-            "text": clean_text(e.get("instruction")),
-            "attributes": list(map(clean_text, e["instruction_attributes"])),
-            "options": e.get("instruction_options") or [] if human else None,
-        }
-        for e in entries
-        if isinstance(e, dict)
-        and e.get("instruction_attributes")
-        and isinstance(e["instruction_attributes"], list)
-    ]
+    usable = []
+    for entry in entries:
+        attributes = entry.get("instruction_attributes") if isinstance(entry, dict) else None
+        if not attributes or not isinstance(attributes, list):
+            continue
+        usable.append(
+            {
+                "text": clean_text(entry.get("instruction")),
+                "attributes": list(map(clean_text, attributes)),
+                "options": (entry.get("instruction_options") or []) if human else None,
+            }
+        )
+    return usable
+
+
+def usable_products(path: Path, left_out: collections.Counter):
+    """Yield the cleaned products of a file, and count in `left_out` why others are left out."""
+    seen = set()
+    for row in tqdm(read_json(path, "["), "WebShop's products", unit=" products"):
+        try:
+            product = clean_product(row)
+            if product["asin"] in seen:
+                raise ValueError("duplicate asin")
+        except ValueError as e:
+            left_out[str(e)] += 1
+        else:
+            seen.add(product["asin"])
+            yield product
+
+
+# ---- building -----------------------------------------------------------------------------------
 
 
 def build(files: dict[str, Path], folder: Path) -> None:
     """Write the shop's files to `folder`: one pass over the products, then goals and index."""
+    # as text, a million small objects take less memory
     attributes = {asin: json.dumps(v) for asin, v in read_json_items(files["attributes"])}
     human = dict(read_json_items(files["human"])) if "human" in files else None
-    draw = random.Random(42)
     tokenizer = Tokenizer(splitter=WORD, stopwords=STOP_WORDS, stemmer=STEMMER)
-    documents, offsets, prices = [], array.array("q", [0]), array.array("d")
-    seen, wants, left_out = set(), [], collections.Counter()
+    draw = random.Random(42)
+    offsets = array.array("q", [0])
+    prices = array.array("d")
+    documents = []  # the word ids of each product
+    wants = []  # (product, instruction, number of option combinations)
+    left_out = collections.Counter()
     with (folder / "products.jsonl").open("wb") as f:
-        for row in tqdm(read_json(files["products"], "["), "WebShop's products", unit=" products"):
-            try:
-                p = clean_product(row)
-                if p["asin"] in seen:
-                    raise ValueError("duplicate asin")
-            except ValueError as e:
-                left_out[str(e)] += 1
-                continue
-            seen.add(p["asin"])
-            known = json.loads(attributes.get(p["asin"], "{}"))
-            known = known if isinstance(known, dict) else {}
-            p["attributes"] = list(map(clean_text, known.get("attributes") or ()))
-            entries = [known] if known.get("instruction") else []
-            if human is not None:
-                entries = human.get(p["asin"]) or []
-            p["wants"] = instructions(entries, human is not None)
-            # the benchmark draws a price in the range in every process; here it is drawn once
-            p["price"] = p["prices"][0] if len(p["prices"]) == 1 else draw.uniform(*p["prices"])
-            combinations = 1 if human is not None else math.prod(map(len, p["options"].values()))
-            wants += [(len(prices), want, combinations) for want in range(len(p["wants"]))]
-            prices.append(p["price"])
-            f.write(json.dumps(p).encode() + b"\n")
+        for product in usable_products(files["products"], left_out):
+            known = json.loads(attributes.get(product["asin"], "{}"))
+            add_instructions(product, known, human)
+            product["price"] = drawn_price(product["prices"], draw)
+            combinations = 1
+            if human is None:
+                combinations = math.prod(map(len, product["options"].values()))
+            for want in range(len(product["wants"])):
+                wants.append((len(prices), want, combinations))
+            prices.append(product["price"])
+            f.write(json.dumps(product).encode() + b"\n")
             offsets.append(f.tell())
-            options = ", and ".join(f"{k}: {', '.join(v)}" for k, v in p["options"].items())
-            text = " ".join([p["name"], p["description"], *p["features"][:1], options])
-            [ids] = tokenizer.streaming_tokenize([text], allow_empty=False)
+            [ids] = tokenizer.streaming_tokenize([searched_text(product)], allow_empty=False)
             documents.append(array.array("i", ids))  # 4 bytes per word, a list takes 8
-    if not prices:
-        raise InputError(
-            f"{files['products']} has no usable product"
-            + "".join(f"; {n} left out: {why}" for why, n in left_out.items())
-        )
-    if left_out:
-        print(
-            f"{files['products'].name}: {left_out.total()} products left out: "
-            + ", ".join(f"{n} {why}" for why, n in left_out.most_common()),
-            file=sys.stderr,
-        )
-    if not wants:
-        hint = "" if human is None else "; WEBSHOP_GOALS=attributes uses the attribute file's goals"
-        raise InputError(
-            f"{files.get('human', files['attributes'])} has no goal for the products "
-            f"in {files['products'].name}{hint}"
-        )
+    check_catalogue(files, len(prices), len(wants), left_out)
     np.save(folder / "products.npy", np.array(offsets))
     np.save(folder / "goals.npy", ordered_goals(wants, prices, draw))
     save_index(documents, tokenizer.stem_to_sid, folder)
+
+
+def add_instructions(product: dict, known, human: dict | None) -> None:
+    """Add "attributes" and "wants", the instructions, to a product. `known`: its entry in the
+    attribute file; `human`: people's instructions by product, None if those are not used."""
+    if not isinstance(known, dict):
+        known = {}
+    product["attributes"] = list(map(clean_text, known.get("attributes") or ()))
+    if human is not None:
+        entries = human.get(product["asin"]) or []
+        product["wants"] = instructions(entries, human=True)
+    elif known.get("instruction"):
+        product["wants"] = instructions([known], human=False)
+    else:
+        product["wants"] = []
+
+
+def drawn_price(prices: list[float], draw: random.Random) -> float:
+    """The benchmark draws a price in the range in every process; here it is drawn once."""
+    if len(prices) == 1:
+        return prices[0]
+    return draw.uniform(*prices)
+
+
+def searched_text(product: dict) -> str:
+    """What the search reads of a product."""
+    options = [f"{name}: {', '.join(values)}" for name, values in product["options"].items()]
+    texts = [product["name"], product["description"], *product["features"][:1]]
+    return " ".join([*texts, ", and ".join(options)])
+
+
+def check_catalogue(files: dict[str, Path], products: int, goals: int, left_out) -> None:
+    """Say which products were left out; raise `InputError` without a product or a goal."""
+    path = files["products"]
+    if not products:
+        reasons = "".join(f"; {n} left out: {why}" for why, n in left_out.items())
+        raise InputError(f"{path} has no usable product{reasons}")
+    if left_out:
+        reasons = ", ".join(f"{n} {why}" for why, n in left_out.most_common())
+        print(f"{path.name}: {left_out.total()} products left out: {reasons}", file=sys.stderr)
+    if not goals:
+        source = files["attributes"]
+        hint = ""
+        if "human" in files:
+            source = files["human"]
+            hint = "; WEBSHOP_GOALS=attributes uses the attribute file's goals"
+        raise InputError(f"{source} has no goal for the products in {path.name}{hint}")
 
 
 def ordered_goals(wants: list[tuple], prices, draw: random.Random) -> np.ndarray:
@@ -262,22 +327,21 @@ def ordered_goals(wants: list[tuple], prices, draw: random.Random) -> np.ndarray
     for product, _, _ in wants:
         above = [10.0 * i for i in range(1, 100) if 10.0 * i > prices[product]][:4]
         ceilings.append(max(draw.sample(above, 2)) if len(above) >= 2 else math.inf)
-    wants = np.array(wants, dtype=np.int64)
-    counts = wants[:, 2]
+    products, instruction_numbers, counts = np.array(wants, dtype=np.int64).T
     order = array.array("q", range(counts.sum()))
     random.Random(233).shuffle(order)
     order = np.array(order)
-    which = np.repeat(np.arange(len(wants)), counts)[order]
+    which = np.repeat(np.arange(len(wants)), counts)[order]  # the row of `wants` of each goal
     combination = order - (counts.cumsum() - counts)[which]
     return np.rec.fromarrays(
-        [wants[which, 0], wants[which, 1], combination, np.array(ceilings)[which]],
+        [products[which], instruction_numbers[which], combination, np.array(ceilings)[which]],
         dtype=[("product", "i4"), ("want", "i4"), ("combination", "i4"), ("ceiling", "f8")],
     )
 
 
 def save_index(documents: list, vocabulary: dict[str, int], folder: Path) -> None:
     """Write the BM25 index of `documents`, lists of word ids, with the benchmark's k1 and b. Words
-    are stored as digests in a memory-mapped file: bm25s would load all words into every worker."""
+    are stored as hashes in a memory-mapped file: bm25s would load all words into every worker."""
     index = bm25s.BM25(k1=0.9, b=0.4)
     index.index((documents, vocabulary), show_progress=len(documents) > 20_000)
     index.vocab_dict = {}
@@ -289,7 +353,7 @@ def save_index(documents: list, vocabulary: dict[str, int], folder: Path) -> Non
 
 
 def word_key(word: str) -> int:
-    return int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).fingerprint(), "big")
+    return int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "big")
 
 
 # ---- use ----------------------------------------------------------------------------------------
@@ -299,10 +363,10 @@ class Shop:
     """A built shop: products, goals and search."""
 
     def __init__(self, folder: Path):
-        self.offsets, self.goals, self.words, self.word_ids = (
-            np.load(folder / f"{name}.npy", mmap_mode="r")
-            for name in ("products", "goals", "words", "word_ids")
-        )
+        self.offsets = np.load(folder / "products.npy", mmap_mode="r")
+        self.goals = np.load(folder / "goals.npy", mmap_mode="r")
+        self.words = np.load(folder / "words.npy", mmap_mode="r")
+        self.word_ids = np.load(folder / "word_ids.npy", mmap_mode="r")
         self.file = (folder / "products.jsonl").open("rb")
         self.bm25 = bm25s.BM25.load(folder / "bm25", mmap=True, load_vocab=False)
         self.product = functools.lru_cache(512)(self._product)
@@ -315,24 +379,22 @@ class Shop:
         """What to buy: {"product", "text", "attributes", "options", "ceiling"}."""
         i, want, combination, ceiling = self.goals[number].item()
         product = self.product(i)
-        wanted, text = product["wants"][want], product["wants"][want]["text"].strip(".")
+        wanted = product["wants"][want]
+        text = wanted["text"].strip(".")
         options = wanted["options"]
         if options is None:
-            chosen = {}
-            for name in sorted(product["options"], reverse=True):
-                combination, k = divmod(combination, len(product["options"][name]))
-                chosen[name] = product["options"][name][k]
-            options = dict(sorted(chosen.items()))
+            options = option_combination(product["options"], combination)
             if options:
                 text += " with " + ", and ".join(f"{k}: {v}" for k, v in options.items())
-        options = list(options.values() if isinstance(options, dict) else options)
+        if isinstance(options, dict):
+            options = list(options.values())
         if ceiling < math.inf:
             text += f", and price lower than {ceiling:.2f} dollars"
         return {
             "product": i,
             "text": text,
             "attributes": wanted["attributes"],
-            "options": [clean_text(o).lower() for o in options],
+            "options": [clean_text(option).lower() for option in options],
             "ceiling": ceiling,
         }
 
@@ -349,3 +411,13 @@ class Shop:
         threshold = np.partition(scores, last)[last]  # a full sort of a million scores takes longer
         best = np.flatnonzero((scores >= threshold) & (scores > 0))
         return best[np.lexsort((best, -scores[best]))][:RESULTS].tolist()
+
+
+def option_combination(options: dict[str, list[str]], number: int) -> dict[str, str]:
+    """The combination of this number, {option: value}; the value of the last option, by name,
+    changes fastest."""
+    chosen = {}
+    for name in sorted(options, reverse=True):
+        number, which = divmod(number, len(options[name]))
+        chosen[name] = options[name][which]
+    return dict(sorted(chosen.items()))
