@@ -1150,6 +1150,119 @@ async def list_tasks(
 
 
 # ---- 4. models: all are asked through the OpenAI chat protocol; local ones are served ------------
+#
+# A model is a name and a URL. With a URL (or several, separated by commas) it is behind these
+# servers. Without one, a local name is served on this machine, any other is an API's model.
+#
+#     with open_model(name, url, args) as model:
+#         reply = await model.ask(messages)
+
+
+@contextlib.contextmanager
+def open_model(name: str, url: str | None, a):
+    """A `Model` to ask, with the settings of a stage's Args: behind `url` if given; served for the
+    duration of the `with` if local; else of OpenAI or OPENAI_BASE_URL."""
+    with contextlib.ExitStack() as stack:
+        if url:
+            name = model_fingerprint(name, url)
+        elif is_local(name):
+            check_model(name)
+            server = serve(name, Path(a.out) / "logs", a.tensor_parallel, a.max_model_len)
+            url = stack.enter_context(server)
+        model = Model(name.removeprefix("api:"), url, a.concurrency)
+        if url:
+            model.continues = is_vllm(url)
+        yield model
+
+
+def check_model(name: str, url: str | None = None) -> None:
+    """Raise `InputError` before any work if there is no key for an API's model, or if a local model
+    directory is missing or incomplete."""
+    if url:
+        return
+    path = Path(name)
+    if not is_local(name):
+        Model(name)  # needs a key
+    elif path.is_dir():
+        _check_directory(name)
+    elif name.startswith((".", os.sep, "~")) or path.parts[0] in ("runs", "models"):
+        raise InputError(f"model directory {name} does not exist: run the stage that makes it")
+
+
+def _check_directory(name: str) -> None:
+    folder = Path(name)
+    for file in ("config.json", "tokenizer_config.json"):
+        if not (folder / file).exists():
+            raise InputError(f"{name} has no {file}: it must be a Hugging Face model directory")
+    in_own_file = any(folder.glob("*chat_template*"))
+    in_config = '"chat_template"' in (folder / "tokenizer_config.json").read_text()
+    if not in_own_file and not in_config:
+        raise InputError(f"{name} has no chat template: use an instruction-tuned model")
+
+
+def is_local(name: str) -> bool:
+    """Whether a model is a directory or a Hugging Face name `owner/model`; `api:` marks the name of
+    an API's model that has a slash."""
+    return Path(name).is_dir() or (os.sep in name and not name.startswith("api:"))
+
+
+def name_and_url(agent: str) -> tuple[str, str | None]:
+    """(name, url) of an entry of --agents: a server is asked which model it serves."""
+    if agent.startswith(("http://", "https://")):
+        return model_fingerprint("", agent), agent
+    return agent, None
+
+
+def model_fingerprint(name: str, url: str | None = None) -> str:
+    """Identifies a model in rows: `weights_fingerprint`, or the model that the server at `url`
+    serves (`name` if it has that, else its first)."""
+    if not url:
+        return weights_fingerprint(name)
+    names = [model["id"] for model in served(url)]
+    if not names or name in names:
+        return name
+    return names[0]
+
+
+def weights_fingerprint(model: str) -> str:
+    """Identifies a model by its weights, so that a retrained one is not taken for the old one: a
+    local directory by its name and a hash of samples of its files; any other model by its name."""
+    folder = Path(model)
+    if not folder.is_dir():
+        return model
+    sha256 = hashlib.sha256()
+    for path in sorted([*folder.glob("*.safetensors"), folder / "config.json"]):
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            for i in range(64):
+                file.seek(size * i // 64)
+                sha256.update(file.read(4096))
+    return f"{folder.name}-{sha256.hexdigest()[:12]}"
+
+
+def served(url: str) -> list[dict]:
+    """The models that the (first) server at `url` lists, as it describes them."""
+    server = url.split(",")[0].rstrip("/")
+    try:
+        with urllib.request.urlopen(f"{server}/models", timeout=30) as answer:
+            return [model for model in json.load(answer)["data"] if isinstance(model["id"], str)]
+    except (LookupError, TypeError):
+        return []  # this server does not list its models
+    except (OSError, ValueError) as e:
+        raise InputError(
+            f"the model server {server} cannot be reached ({e}): start it, or fix the URL"
+        ) from None
+
+
+def is_vllm(url: str) -> bool:
+    """Whether the server at `url` is vLLM, which can continue a message that was started."""
+    try:
+        return any(model.get("owned_by") == "vllm" for model in served(url))
+    except InputError:
+        return False
+
+
+# -- asking
 
 
 class Reply(NamedTuple):
@@ -1158,14 +1271,28 @@ class Reply(NamedTuple):
     completion_tokens: int
 
 
+class Endpoint:
+    """The client of one model server, and the server's load."""
+
+    def __init__(self, client):
+        self.client = client
+        self.in_flight = 0  # requests that wait for its answer
+        self.conversations = 0  # conversations that were ever assigned to it
+
+
 class Model:
-    """A chat model behind one or more OpenAI-compatible servers (`url`: addresses separated by
-    commas; None: OpenAI or `OPENAI_BASE_URL`, with the key in `OPENAI_API_KEY`). The client retries
-    429, 5xx, lost connections, timeouts and answers without a completion with growing pauses; then
-    `InputError` is raised. A 429 that says how long to wait is waited for and is no try. A server
-    that cannot be reached is left out from then on, as long as there are others. `concurrency`:
-    requests in flight; None: 32 for an API, which has rate limits, else 64 a server and at least
-    256."""
+    """A chat model behind one or more OpenAI-compatible servers.
+
+    `url`: their addresses, separated by commas; None: OpenAI or `OPENAI_BASE_URL`, with the key in
+    `OPENAI_API_KEY`.
+    `concurrency`: requests in flight; None: 32 for an API, which has rate limits, else 64 a server
+    and at least 256.
+    `timeout`: seconds for one request; a completion with its retries may take three times as long.
+
+    429, 5xx, lost connections, timeouts and answers without a completion are retried with growing
+    pauses; then `InputError` is raised. `Retry-After` is honoured, extends the time limit and does
+    not count as a retry. A server that cannot be reached is left out from then on, as long as
+    there are others."""
 
     TOO_LONG = re.compile(r"context.{0,20}length|maximum.{0,40}tokens|too (long|many tokens)", re.I)
 
@@ -1178,45 +1305,44 @@ class Model:
     ):
         import openai
 
-        key = os.environ.get("OPENAI_API_KEY")
-        if url is None and not key:
+        if url is None and not os.environ.get("OPENAI_API_KEY"):
             raise InputError(
                 f"asking {name} needs an API key: set OPENAI_API_KEY (and "
                 "OPENAI_BASE_URL for a server other than OpenAI's)"
             )
         self.name = name
         self.where = f"the model server {url or os.environ.get('OPENAI_BASE_URL', 'OpenAI')}"
-        servers = url.split(",") if url else [None]
-        self.concurrency = concurrency or (max(256, 64 * len(servers)) if url else 32)
-        self.slots = asyncio.Semaphore(self.concurrency)
+        addresses = url.split(",") if url else [None]
+        if not concurrency:
+            concurrency = max(256, 64 * len(addresses)) if url else 32
+        self.concurrency = concurrency
+        self.slots = asyncio.Semaphore(concurrency)
         self.retries = int(os.environ.get("MPO_MAX_RETRIES", 16))  # 16: pauses of 80-100 s in all
-        self.deadline = 3 * timeout  # seconds for one completion with its retries
-        self.clients = [
-            openai.AsyncOpenAI(
-                base_url=u,
-                api_key=key if url is None else "none",
-                max_retries=self.retries,
-                timeout=openai.Timeout(timeout, connect=10.0),
-                http_client=patient_client(self.concurrency),
-            )
-            for u in servers
-        ]
-        self.in_flight, self.assigned = [0] * len(self.clients), [0] * len(self.clients)
-        self.alive = set(range(len(self.clients)))
+        self.timeout = timeout
+        self.alive = [Endpoint(self._client(address)) for address in addresses]
         self.completion_tokens = 0  # generated so far
-        self.continues = False  # messages that were started; set by `open_model`
+        self.continues = False  # can continue a message that was started; set by `open_model`
+        # what `_complete` raises if an answer holds no completion
+        self.malformed = (
+            IndexError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            openai.APIResponseValidationError,
+        )
 
-    def _choose(self, home: dict | None) -> int:
-        """The server with the fewest requests in flight, or of those the fewest conversations. A
-        conversation (`home` is its memory) stays with the server that has its prefix in the cache,
-        unless that one is much busier."""
-        home = {} if home is None else home
-        least = min(self.alive, key=lambda i: (self.in_flight[i], self.assigned[i]))
-        now = home.get("server")
-        if now not in self.alive or self.in_flight[now] > 2 * self.in_flight[least] + 4:
-            home["server"] = least
-            self.assigned[least] += 1
-        return home["server"]
+    def _client(self, address: str | None):
+        """The client of one server. By itself it retries 429, 5xx, lost connections and
+        timeouts."""
+        import openai
+
+        return openai.AsyncOpenAI(
+            base_url=address,
+            api_key="none" if address else os.environ["OPENAI_API_KEY"],
+            max_retries=self.retries,
+            timeout=openai.Timeout(self.timeout, connect=10.0),
+            http_client=patient_client(self.concurrency),
+        )
 
     async def ask(
         self,
@@ -1228,103 +1354,136 @@ class Model:
         stop: list[str] | None = None,
     ) -> Reply:
         """One completion, up to a `stop` string; it continues the last message if that is the
-        assistant's. Raises `ContextOverflow` if the prompt does not fit, `InputError` if the
-        server refuses the key or the model, cannot be reached, or sends no completion."""
-        while True:
-            with contextlib.suppress(ServerLost):
-                return await self._ask(messages, temperature, max_tokens, seed, home, stop)
-
-    async def _ask(self, messages, temperature, max_tokens, seed, home, stop) -> Reply:
+        assistant's. `home`: an empty dict that a conversation passes with each of its requests;
+        here its server is remembered. Raises `ContextOverflow` if the prompt does not fit,
+        `InputError` if the server refuses the key or the model, cannot be reached, or sends no
+        completion."""
         import openai
 
-        more = {"stop": stop} if stop else {}
-        # the messages as they are: looking at each field of each one is half of the client's work
+        parameters = self._parameters(messages, temperature, max_tokens, seed, stop)
+        while True:
+            async with self.slots:
+                endpoint = self._choose_endpoint(home)
+                endpoint.in_flight += 1
+                try:
+                    reply = await self._complete(endpoint, parameters)
+                    self.completion_tokens += reply.completion_tokens
+                    return reply
+                except (TimeoutError, openai.OpenAIError, *self.malformed) as e:
+                    unreachable = isinstance(e, TimeoutError | openai.APIConnectionError)
+                    if not unreachable or self.alive == [endpoint]:
+                        raise self._error_of(e) from None
+                    self._leave_out(endpoint)
+                finally:
+                    endpoint.in_flight -= 1
+
+    def _parameters(self, messages, temperature, max_tokens, seed, stop) -> dict:
+        """The arguments of the client's `create`.
+
+        The client walks through every field of every message of its argument `messages`, to
+        convert values that need it. Ours need none, and in a long conversation that walk is half of
+        the client's work. So `messages` is empty there, and the conversation is in `extra_body`,
+        which the client sends as it is, in place of arguments of the same name."""
         body = {"messages": messages}
         if messages[-1]["role"] == "assistant":
-            body |= {"continue_final_message": True, "add_generation_prompt": False}
-        malformed = (
-            IndexError,
-            TypeError,
-            ValueError,
-            AttributeError,
-            openai.APIResponseValidationError,
+            body["continue_final_message"] = True
+            body["add_generation_prompt"] = False
+        parameters = {
+            "model": self.name,
+            "messages": [],
+            "temperature": temperature,
+            "max_tokens": max_tokens,
+            "seed": seed,
+            "extra_body": body,
+        }
+        if stop:
+            parameters["stop"] = stop
+        return parameters
+
+    def _choose_endpoint(self, home: dict | None) -> Endpoint:
+        """The server with the fewest requests in flight, or of those the fewest conversations. A
+        conversation stays with the server that has its prefix in the cache, unless that one is much
+        busier."""
+        least = min(self.alive, key=lambda e: (e.in_flight, e.conversations))
+        current = home.get("endpoint") if home else None
+        if current in self.alive and current.in_flight <= 2 * least.in_flight + 4:
+            return current
+        least.conversations += 1
+        if home is not None:
+            home["endpoint"] = least
+        return least
+
+    async def _complete(self, endpoint: Endpoint, parameters: dict) -> Reply:
+        """One completion from one server. Answers without a completion are retried here, all else
+        by the client. All retries share one time limit."""
+        async with asyncio.timeout(3 * self.timeout) as limit:
+            TIME_LIMIT.set(limit)
+            retry = 0
+            while True:
+                try:
+                    answer = await endpoint.client.chat.completions.create(**parameters)
+                    text = answer.choices[0].message.content or ""
+                    usage = answer.usage
+                    break
+                except self.malformed:
+                    if retry == self.retries:
+                        raise
+                await asyncio.sleep(min(8, 0.5 * 2**retry))
+                retry += 1
+        if not usage:
+            return Reply(text, 0, 0)
+        return Reply(text, usage.prompt_tokens, usage.completion_tokens)
+
+    def _leave_out(self, endpoint: Endpoint) -> None:
+        """Ask only the other servers from now on. Requests that were in flight come here one by
+        one: only the first says so."""
+        if endpoint not in self.alive:
+            return
+        self.alive.remove(endpoint)
+        print(
+            f"{endpoint.client.base_url} cannot be reached or does not answer: "
+            f"{len(self.alive)} other servers do its work",
+            file=sys.stderr,
         )
-        async with self.slots:
-            server = self._choose(home)
-            self.in_flight[server] += 1
-            try:
-                async with asyncio.timeout(self.deadline) as limit:
-                    LIMIT.set(limit)
-                    for left in reversed(range(self.retries + 1)):
-                        try:
-                            answer = await self.clients[server].chat.completions.create(
-                                model=self.name,
-                                messages=[],
-                                temperature=temperature,
-                                max_tokens=max_tokens,
-                                seed=seed,
-                                extra_body=body,
-                                **more,
-                            )
-                            text, usage = answer.choices[0].message.content or "", answer.usage
-                            break
-                        except malformed:  # which the client does not retry
-                            if not left:
-                                raise
-                            await asyncio.sleep(min(8, 0.5 * 2 ** (self.retries - left)))
-            except (TimeoutError, openai.OpenAIError, *malformed) as e:
-                others = self.alive - {server}
-                if others and isinstance(e, TimeoutError | openai.APIConnectionError):
-                    if server in self.alive:
-                        print(
-                            f"{self.clients[server].base_url} cannot be reached or does not "
-                            f"answer: {len(others)} other servers do its work",
-                            file=sys.stderr,
-                        )
-                    self.alive = others
-                    raise ServerLost from None
-                status, said = getattr(e, "status_code", None), str(e)[:300]
-                if status == 400 and self.TOO_LONG.search(said):
-                    raise ContextOverflow(
-                        f"a prompt exceeds the context of {self.where} (--max_model_len): {said}"
-                    ) from None
-                what = (
-                    f"answers {status}: {said}"
-                    if status and status >= 300
-                    else "sends answers without a completion"
-                    if isinstance(e, malformed)
-                    else "cannot be reached or does not answer"
-                )
-                hint = {
-                    401: "check OPENAI_API_KEY",
-                    403: "check OPENAI_API_KEY",
-                    400: "",
-                    404: f"does it have a model {self.name!r}?",
-                }.get(
-                    status,
-                    (
-                        f"after {self.retries + 1} tries; finished rows are kept, run the same "
-                        "command to resume"
-                    ),
-                )
-                raise InputError(f"{self.where} {what}; {hint}") from None
-            finally:
-                self.in_flight[server] -= 1
-        counts = (usage.prompt_tokens, usage.completion_tokens) if usage else (0, 0)
-        self.completion_tokens += counts[1]
-        return Reply(text, *counts)
+
+    def _error_of(self, e: Exception) -> InputError:
+        """What to tell the user of an exception of the client, in one line."""
+        status = getattr(e, "status_code", None)
+        said = str(e)[:300]
+        if status == 400 and self.TOO_LONG.search(said):
+            return ContextOverflow(
+                f"a prompt exceeds the context of {self.where} (--max_model_len): {said}"
+            )
+        if status and status >= 300:
+            what = f"answers {status}: {said}"
+        elif isinstance(e, self.malformed):
+            what = "sends answers without a completion"
+        else:
+            what = "cannot be reached or does not answer"
+        if status == 400:  # a request that is wrong in itself: what the server said must do
+            return InputError(f"{self.where} {what}")
+        hints = {
+            401: "check OPENAI_API_KEY",
+            403: "check OPENAI_API_KEY",
+            404: f"does it have a model {self.name!r}?",
+        }
+        tries = f"after {self.retries + 1} tries"
+        gave_up = f"{tries}; finished rows are kept, run the same command to resume"
+        return InputError(f"{self.where} {what}; {hints.get(status, gave_up)}")
 
 
-class ServerLost(Exception):
-    """One of several servers cannot be reached."""
-
-
-LIMIT: ContextVar = ContextVar("the time limit of this task's request")
+# The `asyncio.timeout` of the request that the current task is making. `Model._complete` sets it,
+# and the HTTP client below, which gets only the request, extends it.
+TIME_LIMIT: ContextVar[asyncio.Timeout] = ContextVar("TIME_LIMIT")
 
 
 def patient_client(connections: int):
-    """openai's HTTP client, which does what a 429 with `retry-after` (seconds) asks for: it waits,
-    which extends the request's time limit, and sends the request again."""
+    """openai's HTTP client, but one that honours `Retry-After`.
+
+    A 429 with a number of seconds in `Retry-After` says when the server will take the request. The
+    client waits until then and sends the request again, as often as it is told to. The wait extends
+    the request's time limit and does not count as a retry. A 429 without a number of seconds is an
+    error to openai's client, which retries it `Model.retries` times."""
     import openai
 
     class PatientClient(openai.DefaultAsyncHttpxClient):
@@ -1335,86 +1494,27 @@ def patient_client(connections: int):
                 if response.status_code != 429 or not re.fullmatch(r"\d+(\.\d+)?", pause):
                     return response
                 await response.aclose()
-                limit = LIMIT.get()
-                limit.reschedule(limit.when() + float(pause))
-                await asyncio.sleep(float(pause))
+                seconds = float(pause)
+                limit = TIME_LIMIT.get()
+                limit.reschedule(limit.when() + seconds)
+                await asyncio.sleep(seconds)
 
-    limits = type(openai.DEFAULT_CONNECTION_LIMITS)
-    return PatientClient(limits=limits(max_connections=None, max_keepalive_connections=connections))
-
-
-def served(url: str) -> list[dict]:
-    """The models that the (first) server at `url` lists, as it describes them."""
-    server = url.split(",")[0].rstrip("/")
-    try:
-        with urllib.request.urlopen(f"{server}/models", timeout=30) as answer:
-            return [m for m in json.load(answer)["data"] if isinstance(m["id"], str)]
-    except (LookupError, TypeError):
-        return []  # this server does not list its models
-    except (OSError, ValueError) as e:
-        raise InputError(
-            f"the model server {server} cannot be reached ({e}): start it, or fix the URL"
-        ) from None
+    # openai is built on httpx or, in new releases, on httpx2: take the class that it uses
+    limits_class = type(openai.DEFAULT_CONNECTION_LIMITS)
+    limits = limits_class(max_connections=None, max_keepalive_connections=connections)
+    return PatientClient(limits=limits)
 
 
-def model_fingerprint(name: str, url: str | None = None) -> str:
-    """Identifies a model in rows: `common.model_id`, or the model that the server at `url` serves
-    (`name` if it has that, else its first)."""
-    if not url:
-        return weights_fingerprint(name)
-    names = [m["id"] for m in served(url)]
-    return name if name in names or not names else names[0]
+# -- serving
 
 
-def name_and_url(agent: str) -> tuple[str, str | None]:
-    """(name, url) of an entry of --agents: a server is asked which model it serves."""
-    is_url = agent.startswith(("http://", "https://"))
-    return (model_fingerprint("", agent), agent) if is_url else (agent, None)
+class LocalServer(NamedTuple):
+    """A server that this process started."""
 
-
-def is_local(name: str) -> bool:
-    """Whether a model is a directory or a Hugging Face name `owner/model`; `api:` marks the name of
-    an API's model that has a slash."""
-    return Path(name).is_dir() or (os.sep in name and not name.startswith("api:"))
-
-
-def check_model(name: str, url: str | None = None) -> None:
-    """Raise `InputError` before any work if there is no key for an API's model, or if a local model
-    directory is missing or incomplete."""
-    path = Path(name)
-    if url:
-        return
-    if not is_local(name):
-        Model(name)
-    elif path.is_dir():
-        for file in ("config.json", "tokenizer_config.json"):
-            if not (path / file).exists():
-                raise InputError(f"{name} has no {file}: it must be a Hugging Face model directory")
-        if not (
-            list(path.glob("*chat_template*"))
-            or '"chat_template"' in (path / "tokenizer_config.json").read_text()
-        ):
-            raise InputError(f"{name} has no chat template: use an instruction-tuned model")
-    elif name.startswith((".", os.sep, "~")) or path.parts[0] in ("runs", "models"):
-        raise InputError(f"model directory {name} does not exist: run the stage that makes it")
-
-
-@contextlib.contextmanager
-def open_model(name: str, url: str | None, a):
-    """A `Model` to ask, with the settings of a stage's Args: behind `url` if given; served for the
-    duration of the `with` if local; else of OpenAI or OPENAI_BASE_URL."""
-    with contextlib.ExitStack() as stack:
-        if url:
-            name = model_fingerprint(name, url)
-        elif is_local(name):
-            check_model(name)
-            url = stack.enter_context(
-                serve(name, Path(a.out) / "logs", a.tensor_parallel, a.max_model_len)
-            )
-        model = Model(name.removeprefix("api:"), url, a.concurrency)
-        with contextlib.suppress(InputError):  # a server that lists no models is not vLLM
-            model.continues = bool(url) and any(m.get("owned_by") == "vllm" for m in served(url))
-        yield model
+    model: str
+    url: str
+    process: subprocess.Popen
+    log: Path
 
 
 @contextlib.contextmanager
@@ -1436,19 +1536,31 @@ def serve(
             f"of GPUs, {len(gpus)}"
         )
     download(model)
-    max_model_len, servers = min(max_model_len, context_of(model)), []
+    max_model_len = min(max_model_len, context_of(model))
+    servers = []
     try:
         for i in range(max(1, len(gpus) // tensor_parallel)):
-            own = gpus[i * tensor_parallel : (i + 1) * tensor_parallel]
-            servers.append(_start_server(model, own, max_model_len, Path(log_dir)))
+            own_gpus = gpus[i * tensor_parallel : (i + 1) * tensor_parallel]
+            servers.append(_start_server(model, own_gpus, max_model_len, Path(log_dir)))
         for server in servers:
             _wait_healthy(server, wait)
         yield ",".join(f"{server.url}/v1" for server in servers)
     finally:
         for server in servers:
-            server.process.stdin.close()
+            server.process.stdin.close()  # which the supervisor waits for
         for server in servers:
             server.process.wait()
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs' names in CUDA_VISIBLE_DEVICES."""
+    import torch
+
+    count = torch.cuda.device_count()
+    names = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if names:
+        return names.split(",")[:count]
+    return [str(i) for i in range(count)]
 
 
 def download(model: str) -> None:
@@ -1480,12 +1592,47 @@ def context_of(model: str) -> float:
     return getattr(config, "max_position_embeddings", math.inf)
 
 
-def visible_gpus() -> list[str]:
-    """The GPUs' names in CUDA_VISIBLE_DEVICES."""
-    import torch
+# Runs a server. When its input closes, that is when this process closes it or ends in whatever way,
+# it ends the server and then its whole process group, in which are the server's own workers.
+SUPERVISOR = """
+import os, signal, subprocess, sys, threading
 
-    count, named = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
-    return named.split(",")[:count] if named else [str(i) for i in range(count)]
+def end_with_input():
+    sys.stdin.read()
+    server.terminate()
+    try:
+        server.wait(10)
+    finally:
+        os.killpg(0, signal.SIGKILL)
+
+server = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
+threading.Thread(target=end_with_input, daemon=True).start()
+server.wait()
+os.killpg(0, signal.SIGKILL)
+"""
+
+
+def _start_server(model: str, gpus: list[str], max_model_len: int, log_dir: Path) -> LocalServer:
+    port = _free_port()
+    log_dir.mkdir(parents=True, exist_ok=True)
+    log = log_dir / f"server-{Path(model).name}-{port}.log"
+    command = [sys.executable, "-c", SUPERVISOR, *server_command(model, port, gpus, max_model_len)]
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command,
+            env=_server_environment(gpus),
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    return LocalServer(model, f"http://127.0.0.1:{port}", process, log)
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
 
 
 def server_command(model: str, port: int, gpus: list[str], max_model_len: int) -> list[str]:
@@ -1493,122 +1640,72 @@ def server_command(model: str, port: int, gpus: list[str], max_model_len: int) -
     MPO_SERVER=transformers."""
     address = ["--host", "127.0.0.1", "--port", str(port), "--dtype", "bfloat16"]
     if os.environ.get("MPO_SERVER", "vllm") != "vllm" or not importlib.util.find_spec("vllm"):
-        return [str(Path(sys.executable).with_name("transformers")), "serve", model, *address]
-    command = [
-        sys.executable,
-        "-m",
-        "vllm.entrypoints.openai.api_server",
-        "--model",
-        model,
-        "--served-model-name",
-        model,
-        *address,
-        "--max-model-len",
-        str(max_model_len),
-        "--generation-config",
-        "vllm",
-        "--enable-prefix-caching",
-    ]
+        transformers = Path(sys.executable).with_name("transformers")
+        return [str(transformers), "serve", model, *address]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    command += ["--model", model, "--served-model-name", model, *address]
+    command += ["--max-model-len", str(max_model_len), "--generation-config", "vllm"]
+    command += ["--enable-prefix-caching"]
     if gpus:
-        return [
-            *command,
-            "--tensor-parallel-size",
-            str(len(gpus)),
-            "--gpu-memory-utilization",
-            "0.9",
-        ]
-    # no chunked prefill: vLLM's CPU engine crashes on a seeded request whose prompt is split
-    # ("CPU Generator does not use offset", 0.32.0)
-    # blocks of 32 tokens, not 128: an episode's next prompt finds more of it in the cache
-    return [
-        *command,
-        "--enforce-eager",
-        "--block-size",
-        "32",
-        "--no-enable-chunked-prefill",
-        "--max-num-batched-tokens",
-        str(max(8192, max_model_len)),
-    ]
+        command += ["--tensor-parallel-size", str(len(gpus)), "--gpu-memory-utilization", "0.9"]
+    else:
+        # blocks of 32 tokens, not 128: an episode's next prompt finds more of it in the cache
+        command += ["--enforce-eager", "--block-size", "32"]
+        # no chunked prefill: vLLM's CPU engine crashes on a seeded request whose prompt is split
+        # ("CPU Generator does not use offset", 0.32.0)
+        command += ["--no-enable-chunked-prefill"]
+        command += ["--max-num-batched-tokens", str(max(8192, max_model_len))]
+    return command
 
 
-# runs a server and ends its whole process group when the input closes, that is when the parent ends
-SUPERVISOR = """
-import os, subprocess, sys, threading
-server = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
-def end():
-    sys.stdin.read()
-    server.terminate()
-    try:
-        server.wait(10)
-    finally:
-        os.killpg(0, 9)
-threading.Thread(target=end, daemon=True).start()
-server.wait()
-os.killpg(0, 9)
-"""
-
-
-def _start_server(model: str, gpus: list[str], max_model_len: int, log_dir: Path):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    # vLLM keeps a core free for its engine, which would be half of a machine with two
-    binding = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"} if os.cpu_count() < 4 else {}
-    env = {
-        "VLLM_CPU_KVCACHE_SPACE": "2",
-        **binding,
-        **os.environ,
-        "TOKENIZERS_PARALLELISM": "false",
-    }
+def _server_environment(gpus: list[str]) -> dict:
+    """The environment variables of a server: defaults, the user's own, what must be."""
+    env = {"VLLM_CPU_KVCACHE_SPACE": "2"}
+    if os.cpu_count() < 4:
+        # vLLM keeps a core free for its engine, which would be half of a machine with two
+        env["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+    env.update(os.environ)
+    env["TOKENIZERS_PARALLELISM"] = "false"
     if gpus:
         env["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
-    log_dir.mkdir(parents=True, exist_ok=True)
-    log = log_dir / f"server-{Path(model).name}-{port}.log"
-    command = [sys.executable, "-c", SUPERVISOR, *server_command(model, port, gpus, max_model_len)]
-    with log.open("w") as f:
-        process = subprocess.Popen(
-            command, env=env, stdin=subprocess.PIPE, stdout=f, stderr=f, start_new_session=True
-        )
-    return SimpleNamespace(model=model, process=process, log=log, url=f"http://127.0.0.1:{port}")
+    return env
 
 
-def _wait_healthy(server, wait: float) -> None:
+def _wait_healthy(server: LocalServer, wait: float) -> None:
+    """Return when the server answers; raise `InputError` if it ends or takes too long."""
     start = time.time()
-    with tqdm(
-        desc=f"starting a server for {server.model}", bar_format="{desc}: {elapsed}", leave=False
-    ) as bar:
-        while True:
-            with contextlib.suppress(OSError):
-                with urllib.request.urlopen(f"{server.url}/health", timeout=5) as answer:
-                    if answer.status == 200:
-                        return
-            ended = server.process.poll() is not None
-            if ended or time.time() - start > wait:
-                tail = "\n".join(server.log.read_text(errors="replace").splitlines()[-15:])
-                what = "ended" if ended else f"was not healthy after {wait:.0f} s"
-                raise InputError(
-                    f"the server of {server.model} {what}; the end of {server.log}:\n{tail}"
-                )
-            with contextlib.suppress(RuntimeError):  # without an event loop Ctrl-C raises by itself
-                if asyncio.current_task().cancelling():
-                    raise KeyboardInterrupt
+    what = f"starting a server for {server.model}"
+    with tqdm(desc=what, bar_format="{desc}: {elapsed}", leave=False) as bar:
+        while not _is_healthy(server):
+            if server.process.poll() is not None:
+                raise _start_error(server, "ended")
+            if time.time() - start > wait:
+                raise _start_error(server, f"was not healthy after {wait:.0f} s")
+            _raise_on_ctrl_c()
             time.sleep(0.3)
             bar.update()
 
 
-def weights_fingerprint(model: str) -> str:
-    """Identifies a model, so that a retrained one is not taken for the old one: a local directory
-    by its name and a digest of samples of its weights; any other model by its name."""
-    path = Path(model)
-    if not path.is_dir():
-        return model
-    h = hashlib.sha256()
-    for file in sorted([*path.glob("*.safetensors"), path / "config.json"]):
-        with file.open("rb") as f:
-            for i in range(64):
-                f.seek(file.stat().st_size * i // 64)
-                h.update(f.read(4096))
-    return f"{path.name}-{h.hexdigest()[:12]}"
+def _is_healthy(server: LocalServer) -> bool:
+    try:
+        with urllib.request.urlopen(f"{server.url}/health", timeout=5) as answer:
+            return answer.status == 200
+    except OSError:
+        return False
+
+
+def _start_error(server: LocalServer, what: str) -> InputError:
+    lines = server.log.read_text(errors="replace").splitlines()
+    tail = "\n".join(lines[-15:])
+    return InputError(f"the server of {server.model} {what}; the end of {server.log}:\n{tail}")
+
+
+def _raise_on_ctrl_c() -> None:
+    """In an event loop, Ctrl-C only cancels the current task, which sees it at its next `await`:
+    too late for a wait without one. Without a loop, Ctrl-C raises by itself."""
+    with contextlib.suppress(RuntimeError):  # no event loop
+        if asyncio.current_task().cancelling():
+            raise KeyboardInterrupt
 
 
 # What a model needs, for `--check true` and `make estimate`: sizes follow from its configuration.

@@ -13,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from bench.stub_server import completion
 
 ROOT = Path(__file__).resolve().parent.parent
 CORRIDOR = str(ROOT / "tests" / "corridor")  # a toy environment
@@ -33,15 +34,17 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    fast = [item for item in items if not item.get_closest_marker("slow")]
     wanted = config.getoption("--slow")
-    keep = [
-        i
-        for i in items
-        if wanted == "all" or (wanted == "only") == bool(i.get_closest_marker("slow"))
-    ]
-    config.hook.pytest_deselected(items=[i for i in items if i not in set(keep)])
+    if wanted == "no":
+        items[:] = fast
+        config.hook.pytest_deselected(items=slow)
+    elif wanted == "only":
+        items[:] = slow
+        config.hook.pytest_deselected(items=fast)
     # two files run at a time; the longest start first
-    items[:] = sorted(keep, key=lambda item: -item.path.stat().st_size)
+    items.sort(key=lambda item: item.path.stat().st_size, reverse=True)
 
 
 def stage(name: str):
@@ -50,18 +53,15 @@ def stage(name: str):
 
 
 def script_env(**env) -> dict:
-    """The environment of a script: no key, no GPU, no network, few threads, few retries."""
-    base = {k: v for k, v in os.environ.items() if not k.startswith("OPENAI_")}
-    return (
-        base
-        | {
-            "CUDA_VISIBLE_DEVICES": "",
-            "HF_HUB_OFFLINE": "1",
-            "OMP_NUM_THREADS": "1",
-            "MPO_MAX_RETRIES": "1",
-        }
-        | env
-    )
+    """The environment of a script: no key, no GPU, no network, few threads, few retries; and
+    `env`."""
+    result = {k: v for k, v in os.environ.items() if not k.startswith("OPENAI_")}
+    result["CUDA_VISIBLE_DEVICES"] = ""
+    result["HF_HUB_OFFLINE"] = "1"
+    result["OMP_NUM_THREADS"] = "1"
+    result["MPO_MAX_RETRIES"] = "1"
+    result.update(env)
+    return result
 
 
 def run_script(
@@ -111,14 +111,17 @@ def make_tokenizer(template: str = CHATML, bos: str | None = None, trim_offsets:
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *([bos] if bos else [])]
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    if bos:
+        special.append(bos)
     trainer = trainers.BpeTrainer(
         vocab_size=600,
         special_tokens=special,
         show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
-    tokenizer.train([str(p) for p in sorted((ROOT / "data").glob("*/*.txt"))], trainer)
+    prompt_files = sorted((ROOT / "data").glob("*/*.txt"))
+    tokenizer.train([str(path) for path in prompt_files], trainer)
     byte_level = processors.ByteLevel(trim_offsets=trim_offsets)
     tokenizer.post_processor = byte_level
     if bos:
@@ -159,14 +162,15 @@ def make_model(tokenizer, dtype="float32", seed: int = 0, kind: str = "llama", *
         "tie_word_embeddings": True,
         **config,
     }
-    made = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(kind, **settings), dtype=torch.float32
-    )
-    return made.to(getattr(torch, dtype)).eval()
+    model_config = AutoConfig.for_model(kind, **settings)
+    model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
+    return model.to(getattr(torch, dtype)).eval()
 
 
 def save_model(folder: Path, tokenizer=None, **options) -> Path:
-    tokenizer = tokenizer or make_tokenizer()
+    """Write the model of `make_model(tokenizer, **options)` and the tokenizer to `folder`."""
+    if tokenizer is None:
+        tokenizer = make_tokenizer()
     make_model(tokenizer, **options).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -206,10 +210,10 @@ def save_large_model(folder: Path, name: str, device: str, **config) -> str:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     shape = {**LARGE[name], "vocab_size": 128256, **config}
+    model_config = AutoConfig.for_model("llama", **shape)
     with torch.device(device):
-        AutoModelForCausalLM.from_config(
-            AutoConfig.for_model("llama", **shape), dtype=torch.bfloat16
-        ).save_pretrained(folder)
+        model = AutoModelForCausalLM.from_config(model_config, dtype=torch.bfloat16)
+        model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return str(folder)
 
@@ -228,72 +232,63 @@ def tiny_model(tmp_path_factory, tokenizer) -> str:
 class ChatServer(ThreadingHTTPServer):
     """An OpenAI-compatible server on loopback that answers chats with `reply(messages, body)`: a
     text, or (status, text[, headers]), where an error's text is its message and a 200's is the
-    whole body. `owner` "vllm": it says that it is vLLM."""
+    whole body.
 
-    daemon_threads, request_queue_size = True, 256
+    `requests`: the bodies of all chats so far. `keys`: the Authorization headers that were seen.
+    `owner`: who owns the model, by its list of models; "vllm": it says that it is vLLM."""
+
+    daemon_threads = True
+    request_queue_size = 256
 
     def __init__(self, reply, port: int = 0):
         super().__init__(("127.0.0.1", port), ChatHandler)
-        self.reply, self.requests, self.keys, self.owner = reply, [], set(), "test"
+        self.reply = reply
+        self.requests = []
+        self.keys = set()
+        self.owner = "test"
         self.lock = threading.Lock()
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
-        threading.Thread(
-            target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
-        ).start()
+        options = {"poll_interval": 0.05}
+        threading.Thread(target=self.serve_forever, kwargs=options, daemon=True).start()
 
     def handle_error(self, request, client_address):
         """Clients that were killed are expected."""
 
 
 class ChatHandler(BaseHTTPRequestHandler):
-    protocol_version, wbufsize = "HTTP/1.1", -1
-
-    def answer(self, status: int, body, headers=None) -> None:
-        content = (body if isinstance(body, str) else json.dumps(body)).encode()
-        self.send_response(status)
-        for name, value in {
-            "Content-Type": "application/json",
-            **(headers or {}),
-            "Content-Length": str(len(content)),
-        }.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(content)
+    protocol_version = "HTTP/1.1"
+    wbufsize = -1  # an answer is sent in one piece
 
     def do_GET(self):
         model = {"id": "scripted", "object": "model", "created": 0, "owned_by": self.server.owner}
-        self.answer(200, {"object": "list", "data": [model]})
+        self.answer(200, json.dumps({"object": "list", "data": [model]}))
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with self.server.lock:
             self.server.requests.append(body)
             self.server.keys.add(self.headers.get("Authorization"))
-        text = self.server.reply(body["messages"], body)
-        if isinstance(text, tuple):
-            status, text, *headers = text
-            error = {"error": {"message": text, "type": "scripted", "code": status}}
-            return self.answer(status, text if status == 200 else error, *headers)
-        self.answer(
-            200,
-            {
-                "id": "0",
-                "object": "chat.completion",
-                "created": 0,
-                "model": "scripted",
-                "choices": [
-                    {
-                        "index": 0,
-                        "finish_reason": "stop",
-                        "message": {"role": "assistant", "content": text},
-                    }
-                ],
-                "usage": {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10},
-            },
-        )
+        reply = self.server.reply(body["messages"], body)
+        if not isinstance(reply, tuple):
+            chat = completion(reply, prompt_tokens=7, completion_tokens=3)
+            return self.answer(200, json.dumps(chat))
+        status, text, *headers = reply
+        if status != 200:
+            text = json.dumps({"error": {"message": text, "type": "scripted", "code": status}})
+        return self.answer(status, text, *headers)
+
+    def answer(self, status: int, text: str, headers: dict | None = None) -> None:
+        content = text.encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
 
     def log_message(self, *_):
-        pass
+        """Silence."""
 
 
 @pytest.fixture

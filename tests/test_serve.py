@@ -14,9 +14,7 @@ import pytest
 from conftest import CORRIDOR, ROOT, script_env
 
 import common
-from common import EnvPool, InputError, Prompts, RolloutConfig, rollouts
-
-serve = common.serve
+from common import EnvPool, InputError, Prompts, RolloutConfig, rollouts, serve
 
 # a server that is healthy after a moment and has a child of its own
 FAKE = """
@@ -25,39 +23,47 @@ subprocess.Popen(["sleep", "100"])
 time.sleep(0.5)
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
-        self.send_response(200); self.end_headers()
-    def log_message(self, *_): pass
+        self.send_response(200)
+        self.end_headers()
+    def log_message(self, *_):
+        pass
 http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 """
 
-
-# a replica of eight: slow to start; GPU 3 or 5 dies if DIES says so, loading or after 20 requests
+# a replica of eight: slow to start; GPU 3 or 5 dies if DIES says so, loading or at its 20th request
 REPLICA = """
-import http.server, itertools, json, os, sys, threading, time
-gpu, dies, count = os.environ["CUDA_VISIBLE_DEVICES"], os.environ["DIES"], itertools.count(1)
+import http.server, itertools, json, os, sys, time
+gpu = os.environ["CUDA_VISIBLE_DEVICES"]
+dies = os.environ["DIES"]
+count = itertools.count(1)
+message = {"role": "assistant", "content": "Action: walk on"}
+choice = {"index": 0, "finish_reason": "stop", "message": message}
+completion = {"id": "0", "object": "chat.completion", "created": 0, "model": "m",
+              "choices": [choice]}
 print("loading on GPU", gpu, flush=True)
 time.sleep(0.1 * int(gpu))
 if dies == "loading" and gpu == "3":
     raise SystemExit("CUDA out of memory")
 class Handler(http.server.BaseHTTPRequestHandler):
-    protocol_version, wbufsize = "HTTP/1.1", -1
-    def answer(self, body):
+    protocol_version = "HTTP/1.1"
+    wbufsize = -1
+    def answer(self, content):
+        body = json.dumps(content).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
     def do_GET(self):
-        self.answer(json.dumps({"data": [{"id": "tiny", "owned_by": "vllm"}]}).encode())
+        self.answer({"data": [{"id": "tiny", "owned_by": "vllm"}]})
     def do_POST(self):
         self.rfile.read(int(self.headers["Content-Length"]))
         if next(count) == 20 and dies == "serving" and gpu == "5":
             os._exit(1)
         time.sleep(0.01)
-        self.answer(json.dumps({"id": "0", "object": "chat.completion", "created": 0, "model": "m",
-            "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant",
-                         "content": "Action: walk on"}}]}).encode())
-    def log_message(self, *_): pass
+        self.answer(completion)
+    def log_message(self, *_):
+        pass
 http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 """
 
@@ -70,14 +76,38 @@ def transformers_server(monkeypatch):
 
 def use(monkeypatch, code: str) -> list:
     """Let `serve` start this Python code instead of a server; the list of what it starts."""
-    servers, start = [], common._start_server
-    monkeypatch.setattr(
-        common, "server_command", lambda model, port, *_: [sys.executable, "-c", code, str(port)]
-    )
-    monkeypatch.setattr(
-        common, "_start_server", lambda *args: servers.append(start(*args)) or servers[-1]
-    )
+    servers = []
+    original = common._start_server
+
+    def command(model, port, *_):
+        return [sys.executable, "-c", code, str(port)]
+
+    def start(*args):
+        servers.append(original(*args))
+        return servers[-1]
+
+    monkeypatch.setattr(common, "server_command", command)
+    monkeypatch.setattr(common, "_start_server", start)
     return servers
+
+
+def popen_instead(monkeypatch, seen) -> None:
+    """Let `serve` start a process that waits for its end instead of a server; `seen(command, env)`
+    is called with what would have been started."""
+    original = subprocess.Popen
+
+    def popen(command, env, **options):
+        seen(command, env)
+        waiting = [sys.executable, "-c", "import sys; sys.stdin.read()"]
+        return original(waiting, env=env, **options)
+
+    monkeypatch.setattr(common.subprocess, "Popen", popen)
+
+
+def start_fails(says: str, *args, **options) -> None:
+    """`serve(*args, **options)` must raise an `InputError` that says this."""
+    with pytest.raises(InputError, match=says), serve(*args, **options):
+        raise AssertionError("it serves")
 
 
 def group(pgid: int) -> list:
@@ -101,115 +131,84 @@ def wait_until_gone(pgid: int, seconds: float = 2) -> None:
 def test_servers_end_with_the_block(tiny_model, tmp_path, monkeypatch):
     """Also on Ctrl-C, with their children."""
     servers = use(monkeypatch, FAKE)
-    with pytest.raises(KeyboardInterrupt):
-        with serve(tiny_model, tmp_path / "logs") as url:
-            assert url.startswith("http://127.0.0.1:") and url.endswith("/v1")
-            assert len(group(servers[0].process.pid)) == 3, "supervisor, server and its child"
-            raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt), serve(tiny_model, tmp_path / "logs") as url:
+        assert url.startswith("http://127.0.0.1:")
+        assert url.endswith("/v1")
+        assert len(group(servers[0].process.pid)) == 3, "supervisor, server and its child"
+        raise KeyboardInterrupt
     wait_until_gone(servers[0].process.pid)
 
 
 def test_a_server_that_is_never_healthy(tiny_model, tmp_path, monkeypatch):
     servers = use(monkeypatch, "import time; time.sleep(100)")
-    with pytest.raises(InputError, match=r"not healthy after 1 s; the end of .*server-tiny-\d+"):
-        with serve(tiny_model, tmp_path / "logs", wait=1.0):
-            raise AssertionError
+    start_fails(
+        r"not healthy after 1 s; the end of .*server-tiny-\d+", tiny_model, tmp_path, wait=1.0
+    )
     wait_until_gone(servers[0].process.pid)
 
 
 def test_a_server_that_ends_early_shows_its_log(tiny_model, tmp_path, monkeypatch):
     use(monkeypatch, "print('line', 1); print('out of memory'); raise SystemExit(3)")
-    with pytest.raises(InputError, match=r"(?s)ended; the end of .*\.log:\nline 1\nout of memory"):
-        with serve(tiny_model, tmp_path / "logs"):
-            raise AssertionError
+    start_fails(r"(?s)ended; the end of .*\.log:\nline 1\nout of memory", tiny_model, tmp_path)
 
 
 def test_gpus_are_divided_among_replicas(tiny_model, tmp_path, monkeypatch):
     """Each replica has its own GPUs and address; all are started before the first is awaited, and
     after the model was downloaded, once."""
-    started, waited, fetched = [], [], []
+    started = []  # the GPUs of each server
+    waited = []  # how many had been started, at each wait
+    fetched = []  # (model, how many had been started)
     monkeypatch.setattr(common, "download", lambda name: fetched.append((name, len(started))))
     monkeypatch.setattr(common, "context_of", lambda name: 4096)
     monkeypatch.setattr(common, "visible_gpus", lambda: ["4", "5", "6", "7", "9"])
     monkeypatch.setattr(common, "_wait_healthy", lambda *_: waited.append(len(started)))
-    start = common.subprocess.Popen
-
-    def popen(command, env, **options):
-        started.append(env["CUDA_VISIBLE_DEVICES"])
-        return start([sys.executable, "-c", "import sys; sys.stdin.read()"], env=env, **options)
-
-    monkeypatch.setattr(common.subprocess, "Popen", popen)
+    popen_instead(monkeypatch, lambda command, env: started.append(env["CUDA_VISIBLE_DEVICES"]))
     with serve("owner/model", tmp_path, tensor_parallel=2) as url:
         assert len(set(url.split(","))) == 2
     assert fetched == [("owner/model", 0)]
-    assert started == ["4,5", "6,7"] and waited == [2, 2]
-    with pytest.raises(InputError, match="--tensor_parallel 6: must be between 1 and .* GPUs, 5"):
-        serve(tiny_model, tmp_path, tensor_parallel=6).__enter__()
+    assert started == ["4,5", "6,7"]
+    assert waited == [2, 2]
+    says = "--tensor_parallel 6: must be between 1 and .* GPUs, 5"
+    start_fails(says, tiny_model, tmp_path, tensor_parallel=6)
 
 
 @pytest.mark.parametrize("gpus, parallel", [(1, 1), (2, 1), (2, 2), (8, 1), (8, 2), (8, 8)])
 def test_the_whole_command_on_gpus(tiny_model, tmp_path, monkeypatch, gpus, parallel):
     monkeypatch.setenv("MPO_SERVER", "vllm")
     monkeypatch.setattr(common.importlib.util, "find_spec", lambda name: True)
-    monkeypatch.setattr(common, "visible_gpus", lambda: [*map(str, range(gpus))])
+    monkeypatch.setattr(common, "visible_gpus", lambda: [str(i) for i in range(gpus)])
     monkeypatch.setattr(common, "_wait_healthy", lambda *_: None)
-    commands, start = [], common.subprocess.Popen
-
-    def popen(command, **options):
-        commands.append(command[3:])
-        return start([sys.executable, "-c", "import sys; sys.stdin.read()"], **options)
-
-    monkeypatch.setattr(common.subprocess, "Popen", popen)
+    commands = []
+    popen_instead(monkeypatch, lambda command, env: commands.append(command[3:]))
     with serve(tiny_model, tmp_path, tensor_parallel=parallel, max_model_len=32768) as urls:
         ports = [url.removesuffix("/v1").rsplit(":", 1)[1] for url in urls.split(",")]
     assert len(ports) == gpus // parallel
-    assert commands == [
-        [
-            sys.executable,
-            "-m",
-            "vllm.entrypoints.openai.api_server",
-            "--model",
-            tiny_model,
-            "--served-model-name",
-            tiny_model,
-            "--host",
-            "127.0.0.1",
-            "--port",
-            port,
-            "--dtype",
-            "bfloat16",
-            "--max-model-len",
-            "4096",
-            "--generation-config",
-            "vllm",
-            "--enable-prefix-caching",
-            "--tensor-parallel-size",
-            str(parallel),
-            "--gpu-memory-utilization",
-            "0.9",
-        ]
-        for port in ports
-    ]
+    for port, command in zip(ports, commands, strict=True):
+        expected = (
+            f"{sys.executable} -m vllm.entrypoints.openai.api_server --model {tiny_model} "
+            f"--served-model-name {tiny_model} --host 127.0.0.1 --port {port} --dtype bfloat16 "
+            "--max-model-len 4096 --generation-config vllm --enable-prefix-caching "
+            f"--tensor-parallel-size {parallel} --gpu-memory-utilization 0.9"
+        )
+        assert command == expected.split()
 
 
 def test_eight_replicas_of_which_one_dies(tiny_model, tmp_path, monkeypatch, capfd):
     """While loading: an error with the end of its log, and the others end. While serving: its
     episodes go on with the others, and all end as they would have."""
     servers = use(monkeypatch, REPLICA)
-    monkeypatch.setattr(common, "visible_gpus", lambda: [*map(str, range(8))])
+    monkeypatch.setattr(common, "visible_gpus", lambda: [str(i) for i in range(8)])
     monkeypatch.setenv("DIES", "loading")
-    with pytest.raises(InputError, match=r"(?s)ended; the end of .*loading on GPU 3\nCUDA out of"):
-        with serve(tiny_model, tmp_path):
-            raise AssertionError
+    start_fails(r"(?s)ended; the end of .*loading on GPU 3\nCUDA out of", tiny_model, tmp_path)
     assert len(servers) == 8
     for server in servers:
         wait_until_gone(server.process.pid)
 
     monkeypatch.setenv("DIES", "serving")
     a = SimpleNamespace(out=tmp_path, tensor_parallel=1, max_model_len=4096, concurrency=64)
-    jobs = [
-        {"task": f"find-key/{i}", "plan": None, "rollout": n} for i in range(8) for n in range(20)
-    ]
+    jobs = []
+    for i in range(8):
+        jobs += [{"task": f"find-key/{i}", "plan": None, "rollout": n} for n in range(20)]
     rows = []
 
     async def play():
@@ -235,12 +234,13 @@ def test_models_that_cannot_be_downloaded(tiny_model):
 
 
 def test_a_killed_parent_leaves_no_server(tmp_path):
-    code = (
-        f"import time, common as s\n"
-        f"s.server_command = lambda *a: ['sleep', '100']\n"
-        f"print(s._start_server('m', [], 9, s.Path({str(tmp_path)!r})).process.pid,"
-        " flush=True)\ntime.sleep(60)"
-    )
+    code = f"""
+import common, pathlib, time
+common.server_command = lambda *_: ["sleep", "100"]
+server = common._start_server("m", [], 9, pathlib.Path({str(tmp_path)!r}))
+print(server.process.pid, flush=True)
+time.sleep(60)
+"""
     parent = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
@@ -262,11 +262,10 @@ def test_a_real_server(tiny_model, tmp_path):
 
     with serve(tiny_model, tmp_path / "logs", wait=200) as url:
         port = int(url.split(":")[2].split("/")[0])
-        listening = {
-            c.laddr.ip
-            for c in psutil.net_connections("tcp")
-            if c.status == psutil.CONN_LISTEN and c.laddr.port == port
-        }
+        listening = set()
+        for connection in psutil.net_connections("tcp"):
+            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port:
+                listening.add(connection.laddr.ip)
         assert listening == {"127.0.0.1"}, "loopback only"
         replies = asyncio.run(ask(url))
     assert replies[0].text == replies[1].text

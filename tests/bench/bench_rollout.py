@@ -8,6 +8,8 @@ vLLM, and the share of time without any request in the server is measured.
 
 import argparse
 import asyncio
+import contextlib
+import functools
 import itertools
 import json
 import os
@@ -18,29 +20,29 @@ import time
 import urllib.request
 from pathlib import Path
 
+from stub_server import completion, serve_connection
+
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests"))
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 from common import EnvPool, Prompts, RolloutConfig  # noqa: E402
 
 DELAY = 0.05  # seconds of a stub's reply
-TASK = "This is your task:\n"
-SCIWORLD = [
-    f"{kind}/{i}"
-    for kind in (
-        "find-animal",
-        "find-living-thing",
-        "find-plant",
-        "find-non-living-thing",
-        "lifespan-longest-lived",
-        "lifespan-shortest-lived",
-        "power-component",
-        "identify-life-stages-2",
-        "use-thermometer",
-        "chemistry-mix-paint-secondary-color",
-    )
-    for i in (0, 1)
-]
+TASK = "This is your task:\n"  # precedes the task's instruction in the agent's prompt
+SCIWORLD_TYPES = (
+    "find-animal",
+    "find-living-thing",
+    "find-plant",
+    "find-non-living-thing",
+    "lifespan-longest-lived",
+    "lifespan-shortest-lived",
+    "power-component",
+    "identify-life-stages-2",
+    "use-thermometer",
+    "chemistry-mix-paint-secondary-color",
+)
+SCIWORLD = [f"{kind}/{i}" for kind in SCIWORLD_TYPES for i in (0, 1)]
 
 
 # ---- the stub server -----------------------------------------------------------------------------
@@ -48,62 +50,54 @@ SCIWORLD = [
 
 class Stub:
     """An OpenAI-compatible server that answers every chat after DELAY with the expert's next
-    action."""
+    action. GET /stats: its counts since the last GET."""
 
     def __init__(self, actions: dict[str, list[str]]):
-        self.actions, self.alive, self.served, self.most = actions, 0, 0, 0
-        self.idle, self.since = 0.0, time.time()
+        self.actions = actions  # of the expert, by the task's instruction
+        self.in_flight = 0
+        self.most = 0  # requests in flight at once
+        self.served = 0
+        self.idle = 0.0  # seconds without a request
+        self.since = time.time()  # up to when `idle` is counted
 
     def count(self, change: int) -> None:
+        """`change` of the requests in flight."""
         now = time.time()
-        self.idle += (now - self.since) * (self.alive == 0)
-        self.since, self.alive = now, self.alive + change
-        self.most = max(self.most, self.alive)
+        if self.in_flight == 0:
+            self.idle += now - self.since
+        self.since = now
+        self.in_flight += change
+        self.most = max(self.most, self.in_flight)
 
     async def connection(self, reader, writer) -> None:
-        try:
-            while head := await reader.readuntil(b"\r\n\r\n"):
-                lengths = [
-                    int(line.split(b":")[1])
-                    for line in head.split(b"\r\n")
-                    if line.lower().startswith(b"content-length")
-                ]
-                body = await reader.readexactly(sum(lengths))
-                if head.startswith(b"GET /stats"):
-                    self.count(0)
-                    answer = {"served": self.served, "idle": self.idle, "most": self.most}
-                    self.served, self.idle, self.most = 0, 0.0, self.alive
-                else:
-                    self.count(1)
-                    await asyncio.sleep(DELAY)
-                    answer = self.reply(json.loads(body)["messages"])
-                    self.count(-1)
-                    self.served += 1
-                text = json.dumps(answer).encode()
-                writer.write(
-                    b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
-                    b"Content-Length: %d\r\n\r\n" % len(text) + text
-                )
-        except (asyncio.IncompleteReadError, ConnectionError):
-            pass
-        finally:
-            writer.close()
+        await serve_connection(reader, writer, self.answer)
+
+    async def answer(self, path: str, body: dict | None) -> dict:
+        if path == "/stats":
+            return self.stats()
+        self.count(1)
+        await asyncio.sleep(DELAY)
+        reply = self.reply(body["messages"])
+        self.count(-1)
+        self.served += 1
+        return reply
+
+    def stats(self) -> dict:
+        self.count(0)
+        counts = {"served": self.served, "idle": self.idle, "most": self.most}
+        self.served = 0
+        self.idle = 0.0
+        self.most = self.in_flight
+        return counts
 
     def reply(self, messages: list[dict]) -> dict:
         u = messages[0]["content"].rsplit(TASK, 1)[1].split("\n\nThis meta plan")[0]
         action = self.actions[u][len(messages) // 2]
-        message = {"role": "assistant", "content": f"Action: {action}"}
-        return {
-            "id": "0",
-            "object": "chat.completion",
-            "created": 0,
-            "model": "stub",
-            "choices": [{"index": 0, "finish_reason": "stop", "message": message}],
-            "usage": {"prompt_tokens": 1, "completion_tokens": 8, "total_tokens": 9},
-        }
+        return completion(f"Action: {action}", prompt_tokens=1, completion_tokens=8)
 
 
 async def stub_main(actions: dict) -> None:
+    """Serve until killed; prints the port."""
     server = await asyncio.start_server(
         Stub(actions).connection, "127.0.0.1", 0, limit=2**24, backlog=4096
     )
@@ -111,127 +105,9 @@ async def stub_main(actions: dict) -> None:
     await server.serve_forever()
 
 
-# ---- the paper's loop ----------------------------------------------------------------------------
-
-
-def paper_loop(url: str, tasks: list[str], games: dict[str, str], i: int) -> None:
-    """One of its processes: prints a line for each finished episode."""
-    import openai
-    from stock_env import ALFWorld, ScienceWorld
-
-    out, sys.stdout = sys.stdout, sys.stderr
-    client = openai.OpenAI(base_url=url, api_key="none")
-    prompts = Prompts("alfworld" if games else "sciworld")
-    meanings = common.environment("alfworld").meanings if games else lambda action: [action]
-    for task in itertools.islice(itertools.cycle(tasks), i, None):
-        env = ALFWorld(games[task]) if games else ScienceWorld(task)
-        u = env.reset()
-        u = (
-            u.split("\n\n", 1)[1]
-            if games
-            else " ".join(u.replace("Task Description:\n", "").split())
-        )
-        messages = prompts.agent(u, None, task)
-        for _ in range(100):
-            reply = client.chat.completions.create(
-                model="stub", messages=messages, temperature=0.7, max_tokens=256
-            )
-            text = reply.choices[0].message.content
-            observation, _, done, _ = env.step(meanings(common.parse_reply(text)[1])[0])
-            messages += [
-                {"role": "assistant", "content": text},
-                {"role": "user", "content": f"Observation: {observation}"},
-            ]
-            if done:
-                break
-        print(len(messages) // 2, file=out, flush=True)
-
-
-def measure_paper(url: str, tasks: list[str], games: dict, processes: int, seconds: float) -> float:
-    """Episodes per minute of `processes` loops, after each has finished an episode."""
-    job = json.dumps({"url": url, "tasks": tasks, "games": games})
-    env = {**os.environ, "JAVA_TOOL_OPTIONS": "-Xmx512m"}
-    running = [
-        subprocess.Popen(
-            [sys.executable, __file__, "--loop", str(i)],
-            stdin=subprocess.PIPE,
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        for i in range(processes)
-    ]
-    try:
-        for process in running:
-            process.stdin.write(job.encode())
-            process.stdin.close()
-        for process in running:
-            process.stdout.readline()
-            os.set_blocking(process.stdout.fileno(), False)
-        time.sleep(5)
-        start = time.time()
-        for process in running:
-            process.stdout.read()
-        count = 0
-        while time.time() - start < seconds:
-            time.sleep(0.5)
-            count += sum((p.stdout.read() or b"").count(b"\n") for p in running)
-        return 60 * count / (time.time() - start)
-    finally:
-        for process in running:
-            os.killpg(process.pid, 9)
-            process.wait()
-
-
-# ---- ours ----------------------------------------------------------------------------------------
-
-
-async def play(
-    env: str,
-    url: str,
-    tasks: list[str],
-    rollouts: int,
-    workers: int,
-    concurrency: int,
-    prompts=None,
-    model: str = "stub",
-    tokens: int = 256,
-    **settings,
-) -> tuple[list, float]:
-    rows = []
-    c = RolloutConfig(prompts or Prompts(env), 0.7, tokens, 0, 0, **settings)
-    async with EnvPool(env, workers, concurrency) as pool:
-        await pool.each(tasks[: 2 * workers], "reset")  # start the workers first
-        jobs = [{"task": t, "plan": None, "rollout": i} for t in tasks for i in range(rollouts)]
-        start = time.time()
-        agent = common.Model(model, url, concurrency)
-        await common.rollouts(
-            jobs, agent, pool, env, c, concurrency, rows.append, desc=f"ours, {env}"
-        )
-        return rows, time.time() - start
-
-
-def stats(url: str) -> dict:
-    with urllib.request.urlopen(url.removesuffix("/v1") + "/stats") as answer:
-        return json.loads(answer.read())
-
-
-def bench_stub(env: str, a) -> tuple:
-    async def experts(tasks):
-        found = {}
-        async with EnvPool(env, 2) as pool:
-            return await pool.each(tasks, "expert")
-        return found
-
-    cls, games, tasks = common.environment(env), {}, SCIWORLD
-    if env == "alfworld":
-        tasks = cls().tasks("seen")[:20]
-        games = {t: str(cls.games()["seen"][t] / "game.tw-pddl") for t in tasks}
-    found = asyncio.run(experts(tasks))
-    # the stub knows a task by its instruction
-    tasks = list({found[t]["instruction"]: t for t in reversed(tasks) if found[t]}.values())
-    actions = {found[t]["instruction"]: [action for action, _ in found[t]["steps"]] for t in tasks}
+@contextlib.contextmanager
+def stub_server(actions: dict):
+    """Start a stub in a process of its own; yields its URL."""
     with subprocess.Popen(
         [sys.executable, __file__, "--stub"],
         stdin=subprocess.PIPE,
@@ -241,21 +117,200 @@ def bench_stub(env: str, a) -> tuple:
         try:
             stub.stdin.write(json.dumps(actions))
             stub.stdin.close()
-            url = f"http://127.0.0.1:{int(stub.stdout.readline())}/v1"
-            paper = measure_paper(url, tasks, games, a.processes, a.seconds)
-            stats(url)
-            rows, seconds = asyncio.run(play(env, url, tasks, a.rollouts, a.workers, a.concurrency))
-            server = stats(url)
+            port = int(stub.stdout.readline())
+            yield f"http://127.0.0.1:{port}/v1"
         finally:
             stub.kill()
-    wrong = sum(r["end"] != "success" for r in rows)
+
+
+def get(url: str, path: str) -> str:
+    """What the server of `url`, which ends with /v1, answers at /path."""
+    with urllib.request.urlopen(url.removesuffix("/v1") + path, timeout=10) as answer:
+        return answer.read().decode()
+
+
+# ---- the paper's loop ----------------------------------------------------------------------------
+
+
+class StockALFWorld:
+    """ALFWorld's own environment, with actions and instructions as in our prompts."""
+
+    def __init__(self, game: str):
+        from stock_env import ALFWorld
+
+        self.env = ALFWorld(game)
+
+    def reset(self) -> str:
+        return self.env.reset().split("\n\n", 1)[1]
+
+    def step(self, action: str) -> tuple[str, bool]:
+        command = common.environment("alfworld").meanings(action)[0]
+        observation, _, done, _ = self.env.step(command)
+        return observation, done
+
+
+class StockScienceWorld:
+    """ScienceWorld's own environment, with instructions as in our prompts."""
+
+    def __init__(self, task: str):
+        from stock_env import ScienceWorld
+
+        self.env = ScienceWorld(task)
+
+    def reset(self) -> str:
+        return " ".join(self.env.reset().replace("Task Description:\n", "").split())
+
+    def step(self, action: str) -> tuple[str, bool]:
+        observation, _, done, _ = self.env.step(action)
+        return observation, done
+
+
+def paper_loop(url: str, tasks: list[str], games: dict[str, str], i: int) -> None:
+    """Process `i` of the loop: plays the tasks from the i-th on, over and over, and prints a line
+    for each finished episode. `games`: ALFWorld's file of each task; empty: ScienceWorld."""
+    import openai
+
+    out = sys.stdout
+    sys.stdout = sys.stderr  # the environments print
+    client = openai.OpenAI(base_url=url, api_key="none")
+    prompts = Prompts("alfworld" if games else "sciworld")
+    for task in itertools.islice(itertools.cycle(tasks), i, None):
+        env = StockALFWorld(games[task]) if games else StockScienceWorld(task)
+        messages = prompts.agent(env.reset(), None, task)
+        for _ in range(100):
+            reply = client.chat.completions.create(
+                model="stub", messages=messages, temperature=0.7, max_tokens=256
+            )
+            text = reply.choices[0].message.content
+            _, action = common.parse_reply(text)
+            observation, done = env.step(action)
+            messages.append({"role": "assistant", "content": text})
+            messages.append({"role": "user", "content": f"Observation: {observation}"})
+            if done:
+                break
+        print(len(messages) // 2, file=out, flush=True)
+
+
+def measure_paper(url: str, tasks: list[str], games: dict, processes: int, seconds: float) -> float:
+    """Episodes per minute of `processes` loops, after each has finished an episode."""
+    running = [start_loop(i) for i in range(processes)]
+    try:
+        job = json.dumps({"url": url, "tasks": tasks, "games": games})
+        for process in running:
+            process.stdin.write(job.encode())
+            process.stdin.close()
+        for process in running:
+            process.stdout.readline()
+            os.set_blocking(process.stdout.fileno(), False)
+        time.sleep(5)
+        finished_episodes(running)  # those before the start do not count
+        start = time.time()
+        count = 0
+        while time.time() - start < seconds:
+            time.sleep(0.5)
+            count += finished_episodes(running)
+        return 60 * count / (time.time() - start)
+    finally:
+        for process in running:
+            os.killpg(process.pid, 9)
+            process.wait()
+
+
+def start_loop(i: int) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, __file__, "--loop", str(i)],
+        stdin=subprocess.PIPE,
+        env={**os.environ, "JAVA_TOOL_OPTIONS": "-Xmx512m"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+def finished_episodes(processes: list[subprocess.Popen]) -> int:
+    """The lines that the loops have printed since the last call."""
+    count = 0
+    for process in processes:
+        lines = process.stdout.read()
+        if lines:  # None: nothing new
+            count += lines.count(b"\n")
+    return count
+
+
+# ---- ours ----------------------------------------------------------------------------------------
+
+
+async def play(
+    env: str,
+    agent,
+    tasks: list[str],
+    rollouts: int,
+    workers: int,
+    config: RolloutConfig,
+    on_start=lambda: None,
+) -> tuple[list, float]:
+    """(rows, seconds) of `rollouts` rollouts of each task. `on_start()` is called when the workers
+    have started, before the first rollout."""
+    jobs = []
+    for task in tasks:
+        jobs += [{"task": task, "plan": None, "rollout": i} for i in range(rollouts)]
+    rows = []
+    concurrency = agent.concurrency
+    async with EnvPool(env, workers, concurrency) as pool:
+        await pool.each(tasks[: 2 * workers], "reset")  # start the workers first
+        on_start()
+        start = time.time()
+        await common.rollouts(
+            jobs, agent, pool, env, config, concurrency, rows.append, desc=f"ours, {env}"
+        )
+        return rows, time.time() - start
+
+
+async def expert_trajectories(env: str, tasks: list[str]) -> dict:
+    async with EnvPool(env, 2) as pool:
+        return await pool.each(tasks, "expert")
+
+
+def tasks_and_games(env: str) -> tuple[list[str], dict[str, str]]:
+    """The tasks to play, and for ALFWorld the file of each."""
+    if env == "sciworld":
+        return SCIWORLD, {}
+    cls = common.environment("alfworld")
+    tasks = cls().tasks("seen")[:20]
+    folders = cls.games()["seen"]
+    return tasks, {task: str(folders[task] / "game.tw-pddl") for task in tasks}
+
+
+def bench_stub(env: str, a) -> tuple:
+    """Both sides with a stub server: episodes per minute of ours over the paper's."""
+    tasks, games = tasks_and_games(env)
+    experts = asyncio.run(expert_trajectories(env, tasks))
+    # the stub knows a task by its instruction: only the first task of each instruction is played
+    task_of = {}
+    actions = {}
+    for task in reversed(tasks):
+        expert = experts[task]
+        if expert:
+            task_of[expert["instruction"]] = task
+            actions[expert["instruction"]] = [action for action, _ in expert["steps"]]
+    tasks = list(task_of.values())
+    config = RolloutConfig(Prompts(env), 0.7, 256, 0, 0)
+    with stub_server(actions) as url:
+        paper = measure_paper(url, tasks, games, a.processes, a.seconds)
+        agent = common.Model("stub", url, a.concurrency)
+        reset_counts = functools.partial(get, url, "/stats")
+        rows, seconds = asyncio.run(
+            play(env, agent, tasks, a.rollouts, a.workers, config, reset_counts)
+        )
+        server = json.loads(get(url, "/stats"))
+    failed = sum(row["end"] != "success" for row in rows)
     ours = 60 * len(rows) / seconds
-    steps = common.mean(len(r["steps"]) for r in rows)
+    steps = common.mean(len(row["steps"]) for row in rows)
     print(
         f"{env}: {len(tasks)} tasks, mean {steps:.1f} steps\n"
         f"  the paper's loop, {a.processes} processes: {paper:.0f} episodes/min\n"
         f"  ours, {a.workers} workers, {a.concurrency} in flight: {ours:.0f} episodes/min "
-        f"({len(rows)}, {wrong} failed), {server['served'] / seconds:.0f} requests/s\n"
+        f"({len(rows)}, {failed} failed), {server['served'] / seconds:.0f} requests/s\n"
         f"  server idle {server['idle'] / seconds:.1%}, at most {server['most']} requests at "
         f"once; ratio {ours / paper:.1f}",
         flush=True,
@@ -263,89 +318,96 @@ def bench_stub(env: str, a) -> tuple:
     return f"rollout_ratio_{env}", ours / paper, 10
 
 
+# ---- vLLM ----------------------------------------------------------------------------------------
+
+
+def requests_in_server(url: str) -> float | None:
+    """Requests that vLLM answers or queues now, by its own metrics; None: too busy to say."""
+    try:
+        lines = get(url, "/metrics").splitlines()
+    except OSError:
+        return None
+    counts = ("vllm:num_requests_running{", "vllm:num_requests_waiting{")
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(counts))
+
+
+async def watch(url: str, samples: list) -> None:
+    """Sample `requests_in_server` until cancelled."""
+    while True:
+        samples.append(await asyncio.to_thread(requests_in_server, url))
+        await asyncio.sleep(0.1)
+
+
+async def play_watched(url: str, model: str) -> tuple[list, float, list]:
+    """(rows, seconds, samples of the requests in the server)."""
+    samples = []
+    watcher = asyncio.create_task(watch(url, samples))
+    config = RolloutConfig(Prompts("sciworld", "brief"), 0.7, 32, 0, 0, max_steps=12)
+    agent = common.Model(model, url, 32)
+    rows, seconds = await play("sciworld", agent, SCIWORLD[:10], 4, 2, config)
+    watcher.cancel()
+    return rows, seconds, samples
+
+
 def bench_vllm(a) -> tuple:
     """Share of the time in which vLLM had no request while episodes were played."""
-    counts = ("vllm:num_requests_running{", "vllm:num_requests_waiting{")
-
-    def requests(url) -> float | None:
-        try:
-            with urllib.request.urlopen(url.removesuffix("/v1") + "/metrics", timeout=10) as answer:
-                lines = answer.read().decode().splitlines()
-        except OSError:
-            return None  # too busy to answer
-        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(counts))
-
-    async def watch(url, seen):
-        while True:
-            seen.append(await asyncio.to_thread(requests, url))
-            await asyncio.sleep(0.1)
-
-    async def main(url):
-        seen = []
-        task = asyncio.create_task(watch(url, seen))
-        rows, seconds = await play(
-            "sciworld",
-            url,
-            SCIWORLD[:10],
-            4,
-            2,
-            32,
-            model=a.model,
-            prompts=Prompts("sciworld", "brief"),
-            tokens=32,
-            max_steps=12,
-        )
-        task.cancel()
-        return rows, seconds, seen
-
     with common.serve(a.model, ROOT / "logs", max_model_len=4096) as url:
-        rows, seconds, seen = asyncio.run(main(url))
-    idle = sum(x == 0 for x in seen) / len(seen)
+        rows, seconds, samples = asyncio.run(play_watched(url, a.model))
+    idle = samples.count(0) / len(samples)
     print(
         f"vLLM with {Path(a.model).name}: {len(rows)} episodes in {seconds:.0f} s, "
         f"{60 * len(rows) / seconds:.0f} episodes/min\n"
-        f"  the server had no request in {idle:.1%} of {len(seen)} samples",
+        f"  the server had no request in {idle:.1%} of {len(samples)} samples",
         flush=True,
     )
     return "vllm_idle_percent", 100 * idle, -10
 
 
-def bench_memory(a) -> tuple:
-    """A thousand stub episodes in flight: memory of the main process."""
-    code = """
-import asyncio, resource, sys
-sys.path.insert(0, {root!r})
-from types import SimpleNamespace
-from common import Prompts, RolloutConfig, rollouts
+# ---- memory --------------------------------------------------------------------------------------
 
-async def env(method, *args, deadline=0):
-    await asyncio.sleep(0.01)
-    return "u " * 500 if method == "reset" else ("observation " * 60, 0.0, False, False)
 
-class Pool:
+class WordyEnvPool:
+    """A pool whose environment waits and says much, and never ends an episode."""
+
     async def use(self, task, play, attempts, on_retry):
-        return await play(env)
+        return await play(self.env)
 
-class Model:
+    async def env(self, method, *args, deadline=0):
+        await asyncio.sleep(0.01)
+        if method == "reset":
+            return "u " * 500
+        return "observation " * 60, 0.0, False, False
+
+
+class WordyModel:
     completion_tokens = 0
+    word = "well "
+
     async def ask(self, *args):
         await asyncio.sleep(0.05)
-        text = "Thought: " + "well " * 100 + chr(10) + "Action: look around"
-        return SimpleNamespace(text=text, prompt_tokens=1, completion_tokens=100)
+        text = "Thought: " + 100 * self.word + "\nAction: look around"  # each in memory of its own
+        return common.Reply(text, 1, 100)
 
-jobs = [{{"task": f"find-plant/{{i}}", "plan": None, "rollout": 0}} for i in range(1000)]
-c = RolloutConfig(Prompts("sciworld"), 0.7, 256, 0, 0, max_steps=50)
-asyncio.run(rollouts(jobs, Model(), Pool(), "sciworld", c, 1000, lambda row: None))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
-"""
-    out = subprocess.run(
-        [sys.executable, "-c", code.format(root=str(ROOT))],
-        text=True,
-        check=True,
-        capture_output=True,
-    ).stdout
-    print(f"1,000 episodes of 50 steps in flight: {float(out):.2f} GB in the main process")
-    return "gb_for_1000_episodes", float(out), -4
+
+def memory_main() -> None:
+    """Play the episodes in this process; prints its peak memory in GB."""
+    jobs = [{"task": f"find-plant/{i}", "plan": None, "rollout": 0} for i in range(1000)]
+    config = RolloutConfig(Prompts("sciworld"), 0.7, 256, 0, 0, max_steps=50)
+    asyncio.run(
+        common.rollouts(
+            jobs, WordyModel(), WordyEnvPool(), "sciworld", config, 1000, lambda row: None
+        )
+    )
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+
+
+def bench_memory() -> tuple:
+    """A thousand episodes in flight: memory of the main process."""
+    command = [sys.executable, __file__, "--memory"]
+    result = subprocess.run(command, text=True, check=True, capture_output=True)
+    gigabytes = float(result.stdout)
+    print(f"1,000 episodes of 50 steps in flight: {gigabytes:.2f} GB in the main process")
+    return "gb_for_1000_episodes", gigabytes, -4
 
 
 def main() -> None:
@@ -362,21 +424,32 @@ def main() -> None:
         default=str(ROOT / "models" / "SmolLM2-135M-Instruct"),
         help="model for vLLM; empty: skip that part",
     )
+    # what the benchmark starts of itself in other processes
     parser.add_argument("--loop", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--stub", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--memory", action="store_true", help=argparse.SUPPRESS)
     a = parser.parse_args()
     if a.stub:
         return asyncio.run(stub_main(json.load(sys.stdin)))
     if a.loop is not None:
         return paper_loop(i=a.loop, **json.load(sys.stdin))
-    targets = [bench_stub("sciworld", a), bench_stub("alfworld", a), bench_memory(a)]
+    if a.memory:
+        return memory_main()
+    targets = [bench_stub("sciworld", a), bench_stub("alfworld", a), bench_memory()]
     if a.model:
         targets.append(bench_vllm(a))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(f"peak memory of this process {peak:.0f} MB\n")
+    print_targets(targets)
+    return None
+
+
+def print_targets(targets: list[tuple]) -> None:
+    """A line for each (name, measured, goal); a negative goal is an upper limit."""
     for name, measured, goal in targets:
-        ok = measured <= -goal if goal < 0 else measured >= goal
-        print(f"target {name} measured {measured:.1f} goal {abs(goal)} {'ok' if ok else 'short'}")
+        reached = measured >= goal if goal > 0 else measured <= -goal
+        verdict = "ok" if reached else "short"
+        print(f"target {name} measured {measured:.1f} goal {abs(goal)} {verdict}")
 
 
 if __name__ == "__main__":
