@@ -3,8 +3,8 @@
     python 04_dpo.py --data runs/NAME/pairs.jsonl --out runs/NAME/mpo
     accelerate launch --num_processes 8 04_dpo.py ...          # all GPUs of a machine, FSDP2
 
---data is JSONL with {"prompt": [...], "chosen": [...], "rejected": [...]} on each line, all lists of
-messages. The reference model is --model before the first step: its log-probabilities are computed
+--data is JSONL with {"prompt": [...], "chosen": [...], "rejected": [...]}, lists of messages, on
+each line. The reference model is --model before the first step: its log-probabilities are computed
 once and stored with the checkpoints, so no second model is in memory.
 
 Writes the folder --out: the model in Hugging Face format, a model card, and metrics.jsonl with one
@@ -79,8 +79,8 @@ def dpo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejecte
 
 
 def load_pairs(a: Args, tokenizer, say=print) -> list[Example]:
-    """The pairs of --data as tokens: sequences [chosen, rejected], each the prompt with its reply. A
-    pair with a side of more than --max_length tokens is skipped."""
+    """The pairs of --data whose sides have at most --max_length tokens: as sequences [chosen,
+    rejected], each of the prompt and its reply."""
     pairs = []
     too_long = 0
     rows = common.read_rows(a.data, ("prompt", "chosen", "rejected"))[: a.limit]
@@ -145,7 +145,7 @@ def reference_log_probs(run, pairs: list[Example], share_prefix: bool):
 
 
 def losses_and_metrics(policy, reference, pairs: list[Example], a: Args):
-    """(losses (P,), {metric: its sum over the pairs}) of `pairs` with these log-probabilities (P, 2).
+    """(losses (P,), {metric: its sum over the pairs}) from log-probabilities (P, 2) of `pairs`.
 
     With --nll the chosen plan's mean token loss is added (Pang et al. 2024, equation 1)."""
     policy_chosen, policy_rejected = policy.unbind(1)
@@ -204,13 +204,14 @@ def main(a: Args) -> None:
 
         # forward and backward, one micro-batch after the other: the gradients add up
         batch = [train[i] for i in itertools.chain(*plan[step])]
-        sums = collections.Counter()
+        sums = collections.defaultdict(float)
         for micro in plan[step][rank::world]:
             pairs = [train[i] for i in micro]
             policy = pair_log_probs(model, pairs, share_prefix)
             losses, micro_sums = losses_and_metrics(policy, reference[micro], pairs, a)
             (losses.sum() / len(batch) * world).backward()  # FSDP averages, we need the sum
-            sums.update(micro_sums)
+            for name, value in micro_sums.items():
+                sums[name] += value
         sums = accelerator.reduce(dict(sums), "sum")
         metrics = {name: value.item() / len(batch) for name, value in sums.items()}
 
