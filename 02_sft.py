@@ -96,34 +96,25 @@ def held_out_loss(model, examples: list[Example], a: Args, accelerator) -> float
 
 
 def main(a: Args) -> None:
-    import torch
-
     accelerator = common.make_accelerator(a)
     world = accelerator.num_processes
     rank = accelerator.process_index
     model, tokenizer = common.load_model(a.model)
     train, held_out = common.hold_out(load_rows(a, tokenizer, accelerator.print), a)
-
     # plan[optimizer step][micro-batch]: indices of training rows
-    plan = []
-    tokens = common.lengths(train)
-    for epoch in range(a.epochs):
-        plan += common.plan_epoch(tokens, a.batch_size, a.micro_tokens, world, a.seed, epoch)
-
+    plan = common.plan_training(common.lengths(train), a, world)
     model, optimizer = common.prepare_model(model, accelerator, a)
     run = common.Training(a, accelerator, model, optimizer, tokenizer, len(plan))  # may resume
 
     bar = run.progress_bar("sft")
     for step in bar:
         began = time.time()
-        lr = common.learning_rate(step, len(plan), a.lr, a.warmup_ratio, a.lr_scheduler)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        lr = common.set_learning_rate(optimizer, step, len(plan), a)
 
         # forward and backward, one micro-batch after the other: the gradients add up
         batch = [train[i] for i in itertools.chain(*plan[step])]
         target_tokens = target_count(batch)
-        loss = torch.zeros((), device=accelerator.device)
+        loss = 0.0
         for micro in plan[step][rank::world]:
             log_probs, _ = common.target_log_probs(model, [train[i] for i in micro])
             micro_loss = sft_loss(log_probs, target_tokens)  # equation 4
@@ -138,14 +129,9 @@ def main(a: Args) -> None:
         optimizer.zero_grad()
 
         # metrics, and a checkpoint every --save_steps
-        metrics = {
-            "loss": loss,
-            "lr": lr,
-            "grad_norm": norm,
-            "tokens_per_second": sum(common.lengths(batch)) / (time.time() - began),
-        }
-        steps_per_epoch = len(plan) // a.epochs
-        if held_out and (step + 1) % steps_per_epoch == 0:
+        metrics = {"loss": loss, "lr": lr, "grad_norm": norm}
+        metrics["tokens_per_second"] = sum(common.lengths(batch)) / (time.time() - began)
+        if held_out and run.ends_epoch(step + 1):
             metrics["eval_loss"] = held_out_loss(model, held_out, a, accelerator)
         bar.set_postfix_str(run.end_step(step + 1, metrics))
 

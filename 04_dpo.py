@@ -169,10 +169,10 @@ def losses_and_metrics(policy, reference, pairs: list[Example], a: Args):
     return losses, sums
 
 
-def held_out_metrics(model, pairs: list[Example], reference, share_prefix, a, accelerator) -> dict:
+def held_out_metrics(run, pairs: list[Example], reference, share_prefix: bool) -> dict:
     """Loss, accuracy and margin of the held-out pairs."""
-    policy = log_probs_without_gradient(model, pairs, share_prefix, a, accelerator)
-    _, sums = losses_and_metrics(policy, reference, pairs, a)
+    policy = log_probs_without_gradient(run.model, pairs, share_prefix, run.a, run.accelerator)
+    _, sums = losses_and_metrics(policy, reference, pairs, run.a)
     names = ("loss", "reward_accuracy", "reward_margin")
     return {f"eval_{name}": sums[name].item() / len(pairs) for name in names}
 
@@ -184,13 +184,8 @@ def main(a: Args) -> None:
     model, tokenizer = common.load_model(a.model)
     share_prefix = model.packing == "rows"  # compute the prompt of a pair once
     train, held_out = common.hold_out(load_pairs(a, tokenizer, accelerator.print), a)
-
     # plan[optimizer step][micro-batch]: indices of training pairs
-    plan = []
-    tokens = common.lengths(train, share_prefix)
-    for epoch in range(a.epochs):
-        plan += common.plan_epoch(tokens, a.batch_size, a.micro_tokens, world, a.seed, epoch)
-
+    plan = common.plan_training(common.lengths(train, share_prefix), a, world)
     model, optimizer = common.prepare_model(model, accelerator, a)
     run = common.Training(a, accelerator, model, optimizer, tokenizer, len(plan))  # may resume
     reference = reference_log_probs(run, train + held_out, share_prefix)
@@ -198,20 +193,17 @@ def main(a: Args) -> None:
     bar = run.progress_bar("dpo")
     for step in bar:
         began = time.time()
-        lr = common.learning_rate(step, len(plan), a.lr, a.warmup_ratio, a.lr_scheduler)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        lr = common.set_learning_rate(optimizer, step, len(plan), a)
 
         # forward and backward, one micro-batch after the other: the gradients add up
         batch = [train[i] for i in itertools.chain(*plan[step])]
-        sums = collections.defaultdict(float)
+        sums = collections.Counter()
         for micro in plan[step][rank::world]:
             pairs = [train[i] for i in micro]
             policy = pair_log_probs(model, pairs, share_prefix)
             losses, micro_sums = losses_and_metrics(policy, reference[micro], pairs, a)
             (losses.sum() / len(batch) * world).backward()  # FSDP averages, we need the sum
-            for name, value in micro_sums.items():
-                sums[name] += value
+            sums.update(micro_sums)  # a Counter adds
         sums = accelerator.reduce(dict(sums), "sum")
         metrics = {name: value.item() / len(batch) for name, value in sums.items()}
 
@@ -222,19 +214,13 @@ def main(a: Args) -> None:
         optimizer.zero_grad()
 
         # metrics, and a checkpoint every --save_steps
-        metrics["lr"] = lr
-        metrics["grad_norm"] = norm
+        metrics |= {"lr": lr, "grad_norm": norm}
         metrics["tokens_per_second"] = sum(common.lengths(batch)) / (time.time() - began)
-        steps_per_epoch = len(plan) // a.epochs
-        if held_out and (step + 1) % steps_per_epoch == 0:
-            metrics |= held_out_metrics(
-                model, held_out, reference[len(train) :], share_prefix, a, accelerator
-            )
+        if held_out and run.ends_epoch(step + 1):
+            metrics |= held_out_metrics(run, held_out, reference[len(train) :], share_prefix)
         line = run.end_step(step + 1, metrics)
-        bar.set_postfix_str(
-            f"accuracy {metrics['reward_accuracy']:.2f}, "
-            f"margin {metrics['reward_margin']:.3f}, {line}"
-        )
+        rewards = "accuracy {reward_accuracy:.2f}, margin {reward_margin:.3f}".format(**metrics)
+        bar.set_postfix_str(f"{rewards}, {line}")
 
     run.finish("DPO (MPO, equation 8)")
 

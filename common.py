@@ -1516,6 +1516,14 @@ def lengths(examples: list[Example], share_prefix: bool = False) -> list[int]:
     return [len(pack([example], share_prefix).ids) for example in examples]
 
 
+def plan_training(tokens: list[int], a, processes: int) -> list[list[list[int]]]:
+    """The batches of all epochs, one `plan_epoch` after the other."""
+    plan = []
+    for epoch in range(a.epochs):
+        plan += plan_epoch(tokens, a.batch_size, a.micro_tokens, processes, a.seed, epoch)
+    return plan
+
+
 def plan_epoch(
     tokens: list[int], batch_size: int, micro_tokens: int, processes: int, seed: int, epoch: int
 ) -> list[list[list[int]]]:
@@ -1714,6 +1722,14 @@ def learning_rate(step: int, total: int, peak: float, warmup_ratio: float, shape
     return peak
 
 
+def set_learning_rate(optimizer, step: int, total: int, a) -> float:
+    """Give the optimizer the learning rate of `step`; returns it."""
+    lr = learning_rate(step, total, a.lr, a.warmup_ratio, a.lr_scheduler)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr
+
+
 def make_accelerator(a):
     """Accelerate, for processes, devices and trackers only: `prepare_model` shards the model."""
     from datetime import timedelta
@@ -1905,6 +1921,10 @@ class Training:
             total=self.total,
             disable=not self.accelerator.is_main_process,
         )
+
+    def ends_epoch(self, done: int) -> bool:
+        """Whether optimizer step `done` (from 1) is the last of an epoch."""
+        return done % (self.total // self.a.epochs) == 0
 
     def stop_if_diverged(self, done: int, loss: float, norm: float, batch: list[Example]) -> None:
         """Raise `InputError`, before optimizer step `done` (from 1) updates the weights, if loss or
