@@ -3,21 +3,22 @@
     python 02_sft.py --data runs/NAME/seed_plans.jsonl --out runs/NAME/sft
     accelerate launch --num_processes 8 02_sft.py ...          # all GPUs of a machine, FSDP2
 
---data is JSONL with {"messages": [{"role", "content"}, ...]} on each line; the loss is on what the
+--data is JSONL with {"messages": [{"role", "content"}, ...]} on each line. The loss is on what the
 assistant says. The same loop trains the meta planner on seed plans and an agent on expert
-trajectories. Writes --out: the model in Hugging Face format, metrics.jsonl (one row per optimizer
-step: loss, lr, grad_norm, tokens_per_second, memory_gb and, at the end of an epoch, eval_loss),
-curves.png and a model card.
+trajectories.
+
+Writes the folder --out: the model in Hugging Face format, a model card, and metrics.jsonl with one
+row per optimizer step: loss, lr, grad_norm, tokens_per_second, memory_gb and, at the end of an
+epoch, eval_loss.
 """
 
+import itertools
 import time
 from dataclasses import dataclass
 from typing import Optional
 
-from tqdm import tqdm
-
 import common
-from common import InputError, arg
+from common import Example, InputError, arg
 
 
 @dataclass
@@ -41,11 +42,8 @@ class Args:
         False, "recompute activations in the backward pass: less memory, a third slower"
     )
     compile: bool = arg(False, "torch.compile the decoder layers: slow first steps, then faster")
-    lora_rank: int = arg(0, "train adapters of this rank, 0: all weights (paper)")
-    lora_merge: bool = arg(
-        True,
-        "merge the adapters into the model at the end, as the next stages "
-        "expect; False: write them alone",
+    lora_rank: int = arg(
+        0, "train adapters of this rank, merged into the model at the end; 0: all weights (paper)"
     )
     eval_share: float = arg(0.0, "share of tasks held out for a loss per epoch (paper: none)")
     log_with: Optional[str] = arg(None, "also log to a tracker: tensorboard, wandb, trackio, ...")
@@ -60,92 +58,83 @@ def sft_loss(log_probs, target_tokens: int):
     return -log_probs.sum() / target_tokens
 
 
-def load_rows(a: Args, tokenizer, say=print) -> list[tuple]:
-    """([(token ids, target mask)], task, line) of each row of at most --max_length tokens."""
-    rows, too_long = [], 0
-    for line, row in enumerate(common.read_rows(a.data, ("messages",))[: a.limit], 1):
-        ids, mask = common.tokenize(row["messages"], tokenizer, f"{a.data}:{line}")
-        if not any(mask):
+def load_rows(a: Args, tokenizer, say=print) -> list[Example]:
+    """The rows of --data that have at most --max_length tokens, as tokens."""
+    examples = []
+    too_long = 0
+    rows = common.read_rows(a.data, ("messages",))[: a.limit]
+    for line, row in enumerate(rows, 1):
+        conversation = common.tokenize(row["messages"], tokenizer, f"{a.data}:{line}")
+        if not any(conversation.mask):
             raise InputError(f"{a.data}:{line}: no assistant message, nothing to learn from")
-        if len(ids) > a.max_length:
+        if len(conversation.ids) > a.max_length:
             too_long += 1
-        else:
-            rows.append(([(ids, mask)], row.get("task", line), line))
+            continue
+        examples.append(Example([conversation], row.get("task", line), line))
     if too_long:
         say(f"skipped {too_long} rows longer than --max_length {a.max_length}")
-    return rows
+    return examples
 
 
-def target_count(rows: list[tuple]) -> int:
-    return sum(sum(mask) for group, *_ in rows for _, mask in group)
+def target_count(examples: list[Example]) -> int:
+    return sum(sum(example.sequences[0].mask) for example in examples)
 
 
-def held_out_loss(model, rows: list[tuple], a: Args, accelerator) -> float:
+def held_out_loss(model, examples: list[Example], a: Args, accelerator) -> float:
     """Equation 4 on the held-out rows; every process computes its share."""
     import torch
 
+    world = accelerator.num_processes
+    tokens = common.lengths(examples)
+    [micros] = common.plan_epoch(tokens, len(examples), a.micro_tokens, world, seed=0, epoch=0)
     total = torch.zeros((), device=accelerator.device)
-    [micros] = common.plan_epoch(
-        common.lengths(rows), len(rows), a.micro_tokens, accelerator.num_processes, 0, 0
-    )
-    for micro in micros[accelerator.process_index :: accelerator.num_processes]:
+    for micro in micros[accelerator.process_index :: world]:
         with torch.no_grad():
-            log_probs, _ = common.target_log_probs(model, [rows[i][0] for i in micro])
-        total += sft_loss(log_probs, target_count(rows))
+            log_probs, _ = common.target_log_probs(model, [examples[i] for i in micro])
+        total += sft_loss(log_probs, target_count(examples))
     return accelerator.reduce(total, "sum").item()
 
 
 def main(a: Args) -> None:
-    import torch
-
     accelerator = common.make_accelerator(a)
-    world, rank = accelerator.num_processes, accelerator.process_index
+    world = accelerator.num_processes
+    rank = accelerator.process_index
     model, tokenizer = common.load_model(a.model)
-    rows, held = common.hold_out(load_rows(a, tokenizer, accelerator.print), a)
-    plan = [
-        step
-        for epoch in range(a.epochs)
-        for step in common.plan_epoch(
-            common.lengths(rows), a.batch_size, a.micro_tokens, world, a.seed, epoch
-        )
-    ]
+    train, held_out = common.hold_out(load_rows(a, tokenizer, accelerator.print), a)
+    # plan[optimizer step][micro-batch]: indices of training rows
+    plan = common.plan_training(common.lengths(train), a, world)
     model, optimizer = common.prepare_model(model, accelerator, a)
-    run = common.Training(a, accelerator, model, optimizer, tokenizer, len(plan))
+    run = common.Training(a, accelerator, model, optimizer, tokenizer, len(plan))  # may resume
 
-    bar = tqdm(
-        range(run.start, len(plan)),
-        initial=run.start,
-        total=len(plan),
-        desc="sft",
-        disable=not accelerator.is_main_process,
-    )
+    bar = run.progress_bar("sft")
     for step in bar:
         began = time.time()
-        batch = [rows[i] for micro in plan[step] for i in micro]
-        target_tokens, tokens = target_count(batch), sum(common.lengths(batch))
-        loss = torch.zeros((), device=accelerator.device)
+        lr = common.set_learning_rate(optimizer, step, len(plan), a)
+
+        # forward and backward, one micro-batch after the other: the gradients add up
+        batch = [train[i] for i in itertools.chain(*plan[step])]
+        target_tokens = target_count(batch)
+        loss = 0.0
         for micro in plan[step][rank::world]:
-            log_probs, _ = common.target_log_probs(model, [rows[i][0] for i in micro])
-            micro_loss = sft_loss(log_probs, target_tokens)
+            log_probs, _ = common.target_log_probs(model, [train[i] for i in micro])
+            micro_loss = sft_loss(log_probs, target_tokens)  # equation 4
             (micro_loss * world).backward()  # FSDP averages over processes, we need the sum
             loss += micro_loss.detach()
-        norm = common.clip_gradients(model, a.max_grad_norm)
         loss = accelerator.reduce(loss, "sum").item()
-        run.check(step + 1, loss, norm, [line for *_, line in batch])
-        lr = common.learning_rate(step, len(plan), a.lr, a.warmup_ratio, a.lr_scheduler)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+
+        # update the weights
+        norm = common.clip_gradients(model, a.max_grad_norm)
+        run.stop_if_diverged(step + 1, loss, norm, batch)
         optimizer.step()
         optimizer.zero_grad()
-        metrics = {
-            "loss": loss,
-            "lr": lr,
-            "grad_norm": norm,
-            "tokens_per_second": tokens / (time.time() - began),
-        }
-        if held and (step + 1) % (len(plan) // a.epochs) == 0:
-            metrics["eval_loss"] = held_out_loss(model, held, a, accelerator)
-        bar.set_postfix_str(run.step(step + 1, metrics))
+
+        # metrics, and a checkpoint every --save_steps
+        metrics = {"loss": loss, "lr": lr, "grad_norm": norm}
+        metrics["tokens_per_second"] = sum(common.lengths(batch)) / (time.time() - began)
+        if held_out and run.ends_epoch(step + 1):
+            metrics["eval_loss"] = held_out_loss(model, held_out, a, accelerator)
+        bar.set_postfix_str(run.end_step(step + 1, metrics))
+
     run.finish("supervised fine-tuning (MPO, equation 4)")
 
 

@@ -3,16 +3,18 @@
     python 04_dpo.py --data runs/NAME/pairs.jsonl --out runs/NAME/mpo
     accelerate launch --num_processes 8 04_dpo.py ...          # all GPUs of a machine, FSDP2
 
---data is JSONL with {"prompt": [...], "chosen": [...], "rejected": [...]}, lists of messages. The
-reference model is --model before the first step: its log-probabilities are computed once and stored
-with the checkpoints, so no second model is in memory. Writes --out: the model in Hugging Face
-format, metrics.jsonl (one row per optimizer step: loss, reward_accuracy, reward_chosen,
-reward_rejected, reward_margin, logp_chosen, logp_rejected, lr, grad_norm, tokens_per_second,
-memory_gb and, at the end of an epoch, eval_loss, eval_reward_accuracy, eval_reward_margin),
-curves.png and a model card.
+--data is JSONL with {"prompt": [...], "chosen": [...], "rejected": [...]}, lists of messages, on
+each line. The reference model is --model before the first step: its log-probabilities are computed
+once and stored with the checkpoints, so no second model is in memory.
+
+Writes the folder --out: the model in Hugging Face format, a model card, and metrics.jsonl with one
+row per optimizer step: loss, reward_accuracy, reward_chosen, reward_rejected, reward_margin,
+logp_chosen, logp_rejected, lr, grad_norm, tokens_per_second, memory_gb and, at the end of an epoch,
+eval_loss, eval_reward_accuracy, eval_reward_margin.
 """
 
 import collections
+import itertools
 import time
 from dataclasses import dataclass
 from typing import Optional
@@ -20,7 +22,7 @@ from typing import Optional
 from tqdm import tqdm
 
 import common
-from common import InputError, arg
+from common import Example, InputError, arg
 
 
 @dataclass
@@ -44,11 +46,6 @@ class Args:
     max_grad_norm: float = arg(1.0, "clip gradients to this norm, 0: no clipping")
     max_length: int = arg(4096, "pairs with more tokens on a side are skipped, and counted")
     micro_tokens: int = arg(8192, "tokens per micro-batch and process; lower it to save memory")
-    share_prefix: bool = arg(
-        True,
-        "compute the prompt of a pair once: the same result, less work; "
-        "ignored where the model's attention does not allow it",
-    )
     precision: str = arg(
         "bf16", "bf16: float32 weights and optimizer state, bf16 computation; fp32: all float32"
     )
@@ -56,11 +53,8 @@ class Args:
         False, "recompute activations in the backward pass: less memory, a third slower"
     )
     compile: bool = arg(False, "torch.compile the decoder layers: slow first steps, then faster")
-    lora_rank: int = arg(0, "train adapters of this rank, 0: all weights (paper)")
-    lora_merge: bool = arg(
-        True,
-        "merge the adapters into the model at the end, as the next stages "
-        "expect; False: write them alone",
+    lora_rank: int = arg(
+        0, "train adapters of this rank, merged into the model at the end; 0: all weights (paper)"
     )
     eval_share: float = arg(
         0.0, "share of tasks held out for loss, accuracy and margin after each epoch (paper: none)"
@@ -84,159 +78,150 @@ def dpo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejecte
     return losses, chosen_rewards.detach(), rejected_rewards.detach()
 
 
-def load_pairs(a: Args, tokenizer, say=print) -> list[tuple]:
-    """([chosen, rejected], task, line) of each pair whose sides, (token ids, target mask) of prompt
-    and reply, have at most --max_length tokens."""
-    pairs, too_long = [], 0
+def load_pairs(a: Args, tokenizer, say=print) -> list[Example]:
+    """The pairs of --data whose sides have at most --max_length tokens: as sequences [chosen,
+    rejected], each of the prompt and its reply."""
+    pairs = []
+    too_long = 0
     rows = common.read_rows(a.data, ("prompt", "chosen", "rejected"))[: a.limit]
     for line, row in enumerate(rows, 1):
-        sides = []
-        for side in ("chosen", "rejected"):
-            if not isinstance(row["prompt"], list) or not isinstance(row[side], list):
-                raise InputError(
-                    f"{a.data}:{line}: `prompt` and `{side}` must be lists of messages"
-                )
-            sides.append(common.tokenize(row["prompt"] + row[side], tokenizer, f"{a.data}:{line}"))
-            if not any(sides[-1][1]):
-                raise InputError(f"{a.data}:{line}: `{side}` has no assistant message")
-        if max(len(ids) for ids, _ in sides) > a.max_length:
+        where = f"{a.data}:{line}"
+        sides = [tokenize_side(row, side, tokenizer, where) for side in ("chosen", "rejected")]
+        if max(len(side.ids) for side in sides) > a.max_length:
             too_long += 1
-        else:
-            pairs.append((sides, row.get("task", line), line))
+            continue
+        pairs.append(Example(sides, row.get("task", line), line))
     if too_long:
         say(f"skipped {too_long} pairs longer than --max_length {a.max_length}")
     return pairs
 
 
-def pair_log_probs(model, pairs: list[tuple], share_prefix: bool):
-    """log pi(p|u) of chosen and rejected, each summed over its target tokens: (P, 2), float32.
-    Zeros (1, 2) without pairs: such a process must still take part in the collectives."""
-    log_probs, owners = common.target_log_probs(model, [sides for sides, *_ in pairs], share_prefix)
-    sums = log_probs.new_zeros(2 * max(1, len(pairs)))
-    return sums.index_add(0, owners, log_probs).view(-1, 2)
+def tokenize_side(row: dict, side: str, tokenizer, where: str) -> common.Sequence:
+    if not isinstance(row["prompt"], list) or not isinstance(row[side], list):
+        raise InputError(f"{where}: `prompt` and `{side}` must be lists of messages")
+    sequence = common.tokenize(row["prompt"] + row[side], tokenizer, where)
+    if not any(sequence.mask):
+        raise InputError(f"{where}: `{side}` has no assistant message")
+    return sequence
 
 
-def log_probs_without_gradient(model, pairs: list[tuple], a: Args, accelerator):
+def pair_log_probs(model, pairs: list[Example], share_prefix: bool):
+    """log pi(p|u) of chosen and rejected, each summed over its target tokens: (P, 2), float32."""
+    log_probs, owners = common.target_log_probs(model, pairs, share_prefix)
+    sides = max(2 * len(pairs), 2)  # an empty batch has one zero
+    sums = log_probs.new_zeros(sides).index_add(0, owners, log_probs)
+    return sums.view(-1, 2)[: len(pairs)]
+
+
+def log_probs_without_gradient(model, pairs: list[Example], share_prefix: bool, a, accelerator):
     """(len(pairs), 2): log pi of chosen and rejected; every process computes its share. Before
     training these are the reference's, later the held-out pairs'."""
     import torch
 
-    out = torch.zeros(len(pairs), 2, dtype=torch.float64, device=accelerator.device)
-    [micros] = common.plan_epoch(
-        common.lengths(pairs, a.share_prefix),
-        len(pairs),
-        a.micro_tokens,
-        accelerator.num_processes,
-        0,
-        0,
-    )
-    mine = micros[accelerator.process_index :: accelerator.num_processes]
+    world = accelerator.num_processes
+    tokens = common.lengths(pairs, share_prefix)
+    [micros] = common.plan_epoch(tokens, len(pairs), a.micro_tokens, world, seed=0, epoch=0)
+    mine = micros[accelerator.process_index :: world]
     quiet = not accelerator.is_main_process
+    out = torch.zeros(len(pairs), 2, dtype=torch.float64, device=accelerator.device)
     for micro in tqdm(mine, "log-probabilities", disable=quiet, leave=False):
         with torch.no_grad():
-            log_probs = pair_log_probs(model, [pairs[i] for i in micro], a.share_prefix)
-        if micro:
-            out[micro] = log_probs.to(out.dtype)
+            log_probs = pair_log_probs(model, [pairs[i] for i in micro], share_prefix)
+        out[micro] = log_probs.to(out.dtype)
     return accelerator.reduce(out, "sum")
 
 
-def reference_log_probs(run, pairs: list[tuple]):
+def reference_log_probs(run, pairs: list[Example], share_prefix: bool):
     """(len(pairs), 2): log pi_ref, computed once, stored with the checkpoints."""
     import torch
 
     file = run.partial / "reference.pt"
-    if run.start:
+    if run.start > 0:
         return torch.load(file, weights_only=True).to(run.accelerator.device)
-    out = log_probs_without_gradient(run.model, pairs, run.a, run.accelerator)
+    out = log_probs_without_gradient(run.model, pairs, share_prefix, run.a, run.accelerator)
     if run.accelerator.is_main_process:
         torch.save(out.cpu(), file)
     return out
 
 
-def measure(policy, reference, pairs: list[tuple], a: Args):
-    """(losses (P,), {metric: its sum over the pairs}) of (P, 2) log-probabilities of `pairs`. With
-    --nll the chosen plan's mean token loss is added (Pang et al. 2024, equation 1)."""
-    policy_sides, reference_sides = policy.unbind(1), reference.to(policy.dtype).unbind(1)
-    losses, chosen, rejected = dpo_loss(*policy_sides, *reference_sides, a.beta)
-    if a.nll and pairs:
-        tokens = policy.new_tensor([sum(mask[1:]) for ((_, mask), _), *_ in pairs])
-        losses = losses - a.nll * policy_sides[0] / tokens
+def losses_and_metrics(policy, reference, pairs: list[Example], a: Args):
+    """(losses (P,), {metric: its sum over the pairs}) from log-probabilities (P, 2) of `pairs`.
+
+    With --nll the chosen plan's mean token loss is added (Pang et al. 2024, equation 1)."""
+    policy_chosen, policy_rejected = policy.unbind(1)
+    reference_chosen, reference_rejected = reference.to(policy.dtype).unbind(1)
+    losses, chosen_rewards, rejected_rewards = dpo_loss(  # equation 8
+        policy_chosen, policy_rejected, reference_chosen, reference_rejected, a.beta
+    )
+    if a.nll:
+        chosen_tokens = policy.new_tensor([sum(pair.sequences[0].mask[1:]) for pair in pairs])
+        losses = losses - a.nll * policy_chosen / chosen_tokens
     metrics = {
         "loss": losses,
-        "reward_accuracy": chosen > rejected,
-        "reward_chosen": chosen,
-        "reward_rejected": rejected,
-        "reward_margin": chosen - rejected,
-        "logp_chosen": policy_sides[0],
-        "logp_rejected": policy_sides[1],
+        "reward_accuracy": chosen_rewards > rejected_rewards,
+        "reward_chosen": chosen_rewards,
+        "reward_rejected": rejected_rewards,
+        "reward_margin": chosen_rewards - rejected_rewards,
+        "logp_chosen": policy_chosen,
+        "logp_rejected": policy_rejected,
     }
-    return losses, {k: v.detach().float().sum() for k, v in metrics.items()}
+    sums = {name: values.detach().float().sum() for name, values in metrics.items()}
+    return losses, sums
+
+
+def held_out_metrics(run, pairs: list[Example], reference, share_prefix: bool) -> dict:
+    """Loss, accuracy and margin of the held-out pairs."""
+    policy = log_probs_without_gradient(run.model, pairs, share_prefix, run.a, run.accelerator)
+    _, sums = losses_and_metrics(policy, reference, pairs, run.a)
+    names = ("loss", "reward_accuracy", "reward_margin")
+    return {f"eval_{name}": sums[name].item() / len(pairs) for name in names}
 
 
 def main(a: Args) -> None:
     accelerator = common.make_accelerator(a)
-    world, rank = accelerator.num_processes, accelerator.process_index
+    world = accelerator.num_processes
+    rank = accelerator.process_index
     model, tokenizer = common.load_model(a.model)
-    a.share_prefix = a.share_prefix and model.packing == "rows"
-    pairs, held = common.hold_out(load_pairs(a, tokenizer, accelerator.print), a)
-    plan = [
-        step
-        for epoch in range(a.epochs)
-        for step in common.plan_epoch(
-            common.lengths(pairs, a.share_prefix),
-            a.batch_size,
-            a.micro_tokens,
-            world,
-            a.seed,
-            epoch,
-        )
-    ]
+    share_prefix = model.packing == "rows"  # compute the prompt of a pair once
+    train, held_out = common.hold_out(load_pairs(a, tokenizer, accelerator.print), a)
+    # plan[optimizer step][micro-batch]: indices of training pairs
+    plan = common.plan_training(common.lengths(train, share_prefix), a, world)
     model, optimizer = common.prepare_model(model, accelerator, a)
-    run = common.Training(a, accelerator, model, optimizer, tokenizer, len(plan))
-    reference = reference_log_probs(run, pairs + held)
+    run = common.Training(a, accelerator, model, optimizer, tokenizer, len(plan))  # may resume
+    reference = reference_log_probs(run, train + held_out, share_prefix)
 
-    bar = tqdm(
-        range(run.start, len(plan)),
-        initial=run.start,
-        total=len(plan),
-        desc="dpo",
-        disable=not accelerator.is_main_process,
-    )
+    bar = run.progress_bar("dpo")
     for step in bar:
         began = time.time()
-        batch, sums = [pairs[i] for micro in plan[step] for i in micro], collections.Counter()
+        lr = common.set_learning_rate(optimizer, step, len(plan), a)
+
+        # forward and backward, one micro-batch after the other: the gradients add up
+        batch = [train[i] for i in itertools.chain(*plan[step])]
+        sums = collections.Counter()
         for micro in plan[step][rank::world]:
-            own = [pairs[i] for i in micro]
-            policy = pair_log_probs(model, own, a.share_prefix)
-            losses, measured = measure(policy, reference[micro], own, a)
-            (losses.sum() / len(batch) * world).backward()  # FSDP averages over processes: a sum
-            sums.update(measured)
-        norm = common.clip_gradients(model, a.max_grad_norm)
+            pairs = [train[i] for i in micro]
+            policy = pair_log_probs(model, pairs, share_prefix)
+            losses, micro_sums = losses_and_metrics(policy, reference[micro], pairs, a)
+            (losses.sum() / len(batch) * world).backward()  # FSDP averages, we need the sum
+            sums.update(micro_sums)  # a Counter adds
         sums = accelerator.reduce(dict(sums), "sum")
-        metrics = {k: v.item() / len(batch) for k, v in sums.items()}
-        run.check(step + 1, metrics["loss"], norm, [line for *_, line in batch])
-        lr = common.learning_rate(step, len(plan), a.lr, a.warmup_ratio, a.lr_scheduler)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        metrics = {name: value.item() / len(batch) for name, value in sums.items()}
+
+        # update the weights
+        norm = common.clip_gradients(model, a.max_grad_norm)
+        run.stop_if_diverged(step + 1, metrics["loss"], norm, batch)
         optimizer.step()
         optimizer.zero_grad()
-        metrics |= {
-            "lr": lr,
-            "grad_norm": norm,
-            "tokens_per_second": sum(common.lengths(batch)) / (time.time() - began),
-        }
-        if held and (step + 1) % (len(plan) // a.epochs) == 0:
-            policy = log_probs_without_gradient(model, held, a, accelerator)
-            _, sums = measure(policy, reference[len(pairs) :], held, a)
-            metrics |= {
-                f"eval_{k}": sums[k].item() / len(held)
-                for k in ("loss", "reward_accuracy", "reward_margin")
-            }
-        line = run.step(step + 1, metrics)
-        bar.set_postfix_str(
-            f"accuracy {metrics['reward_accuracy']:.2f}, "
-            f"margin {metrics['reward_margin']:.3f}, {line}"
-        )
+
+        # metrics, and a checkpoint every --save_steps
+        metrics |= {"lr": lr, "grad_norm": norm}
+        metrics["tokens_per_second"] = sum(common.lengths(batch)) / (time.time() - began)
+        if held_out and run.ends_epoch(step + 1):
+            metrics |= held_out_metrics(run, held_out, reference[len(train) :], share_prefix)
+        line = run.end_step(step + 1, metrics)
+        rewards = "accuracy {reward_accuracy:.2f}, margin {reward_margin:.3f}".format(**metrics)
+        bar.set_postfix_str(f"{rewards}, {line}")
+
     run.finish("DPO (MPO, equation 8)")
 
 

@@ -1886,72 +1886,150 @@ class RolloutConfig:
 
 
 def observation_message(observation: str, limit: int, plan: str | None = None) -> dict:
+    """What the agent reads after an action. An observation of more than `limit` characters is cut,
+    unless `limit` is 0. With `plan`, the plan is repeated below the observation (paper 5.2)."""
     if limit and len(observation) > limit:
         observation = observation[:limit].rstrip() + " ..."
-    repeated = PLAN_LINE.format(plan=plan) if plan else ""
-    return {"role": "user", "content": f"Observation: {observation}{repeated}"}
+    content = f"Observation: {observation}"
+    if plan:
+        content += PLAN_LINE.format(plan=plan)
+    return {"role": "user", "content": content}
 
 
-async def episode(
-    env, model, cls, task: str, plan: str | None, rollout: int, c: RolloutConfig
-) -> dict:
+class Episode:
     """One trajectory e ~ pi_theta(e|u, p) (paper equation 2) in one environment session.
 
-    Returns {"instruction": u, "reward": r(u, e), "success", "end", "steps": [[reply, observation],
-    ...], "format_errors", "prompt_tokens", "completion_tokens"}, and "continued" if the plan is in
-    the thought. `end` is success, failure (the task can no longer be completed), steps (the limit),
-    errors (`MAX_FAILURES` of the environment) or context. A reply is kept up to its action; one
-    without an action is a step whose observation says so.
+    `env` is the session, `cls` the class of its environment, `job` has the "task", the "plan" (or
+    None) and the number of the "rollout". `messages` is the conversation: the agent is asked with
+    it, its reply is parsed, the action is executed, and reply and observation are appended."""
 
-    A plan in the thought (paper 5.2) starts every reply, if the server can continue a message that
-    was started; else it is a turn of its own."""
-    u, home = await env("reset", task), {}
-    started = (
-        f"{plan}\nThought:" if plan and c.plan_position == "thought" and model.continues else ""
-    )
-    messages = c.prompts.agent(u, None if started else plan, task, c.plan_position)
-    repeated = plan if c.plan_position == "observation" else None
-    row = {
-        "instruction": u,
-        "reward": 0.0,
-        "success": False,
-        "end": "steps",
-        "steps": [],
-        "format_errors": 0,
-        "prompt_tokens": 0,
-        "completion_tokens": 0,
-    }
-    row |= {"continued": bool(started)} if plan and c.plan_position == "thought" else {}
-    failures = 0
-    for i in range(c.max_steps or cls.max_steps(task)):
-        seed = seed_of(c.seed, task, plan, rollout, i)
-        opened = [*messages, {"role": "assistant", "content": started}] if started else messages
-        try:
-            reply = await model.ask(opened, c.temperature, c.max_tokens, seed, home, STOP)
-        except ContextOverflow:
-            row["end"] = "context"
-            break
-        row["prompt_tokens"] += reply.prompt_tokens
-        row["completion_tokens"] += reply.completion_tokens
-        (said, action), done = parse_reply(started + reply.text), False
+    def __init__(self, env, model, cls, job: dict, c: RolloutConfig):
+        self.env = env
+        self.model = model
+        self.cls = cls
+        self.task = job["task"]
+        self.plan = job["plan"]
+        self.rollout = job["rollout"]
+        self.c = c
+        self.messages: list[dict] = []
+        self.opening = ""  # the text that every reply starts with
+        self.home: dict = {}  # which model server has this conversation in its cache
+        self.failures = 0  # failed steps in a row
+        self.row = {
+            "instruction": None,
+            "reward": 0.0,
+            "success": False,
+            "end": "steps",
+            "steps": [],
+            "format_errors": 0,
+            "prompt_tokens": 0,
+            "completion_tokens": 0,
+        }
+
+    async def play(self) -> dict:
+        """The episode as a row: {"instruction": u, "reward": r(u, e), "success", "end", "steps":
+        [[reply, observation], ...], "format_errors", "prompt_tokens", "completion_tokens"}, and
+        "continued" if the plan is in the thought.
+
+        `end` is success, failure (the task can no longer be completed), steps (the step limit),
+        errors (`MAX_FAILURES` failed steps in a row) or context (the prompt became too long)."""
+        self.begin(await self.env("reset", self.task))
+        for step in range(self.c.max_steps or self.cls.max_steps(self.task)):
+            try:
+                reply = await self.query(step)
+            except ContextOverflow:
+                self.row["end"] = "context"
+                break
+            said, action = parse_reply(reply)
+            observation, done = await self.execute(action)
+            self.row["steps"].append([said, observation])
+            if done:
+                self.row["end"] = "success" if self.row["success"] else "failure"
+                break
+            if self.failures == self.cls.MAX_FAILURES:
+                self.row["end"] = "errors"
+                break
+            self.append(said, observation)
+        return self.row
+
+    def begin(self, u: str) -> None:
+        """The first messages: the prompt, with the plan where it belongs.
+
+        A plan in the thought (paper 5.2) starts every reply if the server can continue a message
+        that was started; else it is a turn of its own."""
+        self.row["instruction"] = u
+        plan = self.plan
+        if plan and self.c.plan_position == "thought":
+            if self.model.continues:
+                self.opening = f"{plan}\nThought:"
+                plan = None
+            self.row["continued"] = self.model.continues
+        self.messages = self.c.prompts.agent(u, plan, self.task, self.c.plan_position)
+
+    async def query(self, step: int) -> str:
+        """The agent's reply, with its opening."""
+        messages = self.messages
+        if self.opening:
+            messages = [*messages, {"role": "assistant", "content": self.opening}]
+        seed = seed_of(self.c.seed, self.task, self.plan, self.rollout, step)
+        reply = await self.model.ask(
+            messages, self.c.temperature, self.c.max_tokens, seed, self.home, STOP
+        )
+        self.row["prompt_tokens"] += reply.prompt_tokens
+        self.row["completion_tokens"] += reply.completion_tokens
+        return self.opening + reply.text
+
+    async def execute(self, action: str | None) -> tuple[str, bool]:
+        """(observation, whether the episode is over). A reply without an action is a failed step,
+        whose observation says so."""
         if action is None:
-            observation = NO_ACTION
-            row["format_errors"] += 1
+            self.row["format_errors"] += 1
+            self.failures += 1
+            return NO_ACTION, False
+        observation, reward, done, success = await self.env("step", action)
+        self.row["reward"] = reward
+        self.row["success"] = success
+        if self.cls.failed(observation):
+            self.failures += 1
         else:
-            observation, row["reward"], done, row["success"] = await env("step", action)
-        row["steps"].append([said, observation])
-        if done:
-            row["end"] = "success" if row["success"] else "failure"
-            break
-        failures = failures + 1 if action is None or cls.failed(observation) else 0
-        if failures == cls.MAX_FAILURES:
-            row["end"] = "errors"
-            break
-        messages += [
-            {"role": "assistant", "content": said},
-            observation_message(observation, c.observation_chars, repeated),
-        ]
-    return row
+            self.failures = 0
+        return observation, done
+
+    def append(self, said: str, observation: str) -> None:
+        repeated = self.plan if self.c.plan_position == "observation" else None
+        self.messages.append({"role": "assistant", "content": said})
+        self.messages.append(observation_message(observation, self.c.observation_chars, repeated))
+
+
+class RolloutProgress:
+    """The progress line of `rollouts`: speed, mean reward, failed episodes and retries."""
+
+    def __init__(self, model, total: int, desc: str):
+        self.model = model
+        self.bar = tqdm(total=total, desc=desc, unit="ep", smoothing=0.05)
+        self.start = time.time()
+        self.reward = 0.0  # sum over the episodes that did not fail
+        self.failed = 0
+        self.retries = 0
+
+    def retry(self) -> None:
+        self.retries += 1
+
+    def add(self, row: dict) -> None:
+        """Count a finished episode."""
+        self.reward += row["reward"]
+        if row["end"] == "crash":
+            self.failed += 1
+        episodes = self.bar.n + 1
+        seconds = time.time() - self.start
+        self.bar.set_postfix_str(
+            f"{60 * episodes / seconds:.0f} ep/min, "
+            f"{self.model.completion_tokens / seconds:.0f} tok/s, "
+            f"reward {self.reward / max(1, episodes - self.failed):.3f}, "
+            f"{self.failed} failed, {self.retries} retries",
+            refresh=False,
+        )
+        self.bar.update()
 
 
 async def rollouts(
@@ -1965,60 +2043,65 @@ async def rollouts(
     desc: str = "rollouts",
     attempts: int = 3,
 ) -> int:
-    """Play all jobs {"task", "plan", "rollout", ...}, `concurrency` at a time; each finished one is
-    appended as the job plus the result of `episode`. Jobs of one task and plan should be adjacent:
-    their prompts share a prefix, which the server caches. An episode whose worker dies is retried;
-    after `attempts` it is appended with end "crash" and its error. Returns the number of
-    retries."""
-    from tqdm import tqdm
+    """Play all jobs {"task", "plan", "rollout", ...}, `concurrency` at a time. Each finished one is
+    appended as the job plus the row of its `Episode`. Jobs of one task and plan should be adjacent:
+    their prompts share a prefix, which the server caches.
 
-    cls, start, retries = environment(env), time.time(), []
-    failed, total = 0, 0.0  # the total reward of the episodes that did not fail
+    An episode whose worker dies is retried. After `attempts` it is appended with end "crash" and
+    its error. Returns the number of retries."""
+    cls = environment(env)
+    progress = RolloutProgress(model, len(jobs), desc)
 
-    with tqdm(total=len(jobs), desc=desc, unit="ep", smoothing=0.05) as bar:
-
-        async def work(job):
-            nonlocal failed, total
-            began = time.time()
-            try:
-                row = await pool.use(
-                    job["task"],
-                    lambda session: episode(
-                        session, model, cls, job["task"], job["plan"], job["rollout"], c
-                    ),
-                    attempts,
-                    lambda: retries.append(job),
-                )
-            except (WorkerDied, RuntimeError) as e:
-                row = {
-                    "instruction": None,
-                    "reward": 0.0,
-                    "success": False,
-                    "end": "crash",
-                    "steps": [],
-                    "error": str(e),
-                }
-            append({**job, **row, "seconds": round(time.time() - began, 2)})
-            failed, total = failed + (row["end"] == "crash"), total + row["reward"]
-            done, seconds = bar.n + 1, time.time() - start
-            bar.set_postfix_str(
-                f"{60 * done / seconds:.0f} ep/min, {model.completion_tokens / seconds:.0f} tok/s, "
-                f"reward {total / max(1, done - failed):.3f}, {failed} failed, {len(retries)} "
-                "retries",
-                refresh=False,
+    async def play(job: dict) -> None:
+        began = time.time()
+        try:
+            row = await pool.use(
+                job["task"],
+                lambda session: Episode(session, model, cls, job, c).play(),
+                attempts,
+                progress.retry,
             )
-            bar.update()
+        except (WorkerDied, RuntimeError) as e:
+            row = {
+                "instruction": None,
+                "reward": 0.0,
+                "success": False,
+                "end": "crash",
+                "steps": [],
+                "error": str(e),
+            }
+        append({**job, **row, "seconds": round(time.time() - began, 2)})
+        progress.add(row)
 
-        await run_concurrently(work, jobs, min(concurrency, len(jobs)))
-    return len(retries)
+    with progress.bar:
+        await run_concurrently(play, jobs, min(concurrency, len(jobs)))
+    return progress.retries
 
 
 # ---- 6. training: what the SFT loop and the DPO loop share ---------------------------------------
 
 
+class Sequence(NamedTuple):
+    """A conversation as tokens. `mask` is true where the token is a target of training."""
+
+    ids: list[int]
+    mask: list[bool]
+
+
+class Example(NamedTuple):
+    """One row of the training data: the conversation of SFT, or the chosen and the rejected side of
+    a DPO pair."""
+
+    sequences: list[Sequence]
+    task: str | int  # the row's task, or its line if it names none
+    line: int
+
+
 def load_model(name: str):
-    """(model, tokenizer): weights in the dtype they were saved in, dropout off, safetensors only:
-    the files' pages, shared by a machine's processes unless transformers has to convert them."""
+    """(model, tokenizer): the weights in the dtype they were saved in, without dropout.
+
+    Only safetensors are read: the processes of a machine share their pages in memory, unless
+    transformers has to convert them."""
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -2032,140 +2115,205 @@ def load_model(name: str):
     if not tokenizer.chat_template:
         raise InputError(f"the tokenizer of {name} has no chat template: training needs one")
     for module in model.modules():  # no dropout in train mode either
-        vars(module).update({k: 0.0 for k in ("p", "attention_dropout") if k in vars(module)})
+        for rate in ("p", "attention_dropout"):
+            if rate in vars(module):
+                setattr(module, rate, 0.0)
     choose_packing(model)
     return model, tokenizer
 
 
-def tokenize(messages: list[dict], tokenizer, where: str) -> tuple[list[int], list[bool]]:
-    """A conversation as (token ids, target mask). Targets are what the model itself writes: the
-    text of each assistant message and the end token after it. The chat template writes the BOS
-    token, if any, so the tokenizer adds none. `where` names file and line in errors."""
-    if (
-        not isinstance(messages, list)
-        or not messages
-        or not all(
-            isinstance(m, dict) and all(isinstance(m.get(k), str) for k in ("role", "content"))
-            for m in messages
-        )
-    ):
-        raise InputError(
-            f"{where}: a conversation must be a list of objects with `role` and "
-            "`content`, both strings"
-        )
-    render = functools.partial(tokenizer.apply_chat_template, tokenize=False)
-    text, spans = render(messages), []
-    for i, message in enumerate(messages):
-        if message["role"] == "assistant":
-            before = render(messages[:i], add_generation_prompt=True)
-            upto = render(messages[: i + 1])
-            if not (upto.startswith(before) and text.startswith(upto)):
-                raise InputError(
-                    f"{where}: the chat template rewrites earlier turns, so the model "
-                    "would not see what it is trained on; use one that only appends"
-                )
-            spans.append((len(before), len(upto.rstrip())))
-    out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    mask = [
-        any(first <= begin < last for first, last in spans) for begin, _ in out["offset_mapping"]
-    ]
-    return out["input_ids"], mask
+def tokenize(messages: list[dict], tokenizer, where: str) -> Sequence:
+    """A conversation as tokens. Targets are what the model itself writes: the text of each
+    assistant message and the end token after it. `where` names file and line in errors."""
+    check_conversation(messages, where)
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    spans = assistant_spans(messages, text, tokenizer, where)
+    # the chat template has written the BOS token, if the model has one
+    tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    mask = []
+    for begin, _ in tokens["offset_mapping"]:
+        mask.append(any(first <= begin < last for first, last in spans))
+    return Sequence(tokens["input_ids"], mask)
 
 
-def hold_out(rows: list[tuple], a) -> tuple[list[tuple], list[tuple]]:
-    """(training, held-out) rows of (sequences, task, line): the rows of about `a.eval_share` of the
-    tasks are held out, each task by its name alone."""
-    out = [seed_of("held out", task) < a.eval_share * 2**31 for _, task, _ in rows]
-    train, held = (
-        [row for row, is_out in zip(rows, out, strict=True) if is_out == side]
-        for side in (False, True)
+def check_conversation(messages, where: str) -> None:
+    """Raise `InputError` if `messages` is not a list of {"role", "content"}, both strings."""
+    if isinstance(messages, list) and messages and all(is_message(m) for m in messages):
+        return
+    raise InputError(
+        f"{where}: a conversation must be a list of objects with `role` and `content`, both strings"
     )
+
+
+def is_message(message) -> bool:
+    if not isinstance(message, dict):
+        return False
+    return isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
+
+
+def assistant_spans(
+    messages: list[dict], text: str, tokenizer, where: str
+) -> list[tuple[int, int]]:
+    """(begin, end) of what the assistant writes in `text`, the whole conversation: of each of its
+    messages with the end token, without the header before and white space after."""
+    spans = []
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = tokenizer.apply_chat_template(
+            messages[:i], tokenize=False, add_generation_prompt=True
+        )
+        upto = tokenizer.apply_chat_template(messages[: i + 1], tokenize=False)
+        if not (upto.startswith(before) and text.startswith(upto)):
+            raise InputError(
+                f"{where}: the chat template rewrites earlier turns, so the model "
+                "would not see what it is trained on; use one that only appends"
+            )
+        spans.append((len(before), len(upto.rstrip())))
+    return spans
+
+
+def hold_out(examples: list[Example], a) -> tuple[list[Example], list[Example]]:
+    """(training, held-out) examples. About `a.eval_share` of the tasks are held out, each with all
+    its examples; whether a task is held out depends on its name alone."""
+    train = []
+    held_out = []
+    for example in examples:
+        if seed_of("held out", example.task) < a.eval_share * 2**31:
+            held_out.append(example)
+        else:
+            train.append(example)
     if not train:
         raise InputError(
             f"{a.data} has no row to train on (--max_length {a.max_length}, "
             f"--eval_share {a.eval_share})"
         )
-    return train, held
+    return train, held_out
 
 
-def lengths(rows: list[tuple], share_prefix: bool = False) -> list[int]:
-    """Tokens of each row of (sequences, task, line), with what its sequences share once."""
-    return [len(pack([sequences], share_prefix)[0]) for sequences, *_ in rows]
+def lengths(examples: list[Example], share_prefix: bool = False) -> list[int]:
+    """Tokens of each example; with `share_prefix`, what its sequences share counts once."""
+    return [len(pack([example], share_prefix).ids) for example in examples]
+
+
+def plan_training(tokens: list[int], a, processes: int) -> list[list[list[int]]]:
+    """The batches of all epochs, one `plan_epoch` after the other."""
+    plan = []
+    for epoch in range(a.epochs):
+        plan += plan_epoch(tokens, a.batch_size, a.micro_tokens, processes, a.seed, epoch)
+    return plan
 
 
 def plan_epoch(
-    lengths: list[int], batch_size: int, micro_tokens: int, processes: int, seed: int, epoch: int
+    tokens: list[int], batch_size: int, micro_tokens: int, processes: int, seed: int, epoch: int
 ) -> list[list[list[int]]]:
-    """The batches of one epoch: [optimizer step][micro-batch] -> row indices.
+    """The batches of one epoch: [optimizer step][micro-batch] -> indices of examples, from the
+    number of tokens of each example.
 
-    Rows are shuffled by (seed, epoch) alone and cut into batches. Each batch is spread over as few
-    micro-batches of at most `micro_tokens` tokens (or one row) as it fits in, the longest row first
-    into the emptiest one. Every process computes the same plan and runs micro-batches rank,
-    rank + processes, ...: their number is a multiple of `processes`; some may be empty."""
-
-    def split(batch: list[int]) -> list[list[int]]:
-        for count in range(processes, len(batch) + processes, processes):
-            micros, filled = [[] for _ in range(count)], [0] * count
-            for row in sorted(batch, key=lambda row: -lengths[row]):
-                emptiest = filled.index(min(filled))
-                micros[emptiest].append(row)
-                filled[emptiest] += lengths[row]
-            if all(n <= micro_tokens or len(m) == 1 for m, n in zip(micros, filled, strict=True)):
-                break
-        return micros
-
-    order = list(range(len(lengths)))
+    Examples are shuffled by (seed, epoch) alone and cut into batches; a batch is spread over
+    micro-batches. Every process computes the same plan and runs the micro-batches rank,
+    rank + processes, ..."""
+    order = list(range(len(tokens)))
     random.Random(f"{seed} {epoch}").shuffle(order)
-    return [split(order[i : i + batch_size]) for i in range(0, len(order), batch_size)]
+    plan = []
+    for begin in range(0, len(order), batch_size):
+        batch = order[begin : begin + batch_size]
+        plan.append(micro_batches(batch, tokens, micro_tokens, processes))
+    return plan
 
 
-def pack(groups: list, share_prefix: bool = False):
-    """Groups of sequences (ids, mask), SFT rows or the sides of DPO pairs, as one sequence.
+def micro_batches(
+    batch: list[int], tokens: list[int], micro_tokens: int, processes: int
+) -> list[list[int]]:
+    """Spread a batch over as few micro-batches as it fits in, each of at most `micro_tokens` tokens
+    or one example. Their number is a multiple of `processes`, so that all have as many; some may be
+    empty."""
+    longest_first = sorted(batch, key=lambda i: -tokens[i])
+    count = processes
+    while True:
+        micros: list[list[int]] = [[] for _ in range(count)]
+        filled = [0] * count
+        for i in longest_first:
+            emptiest = filled.index(min(filled))
+            micros[emptiest].append(i)
+            filled[emptiest] += tokens[i]
+        of_several = [n for micro, n in zip(micros, filled, strict=True) if len(micro) > 1]
+        if all(n <= micro_tokens for n in of_several):
+            return micros
+        count += processes
 
-    With `share_prefix`, a group's later sequences leave out the tokens they share with its first
-    (a pair's prompt); the rest keep their positions. Returns (ids, positions, targets, rows).
-    `targets` has (index of the token whose output predicts it, its id, its sequence's number) for
-    each target of each sequence, in a shared prefix too; `rows` has (tokens shared with the first,
-    own tokens) for each sequence."""
-    ids, positions, targets, rows = [], [], [], []
-    for group in groups:
-        begin, first = len(ids), group[0][0]
-        for number, (sequence, mask) in enumerate(group):
-            shared = len(os.path.commonprefix([first, sequence])) if number and share_prefix else 0
-            shared = min(shared, len(sequence) - 1)
-            own = len(sequence) - shared
+
+class Pack(NamedTuple):
+    """Sequences in a row, computed as one."""
+
+    ids: list[int]
+    positions: list[int]  # of each token in its sequence
+    targets: list[tuple[int, int, int]]  # (index whose output predicts it, its id, sequence)
+    segments: list[tuple[int, int]]  # of each sequence: (tokens shared with the first, own tokens)
+
+
+def pack(examples: list[Example], share_prefix: bool = False) -> Pack:
+    """The sequences of `examples` as one.
+
+    With `share_prefix`, the second sequence of an example leaves out the tokens that it shares with
+    the first (a pair's prompt). The others keep their positions. Targets in the shared prefix count
+    for both sequences."""
+    ids: list[int] = []
+    positions = []
+    targets = []
+    segments = []
+    for example in examples:
+        begin = len(ids)
+        first = example.sequences[0]
+        for number, sequence in enumerate(example.sequences):
+            shared = 0
+            if share_prefix and number > 0:
+                shared = shared_length(first.ids, sequence.ids)
+            own = len(sequence.ids) - shared
+            # where the sequence's tokens are in the pack
             places = [*range(begin, begin + shared), *range(len(ids), len(ids) + own)]
-            targets += [
-                (places[i - 1], sequence[i], len(rows)) for i in range(1, len(sequence)) if mask[i]
-            ]
-            ids += sequence[shared:]
-            positions += range(shared, len(sequence))
-            rows.append((shared, own))
-    return ids, positions, targets, rows
+            for i in range(1, len(sequence.ids)):
+                if sequence.mask[i]:
+                    targets.append((places[i - 1], sequence.ids[i], len(segments)))
+            ids += sequence.ids[shared:]
+            positions += range(shared, len(sequence.ids))
+            segments.append((shared, own))
+    return Pack(ids, positions, targets, segments)
+
+
+def shared_length(first: list[int], second: list[int]) -> int:
+    """How many tokens both begin with. At least one token of `second` is left over."""
+    shared = 0
+    for one, other in zip(first, second[:-1], strict=False):
+        if one != other:
+            break
+        shared += 1
+    return shared
 
 
 def choose_packing(model) -> None:
-    """Set `model.packing`, how rows share a forward pass, and the attention that does it. "rows":
-    every layer is plain causal attention, computed by `row_attention`. "mask": windows, soft caps
-    or sinks; transformers masks other rows itself, by position ids that restart. Raises
-    `InputError` for layers that are not attention, which would mix the rows."""
+    """Set `model.packing`, how the sequences of a pack are kept apart, and the attention that does
+    it. "rows": every layer is plain causal attention, computed by `row_attention`. "mask": windows,
+    soft caps or sinks; transformers itself masks other sequences, by position ids that restart.
+    Raises `InputError` for layers that are not attention, which would mix the sequences."""
     import torch
     from transformers import AttentionInterface
 
     config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    softcap = getattr(config, "attn_logit_softcapping", None)
-    sinks = any(name.endswith("sinks") for name, _ in model.named_parameters())
+    layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
     if (
         model._is_stateful
         or not model._supports_attention_backend
-        or not kinds <= {"full_attention", "sliding_attention"}
+        or not layer_types <= {"full_attention", "sliding_attention"}
     ):
         raise InputError(
             f"{config.model_type} models have layers that are not attention: rows "
             "cannot be packed, choose another model"
         )
-    if "sliding_attention" in kinds or getattr(config, "sliding_window", None) or softcap or sinks:
+    window = "sliding_attention" in layer_types or getattr(config, "sliding_window", None)
+    softcap = getattr(config, "attn_logit_softcapping", None)
+    sinks = any(name.endswith("sinks") for name, _ in model.named_parameters())
+    if window or softcap or sinks:
         model.packing = "mask"
         if softcap:
             model.set_attn_implementation("eager")  # SDPA ignores the soft cap
@@ -2175,60 +2323,91 @@ def choose_packing(model) -> None:
         model.set_attn_implementation("rows")
 
 
-def row_attention(module, query, key, value, attention_mask, *, rows, scaling=None, **_):
-    """Causal attention row by row inside a pack, so that fused kernels run and nothing is computed
-    across rows (a dense mask takes three times as long). query (1, H, T, D), key and value
-    (1, K, T, D) -> (1, T, H, D). `rows.lengths` is `rows` of `pack`: a row attends to itself and
-    to what it shares with its group's first. An attention function of transformers."""
+def row_attention(module, query, key, value, attention_mask, *, layout, scaling=None, **_):
+    """Causal attention, one sequence of a pack after the other: fused kernels run, and nothing is
+    computed across sequences (a dense mask takes three times as long). An attention function of
+    transformers.
+
+    query (1, H, T, D), key and value (1, K, T, D) -> (1, T, H, D). `layout.segments` are those of
+    `Pack`: a sequence attends to itself and to what it shares with its example's first."""
     import torch
     from torch.nn.attention.bias import causal_lower_right
 
-    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
-    split, out = [x.split([own for _, own in rows.lengths], 2) for x in (query, key, value)], []
-    for (shared, own), q, k, v in zip(rows.lengths, *split, strict=True):
-        if not shared:
-            keys, values = k, v
+    repeats = query.shape[1] // key.shape[1]  # grouped-query attention
+    own_lengths = [own for _, own in layout.segments]
+    queries = query.split(own_lengths, dim=2)
+    keys = key.repeat_interleave(repeats, dim=1).split(own_lengths, dim=2)
+    values = value.repeat_interleave(repeats, dim=1).split(own_lengths, dim=2)
+    outputs = []
+    for (shared, own), q, k, v in zip(layout.segments, queries, keys, values, strict=True):
+        if shared == 0:
+            first_k = k
+            first_v = v
         else:
-            k, v = torch.cat([keys[:, :, :shared], k], 2), torch.cat([values[:, :, :shared], v], 2)
-        out.append(
-            torch.nn.functional.scaled_dot_product_attention(
-                q, k, v, attn_mask=causal_lower_right(own, shared + own), scale=scaling
-            )
+            k = torch.cat([first_k[:, :, :shared], k], dim=2)
+            v = torch.cat([first_v[:, :, :shared], v], dim=2)
+        mask = causal_lower_right(own, shared + own)
+        outputs.append(
+            torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
         )
-    return torch.cat(out, 2).transpose(1, 2).contiguous(), None
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
 
-def target_log_probs(model, groups: list, share_prefix: bool = False):
-    """(log-probability (N,), number of its sequence (N,)) of each target in `groups` given what
-    precedes it, in float32. Without rows, one of value and gradient zero: a process without rows
-    must still take part in the collectives."""
+def target_log_probs(model, examples: list[Example], share_prefix: bool = False):
+    """(log-probability (N,), number of its sequence (N,)) of each target token in `examples`, given
+    the tokens before it, in float32.
+
+    An empty batch gives a single zero with a zero gradient: where another process still has
+    examples, this one must run the model too, forward and backward, since FSDP gathers weights and
+    gradients from all."""
     import torch
 
-    *packed, rows = pack(groups or [[([0, 0], [False, True])]], share_prefix)
-    ids, positions, targets = (torch.tensor(x, device=model.device) for x in packed)
-    sources, labels, owners = targets.unbind(1)
-    more = {"rows": SimpleNamespace(lengths=rows)} if model.packing == "rows" else {}
+    if not examples:
+        filler = Example([Sequence([0, 0], [False, True])], task="", line=0)
+        log_probs, owners = target_log_probs(model, [filler])
+        return log_probs * 0, owners
+    packed = pack(examples, share_prefix)
+    ids = torch.tensor(packed.ids, device=model.device)
+    positions = torch.tensor(packed.positions, device=model.device)
+    sources, labels, owners = torch.tensor(packed.targets, device=model.device).unbind(1)
+    attention = {}
+    if model.packing == "rows":
+        # in an object: for other numbers in a list torch.compile would compile again
+        attention["layout"] = SimpleNamespace(segments=packed.segments)
     logits = model(
         input_ids=ids[None],
         position_ids=positions[None],
         logits_to_keep=sources,
         use_cache=False,
-        **more,
+        **attention,
     ).logits[0]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     log_probs = -torch.nn.functional.cross_entropy(logits, labels, reduction="none")
-    return log_probs * bool(groups), owners
+    return log_probs, owners
 
 
 def learning_rate(step: int, total: int, peak: float, warmup_ratio: float, shape="cosine") -> float:
     """Learning rate of optimizer step 0 .. total - 1: linear warm-up over the first `warmup_ratio`
     of all steps, then half a cosine to zero (paper 4.1), a line to zero, or constant."""
+    if shape not in ("cosine", "linear", "constant"):
+        raise InputError(f"unknown --lr_scheduler {shape!r}: one of cosine, linear, constant")
     warmup = math.ceil(total * warmup_ratio)
+    if step < warmup:
+        return peak * (step + 1) / warmup
     done = (step - warmup) / max(1, total - warmup)
-    shapes = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}
-    if shape not in shapes:
-        raise InputError(f"unknown --lr_scheduler {shape!r}: one of {', '.join(shapes)}")
-    return peak * (step + 1) / warmup if step < warmup else peak * shapes[shape]
+    if shape == "cosine":
+        return peak * (0.5 * (1 + math.cos(math.pi * done)))
+    if shape == "linear":
+        return peak * (1 - done)
+    return peak
+
+
+def set_learning_rate(optimizer, step: int, total: int, a) -> float:
+    """Give the optimizer the learning rate of `step`; returns it."""
+    lr = learning_rate(step, total, a.lr, a.warmup_ratio, a.lr_scheduler)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr
 
 
 def make_accelerator(a):
@@ -2259,145 +2438,195 @@ def make_accelerator(a):
 
 
 def prepare_model(model, accelerator, a):
-    """(model, optimizer), ready to train with the settings `a`: attention, adapters, FSDP2.
+    """(model, optimizer), ready to train with the settings `a`."""
+    import torch
 
-    With `a.lora_rank`, adapters at all linear layers are trained and the rest is frozen (Hu et al.
-    2021). Each process holds its share of the float32 weights, gradients and AdamW averages of each
-    decoder layer; with `a.precision` bf16 it gathers a layer's weights, while it runs, in bf16.
-    Gradients are summed in float32. A single process does the same with a share of all. Sharding
-    comes before the cast to float32: a process never holds more in float32 than its share."""
+    if a.lora_rank:
+        model = add_adapters(model, a)
+    if a.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()  # transformers skips checkpointing in eval mode
+    if a.compile:
+        for layer in model.get_decoder().layers:
+            layer.compile()
+    shard(model, accelerator, a.precision)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=a.lr, weight_decay=a.weight_decay, fused=True)
+    return model, optimizer
+
+
+def add_adapters(model, a):
+    """The model with adapters of rank `a.lora_rank` at all linear layers; the rest is frozen (Hu et
+    al. 2021)."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(a.seed)  # every process and every run begins with the same adapters
+    config = LoraConfig(
+        r=a.lora_rank,
+        lora_alpha=2 * a.lora_rank,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, config)
+
+
+def shard(model, accelerator, precision: str) -> None:
+    """Split the model over all processes, with FSDP2; a single process has a share of all.
+
+    Each process holds its share of the float32 weights, gradients and AdamW averages of each
+    decoder layer. While a layer runs, its weights are gathered, with `precision` bf16 in bf16.
+    Gradients are summed in float32."""
     import torch
     import torch.distributed as dist
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    if a.lora_rank:
-        from peft import LoraConfig, get_peft_model
-
-        torch.manual_seed(a.seed)  # every process and every run begins with the same adapters
-        model = get_peft_model(
-            model,
-            LoraConfig(
-                r=a.lora_rank,
-                lora_alpha=2 * a.lora_rank,
-                target_modules="all-linear",
-                task_type="CAUSAL_LM",
-            ),
-        )
-    if a.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.train()  # transformers skips checkpointing in eval mode
-    layers, processes = model.get_decoder().layers, accelerator.num_processes
-    if a.compile:
-        for layer in layers:
-            layer.compile()
     device = accelerator.device.type
     if not dist.is_initialized():
-        dist.init_process_group(
-            "nccl" if device == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1
-        )
-    bf16 = a.precision == "bf16"
+        backend = "nccl" if device == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    mesh = dist.init_device_mesh(device, (accelerator.num_processes,))
+    bf16 = precision == "bf16"
     policy = MixedPrecisionPolicy(torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32)
-    for module in [*layers, model]:
-        fully_shard(module, mesh=dist.init_device_mesh(device, (processes,)), mp_policy=policy)
+    for module in [*model.get_decoder().layers, model]:
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+    # after sharding, so that a process never holds more than its share in float32
     for p in model.parameters():
         if p.requires_grad or not bf16:
             torch.utils.swap_tensors(p, torch.nn.Parameter(p.detach().float(), p.requires_grad))
     model.to(accelerator.device)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return model, torch.optim.AdamW(trained, lr=a.lr, weight_decay=a.weight_decay, fused=True)
 
 
 def clip_gradients(model, limit: float) -> float:
     """Scale all gradients together to at most this norm (0: no limit); returns the norm before."""
     import torch
 
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit or math.inf)
-    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    if limit == 0:
+        limit = math.inf
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+    if hasattr(norm, "full_tensor"):  # of a sharded model
+        norm = norm.full_tensor()
+    return float(norm)
 
 
 class Training:
-    """Checkpoints, metrics and the final model of one training run, in `out`.partial/ until it
-    ends.
+    """Checkpoints, metrics and the final model of one training run.
 
-    A killed run resumes from its last checkpoint if data and settings are the same, except for the
-    settings in `FREE`; else it starts over. The finished model replaces `out` in one rename."""
+    Until it ends, all is in the folder `out`.partial: metrics.jsonl and the last checkpoint. A
+    killed run resumes from there if data and settings are the same, else it starts over. The
+    finished model replaces `out` in one rename."""
 
-    # these change results by rounding at most
-    FREE = {
-        "out",
-        "log_with",
-        "micro_tokens",
-        "share_prefix",
-        "gradient_checkpointing",
-        "compile",
-        "save_steps",
-    }
+    # settings that may change when a run resumes: they change the results by rounding at most
+    FREE = ("out", "log_with", "micro_tokens", "gradient_checkpointing", "compile", "save_steps")
 
     def __init__(self, a, accelerator, model, optimizer, tokenizer, total: int):
-        self.a, self.out, self.accelerator, self.model = a, Path(a.out), accelerator, model
-        self.optimizer, self.tokenizer, self.total = optimizer, tokenizer, total
+        self.a = a
+        self.accelerator = accelerator
+        self.model = model
+        self.optimizer = optimizer
+        self.tokenizer = tokenizer
+        self.total = total  # optimizer steps
+        self.out = Path(a.out)
         self.partial = self.out.with_name(f"{self.out.name}.partial")
-        settings = {**dataclasses.asdict(a), "model": weights_fingerprint(a.model)}
-        self.key = fingerprint(
-            {k: v for k, v in settings.items() if k not in self.FREE},
-            tokenizer.chat_template,
-            read_rows(a.data)[: a.limit],
-        )
-        if self.out.exists() and not (
-            self.out.is_dir()
-            and (list(self.out.glob("*config.json")) or not any(self.out.iterdir()))
-        ):
-            raise InputError(f"--out {a.out} exists and is not a model: choose another")
-        self.start, self.log, metrics = 0, [], self.partial / "metrics.jsonl"
+        self.metrics = self.partial / "metrics.jsonl"
+        self.start = 0  # optimizer steps that were done before
+        self.log: list[dict] = []  # the rows of metrics.jsonl
+        self.key = self._key()
+        self._check_out()
         if accelerator.is_main_process:
-            self.append = Appender(metrics)  # refuses a second run on the same folder
+            self.append = Appender(self.metrics)  # refuses a second run on the same folder
         accelerator.wait_for_everyone()
-        saved = {int(f.name[5:]): f for f in self.partial.glob("step-*") if f.name[5:].isdigit()}
-        if saved and (saved[max(saved)] / "settings").read_text() == self.key:
-            self.start = max(saved)
-            self._load(saved[self.start])
-            self.log = read_rows(metrics)[: self.start]
-            accelerator.print(f"resuming from step {self.start} of {total} ({self.partial})")
-        elif saved:
-            accelerator.print(f"starting over: {self.partial} has other settings or data")
+        self._resume()
         accelerator.wait_for_everyone()  # all have read what the main process deletes
         if accelerator.is_main_process:
-            for path in set(self.partial.iterdir()) - {metrics} if not self.start else ():
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-            self.append.keep(self.start)
+            self._clean()
         if accelerator.log_with:
-            accelerator.init_trackers(
-                self.out.name,
-                {k: v for k, v in settings.items() if isinstance(v, int | float | str)},
-            )
+            settings = dataclasses.asdict(a)
+            plain = {k: v for k, v in settings.items() if isinstance(v, int | float | str)}
+            accelerator.init_trackers(self.out.name, plain)
         accelerator.wait_for_everyone()
 
-    def check(self, done: int, loss: float, norm: float, lines: list) -> None:
-        """Raise `InputError`, before the weights are updated, if loss or gradient is not finite or
-        the loss is 10 times the highest of the first ten steps. `lines`: the batch's in the
-        data."""
-        early = [row["loss"] for row in self.log[:10]]
-        if not math.isfinite(loss + norm) or (len(early) == 10 and loss > 10 * max(early)):
-            raise InputError(
-                f"the loss is {loss:.4g} and the gradient norm {norm:.4g} at step {done}: lower "
-                f"--lr, or look at lines {', '.join(map(str, sorted(lines)))} of {self.a.data}; "
-                f"the last checkpoint is in {self.partial}"
-            )
+    # ---- beginning and resuming
 
-    def step(self, done: int, metrics: dict) -> str:
-        """Log optimizer step `done` (from 1), save a checkpoint every --save_steps steps; returns a
-        line for the progress bar."""
-        import resource
+    def _key(self) -> str:
+        """The fingerprint of what the result depends on: settings, base model, chat template, data.
+        A checkpoint with another one is not resumed."""
+        settings = dataclasses.asdict(self.a)
+        settings["model"] = weights_fingerprint(self.a.model)
+        for name in self.FREE:
+            del settings[name]
+        rows = read_rows(self.a.data)[: self.a.limit]
+        return fingerprint(settings, self.tokenizer.chat_template, rows)
 
-        import torch
+    def _check_out(self) -> None:
+        """`out` may be a model, which is replaced, or an empty folder."""
+        if not self.out.exists() or (self.out / "config.json").exists():
+            return
+        if not self.out.is_dir() or any(self.out.iterdir()):
+            raise InputError(f"--out {self.a.out} exists and is not a model: choose another")
 
-        peak = (
-            torch.cuda.max_memory_allocated()
-            if self.accelerator.device.type == "cuda"
-            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    def _resume(self) -> None:
+        """Load the last checkpoint, if it is one of this run."""
+        folders = self.partial.glob("step-*[0-9]")  # a kill may have left a step-N.tmp
+        steps = [int(folder.name.removeprefix("step-")) for folder in folders]
+        if not steps:
+            return
+        checkpoint = self.partial / f"step-{max(steps)}"
+        if (checkpoint / "settings").read_text() != self.key:
+            self.accelerator.print(f"starting over: {self.partial} has other settings or data")
+            return
+        self.start = max(steps)
+        self.log = read_rows(self.metrics)[: self.start]
+        self._load(checkpoint)
+        self.accelerator.print(f"resuming from step {self.start} of {self.total} ({self.partial})")
+
+    def _clean(self) -> None:
+        """Remove what is not of this run: another run's files, metrics after the checkpoint."""
+        if self.start == 0:
+            for path in self.partial.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path)
+                elif path != self.metrics:
+                    path.unlink()
+        self.append.keep(self.start)
+
+    # ---- one optimizer step
+
+    def progress_bar(self, desc: str):
+        """The steps that are left, with a progress bar in the main process."""
+        return tqdm(
+            range(self.start, self.total),
+            desc=desc,
+            initial=self.start,
+            total=self.total,
+            disable=not self.accelerator.is_main_process,
         )
-        metrics["memory_gb"] = peak / 1e9
-        row = {"step": done, **{k: float(f"{v:.6g}") for k, v in metrics.items()}}
+
+    def ends_epoch(self, done: int) -> bool:
+        """Whether optimizer step `done` (from 1) is the last of an epoch."""
+        return done % (self.total // self.a.epochs) == 0
+
+    def stop_if_diverged(self, done: int, loss: float, norm: float, batch: list[Example]) -> None:
+        """Raise `InputError`, before optimizer step `done` (from 1) updates the weights, if loss or
+        gradient is not finite or the loss is 10 times the highest of the first ten steps."""
+        early = [row["loss"] for row in self.log[:10]]
+        exploded = len(early) == 10 and loss > 10 * max(early)
+        if math.isfinite(loss + norm) and not exploded:
+            return
+        lines = sorted(example.line for example in batch)
+        raise InputError(
+            f"the loss is {loss:.4g} and the gradient norm {norm:.4g} at step {done}: lower "
+            f"--lr, or look at lines {', '.join(map(str, lines))} of {self.a.data}; "
+            f"the last checkpoint is in {self.partial}"
+        )
+
+    def end_step(self, done: int, metrics: dict) -> str:
+        """Log optimizer step `done` (from 1) and save a checkpoint every --save_steps. Returns
+        a line for the progress bar."""
+        metrics["memory_gb"] = self._peak_memory() / 1e9
+        row = {"step": done}
+        for name, value in metrics.items():
+            row[name] = float(f"{value:.6g}")
         self.log.append(row)
         if self.accelerator.is_main_process:
             self.append(row)
@@ -2410,31 +2639,44 @@ class Training:
             f"{metrics['tokens_per_second']:.0f} tok/s, {metrics['memory_gb']:.1f} GB"
         )
 
+    def _peak_memory(self) -> int:
+        """Bytes: of the GPU's allocator, or of this process on a CPU."""
+        import resource
+
+        import torch
+
+        if self.accelerator.device.type == "cuda":
+            return torch.cuda.max_memory_allocated()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    # ---- checkpoints
+
     def _state(self) -> dict:
         from torch.distributed.checkpoint.state_dict import get_state_dict
 
-        return dict(
-            zip(("model", "optimizer"), get_state_dict(self.model, self.optimizer), strict=True)
-        )
+        model_state, optimizer_state = get_state_dict(self.model, self.optimizer)
+        return {"model": model_state, "optimizer": optimizer_state}
 
     def _save(self, done: int) -> None:
         """Write a checkpoint, then delete the one before."""
         import torch.distributed.checkpoint as dcp
 
-        folder, temporary = (self.partial / f"step-{done}{end}" for end in ("", ".tmp"))
+        folder = self.partial / f"step-{done}"
+        temporary = self.partial / f"step-{done}.tmp"
         try:
             dcp.save(self._state(), checkpoint_id=temporary)
-        except dcp.api.CheckpointException as e:  # for example a full disk
-            raise next(
-                (error for error, _ in e.failures.values() if isinstance(error, OSError)),
-                RuntimeError(str(e)),
-            ) from None
+        except dcp.api.CheckpointException as e:
+            for error, _ in e.failures.values():
+                if isinstance(error, OSError):  # for example a full disk
+                    raise error from None
+            raise RuntimeError(str(e)) from None
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             write_text(temporary / "settings", self.key)
             temporary.rename(folder)
-            for old in set(self.partial.glob("step-*")) - {folder}:
-                shutil.rmtree(old)
+            for other in self.partial.glob("step-*"):
+                if other != folder:
+                    shutil.rmtree(other)
         self.accelerator.wait_for_everyone()
 
     def _load(self, folder: Path) -> None:
@@ -2450,50 +2692,67 @@ class Training:
             optim_state_dict=state["optimizer"],
         )
 
+    # ---- the end
+
     def finish(self, method: str) -> None:
-        """Write the model in Hugging Face format, in the base model's dtype, with tokenizer, chat
-        template, metrics.jsonl, curves.png and a model card, then put it in place of `out`.
-        Adapters are merged into the base model with --lora_merge, else written alone."""
+        """Write the model in Hugging Face format with tokenizer, chat template, metrics.jsonl and a
+        model card, and put it in place of `out`."""
+        model = self._final_model()
+        if self.accelerator.is_main_process:
+            folder = self.partial / "final"
+            shutil.rmtree(folder, ignore_errors=True)
+            model.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+            write_rows(folder / "metrics.jsonl", self.log)
+            self._write_card(folder / "README.md", method)
+            self._replace_out(folder)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+
+    def _final_model(self):
+        """The base model, in its own dtype, with the trained weights, adapters merged into it: in
+        the main process; None in the others."""
         from transformers import AutoModelForCausalLM
 
-        a, final, main = self.a, self.partial / "final", self.accelerator.is_main_process
-        base = AutoModelForCausalLM.from_pretrained(a.model, dtype="auto") if main else None
-        weights = dict(base.named_parameters()) if main and not a.lora_rank else {}
+        if not self.accelerator.is_main_process:
+            for _ in self._trained_weights():
+                pass
+            return None
+        model = AutoModelForCausalLM.from_pretrained(self.a.model, dtype="auto")
+        if self.a.lora_rank:
+            model = add_adapters(model, self.a)
+        parameters = dict(model.named_parameters())
+        for name, weight in self._trained_weights():
+            parameters[name].data.copy_(weight)
+        if self.a.lora_rank:
+            model = model.merge_and_unload()
+        return model
+
+    def _trained_weights(self):
+        """Yield (name, weight) of each trained weight. All processes gather one at a time, so all
+        must iterate to the end."""
         self.model.reshard()  # a pass without gradients leaves the root's weights whole
         for name, p in self.model.named_parameters():
             if p.requires_grad:
-                full = p.detach().full_tensor()  # all processes gather one weight at a time
-                if main:
-                    weights.setdefault(name, full.cpu()).data.copy_(full)
-        if main:
-            shutil.rmtree(final, ignore_errors=True)
-            if a.lora_rank:
-                from peft import PeftModel
+                yield name, p.detach().full_tensor()
 
-                self.model.save_pretrained(final, state_dict=weights)
-                base = PeftModel.from_pretrained(base, final)
-                if a.lora_merge:
-                    shutil.rmtree(final)
-                    base = base.merge_and_unload()
-            base.save_pretrained(final)
-            self.tokenizer.save_pretrained(final)
-            write_rows(final / "metrics.jsonl", self.log)
-            write_text(
-                final / "README.md",
-                f"# {a.out}\n\n{a.model} after {method} on {a.data}.\n\n"
-                f"Settings: `{json.dumps(dataclasses.asdict(a))}`\n\n"
-                f"Last step: `{json.dumps(self.log[-1:])}`; all steps in metrics.jsonl and "
-                "curves.png.\n",
-            )
-            if self.out.is_symlink():
-                self.out.unlink()
-            elif self.out.exists():
-                shutil.rmtree(self.out)
-            final.rename(self.out)
-            self.append.__exit__()
-            shutil.rmtree(self.partial)
-        self.accelerator.wait_for_everyone()
-        self.accelerator.end_training()
+    def _write_card(self, path: Path, method: str) -> None:
+        write_text(
+            path,
+            f"# {self.a.out}\n\n{self.a.model} after {method} on {self.a.data}.\n\n"
+            f"Settings: `{json.dumps(dataclasses.asdict(self.a))}`\n\n"
+            f"Last step: `{json.dumps(self.log[-1:])}`; all steps are in metrics.jsonl.\n",
+        )
+
+    def _replace_out(self, folder: Path) -> None:
+        """Put the finished model in place of `out` and delete the partial run."""
+        if self.out.is_symlink():
+            self.out.unlink()
+        elif self.out.exists():
+            shutil.rmtree(self.out)
+        folder.rename(self.out)
+        self.append.__exit__()
+        shutil.rmtree(self.partial)
 
 
 # what training needs, for `--check true` and `make estimate`

@@ -23,7 +23,16 @@ from conftest import (
     write_jsonl,
 )
 from safetensors.torch import load_file
-from test_training import KINDS, PAIRS, TALKS, as_pairs, as_rows, gradients, log_prob_alone
+from test_training import (
+    KINDS,
+    PAIRS,
+    TALKS,
+    as_pairs,
+    as_rows,
+    gradients,
+    log_prob_alone,
+    sides_alone,
+)
 
 import common
 from common import read_rows, target_log_probs
@@ -42,11 +51,8 @@ SCRIPT = (
 
 
 @pytest.fixture(autouse=True)
-def fresh_accelerate(monkeypatch):
-    """Accelerate keeps one state per process; curves need matplotlib, which may be absent."""
-    from data.report import report
-
-    monkeypatch.setattr(report, "plot_curves", lambda log, path: path.write_bytes(b""))
+def fresh_accelerate():
+    """Accelerate keeps one state per process."""
     yield
     AcceleratorState._reset_state(True)
 
@@ -87,23 +93,14 @@ def test_sft_equals_float64(tokenizer, kind, packing, config):
 def test_dpo_equals_float64(tokenizer, share):
     exact, model = two_models(tokenizer, "llama", {})
     pairs = as_pairs(PAIRS, tokenizer)
-    sides = torch.stack(
-        [
-            torch.stack(
-                [
-                    log_prob_alone(exact, p["prompt"] + p[side], tokenizer)[0]
-                    for side in ("chosen", "rejected")
-                ]
-            )
-            for p in PAIRS
-        ]
-    )
-    reference, a = sides.detach() - 0.5, dpo.Args()
-    expected = dpo.measure(sides, reference, pairs, a)[0].mean()
+    sides = sides_alone(exact, PAIRS, tokenizer)
+    reference = sides.detach() - 0.5
+    a = dpo.Args()
+    expected = dpo.losses_and_metrics(sides, reference, pairs, a)[0].mean()
     expected_grads = gradients(exact, expected)
     policy = dpo.pair_log_probs(model, pairs, share)
     torch.testing.assert_close(policy.cpu().double(), sides, rtol=1e-4, atol=1e-3)
-    loss = dpo.measure(policy, reference.to(DEVICE), pairs, a)[0].mean()
+    loss = dpo.losses_and_metrics(policy, reference.to(DEVICE), pairs, a)[0].mean()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
     assert_near(gradients(model, loss), expected_grads, 1e-3)
 
@@ -126,22 +123,13 @@ def losses(out) -> list[float]:
 def test_settings_that_change_nothing(tmp_path, base, script):
     """Gradient checkpointing, compiled layers and small micro-batches give the losses of the plain
     run; bf16 is within 3%. The model that is written is read on the CPU."""
-    module, data = sft if script == "02_sft.py" else dpo, data_of(script, tmp_path)
+    module = sft if script == "02_sft.py" else dpo
+    data = data_of(script, tmp_path)
 
-    def run(name, **settings):
+    def run(name, **changed):
+        settings = {"batch_size": 4, "lr": 1e-4, "epochs": 3, "save_steps": 0, "precision": "fp32"}
         out = tmp_path / name
-        module.main(
-            module.Args(
-                model=base,
-                data=data,
-                out=str(out),
-                batch_size=4,
-                lr=1e-4,
-                epochs=3,
-                save_steps=0,
-                **{"precision": "fp32", **settings},
-            )
-        )
+        module.main(module.Args(model=base, data=data, out=str(out), **{**settings, **changed}))
         AcceleratorState._reset_state(True)
         return losses(out)
 
@@ -164,30 +152,16 @@ def test_settings_that_change_nothing(tmp_path, base, script):
 
 @pytest.mark.parametrize("script", ["02_sft.py", "04_dpo.py"])
 def test_killed_training_resumes_bit_for_bit(tmp_path, base, script):
-    arguments = [
-        sys.executable,
-        "-c",
-        SCRIPT,
-        script,
-        "--model",
-        base,
-        "--data",
-        data_of(script, tmp_path),
-        "--batch_size",
-        "1",
-        "--lr",
-        "1e-3",
-        "--epochs",
-        "12",
-        "--save_steps",
-        "1",
-        "--out",
-    ]
+    settings = ["--batch_size", "1", "--lr", "1e-3", "--epochs", "12", "--save_steps", "1"]
+    data = data_of(script, tmp_path)
+    command = [sys.executable, "-c", SCRIPT, script, "--model", base, "--data", data, *settings]
     env = script_env(CUBLAS_WORKSPACE_CONFIG=":4096:8")
     if DEVICE == "cuda":
         env.pop("CUDA_VISIBLE_DEVICES")
     out = tmp_path / "killed"
-    process = subprocess.Popen([*arguments, out], cwd=ROOT, env=env, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [*command, "--out", out], cwd=ROOT, env=env, stderr=subprocess.DEVNULL
+    )
     end = time.time() + 120
     while not list(tmp_path.glob("killed.partial/step-*[0-9]")):
         assert time.time() < end and process.poll() is None
@@ -196,42 +170,24 @@ def test_killed_training_resumes_bit_for_bit(tmp_path, base, script):
     process.wait()
     assert not out.exists()
     for name in ("killed", "whole"):
-        subprocess.run([*arguments, tmp_path / name], cwd=ROOT, env=env, check=True)
-    whole, resumed = (load_file(tmp_path / x / "model.safetensors") for x in ("whole", "killed"))
+        subprocess.run([*command, "--out", tmp_path / name], cwd=ROOT, env=env, check=True)
+    whole = load_file(tmp_path / "whole" / "model.safetensors")
+    resumed = load_file(tmp_path / "killed" / "model.safetensors")
     assert all(torch.equal(whole[k], resumed[k]) for k in whole)
     assert losses(out) == losses(tmp_path / "whole")
 
 
 @pytest.mark.skipif(DEVICE == "cuda" and torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_processes_train_as_one(tmp_path, base):
+    settings = ["--batch_size", "4", "--epochs", "3", "--precision", "fp32", "--lr", "1e-4"]
     data = data_of("02_sft.py", tmp_path)
-    arguments = [
-        "02_sft.py",
-        "--model",
-        base,
-        "--data",
-        data,
-        "--batch_size",
-        "4",
-        "--epochs",
-        "3",
-        "--precision",
-        "fp32",
-        "--lr",
-        "1e-4",
-        "--out",
-    ]
+    arguments = ["02_sft.py", "--model", base, "--data", data, *settings, "--out"]
     env = script_env()
     if DEVICE == "cuda":
         env.pop("CUDA_VISIBLE_DEVICES")
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--num_processes",
-        "2",
-        *(["--cpu"] if DEVICE == "cpu" else []),
-    ]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"]
+    if DEVICE == "cpu":
+        launch.append("--cpu")
     subprocess.run([*launch, *arguments, tmp_path / "two"], cwd=ROOT, env=env, check=True)
     subprocess.run([sys.executable, *arguments, tmp_path / "one"], cwd=ROOT, env=env, check=True)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
@@ -245,15 +201,15 @@ def test_peak_memory_is_the_estimate(tmp_path, tokenizer):
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     row = [{"role": "user", "content": "go " * 600}, {"role": "assistant", "content": "on " * 300}]
-    ids, _ = common.tokenize(row, tokenizer, "row")
+    length = len(common.tokenize(row, tokenizer, "row").ids)
     a = sft.Args(
         model=str(tmp_path / "model"),
         out=str(tmp_path / "out"),
         batch_size=4,
         epochs=1,
         data=str(write_jsonl(tmp_path / "rows.jsonl", [{"messages": row}] * 4)),
-        micro_tokens=4 * len(ids),
-        max_length=len(ids),
+        micro_tokens=4 * length,
+        max_length=length,
         save_steps=0,
         gradient_checkpointing=True,
     )

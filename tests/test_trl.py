@@ -1,6 +1,8 @@
 """The same numbers as TRL: same weights, batches and hyper-parameters, in float32, 20 optimizer
 steps."""
 
+import itertools
+
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -16,8 +18,11 @@ TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-WORDS = "go to the kitchen focus on a plant look around wait take cup open door mix paint".split()
-STEPS, BATCH, LR = 20, 4, 1e-3
+TEXT = "go to the kitchen focus on a plant look around wait take cup open door mix paint"
+WORDS = TEXT.split()
+STEPS = 20
+BATCH = 4
+LR = 1e-3
 
 
 def text(*key, longest: int) -> str:
@@ -43,7 +48,8 @@ def base(tmp_path_factory):
 
 def recorded_training(module, args, monkeypatch) -> list[dict]:
     """Run a stage; the clipped gradients of each optimizer step."""
-    steps, clip = [], common.clip_gradients
+    steps = []
+    clip = common.clip_gradients
 
     def record(model, limit):
         norm = clip(model, limit)
@@ -120,13 +126,11 @@ def settings(folder) -> dict:
 
 def in_order(rows: list, lengths: list[int]) -> list:
     """The rows in the order of our loop, one optimizer step after the other."""
-    return [
-        rows[i]
-        for epoch in range(5)
-        for step in common.plan_epoch(lengths, BATCH, 256, 1, 0, epoch)
-        for micro in step
-        for i in micro
-    ]
+    out = []
+    for epoch in range(5):
+        for step in common.plan_epoch(lengths, BATCH, 256, 1, 0, epoch):
+            out += [rows[i] for i in itertools.chain(*step)]
+    return out
 
 
 def ours(base, out, data, **more) -> dict:
@@ -148,27 +152,18 @@ def test_sft_is_trl_sft(tmp_path, base, monkeypatch):
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    rows = [
-        {
-            "prompt": said("user", "p", i, longest=40),
-            "completion": said("assistant", "c", i, longest=25),
-        }
-        for i in range(16)
-    ]
-    data = write_jsonl(
-        tmp_path / "rows.jsonl", [{"messages": r["prompt"] + r["completion"]} for r in rows]
-    )
+    rows = []
+    for i in range(16):
+        prompt = said("user", "p", i, longest=40)
+        rows.append({"prompt": prompt, "completion": said("assistant", "c", i, longest=25)})
+    conversations = [{"messages": row["prompt"] + row["completion"]} for row in rows]
+    data = write_jsonl(tmp_path / "rows.jsonl", conversations)
     args = sft.Args(**ours(base, tmp_path / "sft", data))
     steps = recorded_training(sft, args, monkeypatch)
-    lengths = common.lengths(sft.load_rows(args, common.load_model(base)[1]))
-    compare(
-        SFTTrainer,
-        SFTConfig(**settings(tmp_path / "trl")),
-        in_order(rows, lengths),
-        base,
-        tmp_path / "sft",
-        steps,
-    )
+    _, tokenizer = common.load_model(base)
+    rows = in_order(rows, common.lengths(sft.load_rows(args, tokenizer)))
+    config = SFTConfig(**settings(tmp_path / "trl"))
+    compare(SFTTrainer, config, rows, base, tmp_path / "sft", steps)
     SFTTrainer(
         str(tmp_path / "sft"),
         args=SFTConfig(**settings(tmp_path / "again")),
@@ -180,24 +175,19 @@ def test_dpo_is_trl_dpo(tmp_path, base, monkeypatch):
     from transformers import AutoModelForCausalLM
     from trl import DPOConfig, DPOTrainer
 
-    rows = [
-        {
+    rows = []
+    for i in range(16):
+        row = {
             "prompt": said("user", "p", i, longest=40),
             "chosen": said("assistant", "c", i, longest=25),
             "rejected": said("assistant", "r", i, longest=25),
         }
-        for i in range(16)
-    ]
+        rows.append(row)
     data = write_jsonl(tmp_path / "pairs.jsonl", rows)
     args = dpo.Args(**ours(base, tmp_path / "dpo", data, beta=0.3))
     steps = recorded_training(dpo, args, monkeypatch)
-    pairs = dpo.load_pairs(args, common.load_model(base)[1])
-    compare(
-        DPOTrainer,
-        DPOConfig(**settings(tmp_path / "trl"), beta=0.3),
-        in_order(rows, common.lengths(pairs, True)),
-        base,
-        tmp_path / "dpo",
-        steps,
-        ref_model=AutoModelForCausalLM.from_pretrained(base),
-    )
+    _, tokenizer = common.load_model(base)
+    rows = in_order(rows, common.lengths(dpo.load_pairs(args, tokenizer), True))
+    config = DPOConfig(**settings(tmp_path / "trl"), beta=0.3)
+    reference = AutoModelForCausalLM.from_pretrained(base)
+    compare(DPOTrainer, config, rows, base, tmp_path / "dpo", steps, ref_model=reference)

@@ -1,4 +1,4 @@
-"""Speed and memory of the two training loops beside TRL: python tests/bench_train.py [--rounds 3]
+"""Speed and memory of the two training loops beside TRL: python tests/bench/bench_train.py
 
 Same model, same rows (planner prompts of 400-700 tokens, plans of 60-150, which begin differently),
 float32 weights and AdamW state, bf16 computation, --batch rows or pairs per optimizer step. Each
@@ -29,7 +29,9 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import common  # noqa: E402
+
 GOALS = {
     "dpo_pairs_per_s": 1.6,
     "dpo_memory": 0.7,
@@ -51,14 +53,15 @@ def make_rows(tokenizer, count: int) -> list[dict]:
         ids = tokenizer(" ".join(draw.choices(words, k=tokens)))["input_ids"]
         return [{"role": role, "content": tokenizer.decode(ids[:tokens])}]
 
-    return [
-        {
+    rows = []
+    for _ in range(count):
+        row = {
             "prompt": message("user", 400, 700),
             "chosen": message("assistant", 60, 150),
             "rejected": message("assistant", 60, 150),
         }
-        for _ in range(count)
-    ]
+        rows.append(row)
+    return rows
 
 
 def peak_gb() -> float:
@@ -70,8 +73,6 @@ def peak_gb() -> float:
 
 
 def run_ours(a, folder: Path) -> dict:
-    import common
-
     module = importlib.import_module("02_sft" if a.child == "sft" else "04_dpo")
     args = module.Args(
         model=a.model,
@@ -85,27 +86,29 @@ def run_ours(a, folder: Path) -> dict:
     )
     module.main(args)
     load = module.load_rows if a.child == "sft" else module.load_pairs
-    rows = load(args, common.load_model(a.model)[1])
-    tokens = sum(common.lengths(rows))
+    _, tokenizer = common.load_model(a.model)
+    examples = load(args, tokenizer)
+    tokens = sum(common.lengths(examples))
     log = common.read_rows(folder / "out" / "metrics.jsonl")
     return {
         "seconds": [tokens / row["tokens_per_second"] for row in log[1:]],
         "tokens": tokens,
-        "flops": flops(a.model, [side for sides, *_ in rows for side in sides]),
+        "flops": flops(a.model, examples),
         "memory": max(row["memory_gb"] for row in log),
     }
 
 
-def flops(model: str, sequences: list[tuple]) -> float:
-    """Of a forward and backward pass over these (token ids, target mask)."""
-
+def flops(model: str, examples: list) -> float:
+    """Of a forward and backward pass over the sequences of `examples`."""
     m = importlib.import_module("data.tools.estimate").model_sizes(Path(model))
     head = m.vocabulary * m.hidden
     in_layers = m.parameters - head * (1 if m.model.config.tie_word_embeddings else 2)
-    return 6 * sum(
-        in_layers * len(ids) + head * sum(mask) + m.layers * m.hidden * len(ids) ** 2
-        for ids, mask in sequences
-    )
+    total = 0
+    for example in examples:
+        for ids, mask in example.sequences:
+            attention = m.layers * m.hidden * len(ids) ** 2
+            total += 6 * (in_layers * len(ids) + head * sum(mask) + attention)
+    return total
 
 
 def run_trl(a, folder: Path) -> dict:
@@ -114,7 +117,9 @@ def run_trl(a, folder: Path) -> dict:
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-    began, seconds, memory = [], [], []
+    began = []
+    seconds = []
+    memory = []
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *_, **__):
@@ -156,19 +161,21 @@ def run_trl(a, folder: Path) -> dict:
         }
     if a.child == "dpo":
         settings["precompute_ref_log_probs"] = True
-    trainer, config = (SFTTrainer, SFTConfig) if a.child == "sft" else (DPOTrainer, DPOConfig)
-    trainer = trainer(
+    kind = SFTTrainer if a.child == "sft" else DPOTrainer
+    config = SFTConfig(**settings) if a.child == "sft" else DPOConfig(**settings)
+    trainer = kind(
         AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.float32),
-        args=config(**settings),
+        args=config,
         train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(a.model),
         callbacks=[Clock()],
     )
     packs = len(trainer.train_dataset)
     trainer.train()
-    # with packing, a pass over the rows is `packs` steps
-    seconds = [packs * statistics.mean(seconds[1:])] if a.packing else seconds[1:]
-    return {"seconds": seconds, "memory": max(memory)}
+    steady = seconds[1:]
+    if a.packing:  # a pass over the rows is `packs` steps
+        steady = [packs * statistics.mean(steady)]
+    return {"seconds": steady, "memory": max(memory)}
 
 
 def child(a, folder: str, *args) -> dict:
@@ -216,7 +223,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as scratch:
             for file in Path(a.folder).glob("*.jsonl"):
                 os.link(file, Path(scratch) / file.name)
-            result = (run_trl if a.trl else run_ours)(a, Path(scratch))
+            result = run_trl(a, Path(scratch)) if a.trl else run_ours(a, Path(scratch))
         (Path(a.folder) / "result.json").write_text(json.dumps(result))
         return
 
@@ -224,11 +231,13 @@ def main() -> None:
     from conftest import save_large_model
 
     gpu = torch.cuda.is_available()
-    a.batch, a.micro_tokens = a.batch or (8, 32)[gpu], a.micro_tokens or (4096, 16384)[gpu]
-    a.micros = a.micros or ([1, 2], [2, 8])[gpu]
+    a.batch = a.batch or (32 if gpu else 8)
+    a.micro_tokens = a.micro_tokens or (16384 if gpu else 4096)
+    a.micros = a.micros or ([2, 8] if gpu else [1, 2])
     if a.model or not gpu:
         a.model = a.model or str(ROOT / "models" / "SmolLM2-135M-Instruct")
-        return bench(a, GOALS)
+        bench(a, GOALS)
+        return
     for shape in a.shapes:
         with tempfile.TemporaryDirectory() as folder:
             a.model = save_large_model(Path(folder) / shape, shape, "cuda")
@@ -238,52 +247,62 @@ def main() -> None:
 
 def bench(a, goals: dict[str, float]) -> None:
     import torch
-    from transformers import AutoTokenizer
 
-    ours = [] if a.checkpointing else ["--no-checkpointing"]
-    kinds = {}
-    for stage in ("sft", "dpo"):
-        kinds[f"ours {stage}"] = ["--child", stage, *ours]
-        if stage == "sft":
-            kinds["trl sft packed"] = ["--child", "sft", "--trl", "--packing"]
-        for micro in a.micros:
-            kinds[f"trl {stage} micro {micro}"] = ["--child", stage, "--trl", "--micro", micro]
-        kinds[f"trl {stage} micro compiled"] = ["--child", stage, "--trl", "--compile"]
-    results: dict[str, list[dict]] = {}
+    machine = f"{torch.get_num_threads()} CPU cores"
+    if torch.cuda.is_available():
+        machine = torch.cuda.get_device_name()
+    runs = {name: args for name, args in all_runs(a).items() if name.startswith(a.only)}
+    results: dict[str, list[dict]] = {name: [] for name in runs}
     with tempfile.TemporaryDirectory() as folder:
-        dpo = make_rows(AutoTokenizer.from_pretrained(a.model), a.batch)
-        sft = [{"messages": r["prompt"] + r["chosen"]} for r in dpo]
-        for name, rows in (("sft", sft), ("dpo", dpo)):
-            text = "".join(json.dumps(r) + "\n" for r in rows)
-            (Path(folder) / f"{name}.jsonl").write_text(text)
+        write_data(a, Path(folder))
         for n in range(a.rounds):
-            for name, args in kinds.items():
-                if not name.startswith(a.only):
-                    continue
-                if n and " micro " in name and name != best(results, name):
+            for name, args in runs.items():
+                if n > 0 and " micro " in name and name != best(results, name):
                     continue  # after the first round only the fastest of these runs again
-                if name.endswith("compiled") and not n:
+                if n == 0 and name.endswith("compiled"):
                     args += ["--micro", best(results, name).split()[-1]]
-                results.setdefault(name, []).append(child(a, folder, *args))
+                results[name].append(child(a, folder, *args))
                 print(
                     f"round {n + 1}: {name}: {a.batch * rate(results, name):.3f} /s, "
                     f"{memory(results, name):.2f} GB",
                     flush=True,
                 )
     if not a.only:
-        report(
-            a,
-            goals,
-            results,
-            torch.cuda.get_device_name()
-            if torch.cuda.is_available()
-            else f"{torch.get_num_threads()} CPU cores",
-        )
+        report(a, goals, results, machine)
+
+
+def all_runs(a) -> dict[str, list]:
+    """{name of a run: its arguments}, in their order."""
+    runs = {}
+    for stage in ("sft", "dpo"):
+        ours = ["--child", stage]
+        if not a.checkpointing:
+            ours.append("--no-checkpointing")
+        runs[f"ours {stage}"] = ours
+        if stage == "sft":
+            runs["trl sft packed"] = ["--child", "sft", "--trl", "--packing"]
+        for micro in a.micros:
+            runs[f"trl {stage} micro {micro}"] = ["--child", stage, "--trl", "--micro", micro]
+        runs[f"trl {stage} micro compiled"] = ["--child", stage, "--trl", "--compile"]
+    return runs
+
+
+def write_data(a, folder: Path) -> None:
+    """Write one batch: sft.jsonl and dpo.jsonl."""
+    from transformers import AutoTokenizer
+
+    pairs = make_rows(AutoTokenizer.from_pretrained(a.model), a.batch)
+    rows = [{"messages": pair["prompt"] + pair["chosen"]} for pair in pairs]
+    common.write_rows(folder / "sft.jsonl", rows)
+    common.write_rows(folder / "dpo.jsonl", pairs)
 
 
 def rate(results, name: str) -> float:
     """Optimizer steps per second."""
-    return 1 / statistics.median(s for r in results[name] for s in r["seconds"])
+    seconds = []
+    for result in results[name]:
+        seconds += result["seconds"]
+    return 1 / statistics.median(seconds)
 
 
 def memory(results, name: str) -> float:
@@ -293,9 +312,8 @@ def memory(results, name: str) -> float:
 def best(results, name: str) -> str:
     """The fastest of TRL's runs of the stage of `name`, without packing."""
     stage = name.split()[1]
-    return max(
-        (k for k in results if k.startswith(f"trl {stage} micro")), key=lambda k: rate(results, k)
-    )
+    finished = [k for k in results if k.startswith(f"trl {stage} micro") and results[k]]
+    return max(finished, key=lambda k: rate(results, k))
 
 
 def report(a, goals: dict[str, float], results, machine: str) -> None:
@@ -311,17 +329,20 @@ def report(a, goals: dict[str, float], results, machine: str) -> None:
             f"{tokens * rate(results, name):,.0f} | {memory(results, name):.2f} |"
         )
     print("\ntokens/s count a pair as two sequences\n")
-    sft, dpo = best(results, "trl sft"), best(results, "trl dpo")
-    ours = {stage: rate(results, f"ours {stage}") for stage in ("sft", "dpo")}
+    sft = best(results, "trl sft")
+    dpo = best(results, "trl dpo")
+    our_sft = rate(results, "ours sft")
+    our_dpo = rate(results, "ours dpo")
     measured = {
-        "dpo_pairs_per_s": ours["dpo"] / rate(results, dpo),
+        "dpo_pairs_per_s": our_dpo / rate(results, dpo),
         "dpo_memory": memory(results, "ours dpo") / memory(results, dpo),
-        "sft_rows_per_s_padded": ours["sft"] / rate(results, sft),
-        "sft_rows_per_s_packed": ours["sft"] / rate(results, "trl sft packed"),
+        "sft_rows_per_s_padded": our_sft / rate(results, sft),
+        "sft_rows_per_s_packed": our_sft / rate(results, "trl sft packed"),
         "sft_memory": memory(results, "ours sft") / memory(results, sft),
     }
-    if peak := next((f for card, f in PEAK.items() if card in machine), None):
-        measured["sft_mfu"] = results["ours sft"][0]["flops"] * ours["sft"] / peak
+    for card, peak in PEAK.items():
+        if card in machine:
+            measured["sft_mfu"] = results["ours sft"][0]["flops"] * our_sft / peak
     for name, goal in goals.items():
         if name not in measured:
             print(f"target {name} not measured: the peak of {machine} is not known")
