@@ -50,6 +50,7 @@ class Args:
     save_steps: int = arg(50, "optimizer steps between checkpoints, 0: none")
     limit: Optional[int] = arg(None, "use only the first N rows")
     seed: int = arg(0, "seed of the row order")
+    check: bool = arg(False, "say whether this command can run here, a line each, and stop")
 
 
 def sft_loss(log_probs, target_tokens: int):
@@ -95,7 +96,18 @@ def held_out_loss(model, examples: list[Example], a: Args, accelerator) -> float
     return accelerator.reduce(total, "sum").item()
 
 
+def check(a: Args) -> None:
+    """--check: what this stage needs, a line each."""
+    common.check_training_settings(a)
+    checks = common.Checks(a.out)
+    checks.trains(a)
+    checks.finish()
+
+
 def main(a: Args) -> None:
+    if a.check:
+        check(a)
+        return
     accelerator = common.make_accelerator(a)
     world = accelerator.num_processes
     rank = accelerator.process_index

@@ -63,6 +63,7 @@ class Args:
     save_steps: int = arg(50, "optimizer steps between checkpoints, 0: none")
     limit: Optional[int] = arg(None, "use only the first N pairs")
     seed: int = arg(0, "seed of the pair order")
+    check: bool = arg(False, "say whether this command can run here, a line each, and stop")
 
 
 def dpo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta: float):
@@ -177,7 +178,18 @@ def held_out_metrics(run, pairs: list[Example], reference, share_prefix: bool) -
     return {f"eval_{name}": sums[name].item() / len(pairs) for name in names}
 
 
+def check(a: Args) -> None:
+    """--check: what this stage needs, a line each."""
+    common.check_training_settings(a)
+    checks = common.Checks(a.out)
+    checks.trains(a)
+    checks.finish()
+
+
 def main(a: Args) -> None:
+    if a.check:
+        check(a)
+        return
     accelerator = common.make_accelerator(a)
     world = accelerator.num_processes
     rank = accelerator.process_index

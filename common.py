@@ -6,6 +6,7 @@
     4. models        asking models, and serving local ones
     5. rollouts      one episode; many episodes at once
     6. training      what the SFT loop and the DPO loop share
+    7. checks        what `--check true` looks at before a stage would start
 
 Symbols follow the paper: u a task instruction, p a meta plan, e a trajectory, r its reward in
 [0, 1], Q(p) the mean reward of N rollouts with plan p, M plans per task.
@@ -137,231 +138,6 @@ def mean(values) -> float:
     if not values:
         return 0.0
     return math.fsum(values) / len(values)
-
-
-class Checks:
-    """What a stage looks at with `--check true` before it would start: a line for each check, with
-    "ok" or "WRONG", what it is about and what was found.
-
-    `make check` runs these checks for every command that is left. The commands share a file of
-    rows, named by the variable MPO_CHECKS: what one of them has checked is not checked again, and a
-    model that one of them will make is known to the next."""
-
-    def __init__(self, out: str):
-        """`out`: the stage's --out. A model that is missing beside it may still be to be made."""
-        self.out = Path(out)
-        self.wrong = 0
-        name = os.environ.get("MPO_CHECKS")
-        self.shared = Path(name) if name else None
-        self.rows = read_rows(self.shared, missing_ok=True) if self.shared else []
-        self("packages", check_packages)
-
-    def __call__(self, about: str, check, *args) -> None:
-        """Print what `check(*args)` returns, or its error. The same check is done once."""
-        key = [about, *map(str, args)]
-        if any(row.get("check") == key for row in self.rows):
-            return
-        try:
-            line = f"ok     {about:12} {check(*args)}"
-        except (InputError, RuntimeError, OSError) as e:
-            self.wrong += 1
-            line = f"WRONG  {about:12} {' '.join(str(e).split())}"
-        print(line, flush=True)
-        self._note(check=key, line=line)
-
-    def _note(self, **row) -> None:
-        """Remember a row, also for the commands that follow."""
-        self.rows.append(row)
-        if self.shared:
-            with Appender(self.shared) as append:
-                append(row)
-
-    def environment(self, a) -> None:
-        """The stage plays in the environment of `a`: one step is played now."""
-        self("environment", self._play_one_step, a.env, getattr(a, "tasks", []), a.types)
-
-    def _play_one_step(self, env: str, tasks: list[str], types: list[str] | None) -> str:
-        async def play():
-            async with EnvPool(env, 1) as pool:
-                counts = {}
-                for split in (*environment(env).tests(), "train"):
-                    found = await list_tasks(pool, env, split, tasks, types, None)
-                    counts[split] = len(found)
-                async with pool.session() as session:
-                    await session("reset", found[0], deadline=600)
-                    observation, *_ = await session("step", "look")
-                    return counts, found[0], observation
-
-        counts, task, observation = asyncio.run(play())
-        self._note(env=env, tasks=counts)
-        return f"{env}, {counts['train']:,} train tasks; {task} says {observation[:30]!r} ..."
-
-    def episodes(self, a, splits: list[str], times: int) -> None:
-        """The stage keeps the episodes of the tasks of these splits, each played `times` times."""
-        for row in self.rows:
-            if row.get("env") == a.env:
-                counts = [row["tasks"].get(split, 0) for split in splits]
-                number = times * sum(min(n, a.limit or n) for n in counts)
-                steps = mean(environment(a.env).MAX_STEPS.values())
-                self._note(folder=a.out, kept=number * episode_bytes(steps), meanwhile=0)
-                return
-
-    def asks(self, name: str, url: str | None, a) -> None:
-        """The stage asks this model: an API has to answer, a local model will be served."""
-        if name.startswith("http"):
-            url = name
-        if url or not is_local(name):
-            self("model", check_api, name, url)
-            return
-        sizes = self._sizes(name)
-        if sizes:
-            parallel = getattr(a, "tensor_parallel", 1)
-            self("memory", check_serving_memory, sizes, a.max_model_len, parallel)
-
-    def trains(self, a) -> None:
-        """The stage trains `a.model` on `a.data` with the settings `a`."""
-        if not Path(a.data).exists():
-            self("data", still_to_be_made, a.data)
-        sizes = self._sizes(a.model)
-        if not sizes:
-            return
-        processes = int(os.environ.get("WORLD_SIZE", 1))
-        tokens = max(a.micro_tokens, a.max_length)
-        self(
-            "memory",
-            check_training_memory,
-            sizes,
-            processes,
-            tokens,
-            a.gradient_checkpointing,
-            a.lora_rank,
-        )
-        kept, checkpoints = training_disk(sizes.parameters, a.lora_rank * sizes.linear)
-        there = sum(file.stat().st_size for file in Path(f"{a.out}.partial").rglob("*"))
-        meanwhile = checkpoints - there if a.save_steps else 0
-        self._note(folder=a.out, kept=kept, meanwhile=meanwhile, made=a.out, base=sizes.name)
-
-    def _sizes(self, name: str) -> ModelSizes | None:
-        """The sizes of a local model. A model that is still to be made has those of the model that
-        it is made from. None if there are none, which was said."""
-        for row in self.rows:
-            if row.get("made") == name:
-                name = row["base"]
-        if not Path(name).exists() and Path(name).absolute().is_relative_to(
-            self.out.absolute().parent
-        ):
-            self("model", still_to_be_made, name)
-            return None
-        self("model", self._look_at_model, name)
-        for row in self.rows:
-            if row.get("model") == name:
-                return ModelSizes(**row["sizes"])
-        return None
-
-    def _look_at_model(self, name: str) -> str:
-        from huggingface_hub.constants import HF_HUB_CACHE
-
-        sizes, download = model_sizes(name)
-        self._note(model=name, sizes=dataclasses.asdict(sizes))
-        self._note(folder=HF_HUB_CACHE, kept=download, meanwhile=0)
-        where = f"{gigabytes(download)} to download" if download else "here"
-        billions = sizes.parameters / 1e9
-        return f"{name}, {where}, {billions:.2f} billion parameters, has a chat template"
-
-    def finish(self) -> None:
-        """Check the disk for this command (`make check` does so once, for all commands). Raises
-        `InputError` if a check failed."""
-        if not self.shared:
-            self("disk", check_disk, self.rows)
-        if self.wrong:
-            raise InputError(f"{self.wrong} checks failed")
-
-
-def check_packages() -> str:
-    """The versions of the packages that every run needs."""
-    names = ["torch", "transformers", "accelerate", "openai"]
-    server = "transformers.cli.serve"
-    if uses_vllm():
-        names.append("vllm")
-        server = "vllm.entrypoints.openai.api_server"
-    code = f"import {', '.join(names)}, {server}\n"
-    for name in names:
-        code += f"print('{name}', {name}.__version__)\n"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    if done.returncode:
-        said = [f"exit status {done.returncode}", *done.stderr.strip().splitlines()][-1]
-        raise InputError(f"{', '.join(names)}: an import fails ({said}): run make setup")
-    return ", ".join(done.stdout.splitlines()[-len(names) :])
-
-
-def still_to_be_made(what: str) -> str:
-    return f"{what} is still to be made, by an earlier stage"
-
-
-def gigabytes(size: float) -> str:
-    return f"{size / 1e9:,.1f} GB"
-
-
-def enough(what: str, need: float, free: float, advice: str) -> str:
-    """The line of a check of memory or disk, bytes. Raises `InputError` if there is too little."""
-    if need > free:
-        raise InputError(
-            f"{what} needs about {gigabytes(need)}, {gigabytes(free)} are free: {advice}"
-        )
-    return f"{what} needs about {gigabytes(need)} of {gigabytes(free)}"
-
-
-def check_disk(rows: list[dict]) -> str:
-    """Whether the disks have room for what the commands keep (`kept`, bytes in `folder`) and need
-    only while they run (`meanwhile`), one command after the other."""
-    folders: dict[int, Path] = {}
-    by_disk: dict[int, list[dict]] = {}
-    for row in rows:
-        if "kept" in row:
-            path = Path(row["folder"]).absolute()
-            folder = next(f for f in (path, *path.parents) if f.is_dir())
-            disk = folder.stat().st_dev
-            folders.setdefault(disk, folder)
-            by_disk.setdefault(disk, []).append(row)
-    lines = []
-    for disk, folder in folders.items():
-        need = most_disk([(row["kept"], row["meanwhile"]) for row in by_disk[disk]])
-        if need:
-            free = shutil.disk_usage(folder).free
-            advice = "free some, or move runs/ or HF_HOME to another disk"
-            lines.append(enough(f"the disk of {folder}", need, free, advice))
-    return "; ".join(lines)
-
-
-def most_disk(stages: list[tuple[float, float]]) -> float:
-    """The most bytes at once, of (bytes that a stage leaves, bytes it needs only while it runs) of
-    each stage in their order."""
-    most = total = 0.0
-    for left, meanwhile in stages:
-        most = max(most, total + max(left, meanwhile))
-        total += left
-    return most
-
-
-@functools.cache
-def free_memory() -> tuple[list[tuple[int, int]], int]:
-    """([(free, all) bytes of each GPU], free bytes of the host, within its cgroup's limit)."""
-    import psutil
-    import torch
-
-    gpus = [torch.cuda.mem_get_info(i) for i in range(torch.cuda.device_count())]
-    host = psutil.virtual_memory().available
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.exists() else ""
-    if text.isdigit():
-        host = min(host, int(text))
-    return gpus, host
-
-
-def episode_bytes(steps: float, growth: float = 250.0) -> float:
-    """Bytes of an episode's row. `growth`: tokens of a reply and its observation, of about 4
-    characters; the default is above the means of the demos' rows, 13 to 190."""
-    return 1000 + steps * growth * 4
 
 
 # ---- 1. rows: every file between stages is JSONL, one complete row a line ------------------------
@@ -1708,167 +1484,6 @@ def _raise_on_ctrl_c() -> None:
             raise KeyboardInterrupt
 
 
-# What a model needs, for `--check true` and `make estimate`: sizes follow from its configuration.
-
-BYTES_SAVED = 2  # of a parameter, in bf16
-
-
-@dataclasses.dataclass
-class ModelSizes:
-    """Sizes of a model, by its configuration alone."""
-
-    name: str
-    parameters: int
-    layers: int
-    hidden: int  # hidden size
-    heads: int  # attention heads
-    vocabulary: int
-    context: float  # longest context, tokens
-    weights: int  # bytes when it is served
-    cached: int  # bytes of a token's keys and values
-    kept: int  # bytes of a token that a layer keeps for the backward pass
-    gathered: int  # parameters that are whole at one time in training
-    linear: int  # inputs and outputs of all linear layers: LoRA's parameters of rank 1
-    refused: str  # why it cannot be trained; empty if it can
-
-
-def model_sizes(name: str) -> tuple[ModelSizes, float]:
-    """(sizes of a local model, bytes to download). Raises `InputError` if it cannot be used."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    folder, download = find_model(name)
-    try:
-        check_model(str(folder))
-        config = AutoConfig.from_pretrained(folder)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    except (InputError, OSError, ValueError, KeyError) as e:
-        first = str(e).strip().splitlines()[0]
-        raise InputError(first.replace(str(folder), name)) from None
-    text = config.get_text_config()
-    layers = model.get_decoder().layers
-    parameters = sum(p.numel() for p in model.parameters())
-    in_layers = sum(p.numel() for p in layers.parameters())
-    heads = text.num_attention_heads
-    key_value_heads = getattr(text, "num_key_value_heads", None) or heads
-    head_size = getattr(text, "head_dim", None) or text.hidden_size // heads
-    quantized = hasattr(config, "quantization_config")
-    linear = [m for m in layers.modules() if isinstance(m, torch.nn.Linear)]
-    sizes = ModelSizes(
-        name=name,
-        parameters=parameters,
-        layers=len(layers),
-        hidden=text.hidden_size,
-        heads=heads,
-        vocabulary=text.vocab_size,
-        context=getattr(text, "max_position_embeddings", math.inf),
-        weights=parameters if quantized else BYTES_SAVED * parameters,
-        cached=2 * BYTES_SAVED * len(layers) * key_value_heads * head_size,
-        kept=24 * text.hidden_size + 8 * getattr(text, "intermediate_size", 4 * text.hidden_size),
-        gathered=parameters - in_layers + in_layers // len(layers),
-        linear=sum(m.in_features + m.out_features for m in linear),
-        refused=why_not_trained(model),
-    )
-    return sizes, download
-
-
-def why_not_trained(model) -> str:
-    """Why the loops cannot train a model; empty if they can."""
-    try:
-        choose_packing(model)
-    except InputError as e:
-        return str(e)
-    return ""
-
-
-def find_model(name: str) -> tuple[Path, float]:
-    """(folder of a local model's small files, bytes to download). The small files of a model of the
-    Hub are downloaded, which shows whether the others may be. Raises `InputError` if not."""
-    from huggingface_hub import HfApi, errors, hf_hub_download
-
-    check_model(name)
-    if Path(name).is_dir():
-        return whole_model(Path(name), name), 0
-    with contextlib.suppress(OSError, InputError):  # was downloaded before: needs no network
-        config = Path(hf_hub_download(name, "config.json", local_files_only=True))
-        return whole_model(config.parent, name), 0
-    try:
-        info = HfApi().model_info(name, files_metadata=True)
-        small = re.compile(r"config\.json|tokenizer_config\.json|chat_template.*|generation.*")
-        download = 0
-        folder = Path(hf_hub_download(name, "config.json")).parent
-        for file in info.siblings:
-            if small.fullmatch(file.rfilename):
-                hf_hub_download(name, file.rfilename)
-            elif re.fullmatch("model[^/]*safetensors", file.rfilename):
-                download += file.size
-        return folder, download
-    except errors.GatedRepoError:
-        said = (
-            f"is gated: accept its licence at https://huggingface.co/{name} and set HF_TOKEN "
-            "to a token of that account"
-        )
-    except errors.RepositoryNotFoundError:
-        said = "is not on the Hub, or private: check the name, or set HF_TOKEN"
-    except Exception as e:  # the connection, the server or the token
-        reason = [type(e).__name__, *str(e).strip().splitlines()][:2][-1]
-        said = f"is not here and cannot be downloaded: {reason} (network, HF_ENDPOINT, HF_TOKEN?)"
-    raise InputError(f"{name} {said}")
-
-
-def whole_model(folder: Path, name: str) -> Path:
-    """`folder`, a model directory. Raises `InputError` if it lacks weights."""
-    index = folder / "model.safetensors.index.json"
-    files = ["model.safetensors"]
-    if index.exists():
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    for file in files:
-        if not (folder / file).exists():
-            raise InputError(f"{name} has no {file}: copy or download the model again")
-    return folder
-
-
-def check_api(name: str, url: str | None) -> str:
-    """Ask a model of an API, or a server at `url`, for one token."""
-    if url:
-        name = model_fingerprint("" if name == url else name, url)
-    model = Model(name.removeprefix("api:"), url, timeout=60)
-    asyncio.run(model.ask([{"role": "user", "content": "Hello"}], max_tokens=1))
-    return f"{name} answers at {model.where}"
-
-
-def uses_vllm() -> bool:
-    return "vllm" in " ".join(server_command("model", 0, [], 1))
-
-
-def serving_memory(sizes: ModelSizes, length: int, gpus: int) -> float:
-    """Bytes on each of the `gpus` of a replica, or of the host (0): bf16 weights, the cache of one
-    context of `length` tokens, 2 GB of buffers."""
-    return (sizes.weights + length * sizes.cached) / max(1, gpus) + 2e9
-
-
-def check_serving_memory(sizes: ModelSizes, max_model_len: int, parallel: int) -> str:
-    gpus, host = free_memory()
-    length = min(max_model_len, sizes.context)
-    what = f"serving {sizes.name}"
-    if gpus:
-        if parallel > len(gpus) or sizes.heads % parallel:
-            raise InputError(
-                f"{what}: --tensor_parallel {parallel} does not divide {sizes.heads} heads "
-                f"among {len(gpus)} GPUs"
-            )
-        free = min(min(free, 0.9 * total) for free, total in gpus)
-        advice = "raise --tensor_parallel or lower --max_model_len"
-        need = serving_memory(sizes, length, parallel)
-        return enough(f"{what}, on each GPU,", need, free, advice)
-    if uses_vllm():
-        cache = 1e9 * float(os.environ.get("VLLM_CPU_KVCACHE_SPACE", 2))
-        advice = "set VLLM_CPU_KVCACHE_SPACE (GB) or lower --max_model_len"
-        enough(f"{what} with {length} tokens of context", length * sizes.cached, cache, advice)
-    return enough(what, serving_memory(sizes, length, 0), host, "take a smaller model")
-
-
 # ---- 5. rollouts: the agent acts in the environment ----------------------------------------------
 
 
@@ -2410,13 +2025,9 @@ def set_learning_rate(optimizer, step: int, total: int, a) -> float:
     return lr
 
 
-def make_accelerator(a):
-    """Accelerate, for processes, devices and trackers only: `prepare_model` shards the model."""
-    from datetime import timedelta
-
-    import torch
-    from accelerate import Accelerator, InitProcessGroupKwargs
-
+def check_training_settings(a) -> None:
+    """Raise `InputError` for settings that no training can have."""
+    learning_rate(0, 1, a.lr, a.warmup_ratio, a.lr_scheduler)
     if a.precision not in ("bf16", "fp32"):
         raise InputError(f"unknown --precision {a.precision!r}: bf16 or fp32")
     for kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
@@ -2425,6 +2036,16 @@ def make_accelerator(a):
                 f"the Accelerate configuration turns on {kind}, but training shards "
                 "the model itself: launch with a configuration without it"
             )
+
+
+def make_accelerator(a):
+    """Accelerate, for processes, devices and trackers only: `prepare_model` shards the model."""
+    from datetime import timedelta
+
+    import torch
+    from accelerate import Accelerator, InitProcessGroupKwargs
+
+    check_training_settings(a)
     wait = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # while one process writes the model
     try:
         return Accelerator(
@@ -2518,6 +2139,7 @@ class Training:
 
     # settings that may change when a run resumes: they change the results by rounding at most
     FREE = ("out", "log_with", "micro_tokens", "gradient_checkpointing", "compile", "save_steps")
+    FREE += ("check",)
 
     def __init__(self, a, accelerator, model, optimizer, tokenizer, total: int):
         self.a = a
@@ -2755,7 +2377,396 @@ class Training:
         shutil.rmtree(self.partial)
 
 
-# what training needs, for `--check true` and `make estimate`
+# ---- 7. checks: what `--check true` looks at before a stage would start --------------------------
+
+
+class Checks:
+    """What a stage looks at with `--check true` before it would start: a line for each check, with
+    "ok" or "WRONG", what it is about and what was found.
+
+    `make check` runs these checks for every command that is left. The commands share a file of
+    rows, named by the variable MPO_CHECKS: what one of them has checked is not checked again, and a
+    model that one of them will make is known to the next."""
+
+    def __init__(self, out: str):
+        """`out`: the stage's --out. A model that is missing beside it may still be to be made."""
+        self.out = Path(out)
+        self.wrong = 0
+        name = os.environ.get("MPO_CHECKS")
+        self.shared = Path(name) if name else None
+        self.rows = read_rows(self.shared, missing_ok=True) if self.shared else []
+        self("packages", check_packages)
+
+    def __call__(self, about: str, check, *args) -> None:
+        """Print what `check(*args)` returns, or its error. The same check is done once."""
+        key = [about, *map(str, args)]
+        if any(row.get("check") == key for row in self.rows):
+            return
+        try:
+            line = f"ok     {about:12} {check(*args)}"
+        except (InputError, RuntimeError, OSError) as e:
+            self.wrong += 1
+            line = f"WRONG  {about:12} {' '.join(str(e).split())}"
+        print(line, flush=True)
+        self._note(check=key, line=line)
+
+    def _note(self, **row) -> None:
+        """Remember a row, also for the commands that follow."""
+        self.rows.append(row)
+        if self.shared:
+            with Appender(self.shared) as append:
+                append(row)
+
+    def environment(self, a) -> None:
+        """The stage plays in the environment of `a`: one step is played now."""
+        self("environment", self._play_one_step, a.env, getattr(a, "tasks", []), a.types)
+
+    def _play_one_step(self, env: str, tasks: list[str], types: list[str] | None) -> str:
+        async def play():
+            async with EnvPool(env, 1) as pool:
+                counts = {}
+                for split in (*environment(env).tests(), "train"):
+                    found = await list_tasks(pool, env, split, tasks, types, None)
+                    counts[split] = len(found)
+                async with pool.session() as session:
+                    await session("reset", found[0], deadline=600)
+                    observation, *_ = await session("step", "look")
+                    return counts, found[0], observation
+
+        counts, task, observation = asyncio.run(play())
+        self._note(env=env, tasks=counts)
+        return f"{env}, {counts['train']:,} train tasks; {task} says {observation[:30]!r} ..."
+
+    def episodes(self, a, splits: list[str], times: int) -> None:
+        """The stage keeps the episodes of the tasks of these splits, each played `times` times."""
+        for row in self.rows:
+            if row.get("env") == a.env:
+                counts = [row["tasks"].get(split, 0) for split in splits]
+                number = times * sum(min(n, a.limit or n) for n in counts)
+                steps = mean(environment(a.env).MAX_STEPS.values())
+                self._note(folder=a.out, kept=number * episode_bytes(steps), meanwhile=0)
+                return
+
+    def asks(self, name: str, url: str | None, a) -> None:
+        """The stage asks this model: an API has to answer, a local model will be served."""
+        if name.startswith("http"):
+            url = name
+        if url or not is_local(name):
+            self("model", check_api, name, url)
+            return
+        sizes = self._sizes(name)
+        if sizes:
+            parallel = getattr(a, "tensor_parallel", 1)
+            self("memory", check_serving_memory, sizes, a.max_model_len, parallel)
+
+    def trains(self, a) -> None:
+        """The stage trains `a.model` on `a.data` with the settings `a`."""
+        if not Path(a.data).exists():
+            self("data", still_to_be_made, a.data)
+        sizes = self._sizes(a.model)
+        if not sizes:
+            return
+        processes = int(os.environ.get("WORLD_SIZE", 1))
+        tokens = max(a.micro_tokens, a.max_length)
+        self(
+            "memory",
+            check_training_memory,
+            sizes,
+            processes,
+            tokens,
+            a.gradient_checkpointing,
+            a.lora_rank,
+        )
+        kept, checkpoints = training_disk(sizes.parameters, a.lora_rank * sizes.linear)
+        there = sum(file.stat().st_size for file in Path(f"{a.out}.partial").rglob("*"))
+        meanwhile = checkpoints - there if a.save_steps else 0
+        self._note(folder=a.out, kept=kept, meanwhile=meanwhile, made=a.out, base=sizes.name)
+
+    def _sizes(self, name: str) -> ModelSizes | None:
+        """The sizes of a local model. A model that is still to be made has those of the model that
+        it is made from. None if there are none, which was said."""
+        for row in self.rows:
+            if row.get("made") == name:
+                name = row["base"]
+        if not Path(name).exists() and Path(name).absolute().is_relative_to(
+            self.out.absolute().parent
+        ):
+            self("model", still_to_be_made, name)
+            return None
+        self("model", self._look_at_model, name)
+        for row in self.rows:
+            if row.get("model") == name:
+                return ModelSizes(**row["sizes"])
+        return None
+
+    def _look_at_model(self, name: str) -> str:
+        from huggingface_hub.constants import HF_HUB_CACHE
+
+        sizes, download = model_sizes(name)
+        self._note(model=name, sizes=dataclasses.asdict(sizes))
+        self._note(folder=HF_HUB_CACHE, kept=download, meanwhile=0)
+        where = f"{gigabytes(download)} to download" if download else "here"
+        billions = sizes.parameters / 1e9
+        return f"{name}, {where}, {billions:.2f} billion parameters, has a chat template"
+
+    def finish(self) -> None:
+        """Check the disk for this command (`make check` does so once, for all commands). Raises
+        `InputError` if a check failed."""
+        if not self.shared:
+            self("disk", check_disk, self.rows)
+        if self.wrong:
+            raise InputError(f"{self.wrong} checks failed")
+
+
+def check_packages() -> str:
+    """The versions of the packages that every run needs."""
+    names = ["torch", "transformers", "accelerate", "openai"]
+    server = "transformers.cli.serve"
+    if uses_vllm():
+        names.append("vllm")
+        server = "vllm.entrypoints.openai.api_server"
+    code = f"import {', '.join(names)}, {server}\n"
+    for name in names:
+        code += f"print('{name}', {name}.__version__)\n"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    if done.returncode:
+        said = [f"exit status {done.returncode}", *done.stderr.strip().splitlines()][-1]
+        raise InputError(f"{', '.join(names)}: an import fails ({said}): run make setup")
+    return ", ".join(done.stdout.splitlines()[-len(names) :])
+
+
+def still_to_be_made(what: str) -> str:
+    return f"{what} is still to be made, by an earlier stage"
+
+
+def gigabytes(size: float) -> str:
+    return f"{size / 1e9:,.1f} GB"
+
+
+def enough(what: str, need: float, free: float, advice: str) -> str:
+    """The line of a check of memory or disk, bytes. Raises `InputError` if there is too little."""
+    if need > free:
+        raise InputError(
+            f"{what} needs about {gigabytes(need)}, {gigabytes(free)} are free: {advice}"
+        )
+    return f"{what} needs about {gigabytes(need)} of {gigabytes(free)}"
+
+
+def check_disk(rows: list[dict]) -> str:
+    """Whether the disks have room for what the commands keep (`kept`, bytes in `folder`) and need
+    only while they run (`meanwhile`), one command after the other."""
+    folders: dict[int, Path] = {}
+    by_disk: dict[int, list[dict]] = {}
+    for row in rows:
+        if "kept" in row:
+            path = Path(row["folder"]).absolute()
+            folder = next(f for f in (path, *path.parents) if f.is_dir())
+            disk = folder.stat().st_dev
+            folders.setdefault(disk, folder)
+            by_disk.setdefault(disk, []).append(row)
+    lines = []
+    for disk, folder in folders.items():
+        need = most_disk([(row["kept"], row["meanwhile"]) for row in by_disk[disk]])
+        if need:
+            free = shutil.disk_usage(folder).free
+            advice = "free some, or move runs/ or HF_HOME to another disk"
+            lines.append(enough(f"the disk of {folder}", need, free, advice))
+    return "; ".join(lines)
+
+
+def most_disk(stages: list[tuple[float, float]]) -> float:
+    """The most bytes at once, of (bytes that a stage leaves, bytes it needs only while it runs) of
+    each stage in their order."""
+    most = total = 0.0
+    for left, meanwhile in stages:
+        most = max(most, total + max(left, meanwhile))
+        total += left
+    return most
+
+
+@functools.cache
+def free_memory() -> tuple[list[tuple[int, int]], int]:
+    """([(free, all) bytes of each GPU], free bytes of the host, within its cgroup's limit)."""
+    import psutil
+    import torch
+
+    gpus = [torch.cuda.mem_get_info(i) for i in range(torch.cuda.device_count())]
+    host = psutil.virtual_memory().available
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.exists() else ""
+    if text.isdigit():
+        host = min(host, int(text))
+    return gpus, host
+
+
+def episode_bytes(steps: float, growth: float = 250.0) -> float:
+    """Bytes of an episode's row. `growth`: tokens of a reply and its observation, of about 4
+    characters; the default is above the means of the demos' rows, 13 to 190."""
+    return 1000 + steps * growth * 4
+
+
+# -- models: sizes follow from their configurations, without their weights
+
+BYTES_SAVED = 2  # of a parameter, in bf16
+
+
+@dataclasses.dataclass
+class ModelSizes:
+    """Sizes of a model, by its configuration alone."""
+
+    name: str
+    parameters: int
+    layers: int
+    hidden: int  # hidden size
+    heads: int  # attention heads
+    vocabulary: int
+    context: float  # longest context, tokens
+    weights: int  # bytes when it is served
+    cached: int  # bytes of a token's keys and values
+    kept: int  # bytes of a token that a layer keeps for the backward pass
+    gathered: int  # parameters that are whole at one time in training
+    linear: int  # inputs and outputs of all linear layers: LoRA's parameters of rank 1
+    refused: str  # why it cannot be trained; empty if it can
+
+
+def model_sizes(name: str) -> tuple[ModelSizes, float]:
+    """(sizes of a local model, bytes to download). Raises `InputError` if it cannot be used."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder, download = find_model(name)
+    try:
+        check_model(str(folder))
+        config = AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    except (InputError, OSError, ValueError, KeyError) as e:
+        first = str(e).strip().splitlines()[0]
+        raise InputError(first.replace(str(folder), name)) from None
+    text = config.get_text_config()
+    layers = model.get_decoder().layers
+    parameters = sum(p.numel() for p in model.parameters())
+    in_layers = sum(p.numel() for p in layers.parameters())
+    heads = text.num_attention_heads
+    key_value_heads = getattr(text, "num_key_value_heads", None) or heads
+    head_size = getattr(text, "head_dim", None) or text.hidden_size // heads
+    quantized = hasattr(config, "quantization_config")
+    linear = [m for m in layers.modules() if isinstance(m, torch.nn.Linear)]
+    sizes = ModelSizes(
+        name=name,
+        parameters=parameters,
+        layers=len(layers),
+        hidden=text.hidden_size,
+        heads=heads,
+        vocabulary=text.vocab_size,
+        context=getattr(text, "max_position_embeddings", math.inf),
+        weights=parameters if quantized else BYTES_SAVED * parameters,
+        cached=2 * BYTES_SAVED * len(layers) * key_value_heads * head_size,
+        kept=24 * text.hidden_size + 8 * getattr(text, "intermediate_size", 4 * text.hidden_size),
+        gathered=parameters - in_layers + in_layers // len(layers),
+        linear=sum(m.in_features + m.out_features for m in linear),
+        refused=why_not_trained(model),
+    )
+    return sizes, download
+
+
+def why_not_trained(model) -> str:
+    """Why the loops cannot train a model; empty if they can."""
+    try:
+        choose_packing(model)
+    except InputError as e:
+        return str(e)
+    return ""
+
+
+def find_model(name: str) -> tuple[Path, float]:
+    """(folder of a local model's small files, bytes to download). The small files of a model of the
+    Hub are downloaded, which shows whether the others may be. Raises `InputError` if not."""
+    from huggingface_hub import HfApi, errors, hf_hub_download
+
+    check_model(name)
+    if Path(name).is_dir():
+        return whole_model(Path(name), name), 0
+    with contextlib.suppress(OSError, InputError):  # was downloaded before: needs no network
+        config = Path(hf_hub_download(name, "config.json", local_files_only=True))
+        return whole_model(config.parent, name), 0
+    try:
+        info = HfApi().model_info(name, files_metadata=True)
+        small = re.compile(r"config\.json|tokenizer_config\.json|chat_template.*|generation.*")
+        download = 0
+        folder = Path(hf_hub_download(name, "config.json")).parent
+        for file in info.siblings:
+            if small.fullmatch(file.rfilename):
+                hf_hub_download(name, file.rfilename)
+            elif re.fullmatch("model[^/]*safetensors", file.rfilename):
+                download += file.size
+        return folder, download
+    except errors.GatedRepoError:
+        said = (
+            f"is gated: accept its licence at https://huggingface.co/{name} and set HF_TOKEN "
+            "to a token of that account"
+        )
+    except errors.RepositoryNotFoundError:
+        said = "is not on the Hub, or private: check the name, or set HF_TOKEN"
+    except Exception as e:  # the connection, the server or the token
+        reason = [type(e).__name__, *str(e).strip().splitlines()][:2][-1]
+        said = f"is not here and cannot be downloaded: {reason} (network, HF_ENDPOINT, HF_TOKEN?)"
+    raise InputError(f"{name} {said}")
+
+
+def whole_model(folder: Path, name: str) -> Path:
+    """`folder`, a model directory. Raises `InputError` if it lacks weights."""
+    index = folder / "model.safetensors.index.json"
+    files = ["model.safetensors"]
+    if index.exists():
+        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    for file in files:
+        if not (folder / file).exists():
+            raise InputError(f"{name} has no {file}: copy or download the model again")
+    return folder
+
+
+def check_api(name: str, url: str | None) -> str:
+    """Ask a model of an API, or a server at `url`, for one token."""
+    if url:
+        name = model_fingerprint("" if name == url else name, url)
+    model = Model(name.removeprefix("api:"), url, timeout=60)
+    asyncio.run(model.ask([{"role": "user", "content": "Hello"}], max_tokens=1))
+    return f"{name} answers at {model.where}"
+
+
+def uses_vllm() -> bool:
+    return "vllm" in " ".join(server_command("model", 0, [], 1))
+
+
+def serving_memory(sizes: ModelSizes, length: int, gpus: int) -> float:
+    """Bytes on each of the `gpus` of a replica, or of the host (0): bf16 weights, the cache of one
+    context of `length` tokens, 2 GB of buffers."""
+    return (sizes.weights + length * sizes.cached) / max(1, gpus) + 2e9
+
+
+def check_serving_memory(sizes: ModelSizes, max_model_len: int, parallel: int) -> str:
+    gpus, host = free_memory()
+    length = min(max_model_len, sizes.context)
+    what = f"serving {sizes.name}"
+    if gpus:
+        if parallel > len(gpus) or sizes.heads % parallel:
+            raise InputError(
+                f"{what}: --tensor_parallel {parallel} does not divide {sizes.heads} heads "
+                f"among {len(gpus)} GPUs"
+            )
+        free = min(min(free, 0.9 * total) for free, total in gpus)
+        advice = "raise --tensor_parallel or lower --max_model_len"
+        need = serving_memory(sizes, length, parallel)
+        return enough(f"{what}, on each GPU,", need, free, advice)
+    if uses_vllm():
+        cache = 1e9 * float(os.environ.get("VLLM_CPU_KVCACHE_SPACE", 2))
+        advice = "set VLLM_CPU_KVCACHE_SPACE (GB) or lower --max_model_len"
+        enough(f"{what} with {length} tokens of context", length * sizes.cached, cache, advice)
+    return enough(what, serving_memory(sizes, length, 0), host, "take a smaller model")
+
+
+# -- training
 
 
 def training_disk(parameters: float, adapters: float = 0.0) -> tuple[float, float]:
