@@ -2138,8 +2138,15 @@ class Training:
     finished model replaces `out` in one rename."""
 
     # settings that may change when a run resumes: they change the results by rounding at most
-    FREE = ("out", "log_with", "micro_tokens", "gradient_checkpointing", "compile", "save_steps")
-    FREE += ("check",)
+    FREE = (
+        "out",
+        "log_with",
+        "micro_tokens",
+        "gradient_checkpointing",
+        "compile",
+        "save_steps",
+        "check",
+    )
 
     def __init__(self, a, accelerator, model, optimizer, tokenizer, total: int):
         self.a = a

@@ -2,7 +2,6 @@
 transformers, accelerate and pytest alone, and less than five minutes. Skipped without CUDA;
 MPO_TEST_DEVICE=cpu runs on the CPU what it can."""
 
-import importlib
 import os
 import signal
 import subprocess
@@ -215,6 +214,6 @@ def test_peak_memory_is_the_estimate(tmp_path, tokenizer):
     )
     sft.main(a)
     [metrics] = read_rows(tmp_path / "out" / "metrics.jsonl")
-    estimate = importlib.import_module("data.tools.estimate")
-    expected = sum(estimate.training_memory(estimate.model_sizes(tmp_path / "model"), a)) / 1e9
+    sizes, _ = common.model_sizes(a.model)
+    expected = sum(common.training_memory(sizes, 4 * length, True, 0)) / 1e9
     assert metrics["memory_gb"] == pytest.approx(expected, rel=0.1), name

@@ -158,64 +158,38 @@ async def run_stage_3(env: Path, out: Path, urls: str) -> list[tuple[float, floa
 # ---- the estimate --------------------------------------------------------------------------------
 
 
-def measure_run(run: Path) -> dict:
-    """The shapes of a finished run, from its rows: what `data/tools/estimate.py` must assume."""
+async def estimated_seconds(env: Path, run: Path, load: float) -> float:
+    """What `make estimate` says of stage 3, if it knows the lengths in the run's rows and the
+    servers' rates. `load`: seconds to start a server."""
+    seed_plans = read_rows(run / "seed_plans.jsonl")
     plans = [row for row in read_rows(run / "plans.jsonl") if row["plan"]]
     episodes = [row for row in read_rows(run / "rollouts.jsonl") if row["steps"]]
-    trajectories = [row for row in read_rows(run / "trajectories.jsonl") if row["solved"]]
-    seed_plans = read_rows(run / "seed_plans.jsonl")
-    pairs = read_rows(run / "pairs.jsonl")
     observations = []
     for row in episodes:
         observations += [estimate.tokens(observation) + 8 for _, observation in row["steps"]]
-    trajectory_lengths = []
-    for row in trajectories:
-        lengths = [estimate.tokens(said + observation) + 6 for said, observation in row["steps"]]
-        trajectory_lengths.append(sum(lengths))
     steps = len(observations)
     reply = sum(row["completion_tokens"] for row in episodes) / steps
-    observation = sum(observations) / steps
     # the server's token counts are exact: the first prompt is the rest without the conversation
-    conversation = (reply + observation) * mean((len(row["steps"]) - 1) / 2 for row in episodes)
-    return {
-        "steps": steps / len(episodes),
-        "reply": reply,
-        "observation": observation,
-        "plan": mean(estimate.tokens(row["plan"]) + 20 for row in plans),
-        "planner_prompt": mean(
-            estimate.tokens(row["messages"][0]["content"]) for row in seed_plans
-        ),
-        "pairs": len(pairs) / len({row["task"] for row in plans}),
-        "unique": len({(row["task"], row["plan"]) for row in plans}) / len(plans),
-        "bytes": (run / "rollouts.jsonl").stat().st_size / len(episodes),
-        "trajectory": mean(trajectory_lengths),
-        "agent_prompt": sum(row["prompt_tokens"] for row in episodes) / steps - conversation,
-    }
+    growth = reply + mean(observations)
+    conversation = growth * mean((len(row["steps"]) - 1) / 2 for row in episodes)
+    prompts = [estimate.tokens(row["messages"][0]["content"]) for row in seed_plans]
 
-
-async def estimated_seconds(env: Path, run: Path, load: float) -> float:
-    """What `make estimate` says of stage 3, if it knows the shapes of its rows and the servers'
-    rates. `load`: seconds to start a server."""
-    sample = SimpleNamespace(env=str(env), prompts=None, types=None, sample=8)
-    shape = await estimate.measure(sample) | measure_run(run)
-    rates = {name: value for name, (value, _, _) in estimate.RATES.items()}
-    rates |= {"generate": SLOTS * SPEED, "prefill": SLOTS * PREFILL, "load": load}
-    settings = SimpleNamespace(
-        env=str(env),
-        gpus=SERVERS,
-        cores=WORKERS,
-        m=5,
-        n=5,
-        limit=None,
-        seed_limit=None,
-        sft_limit=None,
-        eval_limit=None,
-        batch=32,
-        epochs=3,
-        dpo_epochs=None,
+    shape = await estimate.measure(
+        SimpleNamespace(env=str(env), prompts=None, types=None, sample=8)
     )
-    stage_3 = estimate.estimate(shape, rates, settings)[2]
-    return 3600 * estimate.hours(stage_3, settings)
+    shape.observation = mean(observations)
+    shape.planner_prompt = mean(prompts)
+    shape.agent_prompt = sum(row["prompt_tokens"] for row in episodes) / steps - conversation
+    rates = {name: value for name, (value, _, _) in estimate.RATES.items()}
+    rates |= {"generate": SLOTS * SPEED, "prefill": SLOTS * PREFILL, "load": load, "reply": reply}
+    rates["plan"] = mean(estimate.tokens(row["plan"]) + 20 for row in plans)
+    settings = SimpleNamespace(
+        env=str(env), gpus=SERVERS, cores=WORKERS, m=5, n=5, limit=None, seed_limit=None
+    )
+    stage_3 = estimate.Estimate(shape, rates, settings)
+    stage_3.steps = steps / len(episodes)
+    row = stage_3.scoring()
+    return 3600 * max(row.gpu / SERVERS, row.env / WORKERS)
 
 
 # ---- the benchmark -------------------------------------------------------------------------------

@@ -100,9 +100,12 @@ def run_ours(a, folder: Path) -> dict:
 
 def flops(model: str, examples: list) -> float:
     """Of a forward and backward pass over the sequences of `examples`."""
-    m = importlib.import_module("data.tools.estimate").model_sizes(Path(model))
+    from transformers import AutoConfig
+
+    m, _ = common.model_sizes(model)
     head = m.vocabulary * m.hidden
-    in_layers = m.parameters - head * (1 if m.model.config.tie_word_embeddings else 2)
+    tied = AutoConfig.from_pretrained(model).tie_word_embeddings
+    in_layers = m.parameters - head * (1 if tied else 2)
     total = 0
     for example in examples:
         for ids, mask in example.sequences:
