@@ -1081,7 +1081,7 @@ class Model:
     ):
         import openai
 
-        if url is None and not os.environ.get("OPENAI_API_KEY"):
+        if not url and not os.environ.get("OPENAI_API_KEY"):
             raise InputError(
                 f"asking {name} needs an API key: set OPENAI_API_KEY (and "
                 "OPENAI_BASE_URL for a server other than OpenAI's)"
@@ -1114,7 +1114,7 @@ class Model:
 
         return openai.AsyncOpenAI(
             base_url=address,
-            api_key="none" if address else os.environ["OPENAI_API_KEY"],
+            api_key=os.environ["OPENAI_API_KEY"] if address is None else "none",
             max_retries=self.retries,
             timeout=openai.Timeout(self.timeout, connect=10.0),
             http_client=patient_client(self.concurrency),

@@ -42,7 +42,9 @@ SCIWORLD_TYPES = (
     "use-thermometer",
     "chemistry-mix-paint-secondary-color",
 )
-SCIWORLD = [f"{kind}/{i}" for kind in SCIWORLD_TYPES for i in (0, 1)]
+SCIWORLD = []  # two tasks of each type
+for kind in SCIWORLD_TYPES:
+    SCIWORLD += [f"{kind}/0", f"{kind}/1"]
 
 
 # ---- the stub server -----------------------------------------------------------------------------
