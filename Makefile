@@ -122,7 +122,9 @@ help:
 	@echo "make fig3 | fig4 | fig5 | fig6 | report         a figure; all tables and figures again"
 	@echo "make agent-sft | agent-eto | agent-knowagent | agent-wkm    fine-tuned agents (table 2)"
 	@echo "make setup | check | estimate    install packages; can it run here; what make all costs"
-	@echo "make test | test-slow | test-all | lint         fast tests, the slow rest, both"
+	@echo "make demo WHAT=table4  a target in the demo's run folder"
+	@echo "make data ENV=NAME     download the environment's data, if it has any to download"
+	@echo "make test | test-slow | test-all | lint         fast tests, the slow rest, both; style"
 	@echo "make bench-env | bench-rollout | bench-scale | bench-train    speed, beside others'"
 	@echo "NAME: $(patsubst data/%/env.py,%,$(wildcard data/*/env.py)). Settings: PLANNER AGENT TEACHER M N SEED,"
 	@echo "ENV_ARGS, TRAIN_ARGS, and SEED_PLANS_ARGS ... EVAL_ARGS of the scripts. make -n all prints the"
@@ -262,5 +264,5 @@ bench-env bench-scale: bench-%: .venv/ready
 bench-rollout bench-train: bench-%: models/SmolLM2-135M-Instruct/config.json | .venv/ready
 	$(BIN) python tests/bench/bench_$*.py
 
-include data/make/agents.mk data/make/evidence.mk $(wildcard data/*/rules.mk)
+include data/make/agents.mk data/make/evidence.mk $(wildcard $(ENV_FOLDER)/rules.mk)
 endif

@@ -1,5 +1,5 @@
 # The evidence: three task types, SmolLM2-135M as planner and agent. DPO's terms were compared on
-# validation tasks (README.md); the agent's settings are first guesses.
+# validation tasks (../EXPERIMENTS.md); the agent's settings are first guesses.
 M := 5
 N := 2
 PROMPTS := brief

@@ -1,5 +1,5 @@
 # The evidence: four short task types, SmolLM2-135M as planner and agent, 20 test tasks of a type and
-# split. Types and DPO's settings were chosen on validation tasks (README.md), the others are guesses.
+# split. Types and DPO's settings were chosen on validation tasks (../EXPERIMENTS.md), the others are guesses.
 M := 5
 N := 2
 PROMPTS := brief
