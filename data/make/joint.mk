@@ -11,7 +11,7 @@ PAIRS_OF_ALL := $(ENV:%=$(R)/%/pairs.jsonl)
 demo:
 	$(MAKE) all DEMO=1
 all: eval
-	$(BIN) python 05_eval.py report --out $(ENV:%=$(R)/%)
+	$(VENV) python 05_eval.py report --out $(ENV:%=$(R)/%)
 check:
 	for env in $(ENV); do $(MAKE) ENV=$$env RUN=$(RUN)/$$env check || exit; done
 

@@ -58,19 +58,20 @@ def check_targets(targets: list[str]) -> None:
 
 
 def report(rows: list[dict]) -> None:
-    """Print what remains to be said of all commands together."""
+    """Print what remains to be said of all commands together. Raises `InputError` if a check
+    failed."""
     commands = [row["command"] for row in rows if "command" in row]
     if not commands:
         print(f"ok     {'settings':12} nothing is left to do")
         return
-    lines = [row["line"] for row in rows if "line" in row]
     scripts = ", ".join(dict.fromkeys(commands))
-    lines.append(f"ok     {'settings':12} of {len(commands)} commands: {scripts}")
+    settings = f"ok     {'settings':12} of {len(commands)} commands: {scripts}"
     try:
-        lines.append(f"ok     {'disk':12} {common.check_disk(rows)}")
+        disk = f"ok     {'disk':12} {common.check_disk(rows)}"
     except InputError as e:
-        lines.append(f"WRONG  {'disk':12} {e}")
-    print("\n".join(lines[-2:]), flush=True)
+        disk = f"WRONG  {'disk':12} {e}"
+    print(f"{settings}\n{disk}", flush=True)
+    lines = [row["line"] for row in rows if "line" in row] + [settings, disk]
     wrong = [line for line in lines if line.startswith("WRONG")]
     if wrong:
         raise InputError(f"{len(wrong)} of {len(lines)} checks failed")

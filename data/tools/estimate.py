@@ -2,9 +2,9 @@
 
     python -m data.tools.estimate --env NAME --gpus 8 --m 5 --n 5
 
-Counts (tasks, calls, episodes, optimizer steps) follow from the environment and the settings. They
-are exact, except that equal plans of a task are scored once. Shapes (tokens and steps) are measured
-on the expert's trajectories of --sample tasks. Rates are assumed, as printed; set your own.
+The numbers of tasks, plans and episodes are exact, except that equal plans of a task are scored
+once. Lengths (tokens and steps) are measured on the expert's trajectories of --sample tasks. The
+rest follows from these and from assumed rates, as printed; set your own.
 """
 
 import argparse
