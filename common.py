@@ -778,8 +778,8 @@ class EnvPool:
             u = await session("reset", task)
             observation, reward, done, success = await session("step", action)
 
-    `sessions` is how many are open at a time at most; None: as many as `Model` will have requests in
-    flight, for which 512 is taken.
+    `sessions` is how many are open at a time at most; None: as many as `Model` will have requests
+    in flight, for which 512 is taken.
     """
 
     def __init__(self, env: str, workers: int, sessions: int | None = 64, ray: bool = False):
@@ -2826,7 +2826,7 @@ def training_memory(
     Shared: float32 weights, gradients and AdamW's averages, 16 bytes a parameter (with adapters, of
     these; 2 of a frozen weight). Each: weights gathered in bf16 and their gradients, activations,
     logits of a third of the tokens (24 bytes each), 1 GB. SFT and DPO of 135M parameters on a CPU,
-    with checkpointing and without, took 4.0 to 8.4 GB: this estimate is 13% too low to 18% too high."""
+    with checkpointing and without, took 4.0 to 8.4 GB: this is 13% too low to 18% too high."""
     if lora_rank:
         shared = 16 * lora_rank * sizes.adapter_parameters + BYTES_SAVED * sizes.parameters
     else:
