@@ -417,7 +417,7 @@ def test_adaptive_choice(rewards, n, chosen):
 @pytest.mark.parametrize(
     "ends, next_rollouts",
     [
-        ({"a": ["steps"], "b": ["crash"]}, [("b", 1)]),  # b has no reward yet
+        ({"a": ["steps"], "b": ["crash"]}, [("a", 1), ("b", 1)]),
         ({"a": ["steps"] * 2, "b": ["crash", "steps"]}, [("b", 2)]),  # both earned the same
         ({"a": ["steps"], "b": ["crash", "crash", "steps"]}, [("a", 1)]),  # b has all it can have
         ({"a": ["steps"], "b": ["crash"] * 3, "c": ["steps"]}, [("a", 1), ("c", 1)]),

@@ -398,13 +398,13 @@ def test_earlier_plans_are_checked_again(run_folder, teach, four_replies, monkey
     server, run = teach(four_replies)
     run()
     before = read_rows(run_folder / "seed_plans.rejected.jsonl")
-    monkeypatch.setattr(seed, "INSTANCE", re.compile("lamp"))
-    run()
+    with monkeypatch.context() as other_rules:
+        other_rules.setattr(seed, "INSTANCE", re.compile("lamp"))
+        run()
     assert "1 kept, 3 rejected" in capsys.readouterr().out
     assert len(server.requests) == 9
     [kept] = read_rows(run_folder / "seed_plans.jsonl")
     assert kept["plan"] == "Step 1: take cupboard 4\nStep 2: take it"
-    monkeypatch.undo()
     run()
     assert read_rows(run_folder / "seed_plans.rejected.jsonl") == before
 
