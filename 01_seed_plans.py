@@ -21,7 +21,8 @@ seed_plans.rejected.jsonl     the plan, if it failed quality control
 
 teacher_plans.jsonl           every plan of the teacher, also those of earlier runs with other tasks
     task, plan, teacher
-    reason                    why the plan failed quality control, null if it passed
+    reason                    why the plan failed quality control, null if it passed; earlier plans
+                              are checked again in each run
     fingerprint               hash of teacher, prompt, step limit and --explored
     asked                     hash of temperatures and token limit
 
@@ -143,20 +144,22 @@ def trajectory_row(task: str, trajectory: dict | None) -> dict:
 def print_solved(rows: list[dict]) -> None:
     """Say how many tasks of each type the expert solved and, if the environment tells, by what."""
     totals = Counter()
-    solved = defaultdict(Counter)  # {task type: {way: number of tasks}}
+    solved = Counter()
+    ways = defaultdict(Counter)  # {task type: {way: number of tasks}}
     for row in rows:
         kind = common.task_type(row["task"])
         totals[kind] += 1
         if row["solved"]:
-            solved[kind][row.get("by")] += 1
-    count = sum(ways.total() for ways in solved.values())
+            solved[kind] += 1
+            if "by" in row:
+                ways[kind][row["by"]] += 1
     by_type = ", by type:" if len(rows) > 1 else ""
-    print(f"expert: {count} of {len(rows)} tasks solved{by_type}")
+    print(f"expert: {solved.total()} of {len(rows)} tasks solved{by_type}")
     for kind, total in totals.items():
-        ways = solved[kind]
-        line = f"  {kind} {ways.total()} of {total}"
-        if any(ways):
-            line += f" ({', '.join(f'{way} {number}' for way, number in ways.most_common())})"
+        line = f"  {kind} {solved[kind]} of {total}"
+        if ways[kind]:
+            counts = [f"{way} {count}" for way, count in ways[kind].most_common()]
+            line += f" ({', '.join(counts)})"
         print(line)
 
 
@@ -193,6 +196,10 @@ SYNONYMS = """
 """
 KNOWLEDGE = {"when", "before", "after", "if", "never", "always", "do"}  # first words of WKM's rules
 
+# reasons to reject a reply that is no plan
+NO_STEPS = "format: no numbered steps between <meta_plan> and </meta_plan>"
+TOO_LONG = "the trajectory is longer than the teacher's context"
+
 
 def with_synonyms(verbs: set[str]) -> set[str]:
     """The verbs, and all words of the lines of SYNONYMS that one of them is in."""
@@ -211,7 +218,7 @@ def check_plan(plan: str | None, verbs: set[str], max_steps: int = 20) -> str | 
     such as `cabinet 4`, or too many steps. It has actions that the environment does not have: each
     step must start with one of `verbs` or with a synonym of one. Or its format is wrong."""
     if not plan:
-        return "format: no numbered steps between <meta_plan> and </meta_plan>"
+        return NO_STEPS
     steps = common.plan_steps(plan)
     if len(steps) > max_steps:
         return f"too long: {len(steps)} steps, at most {max_steps}"
@@ -228,7 +235,7 @@ def check_plan(plan: str | None, verbs: set[str], max_steps: int = 20) -> str | 
     return None
 
 
-def checked_plan(task: str, plan: str, teacher: str, verbs: set[str], a: Args) -> dict:
+def checked_plan(task: str, plan: str | None, teacher: str, verbs: set[str], a: Args) -> dict:
     """A plan with the `reason` why quality control rejects it, None if it passes."""
     reason = check_plan(plan, verbs, a.max_plan_steps)
     return {"task": task, "plan": plan, "teacher": teacher, "reason": reason}
@@ -242,28 +249,32 @@ EXTRACT = (
 )
 
 
-def conversation(steps: list) -> str:
+def trajectory_text(steps: list) -> str:
     """The expert's trajectory as the teacher reads it."""
     return "\n".join(f"Action: {action}\nObservation: {seen}" for action, seen in steps)
 
 
 def explored_trajectories(a: Args) -> dict[str, str]:
-    """{task: the agent's trajectory of lowest reward}, for the tasks that it did not solve."""
+    """{task: the agent's failed trajectory of lowest reward}, for each task that it failed at
+    least once.
+
+    The agent may have been trained again since --explored was begun: then the file has rows of the
+    earlier agent, too. The last row is of the newest agent, and only its rows count."""
     if not a.explored:
         return {}
     rows = common.read_rows(a.explored, ("task", "reward", "success", "steps", "fingerprint"))
     lowest = {}
     for row in rows:
-        # the last row is of the agent as it is now; others may be of an earlier training
-        if row["fingerprint"] != rows[-1]["fingerprint"] or row["success"] or not row["steps"]:
+        newest = row["fingerprint"] == rows[-1]["fingerprint"]
+        if not newest or row["success"] or not row["steps"]:
             continue
         task = row["task"]
         if task not in lowest or row["reward"] <= lowest[task]["reward"]:
             lowest[task] = row
     texts = {}
     for task, row in lowest.items():
-        turns = [f"{reply}\nObservation: {observation}" for reply, observation in row["steps"]]
-        texts[task] = "\n".join(turns)
+        lines = [f"{reply}\nObservation: {observation}" for reply, observation in row["steps"]]
+        texts[task] = "\n".join(lines)
     return texts
 
 
@@ -273,8 +284,10 @@ def edited_plans(a: Args, verbs: set[str]) -> dict[str, dict]:
     checked = {}
     for row in common.read_rows(path, ("task", "plan"), missing_ok=True):
         task = row["task"]
-        plan = common.parse_plan(common.plan_reply(row["plan"])) or row["plan"]
+        plan = common.parse_plan(common.plan_reply(row["plan"]))
         checked[task] = checked_plan(task, plan, "edited", verbs, a)
+        if plan is None:
+            checked[task]["plan"] = row["plan"]  # rejected, but the user sees it
     return checked
 
 
@@ -288,17 +301,34 @@ def rule_plans(a: Args, trajectories: list[dict], verbs: set[str]) -> dict[str, 
     return checked
 
 
-def earlier_plans(path: Path, fingerprint: str, asked: str) -> dict[str, dict]:
-    """{task: checked plan} of the plans that earlier runs asked the same teacher for. A rejected
-    plan is left out if it was asked for at other temperatures: it may pass at the new ones."""
+def earlier_plans(
+    path: Path, fingerprint: str, request: str, verbs: set[str], a: Args
+) -> dict[str, dict]:
+    """{task: checked plan} of the plans that earlier runs asked the same teacher for. They are
+    checked again: the rules of quality control may have changed. A rejected plan is left out if it
+    was asked for at other temperatures: it may pass at the new ones."""
     fields = ("task", "plan", "teacher", "reason", "fingerprint", "asked")
     plans = {}
     for row in common.read_rows(path, fields, missing_ok=True):
         same_teacher = row.pop("fingerprint") == fingerprint
-        same_request = row.pop("asked") == asked
+        same_request = row.pop("asked") == request
+        if row["reason"] not in (NO_STEPS, TOO_LONG):  # else it is a reply without a plan
+            row["reason"] = check_plan(row["plan"], verbs, a.max_plan_steps)
         if same_teacher and (same_request or row["reason"] is None):
             plans[row["task"]] = row
     return plans
+
+
+async def extraction(teacher, messages: list[dict], text: str, a: Args) -> str:
+    """The teacher's reply when it is asked to take the plan out of its reply `text`; `text` if that
+    request is longer than its context."""
+    said = {"role": "assistant", "content": text}
+    request = {"role": "user", "content": EXTRACT}
+    try:
+        reply = await teacher.ask([*messages, said, request], 0.0, a.max_tokens, a.seed)
+    except common.ContextOverflow:
+        return text
+    return reply.text
 
 
 async def ask_teacher(
@@ -312,28 +342,32 @@ async def ask_teacher(
         seed = common.seed_of(a.seed, task, attempt)
         try:
             reply = await teacher.ask(messages, temperature, a.max_tokens, seed)
-            plan = common.parse_plan(reply.text)
-            if plan is None and reply.text.strip():
-                said = {"role": "assistant", "content": reply.text}
-                request = {"role": "user", "content": EXTRACT}
-                reply = await teacher.ask([*messages, said, request], 0.0, a.max_tokens, a.seed)
-                plan = common.parse_plan(reply.text)
         except common.ContextOverflow:
-            return "", "the trajectory is longer than the teacher's context"
+            return "", TOO_LONG
+        text = reply.text
+        plan = common.parse_plan(text)
+        if plan is None and text.strip():
+            text = await extraction(teacher, messages, text, a)
+            plan = common.parse_plan(text)
         reason = check_plan(plan, verbs, a.max_plan_steps)
         if reason is None:
             break
-    return plan or reply.text, reason
+    return plan or text, reason
+
+
+CHARACTERS_PER_TOKEN = 4  # about, in English
+TOKENS_OF_A_PLAN = 150  # about
 
 
 def print_cost(a: Args, requests: dict[str, list[dict]]) -> None:
-    """Say what the teacher's work costs before it starts: about four characters are a token."""
+    """Say what the teacher's work costs, before it starts."""
     characters = sum(len(messages[0]["content"]) for messages in requests.values())
     calls = len(requests)
+    most = 2 * len(a.temperatures)  # a plan and its extraction at each temperature
     print(
-        f"teacher {a.teacher}: {calls} calls (up to {2 * len(a.temperatures)} each if plans fail "
-        f"quality control), about {characters // 4:,} prompt tokens and {150 * calls:,} generated "
-        "tokens for one call each"
+        f"teacher {a.teacher}: {calls} calls (up to {most} each if plans fail quality control), "
+        f"about {characters // CHARACTERS_PER_TOKEN:,} prompt tokens and "
+        f"{TOKENS_OF_A_PLAN * calls:,} generated tokens for one call each"
     )
 
 
@@ -345,20 +379,16 @@ async def teacher_plans(
     path = Path(a.out) / "teacher_plans.jsonl"
     teacher_id = common.model_fingerprint(a.teacher, a.teacher_url)
     fingerprint = common.fingerprint(teacher_id, prompts.teacher_text, a.max_plan_steps, explored)
-    asked = common.fingerprint(a.temperatures, a.max_tokens)
-    plans = earlier_plans(path, fingerprint, asked)
+    request = common.fingerprint(a.temperatures, a.max_tokens)
+    plans = earlier_plans(path, fingerprint, request, verbs, a)
     requests = {}
     for e in trajectories:
         task = e["task"]
         if task not in plans:
-            text = conversation(e["steps"])
+            text = trajectory_text(e["steps"])
             requests[task] = prompts.teacher(e["instruction"], text, explored.get(task, ""))
     if not requests:
         return plans
-    if not prompts.teacher_text:
-        raise InputError(
-            f"--prompts {a.prompts} has no teacher.txt, which --teacher {a.teacher} needs"
-        )
     print_cost(a, requests)
     with (
         common.Appender(path) as append,
@@ -370,7 +400,7 @@ async def teacher_plans(
             plan, reason = await ask_teacher(teacher, requests[task], task, verbs, a)
             row = {"task": task, "plan": plan, "teacher": Path(a.teacher).name, "reason": reason}
             plans[task] = row
-            append(row | {"fingerprint": fingerprint, "asked": asked})
+            append(row | {"fingerprint": fingerprint, "asked": request})
             bar.update()
 
         await asyncio.gather(*[work(task) for task in requests])
@@ -381,7 +411,7 @@ async def seed_plans(
     a: Args, trajectories: list[dict], explored: dict[str, str], prompts
 ) -> list[dict]:
     """Rows of seed_plans.jsonl: the plans that pass quality control. Writes the rejected plans.
-    With --explored, only tasks that the agent failed at get a plan."""
+    With --explored, only tasks that the agent failed at least once get a plan."""
     verbs = common.environment(a.env).VERBS
     if a.explored:
         verbs = verbs | KNOWLEDGE
@@ -410,17 +440,16 @@ async def seed_plans(
 
 def seed_plan_row(u: str, checked: dict, prompts) -> dict:
     """(u, p) as the conversation that the planner is trained on (equation 3)."""
-    answer = {"role": "assistant", "content": common.plan_reply(checked["plan"])}
     return {
         "task": checked["task"],
         "plan": checked["plan"],
         "teacher": checked["teacher"],
-        "messages": [*prompts.planner(u), answer],
+        "messages": prompts.planner(u) + common.plan_messages(checked["plan"]),
     }
 
 
 def print_quality_control(trajectories: list[dict], rejected: list[dict], path: Path) -> None:
-    """Say how many plans were kept, and of which types and for which reasons the others are not."""
+    """Say how many plans were kept and rejected, then by task type, then the reasons."""
     line = f"seed plans: {len(trajectories) - len(rejected)} kept, {len(rejected)} rejected"
     if rejected:
         line += (
@@ -457,6 +486,7 @@ These are the expert's actions, with numbers, and what each led to:
 Write what the expert thinks just before each action: one sentence that says why this action comes \
 now, from the task and from what was seen so far, never from what is seen only later. Write \
 {count} lines, one for each action, with its number: "1. ...". Write nothing else."""
+TOKENS_OF_A_THOUGHT = 64  # limit, for one sentence
 
 
 def parse_thoughts(reply: str, count: int) -> list[str] | None:
@@ -471,8 +501,8 @@ def parse_thoughts(reply: str, count: int) -> list[str] | None:
 
 
 async def ask_for_thoughts(teacher, e: dict, a: Args) -> list[str] | None:
-    """A thought for each action of the trajectory e, asked for at one temperature after the other
-    until there are as many; None if there never are."""
+    """A thought for each action of the trajectory e. Asks at each temperature until a reply has one
+    thought per action; None if none does."""
     count = len(e["steps"])
     lines = []
     for number, (action, observation) in enumerate(e["steps"], 1):
@@ -484,7 +514,7 @@ async def ask_for_thoughts(teacher, e: dict, a: Args) -> list[str] | None:
         seed = common.seed_of(a.seed, e["task"], "thoughts", attempt)
         messages = [{"role": "user", "content": text}]
         try:
-            reply = await teacher.ask(messages, temperature, 64 * count, seed)
+            reply = await teacher.ask(messages, temperature, TOKENS_OF_A_THOUGHT * count, seed)
         except common.ContextOverflow:
             return None
         thoughts = parse_thoughts(reply.text, count)
@@ -541,12 +571,9 @@ def agent_conversations(
         draw = random.Random(f"{a.seed} {task}").random()
         with_plan = task in plans and draw < a.plan_share
         plan = plans[task] if with_plan else None
+        steps = common.expert_steps(e["steps"], thoughts.get(task))
         messages = prompts.agent(e["instruction"], plan, task)
-        replies = common.expert_replies(e["steps"], thoughts.get(task))
-        for reply, (_, observation) in zip(replies, e["steps"], strict=True):
-            messages.append({"role": "assistant", "content": reply})
-            messages.append(common.observation_message(observation, a.observation_chars))
-        messages.pop()  # the agent does not answer the last observation
+        messages += common.turns(steps, a.observation_chars)
         rows.append({"task": task, "with_plan": with_plan, "messages": messages})
     return rows
 
@@ -554,7 +581,7 @@ def agent_conversations(
 # ---- the stage -----------------------------------------------------------------------------------
 
 
-async def make_rows(a: Args, explored: dict[str, str], prompts) -> None:
+async def write_files(a: Args, explored: dict[str, str], prompts) -> None:
     """Write the files of this stage. seed_plans.jsonl comes last: it is Make's target."""
     trajectories = await expert_trajectories(a)
     rows = await seed_plans(a, trajectories, explored, prompts)
@@ -565,6 +592,19 @@ async def make_rows(a: Args, explored: dict[str, str], prompts) -> None:
     conversations = agent_conversations(a, trajectories, plans, thoughts, prompts)
     common.write_rows(Path(a.out) / "agent_sft.jsonl", conversations)
     common.write_rows(Path(a.out) / "seed_plans.jsonl", rows)
+
+
+def check_teacher_prompt(a: Args, prompts) -> None:
+    """Raise `InputError` if there is no prompt for the teacher, or none for --explored."""
+    prompt = f"--env {a.env}"
+    if a.prompts:
+        prompt += f" --prompts {a.prompts}"
+    if not prompts.teacher_text:
+        raise InputError(f"{prompt} has no teacher.txt, which --teacher {a.teacher} needs")
+    if a.explored and "{explored}" not in prompts.teacher_text:
+        raise InputError(
+            f"{prompt}: teacher.txt has no {{explored}}, which --explored needs: use --prompts wkm"
+        )
 
 
 def check(a: Args) -> None:
@@ -583,6 +623,8 @@ def main(a: Args) -> None:
         raise InputError("--thoughts needs a model as --teacher")
     if a.teacher == "rules" and a.explored:
         raise InputError("--explored needs a model as --teacher: it compares two trajectories")
+    if a.teacher != "rules":
+        check_teacher_prompt(a, prompts)
     if a.check:
         check(a)
         return
@@ -590,7 +632,7 @@ def main(a: Args) -> None:
         common.check_model(a.teacher, a.teacher_url)
     explored = explored_trajectories(a)
     common.check_data(a.env, a.out)
-    asyncio.run(make_rows(a, explored, prompts))
+    asyncio.run(write_files(a, explored, prompts))
 
 
 if __name__ == "__main__":

@@ -49,13 +49,14 @@ class Args:
     log_with: Optional[str] = arg(None, "also log to a tracker: tensorboard, wandb, trackio, ...")
     save_steps: int = arg(50, "optimizer steps between checkpoints, 0: none")
     limit: Optional[int] = arg(None, "use only the first N rows")
-    seed: int = arg(0, "seed of the row order")
+    seed: int = arg(0, "seed of the row order, and of new adapters (--lora_rank)")
     check: bool = arg(False, "say whether this command can run here, a line each, and stop")
 
 
 def sft_loss(log_probs, target_tokens: int):
     """Equation 4: log_probs (T,) of target tokens -> scalar, the mean of -log p over all
-    `target_tokens` of the whole batch, so micro-batches and processes only add up."""
+    `target_tokens` of the whole batch, so the losses of micro-batches and processes sum to the
+    batch's."""
     return -log_probs.sum() / target_tokens
 
 
@@ -77,57 +78,47 @@ def load_rows(a: Args, tokenizer, say=print) -> list[Example]:
     return examples
 
 
-def target_count(examples: list[Example]) -> int:
-    return sum(sum(example.sequences[0].mask) for example in examples)
+def count_targets(examples: list[Example]) -> int:
+    return sum(common.target_count(example.sequences[0]) for example in examples)
 
 
-def held_out_loss(model, examples: list[Example], a: Args, accelerator) -> float:
+def held_out_loss(run, examples: list[Example]) -> float:
     """Equation 4 on the held-out rows; every process computes its share."""
     import torch
 
-    world = accelerator.num_processes
-    tokens = common.lengths(examples)
-    [micros] = common.plan_epoch(tokens, len(examples), a.micro_tokens, world, seed=0, epoch=0)
-    total = torch.zeros((), device=accelerator.device)
-    for micro in micros[accelerator.process_index :: world]:
+    target_tokens = count_targets(examples)
+    total = torch.zeros((), device=run.accelerator.device)
+    for micro in common.my_micro_batches(common.lengths(examples), run.a, run.accelerator):
         with torch.no_grad():
-            log_probs, _ = common.target_log_probs(model, [examples[i] for i in micro])
-        total += sft_loss(log_probs, target_count(examples))
-    return accelerator.reduce(total, "sum").item()
-
-
-def check(a: Args) -> None:
-    """--check: what this stage needs, a line each."""
-    common.check_training_settings(a)
-    checks = common.Checks(a.out)
-    checks.trains(a)
-    checks.finish()
+            log_probs, _ = common.target_log_probs(run.model, [examples[i] for i in micro])
+        total += sft_loss(log_probs, target_tokens)
+    return run.accelerator.reduce(total, "sum").item()
 
 
 def main(a: Args) -> None:
     if a.check:
-        check(a)
+        common.check_training(a)
         return
     accelerator = common.make_accelerator(a)
     world = accelerator.num_processes
     rank = accelerator.process_index
     model, tokenizer = common.load_model(a.model)
     train, held_out = common.hold_out(load_rows(a, tokenizer, accelerator.print), a)
-    # plan[optimizer step][micro-batch]: indices of training rows
-    plan = common.plan_training(common.lengths(train), a, world)
+    # schedule[optimizer step][micro-batch]: indices of training rows
+    schedule = common.batch_schedule(common.lengths(train), a, world)
     model, optimizer = common.prepare_model(model, accelerator, a)
-    run = common.Training(a, accelerator, model, optimizer, tokenizer, len(plan))  # may resume
+    run = common.Training(a, accelerator, model, optimizer, tokenizer, len(schedule))  # may resume
 
     bar = run.progress_bar("sft")
     for step in bar:
         began = time.time()
-        lr = common.set_learning_rate(optimizer, step, len(plan), a)
+        lr = common.set_learning_rate(optimizer, step, len(schedule), a)
 
         # forward and backward, one micro-batch after the other: the gradients add up
-        batch = [train[i] for i in itertools.chain(*plan[step])]
-        target_tokens = target_count(batch)
+        batch = [train[i] for i in itertools.chain(*schedule[step])]
+        target_tokens = count_targets(batch)
         loss = 0.0
-        for micro in plan[step][rank::world]:
+        for micro in schedule[step][rank::world]:
             log_probs, _ = common.target_log_probs(model, [train[i] for i in micro])
             micro_loss = sft_loss(log_probs, target_tokens)  # equation 4
             (micro_loss * world).backward()  # FSDP averages over processes, we need the sum
@@ -144,7 +135,7 @@ def main(a: Args) -> None:
         metrics = {"loss": loss, "lr": lr, "grad_norm": norm}
         metrics["tokens_per_second"] = sum(common.lengths(batch)) / (time.time() - began)
         if held_out and run.ends_epoch(step + 1):
-            metrics["eval_loss"] = held_out_loss(model, held_out, a, accelerator)
+            metrics["eval_loss"] = held_out_loss(run, held_out)
         bar.set_postfix_str(run.end_step(step + 1, metrics))
 
     run.finish("supervised fine-tuning (MPO, equation 4)")

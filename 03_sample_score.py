@@ -89,6 +89,7 @@ class AgentArgs:
     tensor_parallel: int = arg(1, "GPUs of one replica of a served model")
     max_model_len: int = arg(32768, "context of a served model, tokens, at most its own")
     ray: bool = arg(False, "environment workers on a Ray cluster (RAY_ADDRESS)")
+    n: int = arg(5, "N, rollouts per plan (paper: 5)")
     seed: int = arg(0, "random seed of plans and rollouts")
     check: bool = arg(False, "say whether this command can run here, a line each, and stop")
 
@@ -98,7 +99,6 @@ class Args(AgentArgs):
     planner: str = arg("runs/sciworld/sft", "the SFT meta planner")
     planner_url: Optional[str] = arg(None, "OpenAI-compatible server of the planner")
     m: int = arg(5, "M, plans per task (paper: 5)")
-    n: int = arg(5, "N, rollouts per plan (paper: 5)")
     plan_temperature: float = arg(0.7, "temperature of the planner (paper: 0.7)")
     plan_tokens: int = arg(512, "token limit of a plan")
     tasks: List[str] = arg(
@@ -106,8 +106,7 @@ class Args(AgentArgs):
     )
     pairs: Optional[str] = arg(
         None,
-        "write the pairs to this file; with a smaller --m or --n than "
-        "were played, without new rollouts (figure 5)",
+        "write the pairs to this file; a smaller --m or --n reuses the rollouts (figure 5)",
     )
     adaptive: bool = arg(False, "play only rollouts that can change which plan is best or worst")
 
@@ -122,11 +121,13 @@ class ExploreArgs(AgentArgs):
 
 # ---- M plans of each task ------------------------------------------------------------------------
 
+PLAN_ATTEMPTS = 3  # replies that are asked for, if they have no plan
+
 
 async def sample_plan(planner, messages: list[dict], task: str, m: int, a: Args) -> str | None:
-    """p_m ~ pi_g(p|u). A reply without a plan is asked for again with another seed; None if three
-    replies have none."""
-    for attempt in range(3):
+    """p_m ~ pi_g(p|u). After a reply without a plan the planner is asked again with another seed;
+    None if no reply has one."""
+    for attempt in range(PLAN_ATTEMPTS):
         seed = common.seed_of(a.seed, task, m, attempt)
         reply = await planner.ask(messages, a.plan_temperature, a.plan_tokens, seed)
         plan = common.parse_plan(reply.text)
@@ -170,7 +171,10 @@ async def sample_plans(a: Args, tasks: list[str], prompts, pool) -> list[dict]:
     plans = [sampled[key] for key in wanted]
     missing = [row for row in plans if row["plan"] is None]
     if missing:
-        print(f"{len(missing)} of {len(plans)} plans are missing: three replies in a row had none")
+        print(
+            f"{len(missing)} of {len(plans)} plans are missing: {PLAN_ATTEMPTS} replies in a row "
+            "had none"
+        )
     return plans
 
 
@@ -178,24 +182,24 @@ async def sample_plans(a: Args, tasks: list[str], prompts, pool) -> list[dict]:
 
 
 class FinishedRollouts:
-    """The finished rollouts of plans, of at most `n` each. `keys`: (task, plan) of each plan; plan
-    is None where the agent plays without one."""
+    """The finished rollouts of `task_plans`, at most `n` of each (task, plan); plan is None where
+    the agent plays without one."""
 
-    def __init__(self, keys: list[tuple], n: int):
+    def __init__(self, task_plans: list[tuple], n: int):
         self.n = n
-        self.rows: dict[tuple, dict[int, dict]] = {key: {} for key in keys}
+        self.rows: dict[tuple, dict[int, dict]] = {task_plan: {} for task_plan in task_plans}
 
     def add(self, row: dict) -> None:
         """Keep a row of rollouts.jsonl, unless it is of another plan or beyond the first `n`."""
-        key = (row["task"], row["plan"])
-        if key in self.rows and row["rollout"] < self.n:
-            self.rows[key][row["rollout"]] = row
+        task_plan = (row["task"], row["plan"])
+        if task_plan in self.rows and row["rollout"] < self.n:
+            self.rows[task_plan][row["rollout"]] = row
 
     def by_plan(self) -> dict[tuple, list[dict]]:
         """{(task, plan): its rollouts in the order of their numbers}"""
         ordered = {}
-        for key, rows in self.rows.items():
-            ordered[key] = sorted(rows.values(), key=lambda row: row["rollout"])
+        for task_plan, rows in self.rows.items():
+            ordered[task_plan] = sorted(rows.values(), key=lambda row: row["rollout"])
         return ordered
 
     def missing(self) -> list[dict]:
@@ -210,38 +214,46 @@ class FinishedRollouts:
 
     def next_round(self) -> list[dict]:
         """One more {"task", "plan", "rollout"} for each plan that is `undecided`. A failed rollout
-        counts as one without reward here."""
+        is one of the plan's N, but earns no reward: a plan whose N all failed is left out."""
         rewards: dict[str, dict[str, list[float]]] = {}
+        most: dict[str, dict[str, int]] = {}
         for (task, plan), rows in self.by_plan().items():
-            rewards.setdefault(task, {})[plan] = [row["reward"] for row in rows]
+            counted = not_failed(rows)
+            failed = len(rows) - len(counted)
+            if failed < self.n:
+                rewards.setdefault(task, {})[plan] = [row["reward"] for row in counted]
+                most.setdefault(task, {})[plan] = self.n - failed
         jobs = []
         for task, of_plans in rewards.items():
-            for plan in undecided(of_plans, self.n):
-                number = min(set(range(self.n)) - self.rows[task, plan].keys())
+            for plan in undecided(of_plans, most[task]):
+                finished = self.rows[task, plan]
+                number = next(i for i in range(self.n) if i not in finished)
                 jobs.append({"task": task, "plan": plan, "rollout": number})
         return jobs
 
 
-def undecided(rewards: dict[str, list[float]], n: int) -> list[str]:
-    """The plans of a task that get another rollout, at most `n` each, given their rewards so far:
-    those that can still change which plan is best or worst.
+def undecided(rewards: dict[str, list[float]], most: dict[str, int]) -> list[str]:
+    """The plans of a task that get another rollout, given the rewards of each so far and the `most`
+    that it can have: those that can still change which plan is best or worst.
 
-    Every plan gets one rollout. If all earned the same, every plan gets a second one; if all earned
-    the same again, the task is a tie and ends. From then on `contenders` continue."""
+    Every plan gets one reward. If all are the same, every plan gets a second one; if all are the
+    same again, the task is a tie and ends. From then on `contenders` continue."""
     if len(rewards) < 2:
         return []
-    every = list(itertools.chain.from_iterable(rewards.values()))
-    all_equal = len(set(every)) < 2
-    fewest = min(2 if all_equal else 1, n)
-    behind = [plan for plan, seen in rewards.items() if len(seen) < fewest]
-    if behind or all_equal:
-        return behind
-    return contenders(rewards, n)
+    all_rewards = itertools.chain.from_iterable(rewards.values())
+    all_equal = len(set(all_rewards)) < 2
+    required = 2 if all_equal else 1
+    too_few = [plan for plan in rewards if len(rewards[plan]) < min(required, most[plan])]
+    if too_few:
+        return too_few
+    if all_equal:
+        return []
+    return contenders(rewards, most)
 
 
-def contenders(rewards: dict[str, list[float]], n: int) -> list[str]:
-    """The plans with less than `n` rollouts that may yet become, or cease to be, the best or the
-    worst (successive halving on intervals of Q).
+def contenders(rewards: dict[str, list[float]], most: dict[str, int]) -> list[str]:
+    """The plans with fewer than their `most` rewards that may yet become, or cease to be, the best
+    or the worst (successive halving on intervals of Q).
 
     The best plan so far continues while the interval of another one overlaps its own. Any other
     plan continues while its interval reaches above the mean of the best: a plan that can only tie
@@ -252,7 +264,7 @@ def contenders(rewards: dict[str, list[float]], n: int) -> list[str]:
     high = {}
     for plan, seen in rewards.items():
         means[plan] = mean(seen)
-        low[plan], high[plan] = q_interval(seen, n, pooled)
+        low[plan], high[plan] = q_interval(seen, most[plan], pooled)
     best = max(rewards, key=lambda plan: (means[plan], len(rewards[plan])))
     worst = min(rewards, key=lambda plan: (means[plan], -len(rewards[plan])))
     open_plans = set()
@@ -267,12 +279,12 @@ def contenders(rewards: dict[str, list[float]], n: int) -> list[str]:
                 open_plans.add(plan)
             if low[plan] < high[worst]:
                 open_plans.add(worst)
-    return [plan for plan in rewards if plan in open_plans and len(rewards[plan]) < n]
+    return [plan for plan in rewards if plan in open_plans and len(rewards[plan]) < most[plan]]
 
 
 def q_interval(rewards: list[float], n: int, pooled: float) -> tuple[float, float]:
-    """The lowest and the highest Q(p) that a plan is likely to have after all `n` rollouts: one
-    standard deviation around what is expected. `pooled`, the mean reward of all plans of the task,
+    """The lowest and the highest Q(p) that a plan is likely to have after `n` rewards: one standard
+    deviation around what is expected. `pooled`, the mean reward of all plans of the task,
     is a prior that counts as two rollouts of this plan."""
     seen = len(rewards)
     left = n - seen
@@ -285,7 +297,7 @@ def q_interval(rewards: list[float], n: int, pooled: float) -> tuple[float, floa
 
 
 def rollouts_fingerprint(a: AgentArgs, agent_id: str, prompts) -> str:
-    """Hash of all that decides how an episode goes, but for task, plan and number."""
+    """Hash of all that decides how an episode goes, except task, plan and rollout number."""
     return common.fingerprint(
         agent_id,
         prompts.agent_text,
@@ -301,14 +313,14 @@ def rollouts_fingerprint(a: AgentArgs, agent_id: str, prompts) -> str:
 
 
 async def play(
-    a: AgentArgs, keys: list[tuple], prompts, pool, path: Path, adaptive: bool = False
+    a: AgentArgs, task_plans: list[tuple], prompts, pool, path: Path, adaptive: bool = False
 ) -> dict[tuple, list[dict]]:
-    """{(task, plan): its rollouts} for all `keys` (equation 5): N each or, if `adaptive`, as many
-    as it takes to find the best and the worst plan of each task. Rollouts that are in the file
+    """{(task, plan): its rollouts} for all `task_plans` (equation 5): N each or, if `adaptive`, as
+    many as it takes to find the best and the worst plan of each task. Rollouts that are in the file
     `path` are not played again, unless they failed."""
     agent_id = common.model_fingerprint(a.agent, a.agent_url)
     fingerprint = rollouts_fingerprint(a, agent_id, prompts)
-    finished = FinishedRollouts(keys, a.n)
+    finished = FinishedRollouts(task_plans, a.n)
     fields = ("task", "plan", "rollout", "reward", "fingerprint", "end")
     for row in common.read_rows(path, fields, missing_ok=True):
         if row["fingerprint"] == fingerprint and row["end"] != "crash":
@@ -341,7 +353,7 @@ async def play(
             )
             jobs = next_jobs()
     if retries:
-        print(f"{retries} episodes were retried because their environment worker died")
+        print(f"{retries} retries of episodes whose environment worker died")
     return finished.by_plan()
 
 
@@ -362,23 +374,23 @@ async def score_plans(a: Args, plans: list[dict], prompts, pool) -> dict[tuple, 
     return scored
 
 
-def mean_reward(rollouts: list[dict]) -> float:
-    return mean(row["reward"] for row in rollouts)
-
-
-# ---- Q(p) and pairs ------------------------------------------------------------------------------
-
-
 def not_failed(rollouts: list[dict]) -> list[dict]:
     """The rollouts without those that failed three times, such as by a worker that died."""
     return [row for row in rollouts if row["end"] != "crash"]
 
 
+def mean_reward(rollouts: list[dict]) -> float:
+    """The mean reward of the rollouts that did not fail."""
+    return mean(row["reward"] for row in not_failed(rollouts))
+
+
+# ---- Q(p) and pairs ------------------------------------------------------------------------------
+
+
 def quality(rollouts: list[dict]) -> float | None:
     """Q(p) = 1/N sum r(u, e_i) (equation 6) over a plan's rollouts that did not fail; None if there
     are none."""
-    counted = not_failed(rollouts)
-    return mean_reward(counted) if counted else None
+    return mean_reward(rollouts) if not_failed(rollouts) else None
 
 
 def qualities(scored: dict[tuple, list[dict]]) -> dict[tuple, float]:
@@ -386,10 +398,10 @@ def qualities(scored: dict[tuple, list[dict]]) -> dict[tuple, float]:
     q = {}
     partial = 0
     failed = 0
-    for key, rollouts in scored.items():
+    for task_plan, rollouts in scored.items():
         score = quality(rollouts)
         if score is not None:
-            q[key] = score
+            q[task_plan] = score
         if len(not_failed(rollouts)) < len(rollouts):
             if score is None:
                 failed += 1
@@ -408,16 +420,12 @@ def ranked_plans(plans: list[dict], q: dict[tuple, float]) -> dict[str, list[dic
     sampled."""
     ranked: dict[str, list[dict]] = {}
     for row in plans:
-        key = (row["task"], row["plan"])
-        if key in q:
-            ranked.setdefault(row["task"], []).append(row | {"q": q[key]})
+        task_plan = (row["task"], row["plan"])
+        if task_plan in q:
+            ranked.setdefault(row["task"], []).append(row | {"q": q[task_plan]})
     for rows in ranked.values():
         rows.sort(key=lambda row: row["q"], reverse=True)
     return ranked
-
-
-def assistant(plan: str) -> list[dict]:
-    return [{"role": "assistant", "content": common.plan_reply(plan)}]
 
 
 def contrastive_pairs(plans: list[dict], q: dict[tuple, float], prompts) -> list[dict]:
@@ -432,8 +440,8 @@ def contrastive_pairs(plans: list[dict], q: dict[tuple, float], prompts) -> list
                 {
                     "task": task,
                     "prompt": prompts.planner(best["instruction"]),
-                    "chosen": assistant(best["plan"]),
-                    "rejected": assistant(worst["plan"]),
+                    "chosen": common.plan_messages(best["plan"]),
+                    "rejected": common.plan_messages(worst["plan"]),
                     "q_chosen": best["q"],
                     "q_rejected": worst["q"],
                 }
@@ -448,7 +456,7 @@ def best_plans(plans: list[dict], q: dict[tuple, float], prompts) -> list[dict]:
     for task, rows in ranked_plans(plans, q).items():
         best = rows[0]
         if best["q"] > 0:
-            messages = prompts.planner(best["instruction"]) + assistant(best["plan"])
+            messages = prompts.planner(best["instruction"]) + common.plan_messages(best["plan"])
             chosen.append(
                 {"task": task, "q": best["q"], "plan": best["plan"], "messages": messages}
             )
@@ -458,24 +466,15 @@ def best_plans(plans: list[dict], q: dict[tuple, float], prompts) -> list[dict]:
 # ---- exploration by a fine-tuned agent (ETO) -----------------------------------------------------
 
 
-def turns(steps: list, observation_chars: int) -> list[dict]:
-    """The conversation after the first message, from the agent's first reply to its last."""
-    messages = []
-    for reply, observation in steps:
-        messages.append({"role": "assistant", "content": reply})
-        messages.append(common.observation_message(observation, observation_chars))
-    return messages[:-1]
+EXTRA_TURNS = 5  # of a worse trajectory, beyond the length of the better one
 
 
-def trajectory_couples(expert: dict, episodes: list[dict]) -> list[tuple[dict, dict]]:
+def better_and_worse(expert: dict, episodes: list[dict]) -> list[tuple[dict, dict]]:
     """(better, worse) trajectories of one task: the expert's with every episode of lower reward,
     and the best episode with the worst if they differ in reward."""
     couples = []
     if expert["solved"]:
-        replies = common.expert_replies(expert["steps"], expert.get("thoughts"))
-        steps = []
-        for reply, (_, observation) in zip(replies, expert["steps"], strict=True):
-            steps.append([reply, observation])
+        steps = common.expert_steps(expert["steps"], expert.get("thoughts"))
         better = {"reward": expert["reward"], "steps": steps}
         couples += [(better, row) for row in episodes if row["reward"] < expert["reward"]]
     best = max(episodes, key=lambda row: row["reward"])
@@ -490,7 +489,7 @@ def trajectory_pairs(
 ) -> list[dict]:
     """(u, e_w, e_l) of the `experts`, rows of trajectories.jsonl that may have `thoughts`, and the
     `explored` episodes of each task. Failed and empty episodes are ignored. A worse trajectory is
-    cut five turns after the length of the better one."""
+    cut EXTRA_TURNS after the length of the better one."""
     pairs = []
     for expert in experts:
         task = expert["task"]
@@ -498,14 +497,14 @@ def trajectory_pairs(
         if not episodes:
             continue
         u = expert["instruction"] or episodes[0]["instruction"]
-        for better, worse in trajectory_couples(expert, episodes):
-            cut = worse["steps"][: len(better["steps"]) + 5]
+        for better, worse in better_and_worse(expert, episodes):
+            cut = worse["steps"][: len(better["steps"]) + EXTRA_TURNS]
             pairs.append(
                 {
                     "task": task,
                     "prompt": prompts.agent(u, None, task),
-                    "chosen": turns(better["steps"], observation_chars),
-                    "rejected": turns(cut, observation_chars),
+                    "chosen": common.turns(better["steps"], observation_chars),
+                    "rejected": common.turns(cut, observation_chars),
                     "q_chosen": better["reward"],
                     "q_rejected": worse["reward"],
                 }
@@ -535,9 +534,9 @@ def load_experts(a: ExploreArgs) -> list[dict]:
 
 async def play_without_plan(a: ExploreArgs, experts: list[dict], prompts) -> dict[str, list[dict]]:
     """{task: its N rollouts}"""
-    keys = [(expert["task"], None) for expert in experts]
+    task_plans = [(expert["task"], None) for expert in experts]
     async with common.EnvPool(a.env, a.workers, a.concurrency, a.ray) as pool:
-        scored = await play(a, keys, prompts, pool, Path(a.out) / "explore.jsonl")
+        scored = await play(a, task_plans, prompts, pool, Path(a.out) / "explore.jsonl")
     return {task: rollouts for (task, _), rollouts in scored.items()}
 
 
@@ -547,7 +546,7 @@ def won_conversations(episodes: list[dict], prompts, observation_chars: int) -> 
     for row in episodes:
         if row["success"]:
             prompt = prompts.agent(row["instruction"], None, row["task"])
-            messages = prompt + turns(row["steps"], observation_chars)
+            messages = prompt + common.turns(row["steps"], observation_chars)
             rows.append({"task": row["task"], "messages": messages})
     return rows
 
@@ -615,18 +614,18 @@ def main(a: Args) -> None:
 
     plans, scored = asyncio.run(sample_and_score(a, prompts))
     q = qualities(scored)
-    pairs = contrastive_pairs(plans, q, prompts)
+    preferences = contrastive_pairs(plans, q, prompts)
     if not a.pairs:
-        if not pairs:
+        if not preferences:
             raise InputError(
                 "no task has a better and a worse plan, so DPO has nothing to learn: "
                 "use more tasks, a larger --m or --n, or a higher --plan_temperature"
             )
         common.write_rows(Path(a.out) / "best_plans.jsonl", best_plans(plans, q, prompts))
-    common.write_rows(a.pairs or Path(a.out) / "pairs.jsonl", pairs)
-    tasks = len(plans) // a.m
-    gap = mean(pair["q_chosen"] - pair["q_rejected"] for pair in pairs)
-    print(f"pairs: {len(pairs)} from {tasks} tasks, mean Q gap {gap:.3f}")
+    common.write_rows(a.pairs or Path(a.out) / "pairs.jsonl", preferences)
+    tasks = {row["task"] for row in plans}
+    gap = mean(pair["q_chosen"] - pair["q_rejected"] for pair in preferences)
+    print(f"pairs: {len(preferences)} from {len(tasks)} tasks, mean Q gap {gap:.3f}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ logp_chosen, logp_rejected, lr, grad_norm, tokens_per_second, memory_gb and, at 
 eval_loss, eval_reward_accuracy, eval_reward_margin.
 """
 
-import collections
 import itertools
 import time
 from dataclasses import dataclass
@@ -62,7 +61,7 @@ class Args:
     log_with: Optional[str] = arg(None, "also log to a tracker: tensorboard, wandb, trackio, ...")
     save_steps: int = arg(50, "optimizer steps between checkpoints, 0: none")
     limit: Optional[int] = arg(None, "use only the first N pairs")
-    seed: int = arg(0, "seed of the pair order")
+    seed: int = arg(0, "seed of the pair order, and of new adapters (--lora_rank)")
     check: bool = arg(False, "say whether this command can run here, a line each, and stop")
 
 
@@ -109,27 +108,25 @@ def tokenize_side(row: dict, side: str, tokenizer, where: str) -> common.Sequenc
 def pair_log_probs(model, pairs: list[Example], share_prefix: bool):
     """log pi(p|u) of chosen and rejected, each summed over its target tokens: (P, 2), float32."""
     log_probs, owners = common.target_log_probs(model, pairs, share_prefix)
-    sides = max(2 * len(pairs), 2)  # an empty batch has one zero
-    sums = log_probs.new_zeros(sides).index_add(0, owners, log_probs)
-    return sums.view(-1, 2)[: len(pairs)]
+    rows = max(1, len(pairs))  # no pairs: one row for the zero of `target_log_probs`, cut off below
+    sums = log_probs.new_zeros(2 * rows).index_add(0, owners, log_probs)
+    return sums.view(rows, 2)[: len(pairs)]
 
 
-def log_probs_without_gradient(model, pairs: list[Example], share_prefix: bool, a, accelerator):
+def log_probs_without_gradient(run, pairs: list[Example], share_prefix: bool):
     """(len(pairs), 2): log pi of chosen and rejected; every process computes its share. Before
     training these are the reference's, later the held-out pairs'."""
     import torch
 
-    world = accelerator.num_processes
-    tokens = common.lengths(pairs, share_prefix)
-    [micros] = common.plan_epoch(tokens, len(pairs), a.micro_tokens, world, seed=0, epoch=0)
-    mine = micros[accelerator.process_index :: world]
+    accelerator = run.accelerator
+    micros = common.my_micro_batches(common.lengths(pairs, share_prefix), run.a, accelerator)
     quiet = not accelerator.is_main_process
-    out = torch.zeros(len(pairs), 2, dtype=torch.float64, device=accelerator.device)
-    for micro in tqdm(mine, "log-probabilities", disable=quiet, leave=False):
+    values = torch.zeros(len(pairs), 2, dtype=torch.float64, device=accelerator.device)
+    for micro in tqdm(micros, "log-probabilities", disable=quiet, leave=False):
         with torch.no_grad():
-            log_probs = pair_log_probs(model, [pairs[i] for i in micro], share_prefix)
-        out[micro] = log_probs.to(out.dtype)
-    return accelerator.reduce(out, "sum")
+            log_probs = pair_log_probs(run.model, [pairs[i] for i in micro], share_prefix)
+        values[micro] = log_probs.to(values.dtype)
+    return accelerator.reduce(values, "sum")
 
 
 def reference_log_probs(run, pairs: list[Example], share_prefix: bool):
@@ -139,10 +136,10 @@ def reference_log_probs(run, pairs: list[Example], share_prefix: bool):
     file = run.partial / "reference.pt"
     if run.start > 0:
         return torch.load(file, weights_only=True).to(run.accelerator.device)
-    out = log_probs_without_gradient(run.model, pairs, share_prefix, run.a, run.accelerator)
+    log_probs = log_probs_without_gradient(run, pairs, share_prefix)
     if run.accelerator.is_main_process:
-        torch.save(out.cpu(), file)
-    return out
+        torch.save(log_probs.cpu(), file)
+    return log_probs
 
 
 def losses_and_metrics(policy, reference, pairs: list[Example], a: Args):
@@ -155,8 +152,8 @@ def losses_and_metrics(policy, reference, pairs: list[Example], a: Args):
         policy_chosen, policy_rejected, reference_chosen, reference_rejected, a.beta
     )
     if a.nll:
-        chosen_tokens = policy.new_tensor([sum(pair.sequences[0].mask[1:]) for pair in pairs])
-        losses = losses - a.nll * policy_chosen / chosen_tokens
+        counts = [common.target_count(pair.sequences[0]) for pair in pairs]
+        losses = losses - a.nll * policy_chosen / policy.new_tensor(counts)
     metrics = {
         "loss": losses,
         "reward_accuracy": chosen_rewards > rejected_rewards,
@@ -170,25 +167,17 @@ def losses_and_metrics(policy, reference, pairs: list[Example], a: Args):
     return losses, sums
 
 
-def held_out_metrics(run, pairs: list[Example], reference, share_prefix: bool) -> dict:
+def held_out_metrics(run, pairs: list[Example], share_prefix: bool, reference) -> dict:
     """Loss, accuracy and margin of the held-out pairs."""
-    policy = log_probs_without_gradient(run.model, pairs, share_prefix, run.a, run.accelerator)
+    policy = log_probs_without_gradient(run, pairs, share_prefix)
     _, sums = losses_and_metrics(policy, reference, pairs, run.a)
     names = ("loss", "reward_accuracy", "reward_margin")
     return {f"eval_{name}": sums[name].item() / len(pairs) for name in names}
 
 
-def check(a: Args) -> None:
-    """--check: what this stage needs, a line each."""
-    common.check_training_settings(a)
-    checks = common.Checks(a.out)
-    checks.trains(a)
-    checks.finish()
-
-
 def main(a: Args) -> None:
     if a.check:
-        check(a)
+        common.check_training(a)
         return
     accelerator = common.make_accelerator(a)
     world = accelerator.num_processes
@@ -196,27 +185,28 @@ def main(a: Args) -> None:
     model, tokenizer = common.load_model(a.model)
     share_prefix = model.packing == "rows"  # compute the prompt of a pair once
     train, held_out = common.hold_out(load_pairs(a, tokenizer, accelerator.print), a)
-    # plan[optimizer step][micro-batch]: indices of training pairs
-    plan = common.plan_training(common.lengths(train, share_prefix), a, world)
+    # schedule[optimizer step][micro-batch]: indices of training pairs
+    schedule = common.batch_schedule(common.lengths(train, share_prefix), a, world)
     model, optimizer = common.prepare_model(model, accelerator, a)
-    run = common.Training(a, accelerator, model, optimizer, tokenizer, len(plan))  # may resume
+    run = common.Training(a, accelerator, model, optimizer, tokenizer, len(schedule))  # may resume
     reference = reference_log_probs(run, train + held_out, share_prefix)
 
     bar = run.progress_bar("dpo")
     for step in bar:
         began = time.time()
-        lr = common.set_learning_rate(optimizer, step, len(plan), a)
+        lr = common.set_learning_rate(optimizer, step, len(schedule), a)
 
         # forward and backward, one micro-batch after the other: the gradients add up
-        batch = [train[i] for i in itertools.chain(*plan[step])]
-        sums = collections.Counter()
-        for micro in plan[step][rank::world]:
+        batch = [train[i] for i in itertools.chain(*schedule[step])]
+        sums = {}
+        for micro in schedule[step][rank::world]:
             pairs = [train[i] for i in micro]
             policy = pair_log_probs(model, pairs, share_prefix)
             losses, micro_sums = losses_and_metrics(policy, reference[micro], pairs, a)
             (losses.sum() / len(batch) * world).backward()  # FSDP averages, we need the sum
-            sums.update(micro_sums)  # a Counter adds
-        sums = accelerator.reduce(dict(sums), "sum")
+            for name, value in micro_sums.items():
+                sums[name] = sums.get(name, 0.0) + value
+        sums = accelerator.reduce(sums, "sum")
         metrics = {name: value.item() / len(batch) for name, value in sums.items()}
 
         # update the weights
@@ -229,10 +219,9 @@ def main(a: Args) -> None:
         metrics |= {"lr": lr, "grad_norm": norm}
         metrics["tokens_per_second"] = sum(common.lengths(batch)) / (time.time() - began)
         if held_out and run.ends_epoch(step + 1):
-            metrics |= held_out_metrics(run, held_out, reference[len(train) :], share_prefix)
-        line = run.end_step(step + 1, metrics)
-        rewards = "accuracy {reward_accuracy:.2f}, margin {reward_margin:.3f}".format(**metrics)
-        bar.set_postfix_str(f"{rewards}, {line}")
+            metrics |= held_out_metrics(run, held_out, share_prefix, reference[len(train) :])
+        shown = f"accuracy {metrics['reward_accuracy']:.2f}, margin {metrics['reward_margin']:.3f}"
+        bar.set_postfix_str(f"{shown}, {run.end_step(step + 1, metrics)}")
 
     run.finish("DPO (MPO, equation 8)")
 

@@ -378,6 +378,11 @@ def plan_reply(plan: str) -> str:
     return f"<meta_plan>\n{plan}\n</meta_plan>"
 
 
+def plan_messages(plan: str) -> list[dict]:
+    """The planner's turn of a conversation in which it writes the plan."""
+    return [{"role": "assistant", "content": plan_reply(plan)}]
+
+
 # <meta_plan> or <meta plan>, in any case, and the text up to the closing tag or the reply's end
 META_PLAN = re.compile(r"<meta[ _]plan>(.*?)(?:</meta[ _]plan>|\Z)", re.S | re.I)
 # what starts a step's line: "Step 2:", "step 2.", "2:", "2." or "2)", with text after it
@@ -427,14 +432,15 @@ def parse_reply(reply: str) -> tuple[str, str | None]:
     return reply[: match.end()].strip(), action
 
 
-def expert_replies(steps: list, thoughts: list[str] | None) -> list[str]:
-    """The expert's [[action, observation], ...] as an agent's replies, with a thought each or
-    none."""
-    actions = [f"Action: {action}" for action, _ in steps]
+def expert_steps(steps: list, thoughts: list[str] | None) -> list[list[str]]:
+    """The expert's [[action, observation], ...] as [[reply, observation], ...] of an agent that
+    acts so. With `thoughts`, one for each step, the replies begin with them."""
     if not thoughts:
-        return actions
-    pairs = zip(thoughts, actions, strict=True)
-    return [f"Thought: {thought}\n{action}" for thought, action in pairs]
+        return [[f"Action: {action}", observation] for action, observation in steps]
+    said = []
+    for thought, (action, observation) in zip(thoughts, steps, strict=True):
+        said.append([f"Thought: {thought}\nAction: {action}", observation])
+    return said
 
 
 def task_type(task: str) -> str:
@@ -1531,6 +1537,16 @@ def observation_message(observation: str, limit: int, plan: str | None = None) -
     return {"role": "user", "content": content}
 
 
+def turns(steps: list, observation_chars: int) -> list[dict]:
+    """Steps [[reply, observation], ...] as the messages that follow an episode's first ones, from
+    the agent's first reply to its last: it does not answer the last observation."""
+    messages = []
+    for reply, observation in steps:
+        messages.append({"role": "assistant", "content": reply})
+        messages.append(observation_message(observation, observation_chars))
+    return messages[:-1]
+
+
 class Episode:
     """One trajectory e ~ pi_theta(e|u, p) (paper equation 2) in one environment session.
 
@@ -1730,6 +1746,11 @@ class Example(NamedTuple):
     line: int
 
 
+def target_count(sequence: Sequence) -> int:
+    """How many tokens of a sequence are trained; the first token has nothing before it."""
+    return sum(sequence.mask[1:])
+
+
 def load_model(name: str):
     """(model, tokenizer): the weights in the dtype they were saved in, without dropout.
 
@@ -1831,30 +1852,38 @@ def lengths(examples: list[Example], share_prefix: bool = False) -> list[int]:
     return [len(pack([example], share_prefix).ids) for example in examples]
 
 
-def plan_training(tokens: list[int], a, processes: int) -> list[list[list[int]]]:
-    """The batches of all epochs, one `plan_epoch` after the other."""
-    plan = []
+def batch_schedule(tokens: list[int], a, processes: int) -> list[list[list[int]]]:
+    """The batches of all epochs, one `epoch_schedule` after the other."""
+    schedule = []
     for epoch in range(a.epochs):
-        plan += plan_epoch(tokens, a.batch_size, a.micro_tokens, processes, a.seed, epoch)
-    return plan
+        schedule += epoch_schedule(tokens, a.batch_size, a.micro_tokens, processes, a.seed, epoch)
+    return schedule
 
 
-def plan_epoch(
+def epoch_schedule(
     tokens: list[int], batch_size: int, micro_tokens: int, processes: int, seed: int, epoch: int
 ) -> list[list[list[int]]]:
     """The batches of one epoch: [optimizer step][micro-batch] -> indices of examples, from the
     number of tokens of each example.
 
     Examples are shuffled by (seed, epoch) alone and cut into batches; a batch is spread over
-    micro-batches. Every process computes the same plan and runs the micro-batches rank,
+    micro-batches. Every process computes the same schedule and runs the micro-batches rank,
     rank + processes, ..."""
     order = list(range(len(tokens)))
     random.Random(f"{seed} {epoch}").shuffle(order)
-    plan = []
+    schedule = []
     for begin in range(0, len(order), batch_size):
         batch = order[begin : begin + batch_size]
-        plan.append(micro_batches(batch, tokens, micro_tokens, processes))
-    return plan
+        schedule.append(micro_batches(batch, tokens, micro_tokens, processes))
+    return schedule
+
+
+def my_micro_batches(tokens: list[int], a, accelerator) -> list[list[int]]:
+    """The micro-batches of this process where all examples are one batch, as in a pass without
+    gradient."""
+    world = accelerator.num_processes
+    [micros] = epoch_schedule(tokens, len(tokens), a.micro_tokens, world, seed=0, epoch=0)
+    return micros[accelerator.process_index :: world]
 
 
 def micro_batches(
@@ -2557,6 +2586,14 @@ class Checks:
             self.run("disk", check_disk, self.rows)
         if self.wrong:
             raise InputError(f"{self.wrong} checks failed")
+
+
+def check_training(a) -> None:
+    """What `--check true` of a training stage looks at."""
+    check_training_settings(a)
+    checks = Checks(a.out)
+    checks.trains(a)
+    checks.finish()
 
 
 def check_packages() -> str:

@@ -99,7 +99,7 @@ def test_worse_trajectories_are_cut_and_experts_think():
 
 
 def talk(*words):
-    return score.turns([[f"Action: {word}", f"{word}!"] for word in words], 0)
+    return common.turns([[f"Action: {word}", f"{word}!"] for word in words], 0)
 
 
 def test_only_the_agents_turns_are_targets(tmp_path, tokenizer, capsys):

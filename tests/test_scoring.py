@@ -362,7 +362,8 @@ def test_pairs_by_hand():
     q |= {("b", "w"): 0.0, ("b", "x"): 0.0}
     prompts = Prompts(CORRIDOR)
     [pair] = score.contrastive_pairs(plans, q, prompts)
-    assert pair["chosen"] == score.assistant("x") and pair["rejected"] == score.assistant("z")
+    assert pair["chosen"] == common.plan_messages("x")
+    assert pair["rejected"] == common.plan_messages("z")
     assert (pair["task"], pair["q_chosen"], pair["q_rejected"]) == ("a", 1.0, 0.0)
     assert pair["prompt"] == prompts.planner("Do a.")
     [best] = score.best_plans(plans, q, prompts)
@@ -387,7 +388,7 @@ CRASH = {"reward": 0.0, "end": "crash"}
 def test_failed_rollouts_do_not_count(rollouts, q, said, capsys):
     """A plan is scored by its other rollouts; without any it is not compared."""
     key = ("a", "w")
-    assert score.quality(rollouts) == q
+    assert score.quality(rollouts) == q and score.mean_reward(rollouts) == (q or 0.0)
     assert score.qualities({key: rollouts}) == ({} if q is None else {key: q})
     printed = capsys.readouterr().out
     assert said in printed and bool(said) == bool(printed)
@@ -410,7 +411,28 @@ def simulate(recorded: dict[str, list[float]]) -> tuple[dict, int]:
     ],
 )
 def test_adaptive_choice(rewards, n, chosen):
-    assert score.undecided(rewards, n) == chosen
+    assert score.undecided(rewards, dict.fromkeys(rewards, n)) == chosen
+
+
+@pytest.mark.parametrize(
+    "ends, next_rollouts",
+    [
+        ({"a": ["steps"], "b": ["crash"]}, [("a", 1), ("b", 1)]),
+        ({"a": ["steps"] * 2, "b": ["crash", "steps"]}, [("b", 2)]),  # both earned the same
+        ({"a": ["steps"], "b": ["crash", "crash", "steps"]}, [("a", 1)]),  # b has all it can have
+        ({"a": ["steps"], "b": ["crash"] * 3, "c": ["steps"]}, [("a", 1), ("c", 1)]),
+        ({"a": ["steps"], "b": ["crash"] * 3}, []),
+    ],
+)
+def test_adaptive_choice_after_failed_rollouts(ends, next_rollouts):
+    """They are among a plan's three rollouts, but their reward does not count."""
+    finished = score.FinishedRollouts([("t", plan) for plan in ends], 3)
+    for plan, of_plan in ends.items():
+        for number, end in enumerate(of_plan):
+            row = {"task": "t", "plan": plan, "rollout": number, "end": end}
+            finished.add(row | {"reward": 0.0 if end == "crash" else 1.0})
+    jobs = [(job["plan"], job["rollout"]) for job in finished.next_round()]
+    assert jobs == next_rollouts
 
 
 def test_adaptive_choice_of_a_task():

@@ -383,8 +383,77 @@ def test_edited_plans_replace_the_teachers(run_folder, seeded, teach, four_repli
     plans = {row["task"]: (row["plan"], row["teacher"]) for row in rows}
     assert plans[tasks[2]] == ("Step 1: walk on\nStep 2: take it", "edited")
     assert plans[tasks[0]] == ("Step 1: take it", "edited") and plans[tasks[1]][0] == PLAN
+    write_jsonl(path, [edit, {"task": tasks[0], "plan": "take it"}])
+    run()
+    [rejected] = read_rows(run_folder / "seed_plans.rejected.jsonl")
+    assert rejected["reason"].startswith("format: no numbered steps")
+    assert rejected["plan"] == "take it" and len(server.requests) == 9
+    write_jsonl(path, [edit])
     run(temperatures=[0.5])
     assert len(server.requests) == 9, "accepted plans are kept with other temperatures"
+
+
+def test_earlier_plans_are_checked_again(run_folder, teach, four_replies, monkeypatch, capsys):
+    """By the rules as they are now, without new requests."""
+    server, run = teach(four_replies)
+    run()
+    before = read_rows(run_folder / "seed_plans.rejected.jsonl")
+    with monkeypatch.context() as other_rules:
+        other_rules.setattr(seed, "INSTANCE", re.compile("lamp"))
+        run()
+    assert "1 kept, 3 rejected" in capsys.readouterr().out
+    assert len(server.requests) == 9
+    [kept] = read_rows(run_folder / "seed_plans.jsonl")
+    assert kept["plan"] == "Step 1: take cupboard 4\nStep 2: take it"
+    run()
+    assert read_rows(run_folder / "seed_plans.rejected.jsonl") == before
+
+
+def test_a_reply_without_a_plan_stays_rejected(run_folder, teach):
+    """It is no plan, whatever its lines look like."""
+    server, run = teach(lambda messages, body: "Step 1: take it")
+    for _ in range(2):
+        with pytest.raises(InputError, match="no seed plan passed"):
+            run(limit=1)
+        [rejected] = read_rows(run_folder / "seed_plans.rejected.jsonl")
+        assert rejected["reason"].startswith("format: ") and len(server.requests) == 6
+
+
+def test_an_extraction_longer_than_the_context(run_folder, teach):
+    """The first reply counts: it has no plan, so that the next temperature is tried."""
+
+    def reply(messages, body):
+        if len(messages) > 1:
+            return 400, "This model's maximum context length is 64 tokens."
+        return plan_reply(PLAN) if body["temperature"] else "Take it."
+
+    server, run = teach(reply)
+    run(limit=1)
+    assert len(server.requests) == 3
+    [row] = read_rows(run_folder / "seed_plans.jsonl")
+    assert row["plan"] == PLAN
+
+
+@pytest.mark.parametrize(
+    "teacher_text, more, said",
+    [
+        (None, {}, "--env .*corridor --prompts .* has no teacher.txt"),
+        ("{task}", {"explored": "explore.jsonl"}, "--prompts .*{explored}, which --explored needs"),
+    ],
+)
+@pytest.mark.parametrize("check", [False, True])
+def test_prompts_that_the_teacher_needs(tmp_path, monkeypatch, check, teacher_text, more, said):
+    env = tmp_path / "corridor"
+    shutil.copytree(CORRIDOR, env)
+    (env / "teacher.txt").unlink()
+    prompts = tmp_path / "prompts"
+    prompts.mkdir()
+    if teacher_text:
+        (prompts / "teacher.txt").write_text(teacher_text)
+    a = {"env": str(env), "out": str(tmp_path / "run"), "prompts": str(prompts), "check": check}
+    with pytest.raises(InputError, match=said):
+        seed.main(seed.Args(**a, **more))
+    assert not (tmp_path / "run").exists()
 
 
 def test_thoughts(run_folder, seeded, teach, capsys):

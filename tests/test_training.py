@@ -5,6 +5,7 @@ import itertools
 import math
 import random
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,9 +17,9 @@ from common import (
     Example,
     InputError,
     Sequence,
+    epoch_schedule,
     learning_rate,
     pack,
-    plan_epoch,
     target_log_probs,
     tokenize,
 )
@@ -267,12 +268,12 @@ def test_a_process_without_rows_takes_part(tokenizer):
 
 
 def in_micro_batches(lengths, count):
-    """The first plan of one epoch with that many micro-batches."""
+    """The first schedule of one epoch with that many micro-batches."""
     for micro_tokens in range(1, 10_000):
-        [micros] = plan_epoch(lengths, len(lengths), micro_tokens, 1, 0, 0)
+        [micros] = epoch_schedule(lengths, len(lengths), micro_tokens, 1, 0, 0)
         if len(micros) == count:
             return micros
-    raise AssertionError(f"no plan has {count} micro-batches")
+    raise AssertionError(f"no schedule has {count} micro-batches")
 
 
 @pytest.mark.parametrize("micros", [1, 4])
@@ -287,7 +288,7 @@ def test_sft_loss_equals_reference(tokenizer, micros):
     total = 0
     for micro in in_micro_batches(common.lengths(rows), micros):
         log_probs, _ = target_log_probs(model, [rows[i] for i in micro])
-        total += sft.sft_loss(log_probs, sft.target_count(rows))
+        total += sft.sft_loss(log_probs, sft.count_targets(rows))
     assert total.item() == pytest.approx(expected.item(), rel=1e-9)
     assert_same(gradients(model, total), expected_grads, atol=1e-9)
 
@@ -345,7 +346,8 @@ def test_reference_log_probs_are_those_of_the_model(tokenizer, micro_tokens, sha
     common.choose_packing(model)
     pairs = as_pairs(PAIRS, tokenizer)
     a = dpo.Args(micro_tokens=micro_tokens)
-    found = dpo.log_probs_without_gradient(model, pairs, share, a, Accelerator(cpu=True))
+    run = SimpleNamespace(model=model, a=a, accelerator=Accelerator(cpu=True))
+    found = dpo.log_probs_without_gradient(run, pairs, share)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
 
 
@@ -391,9 +393,9 @@ def indices(step: list[list[int]]) -> list[int]:
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
-def test_plan_epoch(processes):
+def test_epoch_schedule(processes):
     budget = 200
-    steps = plan_epoch(LENGTHS, 16, budget, processes, 7, 1)
+    steps = epoch_schedule(LENGTHS, 16, budget, processes, 7, 1)
     assert [len(indices(step)) for step in steps] == [16, 16, 16, 2]
     assert sorted(itertools.chain(*map(indices, steps))) == list(range(50))
     for step in steps:
@@ -402,10 +404,10 @@ def test_plan_epoch(processes):
         assert max(tokens) <= budget
         per_process = [sum(tokens[rank::processes]) for rank in range(processes)]
         assert len(step) == processes or max(per_process) < 1.3 * min(per_process)
-    assert steps == plan_epoch(LENGTHS, 16, budget, processes, 7, 1)
+    assert steps == epoch_schedule(LENGTHS, 16, budget, processes, 7, 1)
     orders = []
     for seed, epoch in [(7, 1), (7, 2), (8, 1), (8, 2)]:
-        order = plan_epoch(LENGTHS, 16, budget, processes, seed, epoch)
+        order = epoch_schedule(LENGTHS, 16, budget, processes, seed, epoch)
         assert order not in orders, "another order for another seed or epoch"
         orders.append(order)
 
@@ -413,14 +415,16 @@ def test_plan_epoch(processes):
 @pytest.mark.parametrize("processes", [1, 2, 8])
 @pytest.mark.parametrize("budget", [10, 200, 10_000])
 def test_batches_do_not_depend_on_the_machine(budget, processes):
-    plan = plan_epoch(LENGTHS, 8, budget, processes, 0, 0)
-    expected = plan_epoch(LENGTHS, 8, 100, 1, 0, 0)
-    assert [indices(step) for step in plan] == [indices(step) for step in expected]
+    schedule = epoch_schedule(LENGTHS, 8, budget, processes, 0, 0)
+    expected = epoch_schedule(LENGTHS, 8, 100, 1, 0, 0)
+    assert [indices(step) for step in schedule] == [indices(step) for step in expected]
 
 
 def test_a_row_above_the_budget_is_alone():
-    assert plan_epoch([500, 3, 3], 3, 10, 1, 0, 0) in ([[[0], [1, 2]]], [[[0], [2, 1]]])
-    assert plan_epoch([5, 4, 3], 3, 0, 1, 0, 0) == [[[0], [1], [2]]], "no budget: every row alone"
+    assert epoch_schedule([500, 3, 3], 3, 10, 1, 0, 0) in ([[[0], [1, 2]]], [[[0], [2, 1]]])
+    assert epoch_schedule([5, 4, 3], 3, 0, 1, 0, 0) == [[[0], [1], [2]]], (
+        "no budget: every row alone"
+    )
 
 
 def random_row(draw: random.Random) -> Example:

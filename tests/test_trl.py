@@ -128,7 +128,7 @@ def in_order(rows: list, lengths: list[int]) -> list:
     """The rows in the order of our loop, one optimizer step after the other."""
     out = []
     for epoch in range(5):
-        for step in common.plan_epoch(lengths, BATCH, 256, 1, 0, epoch):
+        for step in common.epoch_schedule(lengths, BATCH, 256, 1, 0, epoch):
             out += [rows[i] for i in itertools.chain(*step)]
     return out
 

@@ -21,15 +21,14 @@ score = importlib.import_module("03_sample_score")
 
 
 def replay(recorded: dict[str, list[float]]) -> dict[str, list[float]]:
-    """{plan: the rewards that the adaptive choice would see} of one task's recorded rewards, which
-    are as many for each plan."""
-    n = len(next(iter(recorded.values())))
+    """{plan: the rewards that the adaptive choice would see} of one task's recorded rewards."""
+    most = {plan: len(rewards) for plan, rewards in recorded.items()}
     seen = {plan: [] for plan in recorded}
-    chosen = score.undecided(seen, n)
+    chosen = score.undecided(seen, most)
     while chosen:
         for plan in chosen:
             seen[plan].append(recorded[plan][len(seen[plan])])
-        chosen = score.undecided(seen, n)
+        chosen = score.undecided(seen, most)
     return seen
 
 
