@@ -12,9 +12,9 @@ temperature 0, and read by all agents. Then every agent plays every task with th
 setting. A condition is an agent, a plan setting, a plan position and a split.
 
 Files in --out, and the fields of their rows
-    eval/conditions.jsonl    a row for each condition; of equal ones, the newest counts
+    eval/conditions.jsonl    a row for each condition; if one occurs twice, the last row counts
         env, agent, plans (the setting), plan_position, split, tasks
-        note                 what the environment has to say of its data
+        note                 the environment's remark about its data
         agent_id, plans_id   fingerprints of what makes the agent's episodes and the plans
     eval/plans.jsonl         a row for each plan
         setting, task, instruction, plan, plans_id
@@ -24,9 +24,10 @@ Files in --out, and the fields of their rows
     eval/judgements.jsonl    a row for each answer of the judge
         task, plans (the two settings), first (the one shown first), reply, judge
         answer               first, second or tie in each dimension; null: not understood
-        judge_id             fingerprint of the judge and of what it was asked
+        judge_id             fingerprint of the judge, its prompt and the two settings
+        question             fingerprint of the task and its two plans; both orders have the same
     results.md, results.json, report.html
-    table2.md ... fig6.png   those for which there are conditions
+    table2.md ... fig6.png   only those whose conditions were evaluated
 Finished plans, episodes and judgements are kept. Run a command again to resume it: it does only
 what is missing.
 
@@ -45,7 +46,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import List, Optional
+from typing import List, NamedTuple, Optional
 
 from tqdm import tqdm
 
@@ -53,7 +54,10 @@ import common
 from common import InputError, arg, mean
 from data.report import report, tables
 
-DIMENSIONS = ("correctness", "followability", "standardization")  # paper 5.6
+# what the judge compares (paper 5.6); data/report/judge.txt asks for each as {name}_better
+DIMENSIONS = ("correctness", "followability", "standardization")
+# the judge is asked again after an invalid answer, each time less greedily
+JUDGE_TEMPERATURES = (0.0, 0.3, 0.6)
 
 
 @dataclass
@@ -69,15 +73,17 @@ class Args:
         ["none", "sft", "mpo"],
         "plan settings: none; the planner checkpoint of that name in --out (sft, rft, mpo); "
         "gpt: --teacher asked directly; a JSONL file with `task` and `plan`; "
-        "mismatched: mpo's plan for a task of another type (control); oracle: the plan that "
-        "--teacher rules makes of the test task's own expert trajectory (control)",
+        "mismatched: mpo's plan for a task of another type (control); oracle: the plan that stage "
+        "1's rules make of the test task's own expert trajectory (control)",
     )
     splits: List[str] = arg([], "splits of the environment (default: its test splits)")
     plan_positions: List[str] = arg(
         ["instruction"],
         "where the agent reads the plan: instruction (paper), thought, observation (paper 5.2)",
     )
-    teacher: str = arg("gpt-4o", "the planner of --plans gpt (paper: gpt-4o)")
+    teacher: str = arg(
+        "gpt-4o", "the planner of --plans gpt (paper: gpt-4o): a model, or a server's URL"
+    )
     agent_temperature: float = arg(0.0, "temperature of the agent (paper: 0, as of the planner)")
     plan_tokens: int = arg(512, "token limit of a plan")
     agent_tokens: int = arg(512, "token limit of an agent's reply")
@@ -100,8 +106,8 @@ class Args:
     limit: Optional[int] = arg(None, "only the first N tasks of each split")
     skip: int = arg(
         0,
-        "leave out the first N tasks of each split, before --limit: --splits train --skip N has "
-        "validation tasks if the other stages used the first N",
+        "leave out the first N tasks of each split, before --limit. To validate on train tasks: "
+        "the other stages with --limit N, then --splits train --skip N",
     )
     workers: int = arg(16, "environment worker processes")
     concurrency: Optional[int] = arg(
@@ -110,7 +116,11 @@ class Args:
     ray: bool = arg(False, "environment workers on a Ray cluster (RAY_ADDRESS)")
     tensor_parallel: int = arg(1, "GPUs of one replica of a served model")
     max_model_len: int = arg(32768, "context of a served model, tokens, at most its own")
-    seed: int = arg(0, "random seed of the bootstrap")
+    seed: int = arg(
+        0,
+        "random seed of the bootstrap, of mismatched plans, and of episodes at an "
+        "--agent_temperature above 0",
+    )
     check: bool = arg(False, "say whether this command can run here, a line each, and stop")
 
 
@@ -145,7 +155,7 @@ class ReportArgs:
 class PlanArgs:
     planner: str = arg("runs/sciworld/mpo", "a local model, a model of an API, or a server's URL")
     env: str = arg("sciworld", "environment: a folder of data/, or a path")
-    text: str = arg("", "the task, as the environment words it; also without the flag")
+    text: str = arg("", "the task, as the environment words it; or the positional argument")
     prompts: Optional[str] = arg(None, "prompt folder: one of the environment's, or a path")
     plan_tokens: int = arg(512, "token limit of the plan")
     max_model_len: int = arg(32768, "context of a served model, tokens, at most its own")
@@ -154,8 +164,12 @@ class PlanArgs:
 # ---- plans ---------------------------------------------------------------------------------------
 
 
+# A new plan setting needs: planner_of, plans_fingerprint, make_plans_of_setting, and tables.ORDER
+# and NAMES.
+
+
 def planner_of(a: Args, setting: str) -> str | None:
-    """The model that makes the plans of a setting; None if no model makes them."""
+    """The model (or a server's URL) that makes the plans of a setting; None if no model does."""
     if setting in ("none", "oracle") or setting.endswith(".jsonl"):
         return None
     if setting == "gpt":
@@ -179,7 +193,8 @@ def plans_fingerprint(a: Args, setting: str) -> str | None:
         return common.fingerprint(setting, a.env)
     if setting.endswith(".jsonl"):
         return common.fingerprint(Path(setting).read_text())
-    model = common.model_fingerprint(planner_of(a, setting))
+    name, url = common.name_and_url(planner_of(a, setting))
+    model = common.model_fingerprint(name, url)
     prompt = planner_prompts(a, setting).planner_text
     if setting == "mismatched":
         return common.fingerprint(model, prompt, a.plan_tokens, setting, a.seed)
@@ -210,92 +225,117 @@ class PlanKeeper:
         self.bar.update()
 
 
-async def greedy_plans(a: Args, tasks: list[str], pool) -> dict[str, str | None]:
-    """Make the plans that are missing, for every setting and task. Returns {setting: plans_id}."""
+def settings_in_order(a: Args) -> list[str]:
+    """The plan settings of --plans, each once. Mismatched plans are plans of mpo: these are made
+    first, also if mpo is not in --plans."""
     settings = list(dict.fromkeys(a.plans))
-    if "mismatched" in settings:  # these are plans of mpo, which must be made first
+    if "mismatched" in settings:
         settings.remove("mismatched")
         settings = list(dict.fromkeys([*settings, "mpo", "mismatched"]))
+    return settings
+
+
+def missing_plans(
+    ids: dict[str, str | None], tasks: list[str], done: dict[tuple, dict]
+) -> dict[str, list[str]]:
+    """{setting: the tasks that have no plan of it yet}. `ids`: {setting: plans_id}."""
+    missing = {}
+    for setting, plans_id in ids.items():
+        without_plan = [t for t in tasks if (plans_id, t) not in done]
+        if without_plan and setting != "none":
+            missing[setting] = without_plan
+    return missing
+
+
+async def make_missing_plans(a: Args, tasks: list[str], pool) -> dict[str, str | None]:
+    """Make the plans that are missing, for every setting and task. Returns {setting: plans_id}."""
     path = Path(a.out) / "eval" / "plans.jsonl"
     rows = common.read_rows(path, ("plans_id", "task", "plan"), missing_ok=True)
     done = common.finished(rows, "plans_id", "task")
-    ids: dict[str, str | None] = {}
-    todo: dict[str, list[str]] = {}
-    for setting in settings:
-        ids[setting] = plans_fingerprint(a, setting)
-        missing = [t for t in tasks if (ids[setting], t) not in done]
-        if missing and setting != "none":
-            todo[setting] = missing
-    if "mismatched" in todo and len(tasks) < 2:
+    ids = {setting: plans_fingerprint(a, setting) for setting in settings_in_order(a)}
+    missing = missing_plans(ids, tasks, done)
+    if "mismatched" in missing and len(tasks) < 2:
         raise InputError("--plans mismatched needs two test tasks")
 
-    if todo:
-        wanted = list(dict.fromkeys(itertools.chain.from_iterable(todo.values())))
-        instructions = await pool.each(wanted, "reset")
-        total = sum(map(len, todo.values()))
+    if missing:
+        instructions = await pool.each(distinct(missing.values()), "reset")
+        total = sum(map(len, missing.values()))
         with common.Appender(path) as append, tqdm(total=total, desc="plans") as bar:
             keeper = PlanKeeper(ids, instructions, done, append, bar)
-            for setting, missing in todo.items():
-                await make_plans(a, setting, missing, tasks, pool, keeper)
+            for setting, without_plan in missing.items():
+                await make_plans_of_setting(a, setting, without_plan, tasks, pool, keeper)
     print_untagged(ids, tasks, done)
     return ids
 
 
-async def make_plans(
-    a: Args, setting: str, missing: list[str], tasks: list[str], pool, keeper: PlanKeeper
+def distinct(lists) -> list:
+    """The items of several lists, each once, in order."""
+    return list(dict.fromkeys(itertools.chain.from_iterable(lists)))
+
+
+async def make_plans_of_setting(
+    a: Args, setting: str, tasks: list[str], all_tasks: list[str], pool, keeper: PlanKeeper
 ) -> None:
-    """Make the missing plans of a setting. `tasks`: all tasks, from which mismatched plans come."""
+    """Make a setting's plans for `tasks`. Mismatched plans are those for others of `all_tasks`."""
     if setting.endswith(".jsonl"):
-        plans = plans_in_file(setting, missing)
-        for task in missing:
-            keeper.keep(setting, task, plans[task])
+        plan_of = plans_in_file(setting, tasks)
+        for task in tasks:
+            keeper.keep(setting, task, plan_of[task])
     elif setting == "oracle":
-        await keep_oracle_plans(a, missing, pool, keeper)
+        await keep_oracle_plans(a, tasks, pool, keeper)
     elif setting == "mismatched":
         mpo = keeper.ids["mpo"]
-        for task in missing:
-            other = task_of_another_type(a, task, tasks)
+        for task in tasks:
+            other = task_of_another_type(a, task, all_tasks)
             keeper.keep(setting, task, keeper.done[mpo, other]["plan"])
     else:
-        await ask_planner(a, setting, missing, keeper)
+        await ask_planner(a, setting, tasks, keeper)
 
 
 async def ask_planner(a: Args, setting: str, tasks: list[str], keeper: PlanKeeper) -> None:
-    """Ask a setting's planner for the most likely plan of each task. A reply without tags is the
-    plan itself (`untagged`); an empty reply is no plan."""
+    """Ask a setting's planner for a plan of each task."""
     prompts = planner_prompts(a, setting)
+    name, url = common.name_and_url(planner_of(a, setting))
+    with common.open_model(name, url, a) as model:
 
-    async def ask(task: str) -> None:
-        messages = prompts.planner(keeper.instructions[task])
-        reply = (await model.ask(messages, 0.0, a.plan_tokens)).text.strip()
-        plan = common.parse_plan(reply)
-        untagged = plan is None and reply != ""
-        if untagged:
-            plan = reply
-        keeper.keep(setting, task, plan, untagged=untagged)
+        async def ask(task: str) -> None:
+            messages = prompts.planner(keeper.instructions[task])
+            plan, untagged = await ask_for_plan(model, messages, a.plan_tokens)
+            keeper.keep(setting, task, plan, untagged=untagged)
 
-    with common.open_model(planner_of(a, setting), None, a) as model:
-        await asyncio.gather(*map(ask, tasks))
+        await asyncio.gather(*[ask(task) for task in tasks])
+
+
+async def ask_for_plan(
+    model: common.Model, messages: list[dict], tokens: int
+) -> tuple[str | None, bool]:
+    """(plan, untagged): the planner's most likely reply. A reply without tags is the plan itself
+    (`untagged`); an empty reply is no plan."""
+    reply = (await model.ask(messages, 0.0, tokens)).text.strip()
+    plan = common.parse_plan(reply)
+    if plan is None and reply:
+        return reply, True
+    return plan, False
 
 
 def plans_in_file(path: str, tasks: list[str]) -> dict[str, str | None]:
     """{task: plan} of a JSONL file. Raises `InputError` if one of `tasks` has no plan, or if any
     task has two."""
-    plans: dict[str, str | None] = {}
+    plan_of: dict[str, str | None] = {}
     for row in common.read_rows(path, ("task", "plan")):
         task = row["task"]
         plan = row["plan"]
-        if task in plans and plans[task] != plan:
+        if task in plan_of and plan_of[task] != plan:
             raise InputError(f"{path} has several plans for {task}: keep one")
         if not isinstance(plan, str | None):
             raise InputError(f"{path}: the plan for {task} must be text, or null for none")
-        plans[task] = plan
-    absent = [t for t in tasks if t not in plans]
+        plan_of[task] = plan
+    absent = [t for t in tasks if t not in plan_of]
     if absent:
         raise InputError(
             f"{path} has no plan for {absent[0]} and {len(absent) - 1} other tasks of --splits"
         )
-    return plans
+    return plan_of
 
 
 async def keep_oracle_plans(a: Args, tasks: list[str], pool, keeper: PlanKeeper) -> None:
@@ -430,9 +470,10 @@ async def play_missing(a: Args, conditions: list[dict], pool) -> None:
 
 def missing_episodes(out: str, conditions: list[dict]) -> list[dict]:
     """A job for each episode that the conditions lack. If two settings have the same plan for a
-    task, it is played once: at temperature 0 the episodes are the same."""
+    task, it is played once: the episodes are the same, also at a temperature above 0, as an
+    episode's seed depends on the plan and not on the setting."""
     jobs: dict[tuple, dict] = {}
-    for condition in with_episodes(out, conditions):
+    for condition in load_episodes(out, conditions):
         for task, row in condition["episodes"].items():
             if row is not None:
                 continue
@@ -448,14 +489,14 @@ def missing_episodes(out: str, conditions: list[dict]) -> list[dict]:
     return list(jobs.values())
 
 
-def with_episodes(out: str, conditions: list[dict]) -> list[dict]:
+def load_episodes(out: str, conditions: list[dict]) -> list[dict]:
     """The conditions of a run folder with their plans and episodes. Each gets "texts", {task: its
     plan or None}; "untagged", how many of the plans are replies without tags; "episodes", {task:
     its row, or None if it is missing or crashed}; and "run", the run folder."""
     folder = Path(out) / "eval"
     fields = ("plans_id", "task", "plan")
-    plan_rows = common.read_rows(folder / "plans.jsonl", fields, missing_ok=True)
-    plans = common.finished(plan_rows, "plans_id", "task")
+    rows = common.read_rows(folder / "plans.jsonl", fields, missing_ok=True)
+    plan_rows = common.finished(rows, "plans_id", "task")
     fields = ("task", "plan", "reward", "agent_id", "plan_position", "end")
     rollouts = common.read_rows(folder / "rollouts.jsonl", fields, missing_ok=True)
     complete = [r for r in rollouts if r["end"] != "crash"]
@@ -468,7 +509,7 @@ def with_episodes(out: str, conditions: list[dict]) -> list[dict]:
         untagged = 0
         for task in condition["tasks"]:
             episodes[task] = None
-            plan_row = plans.get((condition["plans_id"], task))
+            plan_row = plan_rows.get((condition["plans_id"], task))
             if plan_row:
                 texts[task] = plan_row["plan"]
                 if plan_row.get("untagged"):
@@ -481,11 +522,11 @@ def with_episodes(out: str, conditions: list[dict]) -> list[dict]:
     return found
 
 
-def asked_conditions(out: str, folders=()) -> tuple[list[dict], int]:
-    """(conditions, outdated) of a run folder. `conditions`: all that were ever asked for; of the
-    same agent, plan setting, plan position and split, the newest. `outdated`: how many were left
-    out because the agent or the planner has changed since (retrained, or asked with other
-    settings). With `folders`, an agent has the name that it has in a report of all of them."""
+def current_conditions(out: str, folders=()) -> tuple[list[dict], int]:
+    """(conditions, outdated) of a run folder. If a condition (agent, plan setting, plan position,
+    split) occurs twice, its last row counts. `outdated`: how many are left out because the agent or
+    the planner has changed since (retrained, or asked with other settings). With `folders`, an
+    agent has the name that it has in a report of all of them."""
     fields = ("agent", "agent_id", "plans", "plans_id", "plan_position", "split", "tasks")
     rows = common.read_rows(Path(out) / "eval" / "conditions.jsonl", fields, missing_ok=True)
     if folders:
@@ -615,7 +656,9 @@ def result_of(entry: dict, seed: int) -> dict:
     episodes = episodes_of(entry)
     played = [e for e in episodes if e]
     ends = Counter(e["end"] for e in played)
-    continued = Counter(e.get("continued") for e in played)  # None: no plan in the thought
+    # only episodes with a plan in the thought have `continued`
+    continued = [e for e in played if e.get("continued") is True]
+    own_turn = [e for e in played if e.get("continued") is False]
     notes = [c["note"] for c in entry["conditions"] if c.get("note")]
     result = {
         "agent": entry["agent"],
@@ -630,8 +673,8 @@ def result_of(entry: dict, seed: int) -> dict:
         "ends": dict(ends),
         "format_errors": sum(e.get("format_errors", 0) for e in played),
         "context_overflows": ends["context"],
-        "continued": continued[True],
-        "own_turn": continued[False],
+        "continued": len(continued),
+        "own_turn": len(own_turn),
         "untagged": sum(c["untagged"] for c in entry["conditions"]),
         "notes": list(dict.fromkeys(notes)),
         "steps": mean(len(e["steps"]) for e in played),
@@ -642,21 +685,23 @@ def result_of(entry: dict, seed: int) -> dict:
         if complete:
             strata = []
             for by_task in entry["strata"]:
-                strata.append([task_value(episodes, metric) for episodes in by_task.values()])
+                strata.append([task_value(of_task, metric) for of_task in by_task.values()])
             result[metric] = mean_and_interval(strata, seed)
     return result
 
 
 def comparable(entry: dict, base: dict) -> bool:
     """Whether there is a difference of `entry` over `base`: they are of the same agent and split,
-    differ in the plan setting or in the plan position but not in both, and `base` stands above in
-    the tables. No plan at all has no plan position and can be the base of any."""
+    `base` stands above in the tables, and they differ in one thing only."""
     if any(entry[name] != base[name] for name in ("agent", "split", "total")):
         return False
     if tables.rank(base) >= tables.rank(entry):
         return False
-    same_position = base["plan_position"] == entry["plan_position"]
-    return same_position or base["plans"] in ("none", entry["plans"])
+    # another plan setting, the same plan position; no plan has no position and is the base of all
+    if base["plan_position"] == entry["plan_position"] or base["plans"] == "none":
+        return True
+    # another plan position, the same plan setting
+    return base["plans"] == entry["plans"]
 
 
 def difference_of(entry: dict, base: dict, seed: int) -> dict | None:
@@ -693,13 +738,13 @@ def judge(a: JudgeArgs) -> None:
         checks.asks(a.judge, None, a)
         checks.finish()
         return
-    texts = plans_to_judge(a)
+    by_setting = plans_to_judge(a)
     name, url = common.name_and_url(a.judge)
     common.check_model(name, url)
     prompt = (common.DATA / "report" / "judge.txt").read_text().strip()
     model_id = common.model_fingerprint(name, url)
-    judge_id = common.fingerprint(model_id, prompt, a.tokens, a.plans, texts)
-    questions = open_questions(a, texts, prompt, judge_id)
+    judge_id = common.fingerprint(model_id, prompt, a.tokens, DIMENSIONS, a.plans)
+    questions = open_questions(a, by_setting, prompt, judge_id)
     if questions:
         asyncio.run(ask_judge(a, name, url, judge_id, questions))
     write_report(ReportArgs([a.out], a.seed))
@@ -709,116 +754,175 @@ def plans_to_judge(a: JudgeArgs) -> dict[str, dict]:
     """{setting: {task: plan}} of the two settings."""
     if len(a.plans) != 2 or a.plans[0] == a.plans[1]:
         raise InputError(f"--plans takes two settings to compare, not {' '.join(a.plans)}")
-    first, second = a.plans
-    texts: dict[str, dict] = {first: {}, second: {}}
-    conditions, _ = asked_conditions(a.out)
-    for condition in with_episodes(a.out, conditions):
-        if condition["plans"] in texts:
-            for task, plan in condition["texts"].items():
-                if plan:
-                    texts[condition["plans"]][task] = plan
+    conditions, _ = current_conditions(a.out)
+    by_setting = plans_of_settings(load_episodes(a.out, conditions), a.plans)
     for setting in a.plans:
-        if not texts[setting]:
+        if not by_setting[setting]:
             raise InputError(f"--plans {setting}: {a.out} has no plans of it; evaluate it first")
-    return texts
+    return by_setting
+
+
+def plans_of_settings(conditions: list[dict], settings: list[str]) -> dict[str, dict]:
+    """{setting: {task: plan}} of conditions with their plans, without tasks that have none."""
+    by_setting: dict[str, dict] = {setting: {} for setting in settings}
+    for condition in conditions:
+        setting = condition["plans"]
+        if setting not in settings:
+            continue
+        for task, plan in condition["texts"].items():
+            if plan:
+                by_setting[setting][task] = plan
+    return by_setting
+
+
+def question_ids(by_setting: dict[str, dict], settings: list[str]) -> dict[str, str]:
+    """{task: `question`} of the tasks that have plans of both settings."""
+    first, second = settings
+    question_of = {}
+    for task, plan in by_setting[first].items():
+        if task in by_setting[second]:
+            question_of[task] = common.fingerprint(task, plan, by_setting[second][task])
+    return question_of
+
+
+class Question(NamedTuple):
+    """A task's two plans for the judge, in one of the two orders."""
+
+    task: str
+    first: str  # the setting shown first
+    text: str
+    id: str  # `question` in the row
 
 
 def open_questions(
-    a: JudgeArgs, texts: dict[str, dict], prompt: str, judge_id: str
-) -> list[tuple[str, str, str]]:
-    """[(task, the setting shown first, what to ask), ...] that this judge has not answered yet."""
-    folder = Path(a.out) / "eval"
-    rows = common.read_rows(folder / "plans.jsonl", ("task", "instruction"))
+    a: JudgeArgs, by_setting: dict[str, dict], prompt: str, judge_id: str
+) -> list[Question]:
+    """The questions that this judge has not answered yet."""
+    plans_file = Path(a.out) / "eval" / "plans.jsonl"
+    rows = common.read_rows(plans_file, ("task", "instruction"))
     instructions = {row["task"]: row["instruction"] for row in rows}
-    fields = ("task", "first", "answer", "judge_id")
-    rows = common.read_rows(folder / "judgements.jsonl", fields, missing_ok=True)
-    done = common.finished(rows, "judge_id", "task", "first")
+    done = common.finished(read_judgements(a.out), "judge_id", "question", "first")
     questions = []
-    for task in texts[a.plans[0]]:
-        if task not in texts[a.plans[1]]:
-            continue
+    for task, question_id in question_ids(by_setting, a.plans).items():
         for first, second in (a.plans, a.plans[::-1]):
-            if (judge_id, task, first) not in done:
-                text = common.fill(
-                    prompt,
-                    task=instructions[task],
-                    first=texts[first][task],
-                    second=texts[second][task],
-                )
-                questions.append((task, first, text))
+            if (judge_id, question_id, first) in done:
+                continue
+            text = common.fill(
+                prompt,
+                task=instructions[task],
+                first=by_setting[first][task],
+                second=by_setting[second][task],
+            )
+            questions.append(Question(task, first, text, question_id))
     return questions
 
 
 async def ask_judge(
-    a: JudgeArgs, name: str, url: str | None, judge_id: str, questions: list[tuple[str, str, str]]
+    a: JudgeArgs, name: str, url: str | None, judge_id: str, questions: list[Question]
 ) -> None:
     """Ask all questions and keep the answers in eval/judgements.jsonl."""
     path = Path(a.out) / "eval" / "judgements.jsonl"
-
-    async def ask(question: tuple[str, str, str]) -> None:
-        task, first, text = question
-        messages = [{"role": "user", "content": text}]
-        for attempt in range(3):  # an invalid answer is asked for again, less greedily
-            seed = common.seed_of(task, first, attempt)
-            reply = await model.ask(messages, 0.3 * attempt, a.tokens, seed)
-            answer = parse_judgement(reply.text)
-            if answer:
-                break
-        row = {
-            "task": task,
-            "plans": a.plans,
-            "first": first,
-            "answer": answer,
-            "reply": reply.text,
-            "judge": name,
-            "judge_id": judge_id,
-        }
-        append(row)
-        bar.update()
-
     with (
         common.Appender(path) as append,
         tqdm(total=len(questions), desc="judgements") as bar,
         common.open_model(name, url, a) as model,
     ):
-        await asyncio.gather(*map(ask, questions))
+
+        async def ask(question: Question) -> None:
+            answer, reply = await judgement_of(model, question, a.tokens)
+            row = {
+                "task": question.task,
+                "plans": a.plans,
+                "first": question.first,
+                "answer": answer,
+                "reply": reply,
+                "judge": name,
+                "judge_id": judge_id,
+                "question": question.id,
+            }
+            append(row)
+            bar.update()
+
+        await asyncio.gather(*[ask(question) for question in questions])
+
+
+async def judgement_of(
+    model: common.Model, question: Question, tokens: int
+) -> tuple[dict | None, str]:
+    """(answer, reply); the last of several invalid replies, with None."""
+    messages = [{"role": "user", "content": question.text}]
+    for attempt, temperature in enumerate(JUDGE_TEMPERATURES):
+        seed = common.seed_of(question.task, question.first, attempt)
+        reply = (await model.ask(messages, temperature, tokens, seed)).text
+        answer = parse_judgement(reply)
+        if answer:
+            break
+    return answer, reply
 
 
 def parse_judgement(reply: str) -> dict | None:
     """{dimension: "first", "second" or "tie"} for the three dimensions and "overall", from the JSON
     object in a reply; None if there is none, or if an answer is none of these."""
-    for brace in re.finditer(r"\{", reply):
+    said = first_json_object(reply)
+    if said is None:
+        return None
+    answer = {}
+    for dimension in (*DIMENSIONS, "overall"):
+        answer[dimension] = str(said.get(f"{dimension}_better", "")).strip().lower()
+        if answer[dimension] not in ("first", "second", "tie"):
+            return None
+    return answer
+
+
+def first_json_object(text: str) -> dict | None:
+    for brace in re.finditer(r"\{", text):
         try:
-            said, _ = json.JSONDecoder().raw_decode(reply[brace.start() :])
+            found, _ = json.JSONDecoder().raw_decode(text[brace.start() :])
         except ValueError:
             continue
-        answer = {}
-        for dimension in (*DIMENSIONS, "overall"):
-            answer[dimension] = str(said.get(f"{dimension}_better", "")).strip().lower()
-            if answer[dimension] not in ("first", "second", "tie"):
-                return None
-        return answer
+        return found
     return None
 
 
-def verdict_of(answers: dict[str, dict | None], dimension: str, plans: list[str]) -> str:
-    """How the second of the two settings in `plans` did on a task: "win", "tie", "loss", or
-    "invalid" if an answer is missing. `answers`: {the setting shown first: the answer}. Answers
-    that contradict each other are a tie."""
+def read_judgements(out: str) -> list[dict]:
+    """The rows of eval/judgements.jsonl, without those of an earlier version, which have other
+    fields or other dimensions."""
+    path = Path(out) / "eval" / "judgements.jsonl"
+    fields = ("task", "plans", "first", "answer", "judge", "judge_id")
+    rows = common.read_rows(path, fields, missing_ok=True)
+    dimensions = {*DIMENSIONS, "overall"}
+    usable = []
+    for row in rows:
+        same_dimensions = row["answer"] is None or set(row["answer"]) == dimensions
+        if "question" in row and same_dimensions:
+            usable.append(row)
+    if rows and not usable:
+        print(f"{path}: judgements with other fields or dimensions are left out: judge again")
+    return usable
+
+
+def verdict_of(answers: dict[str, dict | None], dimension: str, settings: list[str]) -> str:
+    """How the second of the two `settings` did on a task: "win", "tie", "loss", or "invalid" if an
+    answer is missing. `answers`: {the setting shown first: the answer}. Answers that contradict
+    each other are a tie."""
     if len(answers) < 2 or None in answers.values():
         return "invalid"
     winners = set()
     for first, answer in answers.items():
-        second = plans[1] if first == plans[0] else plans[0]
-        winners.add({"first": first, "second": second, "tie": None}[answer[dimension]])
-    if winners == {plans[1]}:
+        if answer[dimension] == "first":
+            winners.add(first)
+        elif answer[dimension] == "second":
+            winners.add(settings[1] if first == settings[0] else settings[0])
+        else:
+            winners.add(None)
+    if winners == {settings[1]}:
         return "win"
-    if winners == {plans[0]}:
+    if winners == {settings[0]}:
         return "loss"
     return "tie"
 
 
-def count_verdicts(rows: list[dict], plans: list[str]) -> dict[str, Counter]:
+def count_verdicts(rows: list[dict], settings: list[str]) -> dict[str, Counter]:
     """{dimension: counts of "win", "tie", "loss" and "invalid"} over the tasks, each of which was
     shown in both orders."""
     by_task: dict[str, dict] = {}
@@ -828,22 +932,28 @@ def count_verdicts(rows: list[dict], plans: list[str]) -> dict[str, Counter]:
     for dimension in (*DIMENSIONS, "overall"):
         count = Counter({"win": 0, "tie": 0, "loss": 0, "invalid": 0})
         for answers in by_task.values():
-            count[verdict_of(answers, dimension, plans)] += 1
+            count[verdict_of(answers, dimension, settings)] += 1
         counts[dimension] = count
     return counts
 
 
-def newest_verdicts(out: str) -> dict | None:
-    """{"plans", "judge", "verdicts"} of the settings that were compared last; None: none were."""
-    path = Path(out) / "eval" / "judgements.jsonl"
-    fields = ("task", "first", "answer", "plans", "judge_id")
-    rows = common.read_rows(path, fields, missing_ok=True)
+def last_comparison(out: str, conditions: list[dict]) -> dict | None:
+    """{"plans": the two settings, "judge", "verdicts"} of the settings that were compared last, on
+    the plans that the conditions have now; None if there is no judgement of these."""
+    rows = read_judgements(out)
     if not rows:
         return None
     last = rows[-1]
-    same = [row for row in rows if row["judge_id"] == last["judge_id"]]
-    verdicts = count_verdicts(same, last["plans"])
-    return {"plans": last["plans"], "judge": last["judge"], "verdicts": verdicts}
+    settings = last["plans"]
+    question_of = question_ids(plans_of_settings(conditions, settings), settings)
+    counted = []
+    for row in rows:
+        if row["judge_id"] == last["judge_id"] and row["question"] == question_of.get(row["task"]):
+            counted.append(row)
+    if not counted:
+        return None
+    verdicts = count_verdicts(counted, settings)
+    return {"plans": settings, "judge": last["judge"], "verdicts": verdicts}
 
 
 # ---- the commands --------------------------------------------------------------------------------
@@ -852,26 +962,26 @@ def newest_verdicts(out: str) -> dict | None:
 def write_report(a: ReportArgs) -> str:
     """Write and print tables, figures and report of all that was played."""
     by_path = {Path(out).resolve(): str(Path(out)) for out in a.out}
-    folders = list(by_path.values())
+    folders = list(by_path.values())  # each once
     several = len(folders) > 1
     conditions = []
     outdated = 0
     for out in folders:
-        asked, left_out = asked_conditions(out, folders if several else ())
-        if not asked:
+        current, left_out = current_conditions(out, folders if several else ())
+        if not current:
             raise InputError(f"{out} has no evaluation: run 05_eval.py --out {out} first")
-        conditions.extend(with_episodes(out, asked))
+        conditions.extend(load_episodes(out, current))
         outdated += left_out
     if several:
-        to = Path(folders[0]) / "pooled"
+        folder = Path(folders[0]) / "pooled"
         conditions = tables.pooled(conditions)
-        verdicts = None
+        judged = None
     else:
-        to = Path(folders[0])
-        verdicts = newest_verdicts(folders[0])
+        folder = Path(folders[0])
+        judged = last_comparison(folders[0], conditions)
     results, differences = summarise(conditions, a.seed, several)
-    text = report.write(to, conditions, outdated, results, differences, verdicts)
-    print(f"\n{text}\nwritten to {to}/results.md, results.json, results.png, report.html")
+    text = report.write(folder, conditions, outdated, results, differences, judged)
+    print(f"\n{text}\nwritten to {folder}/results.md, results.json, results.png, report.html")
     return text
 
 
@@ -879,22 +989,18 @@ def write_plan(a: PlanArgs) -> None:
     """Print the plan for one task in words."""
     if not a.text:
         raise InputError('name the task: python 05_eval.py plan --planner MODEL "Your task is ..."')
-    prompts = common.Prompts(a.env, a.prompts)
+    messages = common.Prompts(a.env, a.prompts).planner(a.text)
     name, url = common.name_and_url(a.planner)
     common.check_model(name, url)
-
-    async def ask() -> str:
-        with tempfile.TemporaryDirectory() as logs:
-            serving = SimpleNamespace(
-                out=logs, concurrency=1, tensor_parallel=1, max_model_len=a.max_model_len
-            )
-            with common.open_model(name, url, serving) as model:
-                return (await model.ask(prompts.planner(a.text), 0.0, a.plan_tokens)).text
-
-    reply = asyncio.run(ask())
-    plan = common.parse_plan(reply)
+    with tempfile.TemporaryDirectory() as logs:
+        # what open_model reads of a stage's Args; a server's logs are deleted after the plan
+        serving = SimpleNamespace(
+            out=logs, concurrency=1, tensor_parallel=1, max_model_len=a.max_model_len
+        )
+        with common.open_model(name, url, serving) as model:
+            plan, _ = asyncio.run(ask_for_plan(model, messages, a.plan_tokens))
     if not plan:
-        raise InputError(f"{a.planner} wrote no plan but: {reply[:300]}")
+        raise InputError(f"{a.planner} wrote no plan: its reply is empty")
     print(plan)
 
 
@@ -915,26 +1021,35 @@ def check_settings(a: Args) -> None:
         if plan_position not in common.PLAN_POSITIONS:
             known = ", ".join(common.PLAN_POSITIONS)
             raise InputError(f"--plan_positions {plan_position}: one of {known}")
-    common.Prompts(a.env, a.prompts, a.examples)
+    common.Prompts(a.env, a.prompts, a.examples)  # raises InputError if there are none
     for setting in a.plans:
         if setting.endswith(".jsonl"):
-            common.read_rows(setting, ("task", "plan"))
+            common.read_rows(setting, ("task", "plan"))  # raises InputError if a row lacks these
 
 
 def check_models(a: Args) -> None:
-    """Raise `InputError` before any work if a planner or an agent is missing."""
+    """Raise `InputError` before any work if a planner or an agent is missing, or if an agent is
+    given twice."""
     for setting in a.plans:
         planner = planner_of(a, setting)
-        if planner:
-            common.check_model(planner)
-            if setting != "gpt" and not Path(planner).is_dir():
-                raise InputError(
-                    f"--plans {setting}: there is no planner {planner}; run the stage that makes "
-                    "it, or leave it out"
-                )
+        if planner is None:
+            continue
+        if setting != "gpt" and not Path(planner).is_dir():
+            raise InputError(
+                f"--plans {setting}: there is no planner {planner}; run the stage that makes it, "
+                "or leave it out"
+            )
+        common.check_model(*common.name_and_url(planner))
+    entry_of: dict[str, str] = {}  # {model's name: entry of --agents}
     for agent in a.agents:
-        if not agent.startswith("http"):
-            common.check_model(agent)
+        name, url = common.name_and_url(agent)
+        common.check_model(name, url)
+        if name in entry_of:
+            raise InputError(
+                f"--agents {entry_of[name]} {agent}: both are {name}; join the URLs of its servers "
+                "with commas"
+            )
+        entry_of[name] = agent
 
 
 def check(a: Args) -> None:
@@ -954,20 +1069,25 @@ def check(a: Args) -> None:
 
 async def list_splits(a: Args, pool) -> dict[str, list[str]]:
     """{split: its tasks}: of --splits, else of the files in --tasks, else the test splits."""
+    if a.skip < 0:
+        raise InputError(f"--skip {a.skip} is negative")
+    if a.limit is not None and a.limit < 1:
+        raise InputError("--limit must be at least 1")
     names = a.splits
     if not names:
-        names = [s for s in common.task_files(a.tasks) if s != "train"]
+        # `make TASKS=FOLDER` passes --tasks train=... to every stage; only others are test tasks
+        names = [split for split in common.task_files(a.tasks) if split != "train"]
     if not names:
         names = common.environment(a.env).tests()
-    end = a.limit  # list_tasks counts from the first task and refuses a limit of 0
-    if end:
-        end += a.skip
+    end = None
+    if a.limit is not None:
+        end = a.skip + a.limit
     splits = {}
     for split in names:
         tasks = await common.list_tasks(pool, a.env, split, a.tasks, a.types, end)
         splits[split] = tasks[a.skip :]
-        if a.skip < 0 or not splits[split]:
-            raise InputError(f"--skip {a.skip} is negative or leaves no task of {split}")
+        if not splits[split]:
+            raise InputError(f"--skip {a.skip} leaves no task of {split}")
     return splits
 
 
@@ -975,10 +1095,9 @@ async def evaluate(a: Args) -> None:
     """Make the plans and play the episodes that are missing."""
     async with common.EnvPool(a.env, a.workers, a.concurrency, a.ray) as pool:
         splits = await list_splits(a, pool)
-        tasks = list(dict.fromkeys(itertools.chain.from_iterable(splits.values())))
-        plans_ids = await greedy_plans(a, tasks, pool)
+        plans_ids = await make_missing_plans(a, distinct(splits.values()), pool)
         conditions = conditions_of(a, plans_ids, splits)
-        known, _ = asked_conditions(a.out)
+        known, _ = current_conditions(a.out)
         new = [c for c in conditions if c not in known]
         if new:
             with common.Appender(Path(a.out) / "eval" / "conditions.jsonl") as append:

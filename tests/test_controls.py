@@ -79,9 +79,13 @@ def test_validation_tasks_are_those_after_the_others(tmp_path, settings):
     ev.main(ev.Args(**usual, skip=3, limit=2))
     [condition] = read_rows(tmp_path / "eval" / "conditions.jsonl")
     assert condition["tasks"] == common.environment(CORRIDOR)().tasks("train")[3:5]
-    for skip in (8, -1):
-        with pytest.raises(InputError, match=f"--skip {skip} is negative or leaves no task of tra"):
-            ev.main(ev.Args(**usual, skip=skip))
+    for wrong, says in (
+        ({"skip": 8}, "--skip 8 leaves no task of train"),
+        ({"skip": -1}, "--skip -1 is negative"),
+        ({"skip": 3, "limit": -1}, "--limit must be at least 1"),
+    ):
+        with pytest.raises(InputError, match=says):
+            ev.main(ev.Args(**usual, **wrong))
 
 
 @pytest.mark.parametrize(

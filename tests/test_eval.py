@@ -446,6 +446,70 @@ def test_judge(tmp_path, chat_server):
     assert len(server.requests) == before, "nothing is judged twice"
 
 
+@pytest.fixture
+def judged(known, chat_server, monkeypatch) -> Path:
+    """The run folder `known` with plans of sft, too, and all four tasks judged: all ties."""
+    server = chat_server(lambda messages, body: TIES)
+    monkeypatch.setenv("OPENAI_API_KEY", "k")
+    monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+    plans = known / "eval" / "plans.jsonl"
+    rows = read_rows(plans)
+    for row in list(rows):
+        rows.append(row | {"setting": "sft", "plan": "Step 1: wait", "plans_id": "id of sft"})
+    write_jsonl(plans, rows)
+    ask_again(known, condition("sft", "seen", SEEN))
+    ask_again(known, condition("sft", "unseen", UNSEEN))
+    ev.judge(ev.JudgeArgs(out=str(known)))
+    assert len(server.requests) == 2 * 4
+    return known
+
+
+def ties(out: Path) -> int:
+    write_report(out)
+    return numbers(out)["judged"]["overall"]["tie"]
+
+
+def test_one_more_task_is_two_more_questions(judged):
+    path = judged / "eval" / "judgements.jsonl"
+    rows = read_rows(path)
+    plans = read_rows(judged / "eval" / "plans.jsonl")
+    more = [row | {"task": "melt/3"} for row in plans if row["task"] == "melt/2"]
+    write_jsonl(judged / "eval" / "plans.jsonl", plans + more)
+    for setting in ("sft", "mpo"):
+        ask_again(judged, condition(setting, "unseen", [*UNSEEN, "melt/3"]))
+    ev.judge(ev.JudgeArgs(out=str(judged)))
+    first, second = read_rows(path)[len(rows) :]
+    assert first["task"] == second["task"] == "melt/3" and first["question"] == second["question"]
+    assert {first["first"], second["first"]} == {"sft", "mpo"}
+    assert ties(judged) == 5
+
+
+def test_judgements_of_an_earlier_plan_do_not_count(judged):
+    path = judged / "eval" / "judgements.jsonl"
+    rows = read_rows(path)
+    plans = read_rows(judged / "eval" / "plans.jsonl")
+    plans[0] |= {"plan": "Step 1: another plan"}
+    write_jsonl(judged / "eval" / "plans.jsonl", plans)
+    assert ties(judged) == 3
+    ev.judge(ev.JudgeArgs(out=str(judged)))
+    assert len(read_rows(path)) == len(rows) + 2 and ties(judged) == 4
+
+
+@pytest.mark.parametrize("fields", [{}, {"question": "q"}])
+def test_judgements_of_an_earlier_version_are_left_out(judged, fields, capsys):
+    path = judged / "eval" / "judgements.jsonl"
+    old = []
+    for row in read_rows(path):
+        row.pop("question")
+        old.append(row | {"answer": {"correctness": "tie", "overall": "tie"}} | fields)
+    write_jsonl(path, old)
+    write_report(judged)
+    assert "judged" not in numbers(judged)
+    assert "judgements.jsonl: judgements with other fields" in capsys.readouterr().out
+    ev.judge(ev.JudgeArgs(out=str(judged)))
+    assert ties(judged) == 4 and len(read_rows(path)) == 2 * len(old)
+
+
 @pytest.mark.parametrize(
     ("plans", "says"),
     [(["sft", "sft"], "two settings"), (["mpo", "gpt"], "gpt: .* no plans of it")],
@@ -530,8 +594,8 @@ def test_the_plan_positions_differ_where_they_should(tmp_path, evaluate, chat_se
 
 
 def test_plans_of_the_teacher(tmp_path, evaluate, chat_server, monkeypatch):
-    """--plans gpt asks the teacher with the environment's own prompt; plans are made once and used
-    by all agents."""
+    """--plans gpt asks the teacher, a model of an API or a server, with the environment's own
+    prompt; plans are made once and used by all agents."""
 
     def reply(messages, body):
         if body["model"] == "gpt-4o":
@@ -562,6 +626,9 @@ def test_plans_of_the_teacher(tmp_path, evaluate, chat_server, monkeypatch):
     before = len(server.requests)
     evaluate(**usual, agents=["small", "large"], plans=["none"])
     assert len(server.requests) == before
+    teacher = chat_server(lambda messages, body: plan_reply("Step 1: wait"))
+    evaluate(**usual, agents=["small"], plans=["gpt"], teacher=teacher.url)
+    assert len(teacher.requests) == 2
 
 
 @pytest.mark.parametrize(
@@ -585,6 +652,14 @@ def test_settings_that_cannot_be_used(tmp_path, evaluate):
         evaluate(agents=["http://localhost:1"], plans=["none"], plan_positions=["prompt"])
     with pytest.raises(InputError, match="has no evaluation"):
         write_report(tmp_path / "none")
+    with pytest.raises(InputError, match="--plans mismatched: there is no planner .*run/mpo; run"):
+        evaluate(agents=["http://localhost:1"], plans=["none", "mismatched"])
+
+
+def test_an_agent_that_is_given_twice(evaluate, chat_server):
+    urls = [chat_server(lambda messages, body: "Action: walk on").url for _ in range(2)]
+    with pytest.raises(InputError, match=f"--agents {urls[0]} {urls[1]}: both are .*with commas"):
+        evaluate(agents=urls, plans=["none"])
 
 
 def test_a_plan_for_a_task_in_words(chat_server, monkeypatch, capsys):
@@ -597,3 +672,10 @@ def test_a_plan_for_a_task_in_words(chat_server, monkeypatch, capsys):
     assert server.requests[-1]["model"] == "vendor/model", "not taken for a local model"
     with pytest.raises(InputError, match="name the task"):
         ev.write_plan(ev.PlanArgs(planner=server.url, env=CORRIDOR))
+    capsys.readouterr()
+    untagged = chat_server(lambda m, body: " Look around. ")
+    ev.write_plan(ev.PlanArgs(planner=untagged.url, env=CORRIDOR, text="Wait."))
+    assert capsys.readouterr().out == "Look around.\n"
+    silent = chat_server(lambda m, body: "")
+    with pytest.raises(InputError, match="wrote no plan"):
+        ev.write_plan(ev.PlanArgs(planner=silent.url, env=CORRIDOR, text="Wait."))

@@ -48,8 +48,8 @@ def rows_of(runs: list[str], validation: bool) -> list[dict]:
     rows: dict[tuple, dict] = {}
     for run in runs:
         seed = int(re.search(r"\d*$", Path(run).name)[0] or 0)
-        conditions, _ = ev.asked_conditions(run)
-        for condition in ev.with_episodes(run, conditions):
+        conditions, _ = ev.current_conditions(run)
+        for condition in ev.load_episodes(run, conditions):
             if (condition["split"] == "train") != validation:
                 continue
             setting = condition["plans"]
