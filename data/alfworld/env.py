@@ -33,17 +33,22 @@ def start_game(path: Path):
 def patch_textworld() -> None:
     """Patch TextWorld for speed. What the agent is told does not change:
 
-    - a game is translated once per process, not four times per episode;
+    - a game is translated once, not four times per episode;
     - the second translation, for the planner expert, is skipped;
     - grammar rules and conditions are parsed once, not at every derivation;
-    - grammar contexts are copied one level deep, because nobody changes the entities in them."""
+    - grammar contexts are copied one level deep, because nobody changes the entities in them.
+
+    The caches are bounded, so that a worker's memory does not grow with the games it has played.
+    The translations of the last 32 games are kept: a worker plays the rollouts of one game after
+    another, so it works on few at once. 4,096 parsed texts are kept of each kind: they are short,
+    and games share most of them."""
     import fast_downward
     from textworld.envs.pddl import textgen
     from textworld.logic import Rule
 
     load_lib = fast_downward.load_lib
     translate = functools.lru_cache(32)(fast_downward.pddl2sas)
-    cached = functools.lru_cache(4096)
+    parse_once = functools.lru_cache(4096)
 
     def load_lib_without_replan():
         lib = load_lib()
@@ -62,9 +67,15 @@ def patch_textworld() -> None:
 
     fast_downward.load_lib = load_lib_without_replan
     fast_downward.pddl2sas = translate_once
-    textgen._parse_and_convert = cached(textgen._parse_and_convert)
-    Rule.parse_conjunctive_query = cached(Rule.parse_conjunctive_query)
+    textgen._parse_and_convert = parse_once(textgen._parse_and_convert)
+    Rule.parse_conjunctive_query = parse_once(Rule.parse_conjunctive_query)
     textgen.copy_context = copy_context
+
+
+# The verbs of actions that handle a thing. Before those of SEARCHED the expert had to find it.
+HANDLE = ("take", "put", "heat", "cool", "clean", "toggle")
+SEARCHED = ("take", "toggle")
+ORDINALS = {1: "first", 2: "second"}
 
 
 class ALFWorld(Environment):
@@ -250,14 +261,21 @@ class ALFWorld(Environment):
 
     def _search(self):
         """The actions of alfworld's hand-coded expert, one at a time: each depends on what was
-        seen. They end when the expert gives up (it raises a dozen kinds of errors)."""
-        from alfworld.agents.expert import HandCodedTWAgent
-
-        last = "look"
+        seen. They end when the expert gives up."""
         random.seed(self.path.parent.name)  # the expert draws between equal choices
         self.env.request_infos.facts = True
         try:
             self.state = self.env.reset()
+            yield from self._expert_actions()
+        finally:
+            self.env.request_infos.facts = False
+
+    def _expert_actions(self):
+        """What the expert does in the game as it is now."""
+        from alfworld.agents.expert import HandCodedTWAgent
+
+        last = "look"
+        try:
             expert = HandCodedTWAgent(max_steps=200)
             expert.reset(str(self.path))
             expert.observe(self.state.feedback)
@@ -275,9 +293,10 @@ class ALFWorld(Environment):
                 # it waits for "put", the word of older games, to know that its hands are empty
                 last = re.sub(r"^move (.+?) to ", r"put \1 in/on ", action)
         except Exception:
+            # The expert gives up with HandCodedAgentTimeout or HandCodedAgentFailed, and in rooms
+            # that it was not written for with whatever error its code runs into. In all cases the
+            # walkthrough is tried instead; if the game itself is broken, that fails visibly.
             return
-        finally:
-            self.env.request_infos.facts = False
 
     @staticmethod
     def abstract(u: str, steps: list) -> list[str]:
@@ -287,7 +306,7 @@ class ALFWorld(Environment):
         places = []  # where the expert went since it last handled a thing
         opened = False  # whether it opened the last of them
         taken = collections.Counter()  # how often it took each kind of thing
-        two = " two " in u.rsplit("Your task is to:", 1)[-1]
+        needs_two = " two " in u.rsplit("Your task is to:", 1)[-1]
         for action, _ in steps:
             verb, *words = re.sub(r" \d+\b", "", action).split()
             if verb == "go":
@@ -295,23 +314,27 @@ class ALFWorld(Environment):
                 opened = False
             elif verb == "open":
                 opened = True
-            elif verb in ("take", "put", "heat", "cool", "clean", "toggle"):
+            elif verb in HANDLE:
                 thing = words[0]
                 if verb == "take":
                     taken[thing] += 1
-                if two and taken[thing]:
-                    ordinal = {1: "first", 2: "second"}.get(taken[thing], "next")
-                    thing = f"{ordinal} {thing}"
-                plan += way_to(thing, places, opened, searched=verb in SEARCHED)
-                step = f"{verb} the {thing}"
-                if verb not in SEARCHED:
-                    step += f" {' '.join(words[1:-1])} the {words[-1]}"
-                plan.append(step)
+                name = thing
+                if needs_two and taken[thing]:
+                    name = f"{ORDINALS.get(taken[thing], 'next')} {thing}"
+                plan += way_to(name, places, opened, searched=verb in SEARCHED)
+                plan.append(handling(verb, name, words))
                 places = []
         return plan
 
 
-SEARCHED = ("take", "toggle")  # before these, the expert had to find the thing
+def handling(verb: str, name: str, words: list[str]) -> str:
+    """How a plan says what is done to a thing: "take the mug", "put the first mug in/on the shelf".
+    `words`: of the action, after the verb."""
+    if verb in SEARCHED:
+        return f"{verb} the {name}"
+    preposition = " ".join(words[1:-1])
+    place = words[-1]
+    return f"{verb} the {name} {preposition} the {place}"
 
 
 def way_to(thing: str, places: list[str], opened: bool, searched: bool) -> list[str]:

@@ -1,4 +1,4 @@
-"""Curves of a training run: metrics.jsonl, which the trainings of SFT and DPO write, as curves.png.
+"""Draws a training run's metrics.jsonl as curves.png.
 
 python -m data.report.curves runs/NAME/sft runs/NAME/mpo
 """
@@ -10,12 +10,12 @@ import common
 from data.report import figures
 from data.report.tables import column
 
-METRICS = ("loss", "reward_accuracy", "reward_margin", "lr", "grad_norm")
+TRAINING_METRICS = ("loss", "reward_accuracy", "reward_margin", "lr", "grad_norm")
 
 
 def draw(log: list[dict], path: Path) -> None:
     """The metrics of a training run over its steps, training and held out, a panel each."""
-    names = [name for name in METRICS if name in log[0]]
+    names = [name for name in TRAINING_METRICS if name in log[0]]
     steps = column(log, "step")
     figure, panels = figures.new_figure(4 * len(names), 3, len(names))
     for panel, name in zip(panels, names, strict=True):

@@ -1,5 +1,7 @@
-"""Figures of an evaluation, drawn with matplotlib. `results`: see tables.py; each has the metric
-that its figure shows."""
+"""Draws the figures of an evaluation with matplotlib.
+
+`results` are as in tables.py, without those that have no value because an episode is missing.
+"""
 
 from operator import itemgetter
 from pathlib import Path
@@ -13,9 +15,10 @@ COLOURS = {
     "mpo": "#1f5fa8",
     "rft": "#e0a458",
     "gpt": "#8c6bb1",
+    "wkm": "#3d8f9e",
     "oracle": "#5aa469",
 }
-MORE_COLOURS = ["#5aa469", "#c0625e", "#3d8f9e", "#a08a5b"]
+MORE_COLOURS = ["#a08a5b", "#c77bb0", "#4d4d8f", "#8a9a3d"]  # of agents and other plan settings
 VERDICT_COLOURS = {"win": "#1f5fa8", "tie": "#b8bfc9", "loss": "#e0a458"}
 ERROR_BARS = {"lw": 1, "ecolor": "#444"}
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import common
 from data.report.tables import Table, named, short, unique
 
-BLOCK = 40  # tasks in a compressed block
+BLOCK_SIZE = 40  # tasks in a compressed block
 
 
 def page(conditions: list[dict], tables: list[Table], figures: dict[str, Path]) -> str:
@@ -21,13 +21,13 @@ def page(conditions: list[dict], tables: list[Table], figures: dict[str, Path]) 
     `figures`: {title: path}."""
     columns = []
     for agent, plans, plan_position in unique(conditions, "agent", "plans", "plan_position"):
-        name = {"agent": short(agent, conditions), "plans": named(plans)}
-        columns.append({**name, "plan_position": plan_position})
+        names = {"agent": short(agent, conditions), "plans": named(plans)}
+        columns.append({**names, "plan_position": plan_position})
     tasks = tasks_of(conditions)
-    index = {"columns": columns, "tasks": list(map(summary, tasks)), "chunk": BLOCK}
+    index = {"columns": columns, "tasks": list(map(summary, tasks)), "block_size": BLOCK_SIZE}
     blocks = ""
-    for number, start in enumerate(range(0, len(tasks), BLOCK)):
-        block = compressed(list(map(conversations, tasks[start : start + BLOCK])))
+    for number, start in enumerate(range(0, len(tasks), BLOCK_SIZE)):
+        block = compressed(list(map(conversations, tasks[start : start + BLOCK_SIZE])))
         blocks += f'<script type="text/plain" id="block{number}">{block}</script>\n'
     return common.fill(
         Path(__file__).with_name("report.html").read_text(),
@@ -47,10 +47,13 @@ def tasks_of(conditions: list[dict]) -> list[dict]:
     for c in conditions:
         column = columns.index((c["agent"], c["plans"], c["plan_position"]))
         split = c.get("shown", c["split"])
-        for name, episode in c["episodes"].items():
-            empty = {"env": c["env"], "split": split, "task": name, "plans": {}, "episodes": {}}
-            task = found.setdefault((c["env"], split, name), empty)
-            task["plans"][column] = c["texts"].get(name)
+        for task_name, episode in c["episodes"].items():
+            key = (c["env"], split, task_name)
+            if key not in found:
+                names = {"env": c["env"], "split": split, "task": task_name}
+                found[key] = {**names, "plans": {}, "episodes": {}}
+            task = found[key]
+            task["plans"][column] = c["texts"].get(task_name)
             task["episodes"][column] = episode
     return list(found.values())
 

@@ -37,30 +37,53 @@ def write(
     tables = paper_tables(results, differences)
     if judged:
         tables["fig6"] = judged_table(**judged)
+    drawn = draw_figures(folder, tables, results, judged)
+    conditions_table = overview(results, outdated)
+    gains_table = gains(results, differences)
+
+    envs = unique(conditions, "env")
+    runs = unique(conditions, "run")
+    write_paper_tables(folder, tables)
+    all_tables = [conditions_table, gains_table, *tables.values()]
+    text = write_markdown(folder, envs, runs, all_tables)
+    write_json(folder, envs, runs, results, differences, judged)
+    html = page(conditions, [*tables.values(), gains_table, conditions_table], drawn)
+    common.write_text(folder / "report.html", html)
+    return text
+
+
+def write_paper_tables(folder: Path, tables: dict[str, Table]) -> None:
+    """Write each table or figure of the paper as NAME.md."""
     for name, table in tables.items():
         text = f"{table.markdown()}\n```latex\n{table.latex()}```\n"
         common.write_text(folder / f"{name}.md", text)
-    drawn = draw_figures(folder, tables, results, judged)
 
-    everything = overview(results, outdated)
-    compared = gains(results, differences)
-    envs = unique(conditions, "env")
-    runs = unique(conditions, "run")
-    every = [everything, compared, *tables.values()]
+
+def write_markdown(folder: Path, envs: list, runs: list, tables: list[Table]) -> str:
+    """Write results.md: the tables in Markdown, which are returned, then in LaTeX."""
     text = f"# {', '.join(envs)}\n\n"
     if len(runs) > 1:
         text += f"Run folders: {', '.join(runs)}\n\n"
-    text += "\n".join(table.markdown() for table in every)
-    latex = "\n".join(table.latex() for table in every)
+    text += "\n".join(table.markdown() for table in tables)
+    latex = "\n".join(table.latex() for table in tables)
     markdown = f"{text}\n# The same in LaTeX\n\n```latex\n{latex}```\n"
     common.write_text(folder / "results.md", markdown)
+    return text
+
+
+def write_json(
+    folder: Path,
+    envs: list,
+    runs: list,
+    results: list[dict],
+    differences: list[dict],
+    judged: dict | None,
+) -> None:
+    """Write results.json: all numbers of the tables."""
     numbers = {"env": ", ".join(envs), "runs": runs, "results": results, "differences": differences}
     if judged:
         numbers["judged"] = {"plans": judged["plans"], **judged["verdicts"]}
     common.write_text(folder / "results.json", json.dumps(numbers, indent=1) + "\n")
-    html = page(conditions, [*tables.values(), compared, everything], drawn)
-    common.write_text(folder / "report.html", html)
-    return text
 
 
 def draw_figures(
@@ -84,8 +107,10 @@ def draw_figures(
         drawn[tables["fig4"].title] = folder / "fig4.png"
         figures.agent_lines(fig4, folder / "fig4.png")
     if "fig5" in tables:
-        last = select(results, TABLES["fig5"])[-1]["split"]  # the total, if there is one
-        fig5 = where(select(complete, TABLES["fig5"]), split=last)
+        of_fig5 = select(results, TABLES["fig5"])
+        totals = where(of_fig5, total=True)
+        split = totals[0]["split"] if totals else of_fig5[-1]["split"]
+        fig5 = where(select(complete, TABLES["fig5"]), split=split)
         if fig5:
             drawn[tables["fig5"].title] = folder / "fig5.png"
             figures.sample_counts(fig5, folder / "fig5.png")

@@ -1,8 +1,12 @@
 """Tables of an evaluation, for Markdown, LaTeX and HTML.
 
-A condition is an agent, a plan setting, a plan position and a split. Stage 5 computes what the
-tables show: `results`, one of each condition and one of each total over an agent's splits, and
-`differences`, each between two results of one agent on the same tasks.
+A condition is an agent, a plan setting, a plan position and a split. An entry is what a table shows
+values of: a condition, or a total over an agent's splits (`with_totals`). Its tasks are in strata,
+groups that count the same however many tasks each has: an average over two splits has two, all
+other entries have one.
+
+Stage 5 computes what the tables show: `results`, one of each entry, and `differences`, each between
+two results of one agent on the same tasks.
 """
 
 import html
@@ -43,7 +47,8 @@ SUCCESS = (
     " Solved: the goal state was reached. Ended: the episode is done, also when the task "
     "can no longer be completed (the paper's success rate)."
 )
-ORDER = ("none", "mismatched", "sft", "gpt", "rft", "mpo", "oracle")  # of plan settings in tables
+# of plan settings in tables
+ORDER = ("none", "mismatched", "sft", "gpt", "rft", "mpo", "mpo2", "mpo3", "wkm", "oracle")
 NAMES = {
     "none": "no plan",
     "sft": "SFT",
@@ -73,9 +78,10 @@ class PaperTable(NamedTuple):
 
 
 GUIDED = ("none", "mismatched", "mpo", "wkm", "oracle")
+TRAINED = ("none", "mismatched", "sft", "gpt", "rft", "mpo", "oracle")
 TABLES = {  # those with fewer than two rows are left out
     "table2": PaperTable("Average reward with and without meta plans", ("reward",), GUIDED),
-    "table3": PaperTable("How the planner is trained", ("reward",), ORDER),
+    "table3": PaperTable("How the planner is trained", ("reward",), TRAINED),
     "table4": PaperTable(
         "Where the agent reads the plan", ("reward",), ("mpo",), common.PLAN_POSITIONS
     ),
@@ -147,9 +153,10 @@ def short(agent: str, conditions: list[dict]) -> str:
 
 
 def agent_names(agents: list[str], out, folders: list) -> dict[str, str]:
-    """{agent: its name in the tables of several run folders}, for the agents of run folder `out`. A
-    checkpoint in `out` is named by its path in there, so that such agents of all folders share a
-    row; one in another of the `folders` as well, unless `out` has its own of that name."""
+    """{agent: its name in the tables of several run folders}, for the agents of run folder `out`.
+
+    A checkpoint inside a run folder is named by its path in it, so that the seeds share a row. If
+    two of the folders have one of that name, only `out`'s gets the short name."""
     names: dict[str, str] = {}
     for root in (out, *folders):
         folder = Path(root).resolve()
@@ -187,30 +194,31 @@ def pooled(conditions: list[dict]) -> list[dict]:
 
 
 def with_totals(conditions: list[dict], several: bool) -> list[dict]:
-    """What there is a result of: {"agent", "plans", "plan_position", "split", "total",
-    "conditions", "strata"}, `strata` as [{task: its episodes}]. Conditions of several run folders
-    that have the same names are one. An agent, setting and plan position with more than one split
-    has a total: "all" tasks, or, with `several` folders, the "average" over the splits, if it has
-    all of them."""
+    """The entries: {"agent", "plans", "plan_position", "split", "total", "conditions", "strata"},
+    `strata` as [{task: its episodes}]. Conditions of several run folders that have the same names
+    are one entry. An agent, setting and plan position with more than one split has a total: "all"
+    tasks, or, with `several` folders, the "average" over the splits, if it has all of them."""
     fields = ("agent", "plans", "plan_position")
     every_split = unique(conditions, "split")
-    found = []
+    entries = []
     for key in unique(conditions, *fields):
         names = dict(zip(fields, key, strict=True))
         own = where(conditions, **names)
         by_split = _episodes_by_split(own, every_split)
         for split, episodes in by_split.items():
             single = {**names, "total": False, "conditions": where(own, split=split)}
-            found.append({**single, "split": split, "strata": [episodes]})
+            entries.append({**single, "split": split, "strata": [episodes]})
+        if len(by_split) == 1:
+            continue
         total = {**names, "total": True, "conditions": own}
-        if several and len(by_split) == len(every_split) > 1:
-            found.append({**total, "split": "average", "strata": list(by_split.values())})
-        elif not several and len(by_split) > 1:
+        if not several:
             tasks: dict[str, list] = {}
             for episodes in by_split.values():
                 tasks.update(episodes)
-            found.append({**total, "split": "all", "strata": [tasks]})
-    return found
+            entries.append({**total, "split": "all", "strata": [tasks]})
+        elif len(by_split) == len(every_split):
+            entries.append({**total, "split": "average", "strata": list(by_split.values())})
+    return entries
 
 
 def _episodes_by_split(conditions: list[dict], splits: list[str]) -> dict[str, dict]:
@@ -463,11 +471,11 @@ def paper_table(
     if "solved" in paper.metrics:
         note += SUCCESS
     table = Table(paper.title, head, note=note + notes(rows))
-    found = common.finished(rows, "agent", "plans", "plan_position", "split")
+    result_of = common.finished(rows, "agent", "plans", "plan_position", "split")
     for agent, plans, plan_position in unique(rows, "agent", "plans", "plan_position"):
         row = [short(agent, results), plan_position if by_position else named(plans)]
         for split in splits:
-            result = found.get((agent, plans, plan_position, split))
+            result = result_of.get((agent, plans, plan_position, split))
             for metric in paper.metrics:
                 row.append(cell_text(result, metric))
         table.rows.append(row)
@@ -480,26 +488,27 @@ def _add_gains(table: Table, paper: PaperTable, rows: list[dict], differences: l
     instruction; no column if no row has one."""
     by_position = len(paper.plan_positions) > 1
     splits = unique(rows, "split")
+    sides = itemgetter("agent", "split", "plans", "plan_position")
     by_sides = {}
     for d in differences:
-        over = d["over"]["plans"], d["over"]["plan_position"]
-        by_sides[d["agent"], d["plans"], d["plan_position"], d["split"], *over] = d
-    found = []  # a difference or None for each row
-    for key in unique(rows, "agent", "plans", "plan_position"):
-        over = key[1] if by_position else "none"
-        found.append(by_sides.get((*key, splits[-1], over, "instruction")))
-    if not any(found):
+        by_sides[(*sides(d), d["over"]["plans"], d["over"]["plan_position"])] = d
+    row_gains = []  # a difference or None for each row
+    for agent, plans, plan_position in unique(rows, "agent", "plans", "plan_position"):
+        base = plans if by_position else "none"
+        gain = by_sides.get((agent, splits[-1], plans, plan_position, base, "instruction"))
+        row_gains.append(gain)
+    if not any(row_gains):
         return
-    head = "gain over the instruction" if by_position else "gain over no plan"
+    title = "gain over the instruction" if by_position else "gain over no plan"
     if len(splits) > 1:
-        head += f", {splits[-1]}"
+        title += f", {splits[-1]}"
     for metric in paper.metrics:
-        table.head.append(head + paper.label(metric))
-        for row, gain in zip(table.rows, found, strict=True):
+        table.head.append(title + paper.label(metric))
+        for row, gain in zip(table.rows, row_gains, strict=True):
+            text = ""
             if gain:
-                row.append(f"{with_interval(gain[metric], '+')}, p {gain[metric]['p']:.4f}")
-            else:
-                row.append("")
+                text = f"{with_interval(gain[metric], '+')}, p {gain[metric]['p']:.4f}"
+            row.append(text)
 
 
 def judged_table(plans: list[str], judge: str, verdicts: dict) -> Table:

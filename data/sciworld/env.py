@@ -1,4 +1,5 @@
-"""ScienceWorld 1.2.3 (Wang et al. 2022). README.md in this folder has the notes for people."""
+"""ScienceWorld 1.2.3 (Wang et al. 2022). README.md in this folder says how it is installed and what
+differs from the package."""
 
 import contextlib
 import json
@@ -38,7 +39,7 @@ class ScienceWorld(Environment):
         if ScienceWorld.jvm is None:
             ScienceWorld.jvm = self._start_jvm(sessions)
         self.random = self.jvm.Random(0)
-        self.ids = 0
+        self.next_object_id = 0
         with self._own_state():
             self.api = self.jvm.PythonInterface()
 
@@ -55,11 +56,11 @@ class ScienceWorld(Environment):
 
         try:
             self.jvm.random_field.set(self.jvm.random_holder, self.random)
-            self.jvm.set_ids(self.ids)
+            self.jvm.set_next_id(self.next_object_id)
             try:
                 yield
             finally:
-                self.ids = self.jvm.get_ids()
+                self.next_object_id = self.jvm.get_next_id()
         except Py4JError as e:
             if isinstance(e, Py4JNetworkError) or "OutOfMemory" in str(e):
                 print(f"ScienceWorld: the JVM failed: {str(e)[:2000]}", file=sys.stderr, flush=True)
@@ -106,15 +107,15 @@ class ScienceWorld(Environment):
         jvm = gateway.jvm
         random_field = jvm.java.lang.Class.forName("scala.util.Random").getDeclaredField("self")
         random_field.setAccessible(True)
-        ids = getattr(getattr(jvm.util, "UniqueIdentifier$"), "MODULE$")
+        identifiers = getattr(getattr(jvm.util, "UniqueIdentifier$"), "MODULE$")
         return SimpleNamespace(
             gateway=gateway,
             PythonInterface=jvm.scienceworld.runtime.pythonapi.PythonInterface,
             Random=jvm.java.util.Random,
             random_field=random_field,
             random_holder=getattr(getattr(jvm.scala.util, "Random$"), "MODULE$"),
-            get_ids=ids.count,
-            set_ids=getattr(ids, "count_$eq"),
+            get_next_id=identifiers.count,
+            set_next_id=getattr(identifiers, "count_$eq"),
         )
 
     # -- the protocol ------------------------------------------------------------------------------
@@ -139,7 +140,7 @@ class ScienceWorld(Environment):
 
     @classmethod
     def check(cls, task: str) -> None:
-        if task_type(task) not in cls.MAX_STEPS or not task.rsplit("/", 1)[-1].isdigit():
+        if task_type(task) not in cls.MAX_STEPS or not task.rsplit("/", 1)[-1].isdecimal():
             raise InputError(
                 f"unknown ScienceWorld task {task!r}: it must be TYPE/VARIATION with "
                 f"TYPE one of {', '.join(cls.MAX_STEPS)}"
@@ -173,9 +174,13 @@ class ScienceWorld(Environment):
 
     def expert(self, task: str) -> dict | None:
         """The gold path, replayed: {"instruction", "steps": [[action, observation], ...],
-        "reward"}. Walks are replaced by `teleport to`, because `easy` has it and the prompts list
-        it. Things get the names that observations give them, which an agent can read. A path that
-        fails when it is replayed gives way to the one before. None if all fail."""
+        "reward"}; None if it does not succeed.
+
+        Two things are changed in it. Walks become `teleport to`, which `easy` has and the prompts
+        list. Things get the names that observations give them, which an agent can read. So three
+        versions are tried: the path with teleports; if that fails, the path as the simulator gives
+        it; then the one that worked, with the names of observations, which is kept only if all its
+        actions work."""
         u = self.reset(task, gold=True)
         path = list(self.api.getGoldActionSequence())
         played = self._replay(task, self._teleport(path))
@@ -193,6 +198,8 @@ class ScienceWorld(Environment):
         """([[action, observation], ...], reward) of a task played; None if it does not succeed."""
         self.reset(task)
         steps = []
+        reward = 0.0
+        success = False
         for action in actions:
             observation, reward, done, success = self.step(action)
             steps.append([action, observation])
@@ -203,14 +210,28 @@ class ScienceWorld(Environment):
     @staticmethod
     def _teleport(path: list[str]) -> list[str]:
         """Replace each walk (`open door to`, `go to`, `look around` on the way) by one
-        `teleport to` its last room. A `look around` in that room stays. Before a focus on a thing
-        in that room there is always one, because nobody can name the thing unseen."""
-        text = "".join(f"{action}\n" for action in path if not action.startswith("open door to "))
-        walk = r"^(?:go to .+\n(?:look around\n)*)*go to (.+\n)(look around\n)*"
-        text = re.sub(walk, r"teleport to \1\2", text, flags=re.M)
-        unseen = r"^(teleport to .+\n)(?=focus on)"
-        text = re.sub(unseen, r"\1look around\n", text, flags=re.M)
-        return text.splitlines()
+        `teleport to` its last room. A `look around` in that room stays. One is added before a focus
+        on a thing in that room, because nobody can name a thing that they have not seen."""
+        actions = []
+        walk = None  # where the walk to the present room begins in `actions`; None: there is none
+        for action in path:
+            if action.startswith("open door to "):
+                continue
+            if action.startswith("go to "):
+                if walk is not None:
+                    del actions[walk:]  # the room before was only passed through
+                walk = len(actions)
+                actions.append(f"teleport to {action.removeprefix('go to ')}")
+                continue
+            if action == "look around" and walk is not None:
+                if actions[-1] != "look around":  # once is enough
+                    actions.append(action)
+                continue
+            walk = None
+            if action.startswith("focus on") and actions and actions[-1].startswith("teleport to "):
+                actions.append("look around")
+            actions.append(action)
+        return actions
 
     # (pattern, replacement) in the actions of a gold path, one action a line
     NAMES = [
@@ -227,14 +248,14 @@ class ScienceWorld(Environment):
         text = "".join(f"{action}\n" for action, _ in steps)
         for pattern, replacement in cls.NAMES:
             text = re.sub(pattern, replacement, text, flags=re.M)
-        focused = re.findall("^focus on (.+)", text, flags=re.M)
+        called = re.findall("^focus on (.+)", text, flags=re.M)
         answers = [observation for action, observation in steps if action.startswith("focus on ")]
-        for said, answer in zip(focused, answers, strict=True):
+        for name, answer in zip(called, answers, strict=True):
             match = re.fullmatch(r"You focus on the ([a-z ]+)\.", answer)
-            if match and said in match[1]:
-                name = match[1]
-                text = text.replace(name, said)  # else `glass cup` becomes `glass glass cup`
-                text = re.sub(rf"\b{said}\b", name, text)
+            if match and name in match[1]:
+                observed_name = match[1]
+                text = text.replace(observed_name, name)  # else `glass cup`: `glass glass cup`
+                text = re.sub(rf"\b{name}\b", observed_name, text)
         return text.splitlines()
 
     # -- the `rules` teacher -----------------------------------------------------------------------
@@ -256,7 +277,7 @@ class ScienceWorld(Environment):
                 start = re.match(r"This .+? is called the ([a-z ]+)\.", observation)
                 if start and not plan:
                     add_step(plan, f"go to {start[1]}")
-            elif not action.isdigit():
+            elif not action.isdecimal():
                 add_step(plan, names.general(action, observation, room_seen))
         return plan
 
@@ -276,11 +297,14 @@ def add_step(plan: list[str], step: str) -> None:
 class GeneralNames:
     """What a plan calls the things of one task: by names that are known before the task is played.
 
-    The object that the expert chose is called as in the task, the box that depends on a result
-    `the box for the result`. Wires and light bulbs that the task does not name lose their colour.
-    Half of the plans to find a thing, by a hash, are more concrete and name what the expert saw of
-    the kind that it chose ("focus on the animal, such as the dove egg or the frog egg"); if it saw
-    one only, that is the one it chose."""
+    The object that the expert chose has the name that the task gives it ("the animal"). The box
+    that depends on a result is `the box for the result`. Wires and light bulbs that the task does
+    not name lose their colour.
+
+    Of the plans to find a thing, half (by a hash) are more concrete. They add what the expert saw
+    of the kind that it chose: "focus on the animal, such as the dove egg or the frog egg"; if it
+    saw one only, that is the one it chose. That is on purpose: seed plans differ in kind, so the
+    planner's plans do, and MPO has something to choose from (data/EXPERIMENTS.md)."""
 
     # words in the name of an object that do not tell it from others
     VAGUE = {

@@ -5,16 +5,11 @@ import hashlib
 import re
 from importlib.util import find_spec
 
+from thefuzz import fuzz
+
 from common import Environment, InputError, fingerprint, interleaved, task_type
 
-try:
-    from thefuzz import fuzz
-
-    from .shop import WORDS, open_shop
-except ImportError as e:
-    raise InputError(
-        f"WebShop needs the Python package {e.name}: pip install -r data/webshop/requirements.txt"
-    ) from None
+from .shop import WORDS, open_shop
 
 NOT_NOUNS = set(WORDS["not_nouns"])
 HAS_SPACY_MODEL = find_spec("en_core_web_sm") is not None
@@ -93,7 +88,7 @@ class WebShop(Environment):
         self.check(task)
         self.goal = self.shop.goal(int(task.rsplit("/", 1)[1]))
         self.hits = []  # the products that the last search found
-        self.number = 1  # of the page of results
+        self.results_page = 1  # the number of the page of results
         self.show("search")
         return self.goal["text"]
 
@@ -113,7 +108,7 @@ class WebShop(Environment):
         confirmation = ""
         if verb == "search" and value and self.page == "search":
             self.hits = self.shop.search(value)
-            self.number = 1
+            self.results_page = 1
             self.show("results")
         elif verb != "click" or value not in self.clickable():
             error = "That is not possible here, nothing happens."
@@ -126,36 +121,45 @@ class WebShop(Environment):
 
     def _buy(self) -> tuple[str, float, bool, bool]:
         bought = self.shop.product(self.item)
-        wanted = self.shop.product(self.goal["product"])
-        earned = reward(bought, list(self.options.values()), wanted, self.goal)
+        goal_product = self.shop.product(self.goal["product"])
+        earned = reward(bought, list(self.options.values()), goal_product, self.goal)
         return f"You have bought {bought['asin']}.", earned, True, earned == 1.0
 
     def _click(self, value: str) -> str:
         """Go to another page or choose an option; returns what confirms the choice, or ""."""
         if value == "back to search":
             self.show("search")
-        elif value == "next >" and self.page == "results":
-            self.number += 1
-        elif value == "< prev" and self.page == "results":
-            self.number -= 1
-        elif value == "< prev" and self.page == "item":
-            self.show("results")
-        elif value == "< prev":
-            self.page = "item"
         elif self.page == "results":
-            self.show("item", next(i for i in self.listed() if self.code(i) == value))
-        elif value in self.SUBPAGES:
-            self.page = value
-        else:
-            options = self.shop.product(self.item)["options"]
-            names = [name for name, values in options.items() if value in values]
-            self.options[names[-1]] = value
-            return f"You have clicked {value}.\n"
+            self._click_in_results(value)
+        elif self.page == "item":
+            return self._click_in_item(value)
+        else:  # a subpage, whose only other button is "< prev"
+            self.page = "item"
         return ""
+
+    def _click_in_results(self, value: str) -> None:
+        if value == "next >":
+            self.results_page += 1
+        elif value == "< prev":
+            self.results_page -= 1
+        else:
+            self.show("item", next(i for i in self.listed() if self.code(i) == value))
+
+    def _click_in_item(self, value: str) -> str:
+        if value == "< prev":
+            self.show("results")
+            return ""
+        if value in self.SUBPAGES:
+            self.page = value
+            return ""
+        options = self.shop.product(self.item)["options"]
+        names = [name for name, values in options.items() if value in values]
+        self.options[names[-1]] = value
+        return f"You have clicked {value}.\n"
 
     def listed(self) -> list[int]:
         """The products on this page of results, ten per page."""
-        return self.hits[10 * self.number - 10 : 10 * self.number]
+        return self.hits[10 * self.results_page - 10 : 10 * self.results_page]
 
     def code(self, product: int) -> str:
         return self.shop.product(product)["asin"].lower()
@@ -163,9 +167,9 @@ class WebShop(Environment):
     def buttons(self) -> list[str]:
         """The navigation buttons of a page other than the search page."""
         buttons = ["Back to Search"]
-        if self.page != "results" or self.number > 1:
+        if self.page != "results" or self.results_page > 1:
             buttons.append("< Prev")
-        if self.page == "results" and 10 * self.number < len(self.hits):
+        if self.page == "results" and 10 * self.results_page < len(self.hits):
             buttons.append("Next >")
         return buttons
 
@@ -202,9 +206,9 @@ class WebShop(Environment):
 
     def _results(self) -> list[str]:
         back, *turn = self.buttons()
-        parts = [back, f"Page {self.number} (Total results: {len(self.hits)})", *turn]
-        for number in self.listed():
-            product = self.shop.product(number)
+        parts = [back, f"Page {self.results_page} (Total results: {len(self.hits)})", *turn]
+        for i in self.listed():
+            product = self.shop.product(i)
             parts += [product["asin"], product["name"], price_tag(product)]
         return parts
 
@@ -237,13 +241,13 @@ class WebShop(Environment):
 
     def expert(self, task: str) -> dict | None:
         """{"instruction", "steps": [[action, observation], ...], "reward", "by"}: search for the
-        product's query and the wanted attributes ("by": "attributes"), or else for the words of the
+        product's query and the goal's attributes ("by": "attributes"), or else for the words of the
         instruction; open the goal's product on the page that lists it, choose its options, buy.
         None if no search lists the product or the reward is below 0.8 within the step limit."""
         u = self.reset(task)
-        target = self.shop.product(self.goal["product"])
+        goal_product = self.shop.product(self.goal["product"])
         searches = {
-            "attributes": " ".join([target["query"], *self.goal["attributes"]]).lower(),
+            "attributes": " ".join([goal_product["query"], *self.goal["attributes"]]).lower(),
             "instruction": re.sub(r", and price lower.*|[\[\]]", "", u).lower(),
         }
         for by, keywords in searches.items():
@@ -270,7 +274,7 @@ class WebShop(Environment):
         actions = [f"search[{keywords}]"]
         actions += ["click[next >]"] * pages
         actions.append(f"click[{product['asin'].lower()}]")
-        for value in wanted_values(product["options"], self.goal["options"]):
+        for value in matching_values(product["options"], self.goal["options"]):
             actions.append(f"click[{value}]")
         actions.append("click[buy now]")
         return actions
@@ -298,9 +302,9 @@ def price_tag(product: dict) -> str:
     return " to ".join(f"${price}" for price in product["prices"])
 
 
-def wanted_values(options: dict[str, list[str]], wanted: list[str]) -> list[str]:
-    """Of each option of a product the value that matches a wanted one, if any does; equal texts
-    come before similar ones."""
+def matching_values(options: dict[str, list[str]], wanted: list[str]) -> list[str]:
+    """Of each option of a product the value that matches one of the `wanted` values, if any does;
+    equal texts come before similar ones."""
     found = []
     for values in options.values():
         best = max(values, key=lambda value: (value in wanted, matching_options([value], wanted)))
@@ -312,9 +316,9 @@ def wanted_values(options: dict[str, list[str]], wanted: list[str]) -> list[str]
 # ---- the benchmark's reward ---------------------------------------------------------------------
 
 
-def reward(bought: dict, chosen: list[str], wanted: dict, goal: dict) -> float:
+def reward(bought: dict, chosen: list[str], goal_product: dict, goal: dict) -> float:
     """In [0, 1]: matched (attributes + options + price) / (attributes + options + 1), times the
-    type reward. `bought` and `wanted` are products, `chosen` the options chosen for `bought`."""
+    type reward. `bought` and `goal_product` are products, `chosen` the options of `bought`."""
     matched = matching_options(chosen, goal["options"])
     for attribute in goal["attributes"]:
         if has_attribute(bought, attribute):
@@ -322,7 +326,7 @@ def reward(bought: dict, chosen: list[str], wanted: dict, goal: dict) -> float:
     if bought["price"] <= goal["ceiling"]:
         matched += 1
     possible = len(goal["attributes"]) + len(goal["options"]) + 1
-    return matched / possible * type_reward(bought, wanted)
+    return matched / possible * type_reward(bought, goal_product)
 
 
 def similar(a: str, b: str) -> bool:
@@ -356,19 +360,19 @@ def basic_colour(option: str) -> str:
     return option
 
 
-def type_reward(bought: dict, wanted: dict) -> float:
+def type_reward(bought: dict, goal_product: dict) -> float:
     """1, 0.5, 0.1 or 0: how well the type of the product matches."""
-    wanted_nouns = nouns(wanted["name"])
-    shared = len(set(wanted_nouns) & set(nouns(bought["name"])))
-    share = shared / len(wanted_nouns) if wanted_nouns else 0.2
+    goal_nouns = nouns(goal_product["name"])
+    shared = len(set(goal_nouns) & set(nouns(bought["name"])))
+    share = shared / len(goal_nouns) if goal_nouns else 0.2
     if share == 0:
         return 0.0
     if share < 0.1:
         return 0.1
     same = (
-        bought["query"] == wanted["query"]
+        bought["query"] == goal_product["query"]
         or share > 0.2
-        or len(categories(bought) & categories(wanted)) >= 2
+        or len(categories(bought) & categories(goal_product)) >= 2
     )
     return 1.0 if same else 0.5
 

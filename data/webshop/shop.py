@@ -3,8 +3,10 @@
 `open_shop` builds the files below once from the benchmark's own files, in the cache folder. All
 workers of a machine memory-map them: a worker's memory does not grow with the catalogue.
 
-products.jsonl   one product per line; products.npy: the byte offset of each line
-goals.npy        goals in the benchmark's order: product, instruction, option combination, ceiling
+products.jsonl   one product per line, "wants": its instructions; products.npy: the byte offset of
+                 each line
+goals.npy        goals in the benchmark's order: product, number of its instruction ("want"), option
+                 combination, price ceiling
 bm25/            BM25 weights (bm25s) of each word
 words.npy        sorted 64-bit hashes of the words; word_ids.npy: their ids in bm25/
 """
@@ -101,36 +103,51 @@ def data_files() -> dict[str, Path]:
 
 CHUNK = 1 << 22  # characters of one read
 LONGEST = 1 << 26  # characters of the longest element of a file
+DECODER = json.JSONDecoder()
+SEPARATOR = re.compile(r"[\s,:]*")
 
 
 def read_json(path: Path, bracket: str):
     """Yield the elements of a JSON list (`bracket` "["), or the keys and values of a JSON object
     ("{") in turn, without holding the file in memory. Unlike ijson, this reads NaN and lone
     surrogates, which Python's `json` writes. Raises `InputError` if the JSON is not complete."""
-    decoder = json.JSONDecoder()
-    separator = re.compile(r"[\s,:]*")
-    at = 1  # where in `text` the next element begins
     with path.open(encoding="utf-8-sig", errors="replace") as f:
         text = f.read(CHUNK).lstrip()
         if not text.startswith(bracket):
             raise InputError(f"{path} must be a JSON {'list' if bracket == '[' else 'object'}")
+        at = 1  # where in `text` the next element begins
         while True:
-            at = separator.match(text, at).end()
+            for element, end in complete_elements(text, at):
+                yield element
+                at = end
+            at = SEPARATOR.match(text, at).end()
             if text.startswith(("]", "}"), at):
                 return
-            with contextlib.suppress(ValueError):
-                element, end = decoder.raw_decode(text, at)
-                if end < len(text):  # a number at the end may continue in the next chunk
-                    yield element
-                    at = end
-                    continue
-            more = f.read(CHUNK) if len(text) - at < LONGEST else ""
-            if not more:
-                raise InputError(
-                    f"{path} is not complete JSON at {text[at : at + 40]!r}: download it again"
-                )
-            text = text[at:] + more
+            text = refilled(text[at:], f, path)
             at = 0
+
+
+def complete_elements(text: str, at: int):
+    """Yield each element of `text` from `at` on that is complete, and where it ends."""
+    while True:
+        at = SEPARATOR.match(text, at).end()
+        try:
+            element, at = DECODER.raw_decode(text, at)
+        except ValueError:
+            return
+        if at == len(text):  # a number at the end may continue in the next chunk
+            return
+        yield element, at
+
+
+def refilled(rest: str, f, path: Path) -> str:
+    """What is left of the last chunk, with the next one of the file."""
+    more = ""
+    if len(rest) < LONGEST:
+        more = f.read(CHUNK)
+    if not more:
+        raise InputError(f"{path} is not complete JSON at {rest[:40]!r}: download it again")
+    return rest + more
 
 
 def read_json_items(path: Path):
@@ -249,7 +266,7 @@ def build(files: dict[str, Path], folder: Path) -> None:
     offsets = array.array("q", [0])
     prices = array.array("d")
     documents = []  # the word ids of each product
-    wants = []  # (product, instruction, number of option combinations)
+    instructed = []  # (product, number of its instruction, number of its option combinations)
     left_out = collections.Counter()
     with (folder / "products.jsonl").open("wb") as f:
         for product in usable_products(files["products"], left_out):
@@ -259,21 +276,21 @@ def build(files: dict[str, Path], folder: Path) -> None:
             combinations = 1
             if human is None:
                 combinations = math.prod(map(len, product["options"].values()))
-            for want in range(len(product["wants"])):
-                wants.append((len(prices), want, combinations))
+            for instruction_number in range(len(product["wants"])):
+                instructed.append((len(prices), instruction_number, combinations))
             prices.append(product["price"])
             f.write(json.dumps(product).encode() + b"\n")
             offsets.append(f.tell())
             [ids] = tokenizer.streaming_tokenize([searched_text(product)], allow_empty=False)
             documents.append(array.array("i", ids))  # 4 bytes per word, a list takes 8
-    check_catalogue(files, len(prices), len(wants), left_out)
+    check_catalogue(files, len(prices), len(instructed), left_out)
     np.save(folder / "products.npy", np.array(offsets))
-    np.save(folder / "goals.npy", ordered_goals(wants, prices, draw))
+    np.save(folder / "goals.npy", ordered_goals(instructed, prices, draw))
     save_index(documents, tokenizer.stem_to_sid, folder)
 
 
 def add_instructions(product: dict, known, human: dict | None) -> None:
-    """Add "attributes" and "wants", the instructions, to a product. `known`: its entry in the
+    """Add "attributes", and the instructions as "wants", to a product. `known`: its entry in the
     attribute file; `human`: people's instructions by product, None if those are not used."""
     if not isinstance(known, dict):
         known = {}
@@ -319,19 +336,19 @@ def check_catalogue(files: dict[str, Path], products: int, goals: int, left_out)
         raise InputError(f"{source} has no goal for the products in {path.name}{hint}")
 
 
-def ordered_goals(wants: list[tuple], prices, draw: random.Random) -> np.ndarray:
-    """The goals of `wants`, rows of (product, instruction, number of option combinations): one per
-    combination, in the order of the benchmark's shuffle. Each instruction has one price ceiling,
-    drawn as the benchmark does: the larger of two of the next four multiples of 10."""
+def ordered_goals(instructed: list[tuple], prices, draw: random.Random) -> np.ndarray:
+    """The goals of rows of (product, number of its instruction, number of its option combinations):
+    one per combination, in the order of the benchmark's shuffle. Each instruction has one price
+    ceiling, drawn as the benchmark does: the larger of two of the next four multiples of 10."""
     ceilings = []
-    for product, _, _ in wants:
+    for product, _, _ in instructed:
         above = [10.0 * i for i in range(1, 100) if 10.0 * i > prices[product]][:4]
         ceilings.append(max(draw.sample(above, 2)) if len(above) >= 2 else math.inf)
-    products, instruction_numbers, counts = np.array(wants, dtype=np.int64).T
+    products, instruction_numbers, counts = np.array(instructed, dtype=np.int64).T
     order = array.array("q", range(counts.sum()))
     random.Random(233).shuffle(order)
     order = np.array(order)
-    which = np.repeat(np.arange(len(wants)), counts)[order]  # the row of `wants` of each goal
+    which = np.repeat(np.arange(len(instructed)), counts)[order]  # the row of each goal
     combination = order - (counts.cumsum() - counts)[which]
     return np.rec.fromarrays(
         [products[which], instruction_numbers[which], combination, np.array(ceilings)[which]],
@@ -377,11 +394,11 @@ class Shop:
 
     def goal(self, number: int) -> dict:
         """What to buy: {"product", "text", "attributes", "options", "ceiling"}."""
-        i, want, combination, ceiling = self.goals[number].item()
-        product = self.product(i)
-        wanted = product["wants"][want]
-        text = wanted["text"].strip(".")
-        options = wanted["options"]
+        product_number, instruction_number, combination, ceiling = self.goals[number].item()
+        product = self.product(product_number)
+        instruction = product["wants"][instruction_number]
+        text = instruction["text"].strip(".")
+        options = instruction["options"]
         if options is None:
             options = option_combination(product["options"], combination)
             if options:
@@ -391,9 +408,9 @@ class Shop:
         if ceiling < math.inf:
             text += f", and price lower than {ceiling:.2f} dollars"
         return {
-            "product": i,
+            "product": product_number,
             "text": text,
-            "attributes": wanted["attributes"],
+            "attributes": instruction["attributes"],
             "options": [clean_text(option).lower() for option in options],
             "ceiling": ceiling,
         }

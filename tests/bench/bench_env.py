@@ -20,6 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from stock_env import peak_mb  # noqa: E402
+from targets import Target, print_targets  # noqa: E402
 
 from common import EnvPool, environment, mean  # noqa: E402
 
@@ -46,37 +47,38 @@ class Played:
 
 def play_ours(name: str, episodes: list[tuple[str, list[str]]], workers: int) -> Played:
     """Play (task, actions) in order, `workers` at a time."""
+    return asyncio.run(play_in_pool(name, episodes, workers))
+
+
+async def play_in_pool(name: str, episodes: list[tuple], workers: int) -> Played:
     played = Played()
-
-    async def main():
-        async with EnvPool(name, workers, 8) as pool:
-            await pool.each([task for task, _ in episodes[-workers:]], "reset")  # start the workers
-            queue = iter(episodes)
-
-            async def work():
-                for task, actions in queue:
-                    async with pool.session(task) as env:
-                        began = time.perf_counter()
-                        await env("reset", task)
-                        reset = time.perf_counter() - began
-                        steps = []
-                        for action in actions:
-                            began = time.perf_counter()
-                            _, _, done, _ = await env("step", action)
-                            steps.append(time.perf_counter() - began)
-                            if done:
-                                break
-                        played.add(task, 0.0, reset, steps)
-
-            start = time.perf_counter()
-            await asyncio.gather(*[work() for _ in pool.workers])
-            played.seconds = time.perf_counter() - start
-            for worker in pool.workers:
-                if worker.executor:
-                    played.peak_mb = max(played.peak_mb, peak_mb(worker.executor.process.pid))
-
-    asyncio.run(main())
+    async with EnvPool(name, workers, 8) as pool:
+        await pool.each([task for task, _ in episodes[-workers:]], "reset")  # start the workers
+        queue = iter(episodes)
+        start = time.perf_counter()
+        await asyncio.gather(*[play_queue(pool, queue, played) for _ in pool.workers])
+        played.seconds = time.perf_counter() - start
+        for worker in pool.workers:
+            if worker.executor:
+                played.peak_mb = max(played.peak_mb, peak_mb(worker.executor.process.pid))
     return played
+
+
+async def play_queue(pool: EnvPool, queue, played: Played) -> None:
+    """Play one episode of the queue after another, until it is empty."""
+    for task, actions in queue:
+        async with pool.session(task) as env:
+            began = time.perf_counter()
+            await env("reset", task)
+            reset = time.perf_counter() - began
+            steps = []
+            for action in actions:
+                began = time.perf_counter()
+                _, _, done, _ = await env("step", action)
+                steps.append(time.perf_counter() - began)
+                if done:
+                    break
+            played.add(task, 0.0, reset, steps)
 
 
 def play_stock(jobs: list[dict], workers: int) -> Played:
@@ -84,13 +86,7 @@ def play_stock(jobs: list[dict], workers: int) -> Played:
     job of each process is played once before the clock starts, to leave out its imports."""
     key = "game" if "game" in jobs[0] else "task"
     names = list(dict.fromkeys(job[key] for job in jobs))
-    processes = []
-    for i in range(workers):
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        process = subprocess.Popen([sys.executable, STOCK], text=True, **pipes)
-        process.stdin.write(json.dumps({key: names[i - 1], "actions": []}) + "\n")
-        process.stdin.flush()
-        processes.append(process)
+    processes = [start_stock({key: names[i - 1], "actions": []}) for i in range(workers)]
     for process in processes:
         process.stdout.readline()
     played = Played()
@@ -111,9 +107,20 @@ def play_stock(jobs: list[dict], workers: int) -> Played:
     return played
 
 
+def start_stock(job: dict) -> subprocess.Popen:
+    """A process that plays this job, then those written to it."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen([sys.executable, STOCK], text=True, **pipes)
+    process.stdin.write(json.dumps(job) + "\n")
+    process.stdin.flush()
+    return process
+
+
 def figures(one: Played, two: Played) -> dict[str, float]:
     """{name: value} of the runs with 1 and 2 workers."""
-    first, repeated, seen = [], [], set()
+    first = []  # seconds of the first reset of each task
+    repeated = []
+    seen = set()
     for task, load, reset in zip(one.tasks, one.loads, one.resets, strict=True):
         if task in seen:
             repeated.append(reset)
@@ -154,7 +161,7 @@ def random_episode(env, task: str, draw: random.Random) -> list[str]:
     return actions
 
 
-def bench_alfworld(a) -> list[tuple]:
+def bench_alfworld(a) -> list[Target]:
     cls = environment("alfworld")
     env = cls()
     folders = cls.games()["seen"]
@@ -171,21 +178,26 @@ def bench_alfworld(a) -> list[tuple]:
         f"{a.stock_rollouts}), 30 random actions"
     )
     ratio = compare(title, "alfworld", jobs, episodes)
+    peak = memory_after(env.tasks("train")[: a.many])
+    return [
+        Target("alfworld_episode_ratio", ratio, at_least=10),
+        Target(f"alfworld_mb_after_{a.many}_games", peak, at_most=1024),
+    ]
+
+
+def memory_after(tasks: list[str]) -> float:
+    """A worker's peak memory in MB after two episodes of each ALFWorld task."""
     words = []
     others = ["fridge", "countertop", "desk", "bed", "toilet"]
     for place in ["cabinet", "drawer", "shelf", "dresser", "sidetable", *others]:
         for i in (1, 2, 3):
             words += [f"go to {place} {i}", f"open {place} {i}"]
     draw = random.Random(0)
-    many = []
-    for task in env.tasks("train")[: a.many]:
+    episodes = []
+    for task in tasks:
         for _ in range(2):
-            many.append((task, draw.choices(words, k=30)))
-    peak = play_ours("alfworld", many, 1).peak_mb
-    return [
-        ("alfworld_episode_ratio", ratio, 10),
-        (f"alfworld_mb_after_{a.many}_games", peak, -1024),
-    ]
+            episodes.append((task, draw.choices(words, k=30)))
+    return play_ours("alfworld", episodes, 1).peak_mb
 
 
 def bench_sciworld() -> None:
@@ -266,8 +278,6 @@ def synthetic_product(i: int, words: list[str], choose: random.Random) -> dict:
 
 def play_webshop() -> None:
     """100 episodes of random actions in this process; prints times and memory as JSON."""
-    import resource
-
     start = time.perf_counter()
     env = environment("webshop")()
     opened = time.perf_counter() - start
@@ -285,20 +295,27 @@ def play_webshop() -> None:
                 action = f"search[{' '.join(draw.sample(words, min(6, len(words))))}]"
             start = time.perf_counter()
             _, _, done, _ = env.step(action)
-            (clicks if clickable else searches).append(1000 * (time.perf_counter() - start))
+            milliseconds = 1000 * (time.perf_counter() - start)
+            if clickable:
+                clicks.append(milliseconds)
+            else:
+                searches.append(milliseconds)
             if done:
                 break
-    measured = {
-        "open": opened,
-        "step": mean(clicks + searches),
-        "search": mean(searches),
-        "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-    }
+    times = {"open": opened, "step": mean(clicks + searches), "search": mean(searches)}
+    print(json.dumps(times | memory_mb()))
+
+
+def memory_mb() -> dict[str, float]:
+    """This process's memory: "peak", and the Rss lines of /proc (RssAnon, RssFile, ...)."""
+    import resource
+
+    measured = {"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("Rss"):
             name, value = line.split(":")
             measured[name] = int(value.split()[0]) / 1024
-    print(json.dumps(measured))
+    return measured
 
 
 def run_webshop(folder: str) -> dict:
@@ -308,7 +325,7 @@ def run_webshop(folder: str) -> dict:
     return json.loads(subprocess.run(command, env=env, stdout=subprocess.PIPE, check=True).stdout)
 
 
-def bench_webshop(products: int) -> list[tuple]:
+def bench_webshop(products: int) -> list[Target]:
     with tempfile.TemporaryDirectory() as folder:
         synthetic_catalogue(Path(folder), products)
         first = run_webshop(folder)
@@ -326,9 +343,9 @@ def bench_webshop(products: int) -> list[tuple]:
     if products != 1000:
         return []
     return [
-        ("webshop_start_s", first["open"], -3),
-        ("webshop_start_stored_s", again["open"], -1),
-        ("webshop_step_ms", again["step"], -5),
+        Target("webshop_start_s", first["open"], at_most=3),
+        Target("webshop_start_stored_s", again["open"], at_most=1),
+        Target("webshop_step_ms", again["step"], at_most=5),
     ]
 
 
@@ -351,9 +368,7 @@ def main() -> None:
         targets += bench_alfworld(a)
         bench_sciworld()
     print()
-    for name, measured, goal in targets:  # a goal below 0: at most
-        ok = measured <= -goal if goal < 0 else measured >= goal
-        print(f"target {name} measured {measured:.2f} goal {abs(goal)} {'ok' if ok else 'short'}")
+    print_targets(targets)
 
 
 if __name__ == "__main__":

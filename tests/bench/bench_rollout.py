@@ -21,6 +21,7 @@ import urllib.request
 from pathlib import Path
 
 from stub_server import completion, serve_connection
+from targets import Target, print_targets
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -283,7 +284,7 @@ def tasks_and_games(env: str) -> tuple[list[str], dict[str, str]]:
     return tasks, {task: str(folders[task] / "game.tw-pddl") for task in tasks}
 
 
-def bench_stub(env: str, a) -> tuple:
+def bench_stub(env: str, a) -> Target:
     """Both sides with a stub server: episodes per minute of ours over the paper's."""
     tasks, games = tasks_and_games(env)
     experts = asyncio.run(expert_trajectories(env, tasks))
@@ -317,7 +318,7 @@ def bench_stub(env: str, a) -> tuple:
         f"once; ratio {ours / paper:.1f}",
         flush=True,
     )
-    return f"rollout_ratio_{env}", ours / paper, 10
+    return Target(f"rollout_ratio_{env}", ours / paper, at_least=10)
 
 
 # ---- vLLM ----------------------------------------------------------------------------------------
@@ -351,7 +352,7 @@ async def play_watched(url: str, model: str) -> tuple[list, float, list]:
     return rows, seconds, samples
 
 
-def bench_vllm(a) -> tuple:
+def bench_vllm(a) -> Target:
     """Share of the time in which vLLM had no request while episodes were played."""
     with common.serve(a.model, ROOT / "logs", max_model_len=4096) as url:
         rows, seconds, samples = asyncio.run(play_watched(url, a.model))
@@ -362,7 +363,7 @@ def bench_vllm(a) -> tuple:
         f"  the server had no request in {idle:.1%} of {len(samples)} samples",
         flush=True,
     )
-    return "vllm_idle_percent", 100 * idle, -10
+    return Target("vllm_idle_percent", 100 * idle, at_most=10)
 
 
 # ---- memory --------------------------------------------------------------------------------------
@@ -403,13 +404,13 @@ def memory_main() -> None:
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 
 
-def bench_memory() -> tuple:
+def bench_memory() -> Target:
     """A thousand episodes in flight: memory of the main process."""
     command = [sys.executable, __file__, "--memory"]
     result = subprocess.run(command, text=True, check=True, capture_output=True)
     gigabytes = float(result.stdout)
     print(f"1,000 episodes of 50 steps in flight: {gigabytes:.2f} GB in the main process")
-    return "gb_for_1000_episodes", gigabytes, -4
+    return Target("gb_for_1000_episodes", gigabytes, at_most=4)
 
 
 def main() -> None:
@@ -444,14 +445,6 @@ def main() -> None:
     print(f"peak memory of this process {peak:.0f} MB\n")
     print_targets(targets)
     return None
-
-
-def print_targets(targets: list[tuple]) -> None:
-    """A line for each (name, measured, goal); a negative goal is an upper limit."""
-    for name, measured, goal in targets:
-        reached = measured >= goal if goal > 0 else measured <= -goal
-        verdict = "ok" if reached else "short"
-        print(f"target {name} measured {measured:.1f} goal {abs(goal)} {verdict}")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from types import SimpleNamespace
 
 import psutil
 from stub_server import completion, serve_connection
+from targets import Target, print_targets
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -195,7 +196,7 @@ async def estimated_seconds(env: Path, run: Path, load: float) -> float:
 # ---- the benchmark -------------------------------------------------------------------------------
 
 
-async def bench(env: str, tasks: int) -> list[tuple]:
+async def bench(env: str, tasks: int) -> list[Target]:
     simulation = Simulation(STEPS[env])
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder) / "scale"
@@ -228,10 +229,12 @@ async def bench(env: str, tasks: int) -> list[tuple]:
         f"{per_minute:.0f} requests/min, main process {cores:.2f} cores",
         flush=True,
     )
+    cores_per_1000 = 1000 * cores / per_minute
+    off_percent = 100 * abs(guess / wall - 1)
     return [
-        (f"scale_slots_percent_{env}", 100 * share, 95),
-        (f"scale_cores_per_1000_requests_a_minute_{env}", 1000 * cores / per_minute, -0.5),
-        (f"scale_estimate_off_percent_{env}", 100 * abs(guess / wall - 1), -20),
+        Target(f"scale_slots_percent_{env}", 100 * share, at_least=95),
+        Target(f"scale_cores_per_1000_requests_a_minute_{env}", cores_per_1000, at_most=0.5),
+        Target(f"scale_estimate_off_percent_{env}", off_percent, at_most=20),
     ]
 
 
@@ -244,10 +247,7 @@ def main() -> None:
     targets = []
     for env in STEPS:
         targets += asyncio.run(bench(env, a.tasks))
-    for name, measured, goal in targets:  # a negative goal is an upper limit
-        reached = measured >= goal if goal > 0 else measured <= -goal
-        verdict = "ok" if reached else "short"
-        print(f"target {name} measured {measured:.2f} goal {abs(goal)} {verdict}")
+    print_targets(targets)
 
 
 if __name__ == "__main__":

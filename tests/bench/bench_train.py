@@ -30,16 +30,22 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+from targets import Target, print_targets  # noqa: E402
+
 import common  # noqa: E402
 
 GOALS = {
-    "dpo_pairs_per_s": 1.6,
-    "dpo_memory": 0.7,
-    "sft_rows_per_s_padded": 1.3,
-    "sft_rows_per_s_packed": 1.0,
-    "sft_memory": 0.8,
+    "dpo_pairs_per_s": {"at_least": 1.6},
+    "dpo_memory": {"at_most": 0.7},
+    "sft_rows_per_s_padded": {"at_least": 1.3},
+    "sft_rows_per_s_packed": {"at_least": 1.0},
+    "sft_memory": {"at_most": 0.8},
 }
-GPU_GOALS = {"dpo_pairs_per_s": 1.5, "dpo_memory": 0.7, "sft_mfu": 0.45}
+GPU_GOALS = {
+    "dpo_pairs_per_s": {"at_least": 1.5},
+    "dpo_memory": {"at_most": 0.7},
+    "sft_mfu": {"at_least": 0.45},
+}
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16 FLOP/s
 
 
@@ -117,26 +123,38 @@ def flops(model: str, examples: list) -> float:
 def run_trl(a, folder: Path) -> dict:
     import torch
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-    began = []
-    seconds = []
-    memory = []
-
-    class Clock(TrainerCallback):
-        def on_step_begin(self, *_, **__):
-            began.append(time.time())
-
-        def on_step_end(self, *_, **__):
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            seconds.append(time.time() - began[-1])
-            memory.append(peak_gb())
-
-    rows = [json.loads(line) for line in (folder / f"{a.child}.jsonl").open()]
+    rows = common.read_rows(folder / f"{a.child}.jsonl")
+    settings = trl_settings(a, folder)
     if a.child == "sft":
         rows = [{"prompt": r["messages"][:-1], "completion": r["messages"][-1:]} for r in rows]
+        trainer_class = SFTTrainer
+        config = SFTConfig(**settings)
+    else:
+        trainer_class = DPOTrainer
+        config = DPOConfig(**settings, precompute_ref_log_probs=True)
+    clock = trl_clock()
+    trainer = trainer_class(
+        AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.float32),
+        args=config,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(a.model),
+        callbacks=[clock],
+    )
+    packs = len(trainer.train_dataset)
+    trainer.train()
+    steady = clock.seconds[1:]
+    if a.packing:  # a pass over the rows is `packs` steps
+        steady = [packs * statistics.mean(steady)]
+    return {"seconds": steady, "memory": max(clock.memory)}
+
+
+def trl_settings(a, folder: Path) -> dict:
+    """What TRL's SFT and DPO have in common."""
+    import torch
+
     settings = {
         "output_dir": str(folder / "trl"),
         "per_device_train_batch_size": a.micro,
@@ -162,23 +180,30 @@ def run_trl(a, folder: Path) -> dict:
             "gradient_accumulation_steps": 1,
             "num_train_epochs": 1 + a.steps // 2,
         }
-    if a.child == "dpo":
-        settings["precompute_ref_log_probs"] = True
-    kind = SFTTrainer if a.child == "sft" else DPOTrainer
-    config = SFTConfig(**settings) if a.child == "sft" else DPOConfig(**settings)
-    trainer = kind(
-        AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.float32),
-        args=config,
-        train_dataset=Dataset.from_list(rows),
-        processing_class=AutoTokenizer.from_pretrained(a.model),
-        callbacks=[Clock()],
-    )
-    packs = len(trainer.train_dataset)
-    trainer.train()
-    steady = seconds[1:]
-    if a.packing:  # a pass over the rows is `packs` steps
-        steady = [packs * statistics.mean(steady)]
-    return {"seconds": steady, "memory": max(memory)}
+    return settings
+
+
+def trl_clock():
+    """A callback for TRL's trainers with `seconds` and `memory` in GB, of each optimizer step."""
+    import torch
+    from transformers import TrainerCallback
+
+    class Clock(TrainerCallback):
+        def __init__(self):
+            self.began = 0.0
+            self.seconds = []
+            self.memory = []
+
+        def on_step_begin(self, *_, **__):
+            self.began = time.time()
+
+        def on_step_end(self, *_, **__):
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            self.seconds.append(time.time() - self.began)
+            self.memory.append(peak_gb())
+
+    return Clock()
 
 
 def child(a, folder: str, *args) -> dict:
@@ -195,7 +220,7 @@ def child(a, folder: str, *args) -> dict:
     return json.loads(result.read_text())
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -221,13 +246,13 @@ def main() -> None:
         parser.add_argument(f"--{name}", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     parser.add_argument("--micro", type=int, default=1, help=argparse.SUPPRESS)
-    a = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    a = arguments()
     if a.child:
-        with tempfile.TemporaryDirectory() as scratch:
-            for file in Path(a.folder).glob("*.jsonl"):
-                os.link(file, Path(scratch) / file.name)
-            result = run_trl(a, Path(scratch)) if a.trl else run_ours(a, Path(scratch))
-        (Path(a.folder) / "result.json").write_text(json.dumps(result))
+        run_child(a)
         return
 
     import torch
@@ -248,7 +273,17 @@ def main() -> None:
             bench(a, GPU_GOALS)
 
 
-def bench(a, goals: dict[str, float]) -> None:
+def run_child(a) -> None:
+    """One run in this process, in a scratch folder; writes result.json to --folder."""
+    with tempfile.TemporaryDirectory() as scratch:
+        for file in Path(a.folder).glob("*.jsonl"):
+            os.link(file, Path(scratch) / file.name)
+        run = run_trl if a.trl else run_ours
+        result = run(a, Path(scratch))
+    (Path(a.folder) / "result.json").write_text(json.dumps(result))
+
+
+def bench(a, goals: dict[str, dict]) -> None:
     import torch
 
     machine = f"{torch.get_num_threads()} CPU cores"
@@ -319,7 +354,20 @@ def best(results, name: str) -> str:
     return max(finished, key=lambda k: rate(results, k))
 
 
-def report(a, goals: dict[str, float], results, machine: str) -> None:
+def report(a, goals: dict[str, dict], results, machine: str) -> None:
+    print_table(a, results, machine)
+    measured = ratios(results, machine)
+    targets = []
+    for name, limit in goals.items():
+        if name in measured:
+            targets.append(Target(name, measured[name], **limit))
+        else:
+            print(f"target {name} not measured: the peak of {machine} is not known")
+    print_targets(targets)
+
+
+def print_table(a, results, machine: str) -> None:
+    """Rates and memory of all runs, in Markdown."""
     print(
         f"\n{machine}, {Path(a.model).name}, steps of {a.batch} rows or pairs, our micro-batches "
         f"{a.micro_tokens} tokens, gradient checkpointing {'on' if a.checkpointing else 'off'}"
@@ -332,6 +380,10 @@ def report(a, goals: dict[str, float], results, machine: str) -> None:
             f"{tokens * rate(results, name):,.0f} | {memory(results, name):.2f} |"
         )
     print("\ntokens/s count a pair as two sequences\n")
+
+
+def ratios(results, machine: str) -> dict[str, float]:
+    """{name of a goal: what was measured}: ours over the fastest of TRL's runs."""
     sft = best(results, "trl sft")
     dpo = best(results, "trl dpo")
     our_sft = rate(results, "ours sft")
@@ -346,12 +398,7 @@ def report(a, goals: dict[str, float], results, machine: str) -> None:
     for card, peak in PEAK.items():
         if card in machine:
             measured["sft_mfu"] = results["ours sft"][0]["flops"] * our_sft / peak
-    for name, goal in goals.items():
-        if name not in measured:
-            print(f"target {name} not measured: the peak of {machine} is not known")
-            continue
-        ok = measured[name] <= goal if "memory" in name else measured[name] >= goal
-        print(f"target {name} measured {measured[name]:.2f} goal {goal} {'ok' if ok else 'short'}")
+    return measured
 
 
 if __name__ == "__main__":
