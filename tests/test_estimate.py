@@ -8,8 +8,8 @@ from conftest import CORRIDOR, flags
 import common
 from data.tools import estimate
 
-# A run with 8 train tasks and two test splits of 8. To generate a token, to train on one and to load
-# a model each take a GPU an hour; prompts take no time.
+# A run with 8 train tasks and two test splits of 8. To generate a token, to train on one and to
+# load a model each take a GPU an hour; prompts take no time.
 TOKEN_AN_HOUR = 1 / 3600
 SETTINGS = flags(
     env=CORRIDOR,
