@@ -251,8 +251,8 @@ estimate: | .venv/ready
 	$(VENV) python -m data.tools.estimate --env $(ENV) --gpus $(if $(filter-out 0,$(GPUS)),$(GPUS),8) \
 	  --m $(M) --n $(N) $(ESTIMATE_ARGS)
 
-# two test files at a time
-PYTEST := $(VENV) python -m pytest -q -n 2 --dist loadfile
+# two test files at a time, in the order of tests/conftest.py: the longest first
+PYTEST := $(VENV) python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 test: .venv/ready
 	$(PYTEST)
 test-slow: .venv/ready

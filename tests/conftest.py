@@ -6,9 +6,11 @@ Tests that take long are marked `slow`. `pytest` skips them, `--slow only` runs 
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -18,6 +20,32 @@ from bench.stub_server import completion
 ROOT = Path(__file__).resolve().parent.parent
 CORRIDOR = str(ROOT / "tests" / "corridor")  # a toy environment
 sys.path.insert(0, str(ROOT))
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
+
+# the tests of an environment that was removed are not collected
+collect_ignore_glob = []
+for name in ("alfworld", "sciworld", "webshop"):
+    if not (ROOT / "data" / name).is_dir():
+        collect_ignore_glob.append(f"test_{name}*.py")
+
+# two files run at a time; the longest start first
+LONGEST = (
+    "test_check",
+    "test_stages",
+    "test_loops",
+    "test_sciworld",
+    "test_serve",
+    "test_alfworld",
+    "test_eval",
+)
+
+# of a script: no GPU, no network, few threads, few retries
+SMALL = {
+    "CUDA_VISIBLE_DEVICES": "",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "MPO_MAX_RETRIES": "1",
+}
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
@@ -43,8 +71,14 @@ def pytest_collection_modifyitems(config, items):
     elif wanted == "only":
         items[:] = slow
         config.hook.pytest_deselected(items=fast)
-    # two files run at a time; the longest start first
-    items.sort(key=lambda item: item.path.stat().st_size, reverse=True)
+    items.sort(key=place)
+
+
+def place(item) -> int:
+    """The place of a test's file among the longest."""
+    if item.path.stem in LONGEST:
+        return LONGEST.index(item.path.stem)
+    return len(LONGEST)
 
 
 def stage(name: str):
@@ -53,15 +87,9 @@ def stage(name: str):
 
 
 def script_env(**env) -> dict:
-    """The environment of a script: no key, no GPU, no network, few threads, few retries; and
-    `env`."""
-    result = {k: v for k, v in os.environ.items() if not k.startswith("OPENAI_")}
-    result["CUDA_VISIBLE_DEVICES"] = ""
-    result["HF_HUB_OFFLINE"] = "1"
-    result["OMP_NUM_THREADS"] = "1"
-    result["MPO_MAX_RETRIES"] = "1"
-    result.update(env)
-    return result
+    """The environment of a script: the caller's without its key, SMALL and `env`."""
+    own = {k: v for k, v in os.environ.items() if not k.startswith("OPENAI_")}
+    return {**own, **SMALL, **env}
 
 
 def run_script(
@@ -94,6 +122,44 @@ def start_script(name: str, *args, **env) -> subprocess.Popen:
         env=script_env(**env),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
+    )
+
+
+def flags(**values) -> list[str]:
+    """flags(m=2, n=1): ["--m", "2", "--n", "1"]."""
+    words = []
+    for name, value in values.items():
+        words += [f"--{name}", str(value)]
+    return words
+
+
+def kill_when(there, process: subprocess.Popen, seconds: float = 60) -> None:
+    """Kill a process that runs as soon as `there()` is true."""
+    try:
+        end = time.time() + seconds
+        while not there():
+            assert process.poll() is None and time.time() < end
+            time.sleep(0.005)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def run_make(*args, timeout: float = 60, **env) -> subprocess.CompletedProcess:
+    """Run make in the repository root. It installs nothing, and takes no setting (M, N, ENV, ...)
+    from the caller's variables."""
+    own = {
+        "PATH": f"{ROOT}/tests/bin:{os.environ['PATH']}",
+        "REAL_MAKE": shutil.which("make"),
+        "HOME": os.environ["HOME"],
+    }
+    return subprocess.run(
+        ["make", *args],
+        cwd=ROOT,
+        env={**own, **SMALL, **env},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
     )
 
 
@@ -227,6 +293,16 @@ def tokenizer():
 def tiny_model(tmp_path_factory, tokenizer) -> str:
     """The directory of a random two-layer Llama with tokenizer and chat template."""
     return str(save_model(tmp_path_factory.mktemp("models") / "tiny", tokenizer))
+
+
+@pytest.fixture
+def fresh_accelerate():
+    """Accelerate keeps one state per process: the test begins and ends without one."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
 
 
 class ChatServer(ThreadingHTTPServer):

@@ -2,41 +2,37 @@
 
 import json
 import re
-import subprocess
-import sys
+import shutil
 import threading
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import CORRIDOR, ROOT, run_script, script_env, stage
+from conftest import CORRIDOR, run_make, stage
 
 import common
 from common import InputError
 
-# transformers' server is imported faster than vLLM
-FAST = {"MPO_SERVER": "transformers"}
+ev = stage("05_eval")
+score = stage("03_sample_score")
+seed = stage("01_seed_plans")
+sft = stage("02_sft")
+dpo = stage("04_dpo")
 
 
-def make_check(*settings, **env) -> subprocess.CompletedProcess:
-    """`make check` with the settings of a small run; two processes train."""
-    command = ["make", "check", "PROCESSES=2", *settings]
-    env = script_env(**FAST, **env)
-    for name in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "MAKEOVERRIDES"):
-        env.pop(name, None)
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
-
-
-def run_settings(out, model) -> list[str]:
-    return [f"ENV={CORRIDOR}", f"R={out}", f"PLANNER={model}", f"AGENT={model}"]
+def make_check(out, model, *settings, **env):
+    """`make check` of a run in the corridor, with two processes that train."""
+    settings = [f"ENV={CORRIDOR}", f"R={out}", f"PLANNER={model}", f"AGENT={model}", *settings]
+    # transformers' server is imported faster than vLLM
+    env = {"MPO_SERVER": "transformers", **env}
+    return run_make("check", "PROCESSES=2", *settings, timeout=300, **env)
 
 
 def test_a_run_that_can_be_done(tmp_path, tiny_model, chat_server):
     server = chat_server(lambda messages, body: "Hello")
-    done = make_check(
-        *run_settings(tmp_path, tiny_model), OPENAI_API_KEY="k", OPENAI_BASE_URL=server.url
-    )
+    done = make_check(tmp_path, tiny_model, OPENAI_API_KEY="k", OPENAI_BASE_URL=server.url)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
     assert {line[0] for line in lines} == {"ok"}
@@ -52,15 +48,6 @@ def test_a_run_that_can_be_done(tmp_path, tiny_model, chat_server):
     }
     assert [r["max_tokens"] for r in server.requests] == [1]
     assert not list(tmp_path.iterdir()), "a check leaves nothing"
-
-
-def test_settings_of_a_later_stage(tmp_path, tiny_model):
-    """A typing error in DPO's settings is found before stage 3 has cost anything."""
-    settings = [*run_settings(tmp_path, tiny_model), "TEACHER=rules", "DPO_ARGS=--betta 0.1"]
-    done = make_check(*settings)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "WRONG  settings     04_dpo.py: unknown argument --betta" in done.stdout
-    assert re.search(r"error: 1 of \d+ checks failed", done.stderr)
 
 
 class GatedHub(BaseHTTPRequestHandler):
@@ -83,10 +70,13 @@ class GatedHub(BaseHTTPRequestHandler):
 
 
 def test_each_thing_that_is_wrong_is_one_line(tmp_path):
+    """Also a typing error in the settings of a later stage, before stage 3 has cost anything."""
     hub = ThreadingHTTPServer(("127.0.0.1", 0), GatedHub)
     threading.Thread(target=hub.serve_forever, daemon=True).start()
     done = make_check(
-        *run_settings(tmp_path / "run", "owner/gated"),
+        tmp_path / "run",
+        "owner/gated",
+        "DPO_ARGS=--betta 0.1",
         HF_HUB_OFFLINE="0",
         HF_HOME=str(tmp_path),
         HF_ENDPOINT=f"http://127.0.0.1:{hub.server_port}",
@@ -95,34 +85,62 @@ def test_each_thing_that_is_wrong_is_one_line(tmp_path):
     hub.server_close()
     wrong = [line for line in done.stdout.splitlines() if not line.startswith("ok ")]
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert re.search(r"error: 2 of \d+ checks failed", done.stderr)
-    assert len(wrong) == 2
+    assert re.search(r"error: 3 of \d+ checks failed", done.stderr)
+    assert len(wrong) == 3
     assert "gpt-4o needs an API key: set OPENAI_API_KEY" in wrong[0]
     assert (
         "owner/gated is gated: accept its licence at https://huggingface.co/owner/gated and "
         "set HF_TOKEN" in wrong[1]
     )
+    assert wrong[2].startswith("WRONG  settings     04_dpo.py: unknown argument --betta")
+
+
+@pytest.fixture
+def no_packages(monkeypatch):
+    """The packages are not imported, which takes long; there is no key."""
+    monkeypatch.setattr(common, "check_packages", lambda: "not imported")
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
 
 @pytest.mark.parametrize(
-    "script, args, says",
+    "main, args_class, command, status, says",
     [
-        ("01_seed_plans.py", ["--env", "nowhere"], "--env nowhere.*does not exist"),
-        ("03_sample_score.py", ["--mm", "3"], "unknown argument --mm"),
-        ("02_sft.py", ["--epochs", "three"], "argument --epochs: invalid int value"),
-        ("05_eval.py", ["--env", CORRIDOR, "--tasks", "seen=no.json"], "no.json: must be a JSON"),
+        (seed.main, seed.Args, "--env nowhere", 2, "error: --env nowhere.*does not exist"),
+        (sft.main, sft.Args, "--epochs three", 2, "argument --epochs: invalid int value"),
+        (score.main, score.Args, "--mm 3", 2, "unknown argument --mm"),
         (
-            "03_sample_score.py",
-            ["explore", "--env", CORRIDOR],
-            "runs.sciworld.agent is still to be",
+            score.explore,
+            score.ExploreArgs,
+            f"--env {CORRIDOR} --agent OUT/agent",
+            0,
+            "ok     model        OUT/agent is still to be made",
         ),
-        ("05_eval.py", ["judge", "--judge", "gpt-9"], "gpt-9 needs an API key"),
+        (dpo.main, dpo.Args, "--lr_scheduler steep", 2, "error: .*--lr_scheduler"),
+        (
+            ev.main,
+            ev.Args,
+            f"--env {CORRIDOR} --tasks seen=no.json --plans none --agents OUT/agent",
+            2,
+            "WRONG  environment  .*no.json: must be a JSON",
+        ),
+        (ev.judge, ev.JudgeArgs, "--judge gpt-9", 2, "WRONG  model .*gpt-9 needs an API key"),
     ],
+    ids=["seed", "sft", "score", "explore", "dpo", "eval", "judge"],
 )
-def test_every_stage_checks_its_settings(script, args, says, tmp_path, monkeypatch):
-    done = run_script(script, *args, "--check", "true", env=FAST)
-    assert "Traceback" not in done.stderr
-    assert re.search(says, done.stdout + done.stderr)
+def test_every_stage_checks_its_settings(
+    main, args_class, command, status, says, tmp_path, monkeypatch, capsys, no_packages
+):
+    words = f"stage {command} --out OUT/run --check true".replace("OUT", str(tmp_path)).split()
+    monkeypatch.setattr("sys.argv", words)
+    ended = 0
+    try:
+        common.run_stage(main, args_class)
+    except SystemExit as end:
+        ended = end.code
+    said = capsys.readouterr()
+    assert ended == status
+    assert re.search(says.replace("OUT", str(tmp_path)), said.out + said.err)
+    assert not list(tmp_path.iterdir()), "a check leaves nothing"
 
 
 @pytest.mark.parametrize(
@@ -141,7 +159,7 @@ def test_a_key_or_a_teacher_that_is_refused(status, said, advice, chat_server, m
 
 def test_a_model_directory_without_weights(tmp_path, tiny_model):
     for file in ("config.json", "tokenizer_config.json", "chat_template.jinja"):
-        (tmp_path / file).write_text((common.Path(tiny_model) / file).read_text())
+        (tmp_path / file).write_text((Path(tiny_model) / file).read_text())
     with pytest.raises(InputError, match="has no model.safetensors"):
         common.model_sizes(str(tmp_path))
 
@@ -162,7 +180,7 @@ def eight_billion(tmp_path, tiny_model) -> common.ModelSizes:
         max_position_embeddings=131072,
     ).save_pretrained(tmp_path)
     for file in ("tokenizer_config.json", "chat_template.jinja"):
-        (tmp_path / file).write_text((common.Path(tiny_model) / file).read_text())
+        (tmp_path / file).write_text((Path(tiny_model) / file).read_text())
     (tmp_path / "model.safetensors").touch()
     sizes, download = common.model_sizes(str(tmp_path))
     sizes.name = "eight"
@@ -213,7 +231,7 @@ def test_disk(tmp_path, eight_billion, monkeypatch):
     training = {"folder": str(tmp_path / "run" / "sft"), "kept": kept, "meanwhile": meanwhile}
 
     def on(gb):
-        monkeypatch.setattr(common.shutil, "disk_usage", lambda _: SimpleNamespace(free=gb * 1e9))
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=gb * 1e9))
 
     on(200)
     assert "needs about 192.7 GB of 200.0 GB" in common.check_disk([training])
@@ -227,23 +245,27 @@ def test_disk(tmp_path, eight_billion, monkeypatch):
         common.check_disk([without, download])
 
 
-def test_disk_of_a_training_stage(tmp_path, tiny_model):
+def test_disk_of_a_training_stage(tmp_path, tiny_model, no_packages):
     """Without checkpoints, only the model is written."""
     needs = {}
+    out = str(tmp_path / "sft")
     for save_steps in (0, 50):
-        checks = common.Checks.__new__(common.Checks)
-        checks.out, checks.wrong, checks.shared, checks.rows = tmp_path / "sft", 0, None, []
-        a = stage("02_sft").Args(
-            model=tiny_model, data="x", out=str(tmp_path / "sft"), save_steps=save_steps
-        )
-        checks.trains(a)
+        checks = common.Checks(out)
+        checks.trains(sft.Args(model=tiny_model, data="x", out=out, save_steps=save_steps))
         needs[save_steps] = [row["meanwhile"] for row in checks.rows if row.get("made")]
     assert needs[0] == [0] and needs[50][0] > 0
 
 
-def test_the_check_of_a_launched_stage_is_one_process(tmp_path, tiny_model):
+def test_the_check_of_a_launched_stage_is_one_process(monkeypatch):
     """Under `accelerate launch`, the first process checks for all."""
-    command = [sys.executable, "02_sft.py", "--model", tiny_model, "--data", "x", "--check", "true"]
-    env = script_env(**FAST, WORLD_SIZE="2", RANK="1")
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout) == (0, "")
+
+    def main(a):
+        raise AssertionError("it checks")
+
+    monkeypatch.setattr("sys.argv", ["02_sft.py", "--check", "true"])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    common.run_stage(main, sft.Args)
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(AssertionError, match="it checks"):
+        common.run_stage(main, sft.Args)

@@ -15,6 +15,28 @@ evidence = importlib.import_module("data.tools.evidence")
 COMMITTED = sorted(common.DATA.glob("*/evidence.csv"))
 
 
+def remembered(function):
+    """The function, which computes each value once."""
+    values = {}
+
+    def call(strata, seed):
+        key = repr((strata, seed))
+        if key not in values:
+            values[key] = function(strata, seed)
+        return values[key]
+
+    return call
+
+
+@pytest.fixture(scope="module", autouse=True)
+def each_bootstrap_once():
+    """The notebook's table and the README's have values in common."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("mean_and_interval", "paired_test"):
+            patch.setattr(evidence.ev, name, remembered(getattr(evidence.ev, name)))
+        yield
+
+
 def rows(rewards: dict) -> list[dict]:
     """Rows of {plans: {seed: [reward, ...]}}, a task for each reward; success is a reward of 1."""
     found = {}

@@ -3,10 +3,8 @@ transformers, accelerate and pytest alone, and less than five minutes. Skipped w
 MPO_TEST_DEVICE=cpu runs on the CPU what it can."""
 
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,8 @@ import torch
 from accelerate.state import AcceleratorState
 from conftest import (
     ROOT,
+    flags,
+    kill_when,
     make_model,
     save_large_model,
     save_model,
@@ -37,9 +37,11 @@ import common
 from common import read_rows, target_log_probs
 
 DEVICE = os.environ.get("MPO_TEST_DEVICE", "cuda")
-pytestmark = pytest.mark.skipif(
-    DEVICE == "cuda" and not torch.cuda.is_available(), reason="needs CUDA, or MPO_TEST_DEVICE=cpu"
-)
+without_device = DEVICE == "cuda" and not torch.cuda.is_available()
+pytestmark = [
+    pytest.mark.skipif(without_device, reason="needs CUDA, or MPO_TEST_DEVICE=cpu"),
+    pytest.mark.usefixtures("fresh_accelerate"),
+]
 sft, dpo = stage("02_sft"), stage("04_dpo")
 SHAPE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4}
 # a stage with deterministic kernels: which stage, and its arguments
@@ -47,13 +49,6 @@ SCRIPT = (
     "import runpy, sys, torch; torch.use_deterministic_algorithms(True); "
     "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
 )
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """Accelerate keeps one state per process."""
-    yield
-    AcceleratorState._reset_state(True)
 
 
 def two_models(tokenizer, kind, config):
@@ -151,9 +146,9 @@ def test_settings_that_change_nothing(tmp_path, base, script):
 
 @pytest.mark.parametrize("script", ["02_sft.py", "04_dpo.py"])
 def test_killed_training_resumes_bit_for_bit(tmp_path, base, script):
-    settings = ["--batch_size", "1", "--lr", "1e-3", "--epochs", "12", "--save_steps", "1"]
-    data = data_of(script, tmp_path)
-    command = [sys.executable, "-c", SCRIPT, script, "--model", base, "--data", data, *settings]
+    settings = flags(batch_size=1, lr=1e-3, epochs=12, save_steps=1)
+    data = flags(model=base, data=data_of(script, tmp_path))
+    command = [sys.executable, "-c", SCRIPT, script, *data, *settings]
     env = script_env(CUBLAS_WORKSPACE_CONFIG=":4096:8")
     if DEVICE == "cuda":
         env.pop("CUDA_VISIBLE_DEVICES")
@@ -161,12 +156,7 @@ def test_killed_training_resumes_bit_for_bit(tmp_path, base, script):
     process = subprocess.Popen(
         [*command, "--out", out], cwd=ROOT, env=env, stderr=subprocess.DEVNULL
     )
-    end = time.time() + 120
-    while not list(tmp_path.glob("killed.partial/step-*[0-9]")):
-        assert time.time() < end and process.poll() is None
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    kill_when(lambda: list(tmp_path.glob("killed.partial/step-*[0-9]")), process, 120)
     assert not out.exists()
     for name in ("killed", "whole"):
         subprocess.run([*command, "--out", tmp_path / name], cwd=ROOT, env=env, check=True)

@@ -3,25 +3,20 @@
 import os
 import re
 import subprocess
+import sys
 import time
 
 import pytest
-from conftest import ROOT, run_script, script_env, stage
+from conftest import ROOT, run_make, script_env, stage
 
 SCRIPTS = sorted(p.name for p in ROOT.glob("0*.py"))
 ENVIRONMENTS = sorted(p.parent.name for p in ROOT.glob("data/*/env.py"))
+WITH_DEMO = [name for name in ENVIRONMENTS if (ROOT / "data" / name / "demo.mk").exists()]
 
 
 def make(*args) -> str:
-    """The output of make, without the variables of a surrounding make."""
-    env = {
-        k: v
-        for k, v in script_env().items()
-        if k not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "MAKEOVERRIDES", "ENV", "RUN")
-    }
-    result = subprocess.run(
-        ["make", *args], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60
-    )
+    """The output of make."""
+    result = run_make(*args)
     assert result.returncode == 0, result.stderr
     return result.stdout.replace("\\\n", " ")
 
@@ -102,7 +97,7 @@ def test_the_scripts_own_defaults_are_the_papers(script, values):
     assert values.items() <= defaults(script).items()
 
 
-@pytest.mark.parametrize("env", ENVIRONMENTS)
+@pytest.mark.parametrize("env", WITH_DEMO)
 def test_make_demo_trains_the_agent_first(env):
     commands = make("-n", "-B", "demo", f"ENV={env}")
     assert settings(commands, "05_eval.py")["env"] == env
@@ -185,12 +180,12 @@ def fake_run(tmp_path):
     for number, file in enumerate(order):
         os.utime(run / file, (later + number, later + number))
 
-    def run_make(*args) -> str:
-        fake = [f"{name}=python {stage_file}" for name in ("STAGE", "TRAIN")]
+    def make_it(*args) -> str:
+        fake = [f"{name}={sys.executable} {stage_file}" for name in ("STAGE", "TRAIN")]
         return make(*args, f"R={run}", *fake, "TOOL=:", "TEACHER=rules")
 
-    run_make.folder = run
-    return run_make
+    make_it.folder = run
+    return make_it
 
 
 def test_fig5_copies_the_planner_of_the_same_pairs_only(fake_run):
@@ -245,7 +240,7 @@ def test_prompts_are_prerequisites_of_the_stages_that_read_them(tmp_path):
     ],
 )
 def test_make_refuses_in_one_line(args, says):
-    done = subprocess.run(["make", "-n", *args], cwd=ROOT, capture_output=True, text=True)
+    done = run_make("-n", *args)
     assert done.returncode == 2 and says in done.stderr
 
 
@@ -261,12 +256,13 @@ def test_all_ends_its_check_before_a_stage_begins():
     assert commands.index("make eval") < min(i for i, c in enumerate(commands) if "01_seed" in c)
 
 
-def test_make_evidence_holds_no_stage_back():
+def test_make_evidence_holds_no_stage_back(tmp_path):
     """One agent; all seeds' stages use it, all seed plans and 3 epochs; validation tasks are train
     tasks that neither agent nor planner has seen."""
-    commands = make("-n", "evidence", "ENV=sciworld", "SEEDS=4 5")
+    commands = make("-n", "evidence", "ENV=sciworld", "SEEDS=4 5", f"EVIDENCE={tmp_path}")
+    assert not list(tmp_path.iterdir()), "with -n nothing is done"
     assert commands.count("make agent-sft DEMO=evidence RUN=evidence-sciworld/base") == 1
-    assert "for seed in 4 5;" in commands and "--to data/sciworld/evidence.csv" in commands
+    assert commands.count("for seed in 4 5;") == 2 and "--to data/sciworld/evidence.csv" in commands
     stages = ["all", "-n", "-B", "ENV=sciworld", "DEMO=evidence", "AGENT_SFT_ARGS=", "SEED=4"]
     for dev in ("", "1"):
         commands = make(*stages, f"DEV={dev}", "AGENT=base/agent")
@@ -301,18 +297,38 @@ def test_make_all_trains_one_planner_for_two_environments():
     assert places == sorted(places)
 
 
-def test_make_help():
-    assert make() == make("help")
-    assert all(word in make() for word in ("make demo", "make test", "make all", "PLANNER"))
+def test_make_alone_is_make_help():
+    said = make()
+    assert all(word in said for word in ("make demo", "make test", "make all", "PLANNER"))
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_help_is_fast(script):
+HELP_OF_ALL = """
+import runpy, sys
+for script in sys.argv[1:]:
+    sys.argv = [script, "--help"]
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as end:
+        print(f"---- {script} {end.code}")
+"""
+
+
+def test_help_is_fast():
+    """Of all scripts in one process, so that what they import is imported once."""
     start = time.time()
-    result = run_script(script, "--help")
-    seconds = time.time() - start
-    assert result.returncode == 0 and not result.stderr and seconds < 8  # alone: 2
-    module = stage(script.removesuffix(".py"))
-    for name in module.Args.__dataclass_fields__:
-        assert f"--{name}" in result.stdout
-    assert module.__doc__.strip() in result.stdout
+    result = subprocess.run(
+        [sys.executable, "-c", HELP_OF_ALL, *SCRIPTS],
+        cwd=ROOT,
+        env=script_env(),
+        capture_output=True,
+        text=True,
+    )
+    assert time.time() - start < 8  # alone: 2
+    assert not result.stderr
+    _, *parts = re.split(r"^usage: ", result.stdout, flags=re.M)
+    for script, text in zip(SCRIPTS, parts, strict=True):
+        module = stage(script.removesuffix(".py"))
+        assert text.endswith(f"---- {script} 0\n")
+        assert module.__doc__.strip() in text
+        for name in module.Args.__dataclass_fields__:
+            assert f"--{name}" in text

@@ -32,14 +32,15 @@ def ask(url, name="scripted", **options):
     ids=lambda v: None if isinstance(v, str) else f"{v[0]} {v[1][:14]}",
 )
 def test_a_server_that_fails(chat_server, monkeypatch, reply, says):
-    monkeypatch.setenv("MPO_MAX_RETRIES", "1")
+    monkeypatch.setenv("MPO_MAX_RETRIES", "0")
     server = chat_server(lambda messages, body: reply)
     with pytest.raises(InputError, match=says) as error:
         ask(server.url)
     assert server.url in str(error.value)
 
 
-def test_servers_that_are_not_there_or_silent(chat_server):
+def test_servers_that_are_not_there_or_silent(chat_server, monkeypatch):
+    monkeypatch.setenv("MPO_MAX_RETRIES", "0")
     with pytest.raises(InputError, match="cannot be reached"):
         ask("http://127.0.0.1:9/v1")
     silent = chat_server(lambda messages, body: time.sleep(5))
@@ -112,7 +113,7 @@ def test_several_servers_share_the_load(chat_server):
 
 
 def test_the_work_of_a_server_that_dies_goes_to_the_others(chat_server, monkeypatch, capfd):
-    monkeypatch.setenv("MPO_MAX_RETRIES", "1")
+    monkeypatch.setenv("MPO_MAX_RETRIES", "0")
     stops = []  # the thread that stops the dying server
 
     def stop():

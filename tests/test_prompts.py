@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 
 import pytest
 from conftest import CHATML, CORRIDOR, make_tokenizer, stage
@@ -140,8 +141,7 @@ def test_synonyms_of_verbs_pass(step, verb):
     ],
 )
 def test_plan_faults(plan, reason):
-    with pytest.raises(InputError, match=reason):
-        raise InputError(check_plan(plan, VERBS))
+    assert re.search(reason, check_plan(plan, VERBS))
 
 
 def test_number_of_steps_allowed():
@@ -206,11 +206,6 @@ def test_one_example_for_all_types_or_one_each(tmp_path):
     assert shown(one_each, "mix/1") == "boiling u"
     with pytest.raises(InputError, match="--examples all: the only value is `type`"):
         shown(common_one, "boil/1", "all")
-
-
-def test_unknown_prompt_folder():
-    with pytest.raises(InputError, match="--prompts nowhere: .*brief"):
-        Prompts(CORRIDOR, "nowhere")
 
 
 TALK = [

@@ -131,7 +131,10 @@ def test_finished_keys():
     assert finished(rows, "task", "m") == {("t", 0): rows[2], ("t", 1): rows[1]}
 
 
-def test_the_fingerprint_of_a_model_follows_its_weights(tmp_path, tiny_model, chat_server):
+def test_the_fingerprint_of_a_model_follows_its_weights(
+    tmp_path, tiny_model, chat_server, monkeypatch
+):
+    monkeypatch.setenv("MPO_MAX_RETRIES", "0")
     copy = tmp_path / "tiny"
     shutil.copytree(tiny_model, copy)
     before = weights_fingerprint(str(copy))

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import importlib
 import os
 import signal
 import subprocess
@@ -30,7 +31,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 """
 
-# a replica of eight: slow to start; GPU 3 or 5 dies if DIES says so, loading or at its 20th request
+# a replica of four: slow to start; GPU 1 or 2 dies if DIES says so, loading or at its 20th request
 REPLICA = """
 import http.server, itertools, json, os, sys, time
 gpu = os.environ["CUDA_VISIBLE_DEVICES"]
@@ -42,7 +43,7 @@ completion = {"id": "0", "object": "chat.completion", "created": 0, "model": "m"
               "choices": [choice]}
 print("loading on GPU", gpu, flush=True)
 time.sleep(0.1 * int(gpu))
-if dies == "loading" and gpu == "3":
+if dies == "loading" and gpu == "1":
     raise SystemExit("CUDA out of memory")
 class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
@@ -58,7 +59,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.answer({"data": [{"id": "tiny", "owned_by": "vllm"}]})
     def do_POST(self):
         self.rfile.read(int(self.headers["Content-Length"]))
-        if next(count) == 20 and dies == "serving" and gpu == "5":
+        if next(count) == 20 and dies == "serving" and gpu == "2":
             os._exit(1)
         time.sleep(0.01)
         self.answer(completion)
@@ -101,7 +102,7 @@ def popen_instead(monkeypatch, seen) -> None:
         waiting = [sys.executable, "-c", "import sys; sys.stdin.read()"]
         return original(waiting, env=env, **options)
 
-    monkeypatch.setattr(common.subprocess, "Popen", popen)
+    monkeypatch.setattr(subprocess, "Popen", popen)
 
 
 def start_fails(says: str, *args, **options) -> None:
@@ -175,7 +176,7 @@ def test_gpus_are_divided_among_replicas(tiny_model, tmp_path, monkeypatch):
 @pytest.mark.parametrize("gpus, parallel", [(1, 1), (2, 1), (2, 2), (8, 1), (8, 2), (8, 8)])
 def test_the_whole_command_on_gpus(tiny_model, tmp_path, monkeypatch, gpus, parallel):
     monkeypatch.setenv("MPO_SERVER", "vllm")
-    monkeypatch.setattr(common.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
     monkeypatch.setattr(common, "visible_gpus", lambda: [str(i) for i in range(gpus)])
     monkeypatch.setattr(common, "_wait_healthy", lambda *_: None)
     commands = []
@@ -193,14 +194,14 @@ def test_the_whole_command_on_gpus(tiny_model, tmp_path, monkeypatch, gpus, para
         assert command == expected.split()
 
 
-def test_eight_replicas_of_which_one_dies(tiny_model, tmp_path, monkeypatch, capfd):
+def test_four_replicas_of_which_one_dies(tiny_model, tmp_path, monkeypatch, capfd):
     """While loading: an error with the end of its log, and the others end. While serving: its
     episodes go on with the others, and all end as they would have."""
     servers = use(monkeypatch, REPLICA)
-    monkeypatch.setattr(common, "visible_gpus", lambda: [str(i) for i in range(8)])
+    monkeypatch.setattr(common, "visible_gpus", lambda: ["0", "1", "2", "3"])
     monkeypatch.setenv("DIES", "loading")
-    start_fails(r"(?s)ended; the end of .*loading on GPU 3\nCUDA out of", tiny_model, tmp_path)
-    assert len(servers) == 8
+    start_fails(r"(?s)ended; the end of .*loading on GPU 1\nCUDA out of", tiny_model, tmp_path)
+    assert len(servers) == 4
     for server in servers:
         wait_until_gone(server.process.pid)
 
@@ -208,7 +209,7 @@ def test_eight_replicas_of_which_one_dies(tiny_model, tmp_path, monkeypatch, cap
     a = SimpleNamespace(out=tmp_path, tensor_parallel=1, max_model_len=4096, concurrency=64)
     jobs = []
     for i in range(8):
-        jobs += [{"task": f"find-key/{i}", "plan": None, "rollout": n} for n in range(20)]
+        jobs += [{"task": f"find-key/{i}", "plan": None, "rollout": n} for n in range(10)]
     rows = []
 
     async def play():
@@ -218,9 +219,9 @@ def test_eight_replicas_of_which_one_dies(tiny_model, tmp_path, monkeypatch, cap
                 await rollouts(jobs, model, pool, CORRIDOR, c, 64, rows.append)
                 return len(model.alive)
 
-    assert asyncio.run(play()) == 7
+    assert asyncio.run(play()) == 3
     said = capfd.readouterr().err
-    assert said.count("cannot be reached or does not answer: 7 other servers do its work") == 1
+    assert said.count("cannot be reached or does not answer: 3 other servers do its work") == 1
     assert len(rows) == len(jobs) and {r["end"] for r in rows} <= {"steps", "errors", "success"}
     alike = {(r["task"], r["end"], str(r["steps"])) for r in rows}
     assert len(alike) == 8, "the rollouts of a task, whichever servers they had, are the same"
@@ -246,8 +247,10 @@ time.sleep(60)
     )
     with parent.stdout:
         server = int(parent.stdout.readline())
-        time.sleep(1)
-        assert len(group(server)) == 2, "it runs while the parent lives"
+        end = time.time() + 10
+        while len(group(server)) < 2:  # its supervisor and itself: it runs while the parent lives
+            assert time.time() < end
+            time.sleep(0.05)
         parent.send_signal(signal.SIGKILL)
         parent.wait()
     wait_until_gone(server, 15)

@@ -12,8 +12,6 @@ from test_examples import examples_of, turns
 
 import common
 
-if not (ROOT / "data/webshop").is_dir():
-    pytest.skip("data/webshop was removed", allow_module_level=True)
 pytest.importorskip("bm25s")
 WebShop = common.environment("webshop")
 ENV = sys.modules["data.webshop.env"]

@@ -10,12 +10,15 @@ EVIDENCE := runs/evidence-$(ENV)
 evidence: | .venv/ready
 	$(if $(wildcard data/$(ENV)/evidence.mk),,$(error data/$(ENV)/evidence.mk is missing))
 	$(MAKE) agent-sft DEMO=evidence RUN=evidence-$(ENV)/base
+# make runs a command that starts make also with -n: so what changes files is not in it
 	for seed in $(SEEDS); do \
 	  run=$(EVIDENCE)/seed$$seed; \
 	  mkdir -p $$run/eval; \
 	  ln -sf ../base/trajectories.jsonl $$run; \
 	  ln -sf ../../episodes.jsonl $$run/eval/rollouts.jsonl; \
 	  rm -f $$run/eval/done; \
+	done
+	for seed in $(SEEDS); do \
 	  $(MAKE) all DEMO=evidence RUN=evidence-$(ENV)/seed$$seed SEED=$$seed DEV=$(DEV) \
 	    AGENT=$(EVIDENCE)/base/agent AGENT_SFT_ARGS= || exit; \
 	done
