@@ -296,22 +296,6 @@ def q_interval(rewards: list[float], n: int, pooled: float) -> tuple[float, floa
     return lowest / n, highest / n
 
 
-def rollouts_fingerprint(a: AgentArgs, agent_id: str, prompts) -> str:
-    """Hash of all that decides how an episode goes, except task, plan and rollout number."""
-    return common.fingerprint(
-        agent_id,
-        prompts.agent_text,
-        prompts.examples,
-        a.agent_temperature,
-        a.agent_tokens,
-        common.STOP,
-        a.observation_chars,
-        a.max_steps,
-        a.max_model_len,
-        a.seed,
-    )
-
-
 async def play(
     a: AgentArgs, task_plans: list[tuple], prompts, pool, path: Path, adaptive: bool = False
 ) -> dict[tuple, list[dict]]:
@@ -319,7 +303,7 @@ async def play(
     many as it takes to find the best and the worst plan of each task. Rollouts that are in the file
     `path` are not played again, unless they failed."""
     agent_id = common.model_fingerprint(a.agent, a.agent_url)
-    fingerprint = rollouts_fingerprint(a, agent_id, prompts)
+    fingerprint = common.agent_fingerprint(a, agent_id, prompts)
     finished = FinishedRollouts(task_plans, a.n)
     fields = ("task", "plan", "rollout", "reward", "fingerprint", "end")
     for row in common.read_rows(path, fields, missing_ok=True):

@@ -385,7 +385,8 @@ def conditions_of(
     conditions = []
     for agent in a.agents:
         name, url = common.name_and_url(agent)
-        agent_id = agent_fingerprint(a, name, url, prompts)
+        model_id = common.model_fingerprint(name, url)
+        agent_id = common.agent_fingerprint(a, model_id, prompts)
         for setting in a.plans:
             positions = ["instruction"] if setting == "none" else a.plan_positions
             for plan_position in positions:
@@ -403,25 +404,6 @@ def conditions_of(
                     }
                     conditions.append(condition)
     return conditions
-
-
-def agent_fingerprint(a: Args, name: str, url: str | None, prompts: common.Prompts) -> str:
-    """`agent_id`: the fingerprint of all that makes an agent's episodes, except the plan and its
-    position."""
-    parts = [
-        common.model_fingerprint(name, url),
-        prompts.agent_text,
-        prompts.examples,
-        a.agent_temperature,
-        a.agent_tokens,
-        common.STOP,
-        a.observation_chars,
-        a.max_steps,
-        a.max_model_len,
-    ]
-    if a.agent_temperature != 0:
-        parts.append(a.seed)
-    return common.fingerprint(*parts)
 
 
 def shown_settings(settings: list[str]) -> dict[str, str]:

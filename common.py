@@ -1526,6 +1526,27 @@ class RolloutConfig:
     plan_position: str = "instruction"  # where the agent reads the plan, one of PLAN_POSITIONS
 
 
+def agent_fingerprint(a, model_id: str, prompts: Prompts) -> str:
+    """The fingerprint of all that decides how an agent's episodes go, except task, plan, plan
+    position and rollout number. A new setting of the agent belongs in here."""
+    parts = [
+        model_id,
+        prompts.agent_text,
+        prompts.examples,
+        PLAN_LINE,
+        NO_ACTION,
+        STOP,
+        a.agent_temperature,
+        a.agent_tokens,
+        a.observation_chars,
+        a.max_steps,
+        a.max_model_len,
+    ]
+    if a.agent_temperature != 0:
+        parts.append(a.seed)
+    return fingerprint(*parts)
+
+
 def observation_message(observation: str, limit: int, plan: str | None = None) -> dict:
     """What the agent reads after an action. An observation of more than `limit` characters is cut,
     unless `limit` is 0. With `plan`, the plan is repeated below the observation (paper 5.2)."""
