@@ -320,8 +320,8 @@ class Prompts:
         if not folder.is_dir() or not self.agent_text:
             known = ", ".join(sorted({path.parent.name for path in base.glob("*/*.txt")}))
             raise InputError(
-                f"{folder} (--prompts {name}) has no prompts; it must be a folder with "
-                f"planner.txt and agent.txt (folders of {env}: {known})"
+                f"{f'--prompts {name}: ' if name else ''}{folder} has no prompts; it must be a "
+                f"folder with planner.txt and agent.txt (folders of {env}: {known})"
             )
         self.planner_text = self._read("planner.txt")
         self.teacher_text = self._read("teacher.txt")
@@ -2554,7 +2554,7 @@ class Checks:
             return
         processes = int(os.environ.get("WORLD_SIZE", 1))
         tokens = max(a.micro_tokens, a.max_length)
-        self(
+        self.run(
             "memory",
             check_training_memory,
             sizes,
