@@ -30,13 +30,13 @@ for name in ("alfworld", "sciworld", "webshop"):
 
 # two files run at a time; the longest start first
 LONGEST = (
+    "test_sciworld",
     "test_check",
     "test_stages",
     "test_loops",
-    "test_sciworld",
-    "test_serve",
     "test_alfworld",
     "test_eval",
+    "test_serve",
 )
 
 # of a script: no GPU, no network, few threads, few retries
