@@ -150,7 +150,8 @@ def run_make(*args, timeout: float = 60, **env) -> subprocess.CompletedProcess:
     from the caller's variables."""
     own = {
         "PATH": f"{ROOT}/tests/bin:{os.environ['PATH']}",
-        "REAL_MAKE": shutil.which("make"),
+        # where tests run in a test, `make` on the PATH is the outer ones' tests/bin/make
+        "REAL_MAKE": os.environ.get("REAL_MAKE", shutil.which("make")),
         "HOME": os.environ["HOME"],
     }
     return subprocess.run(
