@@ -20,7 +20,6 @@ from bench.stub_server import completion
 ROOT = Path(__file__).resolve().parent.parent
 CORRIDOR = str(ROOT / "tests" / "corridor")  # a toy environment
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 
 # the tests of an environment that was removed are not collected
 collect_ignore_glob = []
@@ -58,6 +57,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
     config.addinivalue_line("markers", "slow: takes long; see --slow")
 
 
