@@ -190,7 +190,9 @@ def eight_billion(tmp_path, tiny_model) -> common.ModelSizes:
 
 def test_memory(eight_billion, monkeypatch):
     assert eight_billion.parameters == 8_030_261_248
-    assert eight_billion.cache_bytes == 2 * 2 * 32 * 8 * 128  # keys and values, bf16, 8 heads of 128
+    assert (
+        eight_billion.cache_bytes == 2 * 2 * 32 * 8 * 128
+    )  # keys and values, bf16, 8 heads of 128
 
     def on(gpus: int, gb: int, host: int = 256):
         memory = [(gb * 10**9,) * 2] * gpus, host * 10**9
