@@ -403,7 +403,7 @@ THINKING_TAG = re.compile(
       | \A\s*(?-i:analysis)(?=(?-i:[A-Z]))                   # gpt-oss without its special tokens
       | \A\s*Here(?:'s|\ is)\ my\ thought\ process:          # Granite 3.2
     )
-  | (?P<close>
+  | (?P<close> (?:
         </{TAG_NAME}>
       | \[/THINK\]
       | ◁/think▷
@@ -411,12 +411,12 @@ THINKING_TAG = re.compile(
       | <\|inner_suffix\|> | <unused95>
       | <channel\|>
       | <\|close\|>think<\|sep\|>
-    )
-  | (?P<answer>                                              # begins the answer
+    ) \s*)
+  | (?P<answer> (?:                                          # begins the answer
         <\|channel\|>\s?final[^<]{{0,40}}<\|message\|> | assistantfinal
       | Here(?:'s|\ is)\ my\ response:
       | <\|(?:begin_of_solution|start_response)\|> | <\|open\|>response<\|sep\|>
-    )
+    ) \s*)
   | (?P<end>                                                 # ends a channel, or the reply
         <\|(?:end|return|call|im_end|eot_id|eom_id|endoftext|end_of_text)\|> | </s> | <turn\|>
       | <\|(?:end_of_solution|end_response)\|> | <\|close\|>response<\|sep\|>
@@ -454,7 +454,7 @@ def split_thinking(reply: str) -> tuple[str, bool]:
             if cut_off is None and _begins_line(reply, tag.start()):
                 cut_off = tag.start()
             continue
-        one_too_many = tag["close"] and closed and tag.end() == last
+        one_too_many = tag["close"] and closed and tag.end() >= last
         if opened is not None and not tag["answer"]:
             kept.append(reply[start:opened])
         elif tag["end"] or one_too_many:
@@ -1202,17 +1202,21 @@ class Thinking(NamedTuple):
     effort: str | None = None  # one of EFFORTS; None: as the server does by default
     tokens: int = 0  # for it, in addition to the token limit
 
-    def fields(self) -> dict:
+    def fields(self, vllm: bool) -> dict:
         """The fields of a request. OpenAI, Gemini, Ollama, OpenRouter and gpt-oss understand
         `reasoning_effort`; vLLM, SGLang and llama.cpp give the others to the chat template, where
-        they are `thinking` for DeepSeek and Granite, `enable_thinking` for most."""
+        they are `thinking` for DeepSeek and Granite, `enable_thinking` for most. `vllm`: whether
+        the server is vLLM."""
         if self.effort is None:
             return {}
         on = self.effort != "none"
         variables = {"enable_thinking": on, "thinking": on}
         if on:
             variables["reasoning_effort"] = self.effort
-        return {"reasoning_effort": self.effort, "chat_template_kwargs": variables}
+        fields = {"chat_template_kwargs": variables}
+        if on or not vllm:  # vLLM does not need "none", and refused it until 2026
+            fields["reasoning_effort"] = self.effort
+        return fields
 
 
 def thinking_arg(who: str, limit: str, default: str | None = None):
@@ -1387,7 +1391,7 @@ class Model:
         convert values that need it. Ours need none, and in a long conversation that walk is half of
         the client's work. So `messages` is empty there, and the conversation is in `extra_body`,
         which the client sends as it is, in place of arguments of the same name."""
-        body = {"messages": messages, **self.thinking.fields()}
+        body = {"messages": messages, **self.thinking.fields(vllm=self.continues)}
         if messages[-1]["role"] == "assistant":
             body["continue_final_message"] = True
             body["add_generation_prompt"] = False

@@ -122,6 +122,17 @@ def test_what_a_server_is_told(chat_server, setting, effort, tokens, stops):
     assert variables.get("reasoning_effort") == (None if effort == "none" else effort)
 
 
+def test_vllm_is_not_told_none(chat_server):
+    """Old versions refuse it, and gpt-oss cannot be off."""
+    server = chat_server(lambda messages, body: LOOK)
+    server.owner = "vllm"
+    ask(server.url, "off")
+    ask(server.url, "on")
+    off, on = server.requests
+    assert off["chat_template_kwargs"]["enable_thinking"] is False
+    assert "reasoning_effort" not in off and on["reasoning_effort"] == "medium"
+
+
 @pytest.mark.parametrize("setting", ["maybe", "on:", "on:x", "on:-1", "none ", ":100", "100"])
 def test_settings_that_cannot_be_used(setting):
     with pytest.raises(InputError, match="thinking .*must be off, on or an effort"):
