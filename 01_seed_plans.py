@@ -23,7 +23,7 @@ teacher_plans.jsonl           every plan of the teacher, also those of earlier r
     task, plan, teacher
     reason                    why the plan failed quality control, null if it passed; earlier plans
                               are checked again in each run
-    fingerprint               hash of teacher, prompt, step limit and --explored
+    fingerprint               hash of teacher, prompt, step limit, --explored and --thinking
     asked                     hash of temperatures and token limit
 
 edited_plans.jsonl            plans that you edited by hand; this stage only reads them
@@ -32,7 +32,7 @@ edited_plans.jsonl            plans that you edited by hand; this stage only rea
 thoughts.jsonl                with --thoughts: the teacher's thoughts for the expert's actions
     task
     thoughts                  one for each step; null if no reply had that many
-    fingerprint               hash of teacher, prompt and temperatures
+    fingerprint               hash of teacher, prompt, temperatures and --thinking
 
 agent_sft.jsonl               the trajectory in the agent's prompt format, for 02_sft.py
     task, messages
@@ -76,6 +76,7 @@ class Args:
         "a plan that fails quality control is asked for again at the next of these temperatures",
     )
     max_tokens: int = arg(512, "token limit of a teacher's reply")
+    thinking: Optional[str] = common.thinking_arg("the teacher", "the token limit")
     max_plan_steps: int = arg(20, "step limit of a plan")
     thoughts: bool = arg(
         False,
@@ -199,6 +200,7 @@ KNOWLEDGE = {"when", "before", "after", "if", "never", "always", "do"}  # first 
 # reasons to reject a reply that is no plan
 NO_STEPS = "format: no numbered steps between <meta_plan> and </meta_plan>"
 TOO_LONG = "the trajectory is longer than the teacher's context"
+CUT_OFF = "the reply ended while the teacher was thinking (--max_tokens is too small)"
 
 
 def with_synonyms(verbs: set[str]) -> set[str]:
@@ -312,7 +314,7 @@ def earlier_plans(
     for row in common.read_rows(path, fields, missing_ok=True):
         same_teacher = row.pop("fingerprint") == fingerprint
         same_request = row.pop("asked") == request
-        if row["reason"] not in (NO_STEPS, TOO_LONG):  # else it is a reply without a plan
+        if row["reason"] not in (NO_STEPS, TOO_LONG, CUT_OFF):  # else it is a reply without a plan
             row["reason"] = check_plan(row["plan"], verbs, a.max_plan_steps)
         if same_teacher and (same_request or row["reason"] is None):
             plans[row["task"]] = row
@@ -352,6 +354,8 @@ async def ask_teacher(
         reason = check_plan(plan, verbs, a.max_plan_steps)
         if reason is None:
             break
+        if plan is None and reply.cut_off:
+            reason = CUT_OFF
     return plan or text, reason
 
 
@@ -378,8 +382,12 @@ async def teacher_plans(
     for those that teacher_plans.jsonl does not have."""
     path = Path(a.out) / "teacher_plans.jsonl"
     teacher_id = common.model_fingerprint(a.teacher, a.teacher_url)
-    fingerprint = common.fingerprint(teacher_id, prompts.teacher_text, a.max_plan_steps, explored)
-    request = common.fingerprint(a.temperatures, a.max_tokens)
+    thinking = common.parse_thinking(a.thinking)
+    parts = [teacher_id, prompts.teacher_text, a.max_plan_steps, explored]
+    if thinking.effort is not None:
+        parts.append(thinking.effort)
+    fingerprint = common.fingerprint(*parts)
+    request = common.fingerprint(a.temperatures, a.max_tokens + thinking.tokens)
     plans = earlier_plans(path, fingerprint, request, verbs, a)
     requests = {}
     for e in trajectories:
@@ -392,7 +400,7 @@ async def teacher_plans(
     print_cost(a, requests)
     with (
         common.Appender(path) as append,
-        common.open_model(a.teacher, a.teacher_url, a) as teacher,
+        common.open_model(a.teacher, a.teacher_url, a, a.thinking) as teacher,
         tqdm(total=len(requests), desc="seed plans") as bar,
     ):
 
@@ -404,6 +412,9 @@ async def teacher_plans(
             bar.update()
 
         await asyncio.gather(*[work(task) for task in requests])
+    common.print_cut_off(
+        teacher.cut_off_replies, "the teacher", f"--max_tokens {a.max_tokens}", "--thinking"
+    )
     return plans
 
 
@@ -528,7 +539,10 @@ async def teacher_thoughts(a: Args, trajectories: list[dict]) -> dict[str, list[
     those that thoughts.jsonl does not have."""
     path = Path(a.out) / "thoughts.jsonl"
     teacher_id = common.model_fingerprint(a.teacher, a.teacher_url)
-    fingerprint = common.fingerprint(teacher_id, THOUGHTS, a.temperatures)
+    parts = [teacher_id, THOUGHTS, a.temperatures]
+    if a.thinking is not None:
+        parts.append(a.thinking)
+    fingerprint = common.fingerprint(*parts)
     found = {}
     for row in common.read_rows(path, ("task", "thoughts", "fingerprint"), missing_ok=True):
         if row["fingerprint"] == fingerprint:
@@ -537,7 +551,7 @@ async def teacher_thoughts(a: Args, trajectories: list[dict]) -> dict[str, list[
     if todo:
         with (
             common.Appender(path) as append,
-            common.open_model(a.teacher, a.teacher_url, a) as teacher,
+            common.open_model(a.teacher, a.teacher_url, a, a.thinking) as teacher,
             tqdm(total=len(todo), desc="thoughts") as bar,
         ):
 
@@ -548,6 +562,8 @@ async def teacher_thoughts(a: Args, trajectories: list[dict]) -> dict[str, list[
                 bar.update()
 
             await asyncio.gather(*[work(e) for e in todo])
+        limit = f"the limit of {TOKENS_OF_A_THOUGHT} tokens a thought"
+        common.print_cut_off(teacher.cut_off_replies, "the teacher", limit, "--thinking")
     missing = [e for e in trajectories if found[e["task"]] is None]
     print(
         f"thoughts: {len(trajectories) - len(missing)} trajectories have them, {len(missing)} have "
@@ -618,6 +634,7 @@ def check(a: Args) -> None:
 
 
 def main(a: Args) -> None:
+    common.check_thinking(a)
     prompts = common.Prompts(a.env, a.prompts, a.examples)
     if a.teacher == "rules" and a.thoughts:
         raise InputError("--thoughts needs a model as --teacher")

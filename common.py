@@ -383,6 +383,110 @@ def plan_messages(plan: str) -> list[dict]:
     return [{"role": "assistant", "content": plan_reply(plan)}]
 
 
+# -- thinking, where the server does not separate it from the reply
+
+# names of XML tags around thinking: <think>, <thinking>, <seed:think>, <think:x>, <ifm|think_fast>
+TAG_NAME = (
+    r"(?:\w{1,20}[:|])?(?:\w{0,12}think\w{0,12}|thoughts?|reason(?:ing)?|reflection|scratchpad"
+    r"|analysis|\w{0,12}monologue)(?::\w{1,20})?"
+)
+THINKING_TAG = re.compile(
+    rf"""
+    (?P<open>
+        <{TAG_NAME}>
+      | \[THINK\]                                            # Mistral
+      | ◁think▷                                              # Kimi
+      | <\|(?:\w{{1,9}}:)?(?:(?:begin|start)_)?(?:of_)?(?:think|thinking|thought)(?::\w{{1,9}})?\|>
+      | <\|inner_prefix\|> | <unused94>                      # Apertus, MedGemma
+      | (?:<\|start\|>assistant)?<\|channel\|?>\s?(?:analysis|commentary|thought)  # gpt-oss, Gemma
+      | <\|open\|>think<\|sep\|>                            # Kimi K3
+      | \A\s*(?-i:analysis)(?=(?-i:[A-Z]))                   # gpt-oss without its special tokens
+      | \A\s*Here(?:'s|\ is)\ my\ thought\ process:          # Granite 3.2
+    )
+  | (?P<close> (?:
+        </{TAG_NAME}>
+      | \[/THINK\]
+      | ◁/think▷
+      | <\|(?:\w{{1,9}}:)?end_(?:of_)?(?:think|thinking|thought)(?::\w{{1,9}})?\|>
+      | <\|inner_suffix\|> | <unused95>
+      | <channel\|>
+      | <\|close\|>think<\|sep\|>
+    ) \s*)
+  | (?P<answer> (?:                                          # begins the answer
+        <\|channel\|>\s?final[^<]{{0,40}}<\|message\|> | assistantfinal
+      | Here(?:'s|\ is)\ my\ response:
+      | <\|(?:begin_of_solution|start_response)\|> | <\|open\|>response<\|sep\|>
+    ) \s*)
+  | (?P<end>                                                 # ends a channel, or the reply
+        <\|(?:end|return|call|im_end|eot_id|eom_id|endoftext|end_of_text)\|> | </s> | <turn\|>
+      | <\|(?:end_of_solution|end_response)\|> | <\|close\|>response<\|sep\|>
+    )
+    """,
+    re.VERBOSE | re.IGNORECASE,
+)
+# what every tag has, to be quick with replies that have none
+TAG_SIGNS = ("<", "THINK]", "◁", "analysis", "thought process:")
+# before a tag that begins a line: nothing, or the label of a thought
+LINE_BEGIN = re.compile(r"\W*(?:thoughts?)?\W*", re.IGNORECASE)
+# the tags of an answer that some models write after their thinking
+ANSWER = re.compile(r"\s*<(answer|response|output)>(.*?)(?:</\1>|\Z)", re.DOTALL | re.IGNORECASE)
+
+
+def split_thinking(reply: str) -> tuple[str, bool]:
+    """(the reply without the model's thinking, whether it ends while the model is thinking).
+
+    A closing tag without an opening one closes thinking that the chat template opened: all before
+    it is thinking. An opening tag that is never closed counts only at the beginning of a line:
+    inside a sentence it is a mention. An end token ends the reply."""
+    if not any(sign in reply for sign in TAG_SIGNS):
+        return reply, False
+    kept: list[str] = []
+    start = 0  # of the text that is not thinking
+    end = len(reply)
+    last = len(reply.rstrip())
+    opened = None  # where thinking begins that is not closed yet
+    cut_off = None  # the same, but of a tag that begins a line
+    closed = False  # whether thinking was closed before
+    for tag in THINKING_TAG.finditer(reply):
+        if tag["open"]:
+            if opened is None:
+                opened = tag.start()
+            if cut_off is None and _begins_line(reply, tag.start()):
+                cut_off = tag.start()
+            continue
+        one_too_many = tag["close"] and closed and tag.end() >= last
+        if opened is not None and not tag["answer"]:
+            kept.append(reply[start:opened])
+        elif tag["end"] or one_too_many:
+            end = tag.start()
+            break
+        else:
+            kept.clear()
+        start = tag.end()
+        opened = None
+        cut_off = None
+        closed = True
+    kept.append(reply[start : end if cut_off is None else cut_off])
+    answer = "".join(kept)
+    wrapped = ANSWER.match(answer)
+    if wrapped:
+        answer = wrapped[2]
+    return answer, cut_off is not None
+
+
+def _begins_line(text: str, position: int) -> bool:
+    line = text[max(0, position - 20) : position].rpartition("\n")[2]
+    return LINE_BEGIN.fullmatch(line) is not None
+
+
+def begins_thinking(reply: str) -> bool:
+    """Whether the reply closes thinking that it did not open: the chat template opened it."""
+    first = THINKING_TAG.search(reply)
+    return first is not None and first["close"] is not None
+
+
+# -- plans and actions
+
 # <meta_plan> or <meta plan>, in any case, and the text up to the closing tag or the reply's end
 META_PLAN = re.compile(r"<meta[ _]plan>(.*?)(?:</meta[ _]plan>|\Z)", re.S | re.I)
 # what starts a step's line: "Step 2:", "step 2.", "2:", "2." or "2)", with text after it
@@ -394,18 +498,17 @@ def parse_plan(reply: str) -> str | None:
     """The plan between the <meta_plan> tags of a reply, its steps renumbered from 1.
 
     None if there are no tags or no steps. The closing tag may be missing. Lines below a step, up to
-    an empty one, continue it."""
-    match = META_PLAN.search(reply)
-    if match is None:
-        return None
-    _before_first_step, *texts = STEP_NUMBER.split(match[1])
-    if not texts:
-        return None
-    steps = []
-    for text in texts:
-        paragraph = EMPTY_LINE.split(text, maxsplit=1)[0]
-        steps.append(" ".join(paragraph.split()))
-    return number_steps(steps)
+    an empty one, continue it. Thinking is ignored."""
+    answer, _ = split_thinking(reply)
+    for match in META_PLAN.finditer(answer):
+        _before_first_step, *texts = STEP_NUMBER.split(match[1])
+        steps = []
+        for text in texts:
+            paragraph = EMPTY_LINE.split(text, maxsplit=1)[0]
+            steps.append(" ".join(paragraph.split()))
+        if steps:
+            return number_steps(steps)
+    return None
 
 
 def number_steps(steps: list[str]) -> str:
@@ -418,18 +521,48 @@ def plan_steps(plan: str) -> list[str]:
     return [line.split(": ", 1)[-1] for line in plan.splitlines()]
 
 
-# a line "Action: ACTION" in any case; blanks and asterisks (Markdown's bold) around it are ignored
-ACTION_LINE = re.compile(r"^[ \t*]*action[ \t*]*:[ \t*]*(.+?)[ \t*]*$", re.M | re.I)
+# "Action:" in any case, also "Action 1:" and "**Action**:"; not "Action:" in quotation marks
+LABEL = r"action(?:[ \t*_]*+\d{1,3})?[ \t*_]*+"
+COLON = r"[:：](?![\"'`”’](?:\W|\Z))"
+# at the beginning of a line, after signs or a list's number; or "## Action", a line of its own
+ACTION_LINE = re.compile(
+    rf"^(?:[^\w\n]|_)*+(?:\d{{1,3}}[.)](?:[^\w\n]|_)*+)?{LABEL}(?:{COLON}|\r?$)", re.M | re.I
+)
+ACTION_ANYWHERE = re.compile(rf"(?<![^\W_]){LABEL}{COLON}", re.I)
+# between a label and an action on the next line: signs, and the first line of a code block
+LINE_BREAK = re.compile(r"[ \t\r*_]*+(?:```\w*+[ \t\r]*+)?\n\s*+(?:```\w*+[ \t\r]*+\n\s*+)?")
+# what ends an action: its line's end, or the next label on the same line
+ACTION_END = re.compile(r"\n|\s(?:Observation|Thought|Action)[ \t]?\d{0,3}:")
+OTHER_LABEL = re.compile(r"\W{0,9}(?:observation|thought|action|task)[^\n\w:]{0,9}\d{0,3}:", re.I)
+SIGNS = " \t\r*_`\"'“”‘’"  # around an action
 
 
 def parse_reply(reply: str) -> tuple[str, str | None]:
-    """Split an agent's reply: (the text up to and including its first line "Action: ACTION",
-    ACTION). Quotation marks around the action are removed. Without an action: (all of it, None)."""
-    match = ACTION_LINE.search(reply)
-    action = match[1].strip().strip("`\"'").strip() if match else ""
-    if not action:
-        return reply.strip(), None
-    return reply[: match.end()].strip(), action
+    """Split an agent's reply: (the text up to and including its action, the action). Without an
+    action: (all of it, None). Thinking is in neither.
+
+    The action is what follows the first "Action:" at the beginning of a line, or else the first
+    one anywhere, on the same line or on the next. Markdown and quotation marks around it are
+    removed. The time is linear in the length of the reply."""
+    answer, _ = split_thinking(reply)
+    for label in (ACTION_LINE, ACTION_ANYWHERE):
+        for match in label.finditer(answer):
+            begin, end = _action_span(answer, match.end())
+            action = answer[begin:end].strip(SIGNS).lstrip("->•").strip(SIGNS)
+            if any(map(str.isalnum, action)):
+                return answer[:end].strip(), action
+    return answer.strip(), None
+
+
+def _action_span(text: str, position: int) -> tuple[int, int]:
+    """(begin, end) of the action after a label that ends at `position`; empty if there is none."""
+    line_break = LINE_BREAK.match(text, position)
+    if line_break:
+        position = line_break.end()
+        if OTHER_LABEL.match(text, position):
+            return position, position
+    end = ACTION_END.search(text, position)
+    return position, end.start() if end else len(text)
 
 
 def expert_steps(steps: list, thoughts: list[str] | None) -> list[list[str]]:
@@ -953,10 +1086,10 @@ async def list_tasks(
 
 
 @contextlib.contextmanager
-def open_model(name: str, url: str | None, a):
+def open_model(name: str, url: str | None, a, thinking: str | None = None):
     """A `Model` to ask: behind `url` if given; served for the duration of the `with` if local; else
     of OpenAI or OPENAI_BASE_URL. `a` has a stage's settings: `out`, `concurrency`,
-    `tensor_parallel`, `max_model_len`."""
+    `tensor_parallel`, `max_model_len`. `thinking`: see `parse_thinking`."""
     with contextlib.ExitStack() as stack:
         if url:
             name = model_fingerprint(name, url)
@@ -965,6 +1098,7 @@ def open_model(name: str, url: str | None, a):
             server = serve(name, Path(a.out) / "logs", a.tensor_parallel, a.max_model_len)
             url = stack.enter_context(server)
         model = Model(name.removeprefix("api:"), url, a.concurrency)
+        model.thinking = parse_thinking(thinking)
         if url:
             model.continues = is_vllm(url)
         yield model
@@ -1057,13 +1191,83 @@ def is_vllm(url: str) -> bool:
         return False
 
 
+# -- how much a model thinks
+
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")  # of servers and APIs
+
+
+class Thinking(NamedTuple):
+    """How much a model may think."""
+
+    effort: str | None = None  # one of EFFORTS; None: as the server does by default
+    tokens: int = 0  # for it, in addition to the token limit
+
+    def fields(self, vllm: bool) -> dict:
+        """The fields of a request. OpenAI, Gemini, Ollama, OpenRouter and gpt-oss understand
+        `reasoning_effort`; vLLM, SGLang and llama.cpp give the others to the chat template, where
+        they are `thinking` for DeepSeek and Granite, `enable_thinking` for most. `vllm`: whether
+        the server is vLLM."""
+        if self.effort is None:
+            return {}
+        on = self.effort != "none"
+        variables = {"enable_thinking": on, "thinking": on}
+        if on:
+            variables["reasoning_effort"] = self.effort
+        fields = {"chat_template_kwargs": variables}
+        if on or not vllm:  # vLLM does not need "none", and refused it until 2026
+            fields["reasoning_effort"] = self.effort
+        return fields
+
+
+def thinking_arg(who: str, limit: str, default: str | None = None):
+    """The field of a stage's `Args` that says how much a model may think."""
+    usual = "" if default else " (default: as its server does)"
+    return arg(
+        default,
+        f"how much {who} may think: off, on, or an effort (low, medium, high); on:4096 adds 4096 "
+        f"tokens to {limit} for it{usual}",
+    )
+
+
+def parse_thinking(setting: str | None, name: str = "thinking") -> Thinking:
+    """The value of an argument `name` of `thinking_arg`: "off", "on", "low" or "on:4096"."""
+    if not setting:
+        return Thinking()
+    word, colon, tokens = setting.partition(":")
+    effort = {"off": "none", "on": "medium"}.get(word, word)
+    if effort not in EFFORTS or (colon and not tokens.isdecimal()):
+        raise InputError(
+            f"{name} {setting}: must be off, on or an effort ({', '.join(EFFORTS[1:])}), with a "
+            "number of tokens if wanted, such as on:4096"
+        )
+    return Thinking(effort, int(tokens) if colon else 0)
+
+
+def check_thinking(a) -> None:
+    """Raise `InputError` before any work if an argument of `thinking_arg` cannot be used."""
+    for name, value in vars(a).items():
+        if name.endswith("thinking"):
+            parse_thinking(value, f"--{name}")
+
+
+def print_cut_off(count: int, who: str, limit: str, setting: str) -> None:
+    """Say how many replies of a model ended while it was thinking, and what to change."""
+    if count:
+        print(
+            f"{count} replies of {who} ended while it was still thinking: {limit} is too small, "
+            f"set {setting} on:4096 (4096 tokens more) or off"
+        )
+
+
 # -- asking
 
 
 class Reply(NamedTuple):
-    text: str
+    text: str  # without the model's thinking
     prompt_tokens: int
     completion_tokens: int
+    cut_off: bool = False  # it ended while the model was thinking
+    limited: bool = False  # it ended at the token limit
 
 
 class Endpoint:
@@ -1117,6 +1321,9 @@ class Model:
         self.alive = [Endpoint(self._client(address)) for address in addresses]
         self.completion_tokens = 0  # generated so far
         self.continues = False  # can continue a message that was started; set by `open_model`
+        self.thinking = Thinking()  # how much it may think; set by `open_model`
+        self.begins_thinking = False  # its chat template opens the thinking; seen in its replies
+        self.cut_off_replies = 0  # so far, that ended while it was thinking
         # what `_complete` raises if an answer holds no completion
         self.malformed = (
             IndexError,
@@ -1163,6 +1370,11 @@ class Model:
                 try:
                     reply = await self._complete(endpoint, parameters)
                     self.completion_tokens += reply.completion_tokens
+                    if reply.cut_off and not reply.limited and "stop" in parameters:
+                        del parameters["stop"]  # it was in the thinking: ask again without
+                        continue
+                    if reply.cut_off:
+                        self.cut_off_replies += 1
                     return reply
                 except (TimeoutError, openai.OpenAIError, *self.malformed) as e:
                     unreachable = isinstance(e, TimeoutError | openai.APIConnectionError)
@@ -1179,7 +1391,7 @@ class Model:
         convert values that need it. Ours need none, and in a long conversation that walk is half of
         the client's work. So `messages` is empty there, and the conversation is in `extra_body`,
         which the client sends as it is, in place of arguments of the same name."""
-        body = {"messages": messages}
+        body = {"messages": messages, **self.thinking.fields(vllm=self.continues)}
         if messages[-1]["role"] == "assistant":
             body["continue_final_message"] = True
             body["add_generation_prompt"] = False
@@ -1187,11 +1399,12 @@ class Model:
             "model": self.name,
             "messages": [],
             "temperature": temperature,
-            "max_tokens": max_tokens,
+            "max_tokens": max_tokens + self.thinking.tokens,
             "seed": seed,
             "extra_body": body,
         }
-        if stop:
+        # thinking may hold a stop string
+        if stop and self.thinking.effort in (None, "none"):
             parameters["stop"] = stop
         return parameters
 
@@ -1217,7 +1430,9 @@ class Model:
             while True:
                 try:
                     answer = await endpoint.client.chat.completions.create(**parameters)
-                    text = answer.choices[0].message.content or ""
+                    choice = answer.choices[0]
+                    limited = choice.finish_reason == "length"
+                    text, cut_off = self._without_thinking(choice.message, limited)
                     usage = answer.usage
                     break
                 except self.malformed:
@@ -1226,8 +1441,27 @@ class Model:
                 await asyncio.sleep(min(8, 0.5 * 2**retry))
                 retry += 1
         if not usage:
-            return Reply(text, 0, 0)
-        return Reply(text, usage.prompt_tokens, usage.completion_tokens)
+            return Reply(text, 0, 0, cut_off, limited)
+        return Reply(text, usage.prompt_tokens, usage.completion_tokens, cut_off, limited)
+
+    def _without_thinking(self, message, limited: bool) -> tuple[str, bool]:
+        """(the text of a message without thinking, whether it ended while the model was thinking).
+        `limited`: it ended at the token limit.
+
+        Thinking is in the text, between tags, or in a field of its own, or hidden."""
+        text = message.content or ""
+        fields = message.model_extra or {}
+        thinking = fields.get("reasoning_content") or fields.get("reasoning")
+        if not text.strip() and (thinking or (limited and not text)):
+            return "", True
+        if limited and text == thinking:  # some servers repeat the thinking as the text
+            return "", True
+        answer, cut_off = split_thinking(text)
+        if answer == text and self.begins_thinking and limited and not thinking:
+            return "", True
+        if answer != text and begins_thinking(text):
+            self.begins_thinking = True
+        return answer, cut_off
 
     def _leave_out(self, endpoint: Endpoint) -> None:
         """Ask only the other servers from now on. Requests that were in flight come here one by
@@ -1544,6 +1778,8 @@ def agent_fingerprint(a, model_id: str, prompts: Prompts) -> str:
     ]
     if a.agent_temperature != 0:
         parts.append(a.seed)
+    if a.agent_thinking is not None:
+        parts.append(a.agent_thinking)
     return fingerprint(*parts)
 
 
@@ -1594,14 +1830,15 @@ class Episode:
             "end": "steps",
             "steps": [],
             "format_errors": 0,
+            "thinking_cut_off": 0,
             "prompt_tokens": 0,
             "completion_tokens": 0,
         }
 
     async def play(self) -> dict:
         """The episode as a row: {"instruction": u, "reward": r(u, e), "success", "end", "steps":
-        [[reply, observation], ...], "format_errors", "prompt_tokens", "completion_tokens"}, and
-        "continued" if the plan is in the thought.
+        [[reply, observation], ...], "format_errors", "thinking_cut_off", "prompt_tokens",
+        "completion_tokens"}, and "continued" if the plan is in the thought.
 
         `end` is success, failure (the task can no longer be completed), steps (the step limit),
         errors (`MAX_FAILURES` failed steps in a row) or context (the prompt became too long)."""
@@ -1649,6 +1886,8 @@ class Episode:
         )
         self.row["prompt_tokens"] += reply.prompt_tokens
         self.row["completion_tokens"] += reply.completion_tokens
+        if reply.cut_off:
+            self.row["thinking_cut_off"] += 1
         return self.opening + reply.text
 
     async def execute(self, action: str | None) -> tuple[str, bool]:

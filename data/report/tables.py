@@ -325,6 +325,7 @@ def notes(results: list[dict]) -> str:
     said += _notes_on_runs(conditions)
     said += _notes_on_thoughts(conditions)
     said += _notes_on_tags(conditions)
+    said += _notes_on_thinking(conditions)
     for r in conditions:
         said += r["notes"]
     return "".join(f" {sentence}" for sentence in dict.fromkeys(said))
@@ -362,6 +363,25 @@ def _notes_on_tags(conditions: list[dict]) -> list[str]:
     for plans, count in counts.items():
         if count:
             said.append(f"{count} plans of '{named(plans)}' are text without tags.")
+    return said
+
+
+def _notes_on_thinking(conditions: list[dict]) -> list[str]:
+    cut_off = sum(column(conditions, "thinking_cut_off"))
+    missing = {}
+    for r in conditions:  # as for tags, plans count once
+        missing[r["plans"], r["split"]] = r["plans_cut_off"]
+    said = []
+    if cut_off:
+        said.append(
+            f"{cut_off} replies of agents ended while they were thinking: --agent_tokens was too "
+            "small (these are format errors, too)."
+        )
+    if any(missing.values()):
+        said.append(
+            f"{sum(missing.values())} plans are missing because planners were still thinking: "
+            "--plan_tokens was too small."
+        )
     return said
 
 
