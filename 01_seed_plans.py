@@ -22,7 +22,8 @@ seed_plans.rejected.jsonl     the plan, if it failed quality control
 teacher_plans.jsonl           every plan of the teacher, also those of earlier runs with other tasks
     task, plan, teacher
     reason                    why the plan failed quality control, null if it passed; earlier plans
-                              are checked again in each run
+                              are checked again in each run. "refused: ..." if the teacher's server
+                              refused the request: plan is null
     fingerprint               hash of teacher, prompt, step limit, --explored and --thinking
     asked                     hash of temperatures and token limit
 
@@ -32,6 +33,7 @@ edited_plans.jsonl            plans that you edited by hand; this stage only rea
 thoughts.jsonl                with --thoughts: the teacher's thoughts for the expert's actions
     task
     thoughts                  one for each step; null if no reply had that many
+    reason                    only if the request was refused: "refused: ..."
     fingerprint               hash of teacher, prompt, temperatures and --thinking
 
 agent_sft.jsonl               the trajectory in the agent's prompt format, for 02_sft.py
@@ -314,7 +316,8 @@ def earlier_plans(
     for row in common.read_rows(path, fields, missing_ok=True):
         same_teacher = row.pop("fingerprint") == fingerprint
         same_request = row.pop("asked") == request
-        if row["reason"] not in (NO_STEPS, TOO_LONG, CUT_OFF):  # else it is a reply without a plan
+        no_plan = row["reason"] in (NO_STEPS, TOO_LONG, CUT_OFF) or common.is_refused(row)
+        if not no_plan:
             row["reason"] = check_plan(row["plan"], verbs, a.max_plan_steps)
         if same_teacher and (same_request or row["reason"] is None):
             plans[row["task"]] = row
@@ -323,20 +326,21 @@ def earlier_plans(
 
 async def extraction(teacher, messages: list[dict], text: str, a: Args) -> str:
     """The teacher's reply when it is asked to take the plan out of its reply `text`; `text` if that
-    request is longer than its context."""
+    request is longer than its context, or refused."""
     said = {"role": "assistant", "content": text}
     request = {"role": "user", "content": EXTRACT}
     try:
         reply = await teacher.ask([*messages, said, request], 0.0, a.max_tokens, a.seed)
-    except common.ContextOverflow:
+    except common.RequestRefused:
         return text
     return reply.text
 
 
 async def ask_teacher(
     teacher, messages: list[dict], task: str, verbs: set[str], a: Args
-) -> tuple[str, str | None]:
-    """(plan, None), or (last plan or reply, why quality control rejects it).
+) -> tuple[str | None, str | None]:
+    """(plan, None), or (last plan or reply, why quality control rejects it), or (None, why the
+    request was refused).
 
     Appendix C: a rejected plan is asked for again at another temperature. If a reply has the wrong
     format, the teacher is first asked to extract the plan from it."""
@@ -346,6 +350,8 @@ async def ask_teacher(
             reply = await teacher.ask(messages, temperature, a.max_tokens, seed)
         except common.ContextOverflow:
             return "", TOO_LONG
+        except common.RequestRefused as e:
+            return None, common.refusal_reason(e)
         text = reply.text
         plan = common.parse_plan(text)
         if plan is None and text.strip():
@@ -403,15 +409,18 @@ async def teacher_plans(
         common.open_model(a.teacher, a.teacher_url, a, a.thinking) as teacher,
         tqdm(total=len(requests), desc="seed plans") as bar,
     ):
+        teacher.answers = len(plans)
+        keep = common.Refusals(append, teacher, requests)
 
         async def work(task):
             plan, reason = await ask_teacher(teacher, requests[task], task, verbs, a)
             row = {"task": task, "plan": plan, "teacher": Path(a.teacher).name, "reason": reason}
             plans[task] = row
-            append(row | {"fingerprint": fingerprint, "asked": request})
+            keep(row | {"fingerprint": fingerprint, "asked": request})
             bar.update()
 
         await asyncio.gather(*[work(task) for task in requests])
+        keep.finish()
     common.print_cut_off(
         teacher.cut_off_replies, "the teacher", f"--max_tokens {a.max_tokens}", "--thinking"
     )
@@ -446,6 +455,8 @@ async def seed_plans(
     path = Path(a.out) / "seed_plans.rejected.jsonl"
     common.write_rows(path, rejected)
     print_quality_control(trajectories, rejected, path)
+    checked = [plans[e["task"]] for e in trajectories]
+    common.print_refused("plans", checked, path.with_name("teacher_plans.jsonl"))
     return kept
 
 
@@ -546,7 +557,7 @@ async def teacher_thoughts(a: Args, trajectories: list[dict]) -> dict[str, list[
     found = {}
     for row in common.read_rows(path, ("task", "thoughts", "fingerprint"), missing_ok=True):
         if row["fingerprint"] == fingerprint:
-            found[row["task"]] = row["thoughts"]
+            found[row["task"]] = row
     todo = [e for e in trajectories if e["task"] not in found]
     if todo:
         with (
@@ -554,22 +565,37 @@ async def teacher_thoughts(a: Args, trajectories: list[dict]) -> dict[str, list[
             common.open_model(a.teacher, a.teacher_url, a, a.thinking) as teacher,
             tqdm(total=len(todo), desc="thoughts") as bar,
         ):
+            teacher.answers = len(found)
+            keep = common.Refusals(append, teacher, [e["task"] for e in todo])
 
             async def work(e):
-                thoughts = await ask_for_thoughts(teacher, e, a)
-                found[e["task"]] = thoughts
-                append({"task": e["task"], "thoughts": thoughts, "fingerprint": fingerprint})
+                row = {"task": e["task"], "thoughts": None, "fingerprint": fingerprint}
+                try:
+                    row["thoughts"] = await ask_for_thoughts(teacher, e, a)
+                except common.RequestRefused as error:
+                    row["reason"] = common.refusal_reason(error)
+                found[e["task"]] = row
+                keep(row)
                 bar.update()
 
             await asyncio.gather(*[work(e) for e in todo])
+            keep.finish()
         limit = f"the limit of {TOKENS_OF_A_THOUGHT} tokens a thought"
         common.print_cut_off(teacher.cut_off_replies, "the teacher", limit, "--thinking")
-    missing = [e for e in trajectories if found[e["task"]] is None]
+    rows = [found[e["task"]] for e in trajectories]
+    print_thoughts(rows, path)
+    return {row["task"]: row["thoughts"] for row in rows}
+
+
+def print_thoughts(rows: list[dict], path: Path) -> None:
+    """Say how many of the rows of thoughts.jsonl have thoughts, and how many were refused."""
+    missing = [row for row in rows if row["thoughts"] is None and not common.is_refused(row)]
+    have = [row for row in rows if row["thoughts"] is not None]
     print(
-        f"thoughts: {len(trajectories) - len(missing)} trajectories have them, {len(missing)} have "
+        f"thoughts: {len(have)} trajectories have them, {len(missing)} have "
         "not: no reply had as many thoughts as actions"
     )
-    return found
+    common.print_refused("requests for thoughts", rows, path)
 
 
 def agent_conversations(

@@ -6,7 +6,8 @@ Files in --out:
 
 plans.jsonl                   M sampled plans of each task
     task, m                   TYPE/VARIATION, and the number of the plan from 0 to M - 1
-    plan                      null if none of three replies had a plan
+    plan                      null if none of three replies had a plan, or if the request was
+                              refused: then there is a `reason`, "refused: ..."
     thinking_cut_off          replies that ended while the planner was thinking
     instruction               u
     planner                   the model that was asked
@@ -17,7 +18,8 @@ rollouts.jsonl                N rollouts of each plan (equation 5)
     agent                     the model that played
     fingerprint               hash of model, prompts, temperature, thinking, seed, ...
     instruction, reward       u and r(u, e)
-    success, end              whether the task was solved, and why the episode ended
+    success, end              whether the task was solved, and why the episode ended; "crash" and
+                              "refused" have an `error` and do not count in a plan's score
     steps                     [[reply up to its action, observation], ...]
     format_errors             replies without an action
     thinking_cut_off          replies that ended while the agent was thinking
@@ -163,40 +165,59 @@ async def sample_plans(a: Args, tasks: list[str], prompts, pool) -> list[dict]:
     wanted = list(itertools.product(tasks, range(a.m)))
     todo = [key for key in wanted if key not in sampled]
     if todo:
-        tasks_todo = list(dict.fromkeys(task for task, _ in todo))
-        instructions = await pool.each(tasks_todo, "reset")
-        with (
-            common.Appender(path) as append,
-            common.open_model(a.planner, a.planner_url, a, a.plan_thinking) as planner,
-            tqdm(total=len(todo), desc="sample plans") as bar,
-        ):
-
-            async def work(task, m):
-                u = instructions[task]
-                plan, cut_off = await sample_plan(planner, prompts.planner(u), task, m, a)
-                row = {"task": task, "m": m, "plan": plan, "instruction": u, "planner": planner_id}
-                row["thinking_cut_off"] = cut_off
-                sampled[task, m] = row | {"fingerprint": fingerprint}
-                append(sampled[task, m])
-                bar.update()
-
-            await asyncio.gather(*[work(task, m) for task, m in todo])
+        ids = {"planner": planner_id, "fingerprint": fingerprint}
+        await sample_missing_plans(a, todo, sampled, ids, prompts, pool, path)
     plans = [sampled[key] for key in wanted]
-    print_missing(plans, a)
+    print_missing(plans, path, a)
     return plans
 
 
-def print_missing(plans: list[dict], a: Args) -> None:
-    """Say how many plans are missing, and how many replies ended while the planner was thinking."""
-    missing = [row for row in plans if row["plan"] is None]
+def print_missing(plans: list[dict], path: Path, a: Args) -> None:
+    """Say how many plans are missing, how many were refused, and how many replies ended while the
+    planner was thinking."""
+    missing = [row for row in plans if row["plan"] is None and not common.is_refused(row)]
     if missing:
         print(
             f"{len(missing)} of {len(plans)} plans are missing: {PLAN_ATTEMPTS} replies in a row "
             "had none"
         )
+    common.print_refused("plans", plans, path)
     cut_off = sum(row.get("thinking_cut_off", 0) for row in plans)
     limit = f"--plan_tokens {a.plan_tokens}"
     common.print_cut_off(cut_off, "the planner", limit, "--plan_thinking")
+
+
+async def sample_missing_plans(
+    a: Args, todo: list[tuple], sampled: dict[tuple, dict], ids: dict, prompts, pool, path: Path
+) -> None:
+    """Add the rows of all (task, m) in `todo` to the file and to `sampled`. `ids`: fields of every
+    row."""
+    tasks = list(dict.fromkeys(task for task, _ in todo))
+    instructions = await pool.each(tasks, "reset")
+    with (
+        common.Appender(path) as append,
+        common.open_model(a.planner, a.planner_url, a, a.plan_thinking) as planner,
+        tqdm(total=len(todo), desc="sample plans") as bar,
+    ):
+        planner.answers = len(sampled)
+        keep = common.Refusals(append, planner, tasks)
+
+        async def work(task, m):
+            u = instructions[task]
+            row = {"task": task, "m": m, "plan": None, "instruction": u, **ids}
+            try:
+                plan, cut_off = await sample_plan(planner, prompts.planner(u), task, m, a)
+            except common.RequestRefused as e:
+                row["reason"] = common.refusal_reason(e)
+            else:
+                row["plan"] = plan
+                row["thinking_cut_off"] = cut_off
+            sampled[task, m] = row
+            keep(row)
+            bar.update()
+
+        await asyncio.gather(*[work(task, m) for task, m in todo])
+        keep.finish()
 
 
 # ---- N rollouts of each plan ---------------------------------------------------------------------
@@ -322,7 +343,7 @@ async def play(
 ) -> dict[tuple, list[dict]]:
     """{(task, plan): its rollouts} for all `task_plans` (equation 5): N each or, if `adaptive`, as
     many as it takes to find the best and the worst plan of each task. Rollouts that are in the file
-    `path` are not played again, unless they failed."""
+    `path` are not played again, unless they crashed."""
     agent_id = common.model_fingerprint(a.agent, a.agent_url)
     fingerprint = common.agent_fingerprint(a, agent_id, prompts)
     finished = FinishedRollouts(task_plans, a.n)
@@ -345,6 +366,7 @@ async def play(
     retries = 0
     opened = common.open_model(a.agent, a.agent_url, a, a.agent_thinking)
     with common.Appender(path) as append, opened as agent:
+        agent.answers = sum(map(len, finished.rows.values()))
 
         def keep(row):
             append(row)
@@ -377,6 +399,7 @@ async def score_plans(a: Args, plans: list[dict], prompts, pool) -> dict[tuple, 
     ends = Counter(row["end"] for row in rows)
     counts = ", ".join(f"{end} {count}" for end, count in ends.most_common())
     print(f"{line}, mean reward {mean_reward(rows):.3f}; ends: {counts}")
+    common.print_refused("rollouts", rows, path)
     print_agent_cut_off(rows, a)
     return scored
 
@@ -389,8 +412,9 @@ def print_agent_cut_off(rollouts: list[dict], a: AgentArgs) -> None:
 
 
 def not_failed(rollouts: list[dict]) -> list[dict]:
-    """The rollouts without those that failed three times, such as by a worker that died."""
-    return [row for row in rollouts if row["end"] != "crash"]
+    """The rollouts without those that failed three times, such as by a worker that died, and
+    without those that the agent's server refused."""
+    return [row for row in rollouts if row["end"] not in common.FAILED_ENDS]
 
 
 def mean_reward(rollouts: list[dict]) -> float:
@@ -421,7 +445,7 @@ def qualities(scored: dict[tuple, list[dict]]) -> dict[tuple, float]:
                 failed += 1
             else:
                 partial += 1
-    why = 'failed three times (see "error" in their rows)'
+    why = 'failed or were refused (see "error" in their rows)'
     if partial:
         print(f"{partial} plans have rollouts that {why}: they are scored by their other rollouts")
     if failed:
@@ -585,6 +609,7 @@ def explore(a: ExploreArgs) -> None:
         f"exploration: {len(episodes)} episodes, mean reward {mean_reward(episodes):.3f}, "
         f"{len(won)} successful; {len(pairs)} pairs"
     )
+    common.print_refused("episodes", episodes, Path(a.out) / "explore.jsonl")
     print_agent_cut_off(episodes, a)
     if not pairs:
         raise InputError(

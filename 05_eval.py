@@ -20,11 +20,14 @@ Files in --out, and the fields of their rows
         setting, task, instruction, plan, plans_id
         untagged             true: the reply had no tags, and all of it is the plan
         thinking_cut_off     true: no plan, the reply ended while the planner was thinking
+        reason               only if the request was refused: "refused: ...", and plan is null
     eval/rollouts.jsonl      a row for each episode
-        plan_position, agent_id, and the fields of stage 3's rollouts.jsonl
+        plan_position, agent_id, and the fields of stage 3's rollouts.jsonl; an episode that was
+        refused counts, with reward 0
     eval/judgements.jsonl    a row for each answer of the judge
         task, plans (the two settings), first (the one shown first), reply, judge
-        answer               first, second or tie in each dimension; null: not understood
+        answer               first, second or tie in each dimension; null: not understood, or the
+                             request was refused: then there is a `reason`, "refused: ..."
         thinking_cut_off     replies that ended while the judge was thinking
         judge_id             fingerprint of the judge, its prompt and the two settings
         question             fingerprint of the task and its two plans; both orders have the same
@@ -45,7 +48,7 @@ import re
 import sys
 import tempfile
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import List, NamedTuple, Optional
@@ -284,8 +287,7 @@ async def make_missing_plans(a: Args, tasks: list[str], pool) -> dict[str, str |
             keeper = PlanKeeper(ids, instructions, done, append, bar)
             for setting, without_plan in missing.items():
                 await make_plans_of_setting(a, setting, without_plan, tasks, pool, keeper)
-    print_untagged(ids, tasks, done)
-    print_plans_cut_off(a, ids, tasks, done)
+    print_plan_problems(a, ids, tasks, done, path)
     return ids
 
 
@@ -318,13 +320,21 @@ async def ask_planner(a: Args, setting: str, tasks: list[str], keeper: PlanKeepe
     prompts = planner_prompts(a, setting)
     name, url = common.name_and_url(planner_of(a, setting))
     with common.open_model(name, url, a, planner_thinking(a, setting)) as model:
+        earlier = [key for key in keeper.done if key[0] == keeper.ids[setting]]
+        model.answers = len(earlier)
+        refusals = common.Refusals(keeper.append, model, tasks)
+        keeper = replace(keeper, append=refusals)
 
         async def ask(task: str) -> None:
             messages = prompts.planner(keeper.instructions[task])
-            answer = await ask_for_plan(model, messages, a.plan_tokens)
+            try:
+                answer = await ask_for_plan(model, messages, a.plan_tokens)
+            except common.RequestRefused as e:
+                answer = {"plan": None, "reason": common.refusal_reason(e)}
             keeper.keep(setting, task, **answer)
 
         await asyncio.gather(*[ask(task) for task in tasks])
+        refusals.finish()
 
 
 async def ask_for_plan(model: common.Model, messages: list[dict], tokens: int) -> dict:
@@ -383,25 +393,21 @@ def task_of_another_type(a: Args, task: str, tasks: list[str]) -> str:
     return others[common.seed_of(a.seed, "wrong", task) % len(others)]
 
 
-def print_untagged(ids: dict[str, str | None], tasks: list[str], done: dict[tuple, dict]) -> None:
-    """Say how many plans of each setting are replies without tags."""
+def print_plan_problems(
+    a: Args, ids: dict[str, str | None], tasks: list[str], done: dict[tuple, dict], path: Path
+) -> None:
+    """Say how many plans of each setting are replies without tags, how many were refused, and how
+    many are missing because the planner was still thinking."""
     for setting, plans_id in ids.items():
         if setting == "none":
             continue
-        untagged = [t for t in tasks if done[plans_id, t].get("untagged")]
+        rows = [done[plans_id, t] for t in tasks]
+        untagged = [row for row in rows if row.get("untagged")]
         if untagged:
             replies = f"{len(untagged)} of {len(tasks)} replies"
             print(f"{setting}: {replies} have no tags; their text is the plan")
-
-
-def print_plans_cut_off(
-    a: Args, ids: dict[str, str | None], tasks: list[str], done: dict[tuple, dict]
-) -> None:
-    """Say how many plans of each setting are missing because the planner was still thinking."""
-    for setting, plans_id in ids.items():
-        if setting == "none":
-            continue
-        cut_off = [t for t in tasks if done[plans_id, t].get("thinking_cut_off")]
+        common.print_refused(f"plans of {setting}", rows, path)
+        cut_off = [row for row in rows if row.get("thinking_cut_off")]
         flag = "--teacher_thinking" if setting == "gpt" else "--plan_thinking"
         who = f"the planner of {setting}"
         common.print_cut_off(len(cut_off), who, f"--plan_tokens {a.plan_tokens}", flag)
@@ -465,6 +471,7 @@ async def play_missing(a: Args, conditions: list[dict], pool) -> None:
             continue
         opened = common.open_model(name, url, a, a.agent_thinking)
         with common.Appender(path) as append, opened as model:
+            model.answers = len(complete_episodes(a.out, own[0]["agent_id"]))
             for plan_position in tables.unique(own, "plan_position"):
                 config = common.RolloutConfig(
                     prompts,
@@ -487,6 +494,19 @@ async def play_missing(a: Args, conditions: list[dict], pool) -> None:
                 )
         limit = f"--agent_tokens {a.agent_tokens}"
         common.print_cut_off(model.cut_off_replies, name, limit, "--agent_thinking")
+    for agent_id in tables.unique(conditions, "agent_id"):
+        common.print_refused("episodes", complete_episodes(a.out, agent_id), path)
+
+
+def complete_episodes(out: str, agent_id: str | None = None) -> list[dict]:
+    """The rows of eval/rollouts.jsonl, of one agent or of all, that are not crashed."""
+    path = Path(out) / "eval" / "rollouts.jsonl"
+    fields = ("task", "plan", "reward", "agent_id", "plan_position", "end")
+    found = []
+    for row in common.read_rows(path, fields, missing_ok=True):
+        if row["end"] != "crash" and agent_id in (None, row["agent_id"]):
+            found.append(row)
+    return found
 
 
 def missing_episodes(out: str, conditions: list[dict]) -> list[dict]:
@@ -513,16 +533,13 @@ def missing_episodes(out: str, conditions: list[dict]) -> list[dict]:
 def load_episodes(out: str, conditions: list[dict]) -> list[dict]:
     """The conditions of a run folder with their plans and episodes. Each gets "texts", {task: its
     plan or None}; "untagged", how many of the plans are replies without tags; "cut_off", how many
-    are missing because the planner was still thinking; "episodes", {task: its row, or None if it is
-    missing or crashed}; and "run", the run folder."""
+    are missing because the planner was still thinking; "refused_plans", how many were refused;
+    "episodes", {task: its row, or None if it is missing or crashed}; and "run", the run folder."""
     folder = Path(out) / "eval"
     fields = ("plans_id", "task", "plan")
     rows = common.read_rows(folder / "plans.jsonl", fields, missing_ok=True)
     plan_rows = common.finished(rows, "plans_id", "task")
-    fields = ("task", "plan", "reward", "agent_id", "plan_position", "end")
-    rollouts = common.read_rows(folder / "rollouts.jsonl", fields, missing_ok=True)
-    complete = [r for r in rollouts if r["end"] != "crash"]
-    played = common.finished(complete, "agent_id", "plan_position", "task", "plan")
+    played = common.finished(complete_episodes(out), "agent_id", "plan_position", "task", "plan")
 
     found = []
     for condition in conditions:
@@ -530,6 +547,7 @@ def load_episodes(out: str, conditions: list[dict]) -> list[dict]:
         episodes = {}
         untagged = 0
         cut_off = 0
+        refused = 0
         for task in condition["tasks"]:
             episodes[task] = None
             plan_row = plan_rows.get((condition["plans_id"], task))
@@ -539,11 +557,14 @@ def load_episodes(out: str, conditions: list[dict]) -> list[dict]:
                     untagged += 1
                 if plan_row.get("thinking_cut_off"):
                     cut_off += 1
+                if common.is_refused(plan_row):
+                    refused += 1
             if plan_row or condition["plans"] == "none":
                 key = condition["agent_id"], condition["plan_position"], task, texts.get(task)
                 episodes[task] = played.get(key)
-        more = {"texts": texts, "episodes": episodes, "run": out, "untagged": untagged}
-        found.append({**condition, **more, "cut_off": cut_off})
+        more = {"texts": texts, "episodes": episodes, "run": out}
+        more |= {"untagged": untagged, "cut_off": cut_off, "refused_plans": refused}
+        found.append({**condition, **more})
     return found
 
 
@@ -699,10 +720,12 @@ def result_of(entry: dict, seed: int) -> dict:
         "format_errors": sum(e.get("format_errors", 0) for e in played),
         "thinking_cut_off": sum(e.get("thinking_cut_off", 0) for e in played),
         "context_overflows": ends["context"],
+        "refused": ends[common.REFUSED],
         "continued": len(continued),
         "own_turn": len(own_turn),
         "untagged": sum(c["untagged"] for c in entry["conditions"]),
         "plans_cut_off": sum(c["cut_off"] for c in entry["conditions"]),
+        "refused_plans": sum(c["refused_plans"] for c in entry["conditions"]),
         "notes": list(dict.fromkeys(notes)),
         "steps": mean(len(e["steps"]) for e in played),
     }
@@ -778,6 +801,9 @@ def judge(a: JudgeArgs) -> None:
     questions = open_questions(a, by_setting, prompt, judge_id)
     if questions:
         asyncio.run(ask_judge(a, name, url, judge_id, questions))
+    path = Path(a.out) / "eval" / "judgements.jsonl"
+    rows = common.read_rows(path, ("judge_id",), missing_ok=True)
+    common.print_refused("judgements", [r for r in rows if r["judge_id"] == judge_id], path)
     write_report(ReportArgs([a.out], a.seed))
 
 
@@ -853,29 +879,38 @@ async def ask_judge(
 ) -> None:
     """Ask all questions and keep the answers in eval/judgements.jsonl."""
     path = Path(a.out) / "eval" / "judgements.jsonl"
+    rows = common.read_rows(path, ("judge_id",), missing_ok=True)
     with (
         common.Appender(path) as append,
         tqdm(total=len(questions), desc="judgements") as bar,
         common.open_model(name, url, a, a.thinking) as model,
     ):
+        model.answers = len([row for row in rows if row["judge_id"] == judge_id])
+        keep = common.Refusals(append, model, [question.task for question in questions])
 
         async def ask(question: Question) -> None:
-            answer, reply, cut_off = await judgement_of(model, question, a.tokens)
             row = {
                 "task": question.task,
                 "plans": a.plans,
                 "first": question.first,
-                "answer": answer,
-                "reply": reply,
-                "thinking_cut_off": cut_off,
+                "answer": None,
+                "reply": "",
+                "thinking_cut_off": 0,
                 "judge": name,
                 "judge_id": judge_id,
                 "question": question.id,
             }
-            append(row)
+            try:
+                answer, reply, cut_off = await judgement_of(model, question, a.tokens)
+            except common.RequestRefused as e:
+                row["reason"] = common.refusal_reason(e)
+            else:
+                row.update(answer=answer, reply=reply, thinking_cut_off=cut_off)
+            keep(row)
             bar.update()
 
         await asyncio.gather(*[ask(question) for question in questions])
+        keep.finish()
     common.print_cut_off(model.cut_off_replies, name, f"--tokens {a.tokens}", "--thinking")
 
 

@@ -58,7 +58,11 @@ class InputError(Exception):
     """An error that the user can fix, such as bad input: one line, exit status 2."""
 
 
-class ContextOverflow(InputError):
+class RequestRefused(InputError):
+    """A model's server refuses this one request, at every try: a content filter, for example."""
+
+
+class ContextOverflow(RequestRefused):
     """A prompt is longer than the model's context."""
 
 
@@ -1294,6 +1298,21 @@ class Model:
     there are others. The variable MPO_MAX_RETRIES sets the number of retries (16)."""
 
     TOO_LONG = re.compile(r"context.{0,20}length|maximum.{0,40}tokens|too (long|many tokens)", re.I)
+    # words of content filters: OpenAI, Azure, Gemini, OpenRouter, xAI, DeepSeek, Qwen, MiniMax, ...
+    FILTERED = re.compile(
+        r"content.?(filter|management|policy|moderation|safety|security|exists.risk|violat)|"
+        r"usage.(polic|guideline)|data.?inspection|inappropriate|prohibited|flagged|moderation|"
+        r"safety|sensitive|high.risk|censor|guardrail|blocked|blocklist|recitation|spii|toxic|"
+        r"refusal|responsible.?ai",
+        re.I,
+    )
+    # words of a 400 that concerns every request: the key, the account or the model
+    NO_ACCESS = re.compile(
+        r"api.?key|credit|balance|billing|quota|arrear|payment|subscription|account|"
+        r"model.{0,80}(not.(exist|found|support|available)|invalid|unknown)|"
+        r"(not a valid|unknown|invalid|no such) model",
+        re.I,
+    )
 
     def __init__(
         self,
@@ -1320,6 +1339,7 @@ class Model:
         self.timeout = timeout
         self.alive = [Endpoint(self._client(address)) for address in addresses]
         self.completion_tokens = 0  # generated so far
+        self.answers = 0  # requests answered so far; a stage adds those of its earlier runs
         self.continues = False  # can continue a message that was started; set by `open_model`
         self.thinking = Thinking()  # how much it may think; set by `open_model`
         self.begins_thinking = False  # its chat template opens the thinking; seen in its replies
@@ -1358,8 +1378,8 @@ class Model:
         """One completion, up to a `stop` string; it continues the last message if that is the
         assistant's. `home`: an empty dict that a conversation passes with each of its requests;
         here its server is remembered. Raises `ContextOverflow` if the prompt does not fit,
-        `InputError` if the server refuses the key or the model, cannot be reached, or sends no
-        completion."""
+        `RequestRefused` if the server refuses this request, `InputError` if it refuses the key or
+        the model, cannot be reached, or sends no completion."""
         import openai
 
         parameters = self._parameters(messages, temperature, max_tokens, seed, stop)
@@ -1370,6 +1390,7 @@ class Model:
                 try:
                     reply = await self._complete(endpoint, parameters)
                     self.completion_tokens += reply.completion_tokens
+                    self.answers += 1
                     if reply.cut_off and not reply.limited and "stop" in parameters:
                         del parameters["stop"]  # it was in the thinking: ask again without
                         continue
@@ -1430,6 +1451,7 @@ class Model:
             while True:
                 try:
                     answer = await endpoint.client.chat.completions.create(**parameters)
+                    self._raise_if_filtered(answer)
                     choice = answer.choices[0]
                     limited = choice.finish_reason == "length"
                     text, cut_off = self._without_thinking(choice.message, limited)
@@ -1475,6 +1497,30 @@ class Model:
             file=sys.stderr,
         )
 
+    def _raise_if_filtered(self, answer) -> None:
+        """Raise `RequestRefused` if a content filter has left no text in an answer: it says so in
+        place of the choices, or in the finish reason (Gemini's is its own, such as SAFETY)."""
+        if getattr(answer, "choices", None):
+            choice = answer.choices[0]
+            if choice.message.content:
+                return
+            refusal = getattr(choice.message, "refusal", None)  # the model's own words
+            said = f"finish_reason {choice.finish_reason}"
+            for name in ("native_finish_reason", "error"):  # OpenRouter's
+                said += f" {getattr(choice, name, '')}"
+        else:
+            refusal = None
+            said = str(getattr(answer, "model_extra", ""))
+        if refusal or self.FILTERED.search(said):
+            raise RequestRefused(f"{self.where} answers without text: {(refusal or said)[:300]}")
+
+    def _is_refusal(self, status: int | None, said: str) -> bool:
+        """Whether an error concerns this one request. A 400 does, whatever it says, unless it is
+        about the key, the account or the model; other errors do if a content filter says so."""
+        if status in (400, 403, 422, 451, 500) and self.FILTERED.search(said):
+            return True
+        return status in (400, 422, 451) and not self.NO_ACCESS.search(said)
+
     def _error_of(self, e: Exception) -> InputError:
         """What to tell the user of an exception of the client, in one line."""
         status = getattr(e, "status_code", None)
@@ -1483,6 +1529,8 @@ class Model:
             return ContextOverflow(
                 f"a prompt exceeds the context of {self.where} (--max_model_len): {said}"
             )
+        if self._is_refusal(status, str(e)):
+            return RequestRefused(f"{self.where} answers {status}: {said}")
         if status and status >= 300:
             what = f"answers {status}: {said}"
         elif isinstance(e, self.malformed):
@@ -1532,6 +1580,92 @@ def patient_client(connections: int):
     limits_class = type(openai.DEFAULT_CONNECTION_LIMITS)
     limits = limits_class(max_connections=None, max_keepalive_connections=connections)
     return PatientClient(limits=limits)
+
+
+# -- refused requests
+
+REFUSED = "refused"  # how an episode ends, and how the `reason` of another row begins
+
+
+def refusal_reason(e: RequestRefused) -> str:
+    """The `reason` in the row of a refused request."""
+    return f"{REFUSED}: {e}"
+
+
+def is_refused(row: dict) -> bool:
+    """Whether a row is of a refused request."""
+    reason = row.get("reason") or ""
+    return row.get("end") == REFUSED or reason.startswith(f"{REFUSED}: ")
+
+
+def refusal_said(row: dict) -> str:
+    """What the server said to a refused request."""
+    return row["error"] if "error" in row else row["reason"].removeprefix(f"{REFUSED}: ")
+
+
+def print_refused(what: str, rows: list[dict], path: Path) -> None:
+    """Say how many of the rows are of refused requests, and why the first one is."""
+    refused = [row for row in rows if is_refused(row)]
+    if refused:
+        first = refused[0]
+        print(
+            f"{len(refused)} of {len(rows)} {what} were refused, the first for {first['task']}: "
+            f"{refusal_said(first)}; to ask again, delete their rows in {path}"
+        )
+
+
+class Refusals:
+    """Appends rows of the `tasks` that a model is asked about, with refused requests among them.
+
+    A content filter refuses the requests of some tasks, and the others go on. But if the server
+    refuses every request, such as for a setting that it does not know, the stage must stop. So the
+    row of a refused request is held back until the model answers another one, and `InputError` is
+    raised if the first tasks or very many in a row are refused: their rows are not kept, and the
+    next run asks again."""
+
+    FIRST = 5  # tasks, if the model has never answered
+    IN_A_ROW = 30  # tasks, if it has
+
+    def __init__(self, append, model: Model, tasks):
+        self.append = append
+        self.model = model
+        self.first_tasks = set(list(dict.fromkeys(tasks))[: self.FIRST])
+        self.held: list[dict] = []  # refused rows since the model's last answer
+        self.answers = model.answers  # its answers when the first of these came
+
+    def __call__(self, row: dict) -> None:
+        """Append a row, or hold it back."""
+        if self.model.answers > self.answers:
+            self._append_held()
+        if not is_refused(row):
+            self.append(row)
+            return
+        self.held.append(row)
+        tasks = {held["task"] for held in self.held}
+        if self.model.answers == 0 and self.first_tasks <= tasks:
+            raise self._error("the first")
+        if len(tasks) >= self.IN_A_ROW:
+            raise self._error("the last")
+
+    def finish(self) -> None:
+        """Append what is held back, after the last task. Raises `InputError` if the model has
+        never answered."""
+        if self.held and self.model.answers == 0:
+            raise self._error("all")
+        self._append_held()
+
+    def _append_held(self) -> None:
+        for row in self.held:
+            self.append(row)
+        self.held = []
+        self.answers = self.model.answers
+
+    def _error(self, which: str) -> InputError:
+        tasks = {row["task"] for row in self.held}
+        return InputError(
+            f"{which} {len(tasks)} tasks were refused: {refusal_said(self.held[0])}; finished rows "
+            "are kept, run the same command to resume"
+        )
 
 
 # -- serving
@@ -1841,13 +1975,18 @@ class Episode:
         "completion_tokens"}, and "continued" if the plan is in the thought.
 
         `end` is success, failure (the task can no longer be completed), steps (the step limit),
-        errors (`MAX_FAILURES` failed steps in a row) or context (the prompt became too long)."""
+        errors (`MAX_FAILURES` failed steps in a row), context (the prompt became too long) or
+        refused (by the model's server: there is an "error", and the reward is 0)."""
         self.begin(await self.env("reset", self.task))
         for step in range(self.c.max_steps or self.cls.max_steps(self.task)):
             try:
                 reply = await self.query(step)
             except ContextOverflow:
                 self.row["end"] = "context"
+                break
+            except RequestRefused as e:
+                refused = {"end": REFUSED, "error": str(e), "reward": 0.0, "success": False}
+                self.row.update(refused)
                 break
             said, action = parse_reply(reply)
             observation, done = await self.execute(action)
@@ -1912,6 +2051,9 @@ class Episode:
         self.messages.append(observation_message(observation, self.c.observation_chars, repeated))
 
 
+FAILED_ENDS = ("crash", REFUSED)  # of episodes that do not tell how good a plan is
+
+
 class RolloutProgress:
     """The progress line of `rollouts`: speed, mean reward, failed episodes and retries."""
 
@@ -1929,7 +2071,7 @@ class RolloutProgress:
     def add(self, row: dict) -> None:
         """Count a finished episode."""
         self.reward += row["reward"]
-        if row["end"] == "crash":
+        if row["end"] in FAILED_ENDS:
             self.failed += 1
         episodes = self.bar.n + 1
         seconds = time.time() - self.start
@@ -1958,9 +2100,10 @@ async def rollouts(
     their prompts share a prefix, which the server caches.
 
     An episode whose worker dies is retried. After three attempts it is appended with end "crash"
-    and its error. Returns the number of retries."""
+    and its error. Returns the number of retries. Raises `InputError` if all is refused."""
     cls = environment(env)
     progress = RolloutProgress(model, len(jobs), desc)
+    keep = Refusals(append, model, [job["task"] for job in jobs])
 
     async def play(job: dict) -> None:
         began = time.time()
@@ -1979,11 +2122,12 @@ async def rollouts(
                 "steps": [],
                 "error": str(e),
             }
-        append({**job, **row, "seconds": round(time.time() - began, 2)})
+        keep({**job, **row, "seconds": round(time.time() - began, 2)})
         progress.add(row)
 
     with progress.bar:
         await run_concurrently(play, jobs, min(concurrency, len(jobs)))
+        keep.finish()
     return progress.retries
 
 
