@@ -79,6 +79,10 @@ endif
 # stage only looks at what it needs, and TOOL and TOUCH do nothing, so that nothing is written.
 PROCESSES ?= $(if $(filter-out 0 1,$(GPUS)),$(GPUS),1)
 LAUNCH ?= $(if $(filter-out 1,$(PROCESSES)),accelerate launch --num_processes $(PROCESSES),python)
+# With nohup SIGHUP is ignored, but torch's launcher would heed it, unless it is told which to heed.
+ifneq ($(shell trap -p HUP),)
+export PET_SIGNALS_TO_HANDLE := SIGTERM,SIGINT,SIGQUIT
+endif
 ifdef CHECKING
 STAGE := $(VENV) python -m data.tools.check stage
 TRAIN := $(VENV) WORLD_SIZE=$(PROCESSES) python -m data.tools.check stage
@@ -235,9 +239,10 @@ $(R)/fig5/%.pairs.jsonl: $(R)/pairs.jsonl
 
 # the same pairs make the same planner: that of the run's own M and N is copied
 $(R)/fig5/%/config.json: 04_dpo.py $(R)/fig5/%.pairs.jsonl $(R)/mpo/config.json
-	rm -rf $(@D)
+	rm -rf $(@D) $(@D).tmp
 	if [ ! -s $(R)/fig5/$*.pairs.jsonl ]; then echo "fig5: no pairs at $*: left out"; \
-	elif cmp -s $(R)/fig5/$*.pairs.jsonl $(R)/pairs.jsonl; then cp -r $(R)/mpo $(@D); touch $@; \
+	elif cmp -s $(R)/fig5/$*.pairs.jsonl $(R)/pairs.jsonl; then \
+	  cp -r $(R)/mpo $(@D).tmp; touch $(@D).tmp/config.json; mv $(@D).tmp $(@D); \
 	else $(DPO) --model $(R)/sft --data $(R)/fig5/$*.pairs.jsonl --out $(@D) $(DPO_ARGS); fi
 
 # ---- the demo (the same rules, see DEMO above) and the project itself ----------------------------

@@ -32,6 +32,7 @@ import json
 import math
 import multiprocessing
 import os
+import pickle
 import random
 import re
 import shutil
@@ -110,17 +111,120 @@ CANNOT_WRITE = (
 )
 
 
+def interrupted(status: int, by: str = "Ctrl-C", at_once: bool = False):
+    """End the stage with one line, which the first of several processes prints. `at_once`: without
+    the interpreter's shutdown."""
+    try:
+        if os.environ.get("RANK", "0") == "0":
+            if tqdm._instances:  # below an open progress bar
+                print(file=sys.stderr)
+            what = "finished rows are kept, run the same command to resume"
+            print(f"interrupted: {what} ({by})", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+    except OSError:  # the terminal is gone, and the shutdown would fail for that
+        at_once = True
+    if at_once:
+        os._exit(status)
+    sys.exit(status)
+
+
+class StopSignals:
+    """In its `with`, SIGTERM (of a scheduler) and SIGHUP (of a lost connection) do what Ctrl-C
+    does, with exit status 143 or 129. One that is ignored stays so (nohup).
+
+    The first signal raises KeyboardInterrupt, or cancels an event loop's tasks, so that the stage
+    ends its servers and workers. A thread ends the process at a second signal, or after PATIENCE
+    seconds: the main thread may be where no signal reaches it. Servers and workers notice that.
+    With `at_once` the thread does so at the first signal: a training has neither of them, but it
+    may wait for a process that has ended already, and in its files a kill breaks nothing."""
+
+    NUMBERS = (signal.SIGTERM, signal.SIGHUP)
+    PATIENCE = 20.0
+    # make and a terminal pass on a signal that the whole process group gets: it comes twice
+    SAME = 1.0  # seconds between a signal and its copy
+
+    def __init__(self, at_once: bool, is_script: bool):
+        self.at_once = at_once
+        self.is_script = is_script  # not a function that a test calls
+        self.number = None  # of the signal that came
+        self.handlers = {}  # signal -> its handler before
+        self.in_main_thread = threading.current_thread() is threading.main_thread()
+
+    def __enter__(self):
+        if not self.in_main_thread:  # where no handler can be set
+            return
+        self.reader, self.writer = os.pipe()
+        os.set_blocking(self.writer, False)
+        # Python writes the number of each signal to it, whatever the main thread does
+        self.writer_before = signal.set_wakeup_fd(self.writer, warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, daemon=True).start()
+        for number in self.NUMBERS:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                self.handlers[number] = signal.signal(number, self._handle)
+
+    def __exit__(self, _kind, error, _trace):
+        """An error after a signal is taken for its effect: servers and workers may have got it."""
+        if not self.in_main_thread:
+            return
+        try:
+            if self.number is not None and error is not None:
+                self._end(self.number, self.is_script)
+        finally:
+            for number, handler in self.handlers.items():
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(self.writer_before)
+            os.close(self.writer)  # ends the thread
+
+    def _handle(self, number: int, _frame) -> None:
+        if self.at_once or self.number is not None:
+            return  # the thread sees to it
+        self.number = number
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            raise KeyboardInterrupt from None
+        # as asyncio does after Ctrl-C: an exception that is raised inside the loop can stop it
+        for task in asyncio.all_tasks(loop):
+            task.cancel()
+        loop.call_soon_threadsafe(lambda: None)  # wakes it up
+
+    def _watch(self) -> None:
+        """The thread: read the numbers of signals as they come."""
+        timer = None
+        came = 0.0  # when the first signal came
+        with open(self.reader, "rb", buffering=0) as numbers:
+            for byte in iter(functools.partial(numbers.read, 1), b""):
+                number = byte[0]
+                if number not in self.NUMBERS:  # Ctrl-C
+                    continue
+                if timer is None and not self.at_once:
+                    came = time.monotonic()
+                    timer = threading.Timer(self.PATIENCE, self._end, (number, True))
+                    timer.daemon = True
+                    timer.start()
+                elif self.at_once or time.monotonic() - came > self.SAME:
+                    self._end(number, at_once=True)
+        if timer is not None:
+            timer.cancel()
+
+    @staticmethod
+    def _end(number: int, at_once: bool):
+        interrupted(128 + number, signal.Signals(number).name, at_once)
+
+
 def run_stage(main, args_class, positional: str | None = None, training: bool = False):
     """Parse the command line into `args_class` and call `main(args)`.
 
     An error that the user can fix is printed as one line, and the exit status is 2; after Ctrl-C it
-    is 130. `positional` names the field that takes the positional argument. `training` skips the
-    interpreter's shutdown, where a thread of gloo can abort the process (pytorch#179291)."""
-    parser, args = parse_arguments(args_class, positional)
-    if getattr(args, "check", False) and os.environ.get("RANK", "0") != "0":
-        return  # the first process checks for all
+    is 130, after SIGTERM 143, after SIGHUP 129. `positional` names the field that takes the
+    positional argument. `training` skips the interpreter's shutdown, where a thread of gloo can
+    abort the process (pytorch#179291)."""
     try:
-        main(args)
+        with StopSignals(training, is_script=main.__module__ == "__main__"):
+            parser, args = parse_arguments(args_class, positional)
+            if getattr(args, "check", False) and os.environ.get("RANK", "0") != "0":
+                return  # the first process checks for all
+            main(args)
     except InputError as e:
         parser.exit(2, f"error: {e}\n")
     except OSError as e:
@@ -132,7 +236,7 @@ def run_stage(main, args_class, positional: str | None = None, training: bool = 
             "some space or choose another --out; finished rows are kept.\n",
         )
     except KeyboardInterrupt:
-        parser.exit(130, "interrupted: finished rows are kept, run the same command to resume\n")
+        interrupted(130, at_once=training)
     if training:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -200,6 +304,33 @@ def write_text(path, text: str) -> None:
     temporary.replace(path)
 
 
+# what flock says if another process has the lock
+LOCK_HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
+
+
+def lock_file(file, wait: bool = False) -> bool:
+    """Lock an open file until it is closed. If another process has the lock, wait for it, or raise
+    OSError. Returns False, and says so, if the file system cannot lock (some Lustre and NFS)."""
+    operation = fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB
+    try:
+        fcntl.flock(file, operation)
+    except OSError as e:
+        if e.errno in LOCK_HELD:
+            raise
+        say_unlocked(file.name, e.strerror)
+        return False
+    return True
+
+
+@functools.cache  # once for each file
+def say_unlocked(name, reason: str) -> None:
+    print(
+        f"warning: {name} cannot be locked on this file system ({reason}): nothing keeps a second "
+        "run from writing to it, so start none",
+        file=sys.stderr,
+    )
+
+
 class Appender:
     """Appends rows to a JSONL file: `append(row)` writes one and flushes it.
 
@@ -215,7 +346,7 @@ class Appender:
 
     def _lock(self, path: Path) -> None:
         try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_file(self.file)
         except OSError:
             raise InputError(
                 f"{path} is being written by another run; wait for it or choose another --out"
@@ -847,12 +978,14 @@ def start_ray(env: str) -> None:
     for name in environment(env).VARIABLES:
         if name in os.environ:
             variables[name] = os.environ[name]
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     ray.init(
         os.environ.get("RAY_ADDRESS") or "local",
         log_to_driver=False,
         logging_level="ERROR",
         runtime_env={"env_vars": variables},
     )
+    signal.signal(signal.SIGTERM, on_sigterm)  # Ray has set one of its own
 
 
 class Worker:
@@ -2588,7 +2721,8 @@ class Training:
 
     Until it ends, all is in the folder `out`.partial: metrics.jsonl and the last checkpoint. A
     killed run resumes from there if data and settings are the same, else it starts over. The
-    finished model replaces `out` in one rename."""
+    finished model replaces `out` by renames, so `out` is never half a model, and a folder is
+    renamed before it is deleted, so a checkpoint is never half a one."""
 
     # settings that may change when a run resumes: they change the results by rounding at most
     NOT_IN_KEY = (
@@ -2617,6 +2751,7 @@ class Training:
         self._check_out()
         if accelerator.is_main_process:
             self.append = Appender(self.metrics)  # refuses a second run on the same folder
+            self._undo_replacing()
         accelerator.wait_for_everyone()
         self._resume()
         accelerator.wait_for_everyone()  # all have read what the main process deletes
@@ -2647,10 +2782,21 @@ class Training:
         if not self.out.is_dir() or any(self.out.iterdir()):
             raise InputError(f"--out {self.a.out} exists and is not a model: choose another")
 
+    def _undo_replacing(self) -> None:
+        """Tidy up after a run that was killed in `_replace_out`."""
+        shutil.rmtree(deleted(self.partial), ignore_errors=True)
+        replaced = self.partial / "replaced"
+        if os.path.lexists(replaced) and not os.path.lexists(self.out):
+            replaced.rename(self.out)
+
     def _resume(self) -> None:
         """Load the last checkpoint, if it is one of this run."""
-        folders = self.partial.glob("step-*[0-9]")  # a kill may have left a step-N.tmp
-        steps = [int(folder.name.removeprefix("step-")) for folder in folders]
+        steps = []
+        for folder in self.partial.glob("step-*[0-9]"):  # others were being written or deleted
+            if is_checkpoint(folder):
+                steps.append(int(folder.name.removeprefix("step-")))
+            else:
+                self.accelerator.print(f"{folder} lacks files: it is not used")
         if not steps:
             return
         checkpoint = self.partial / f"step-{max(steps)}"
@@ -2663,12 +2809,18 @@ class Training:
         self.accelerator.print(f"resuming from step {self.start} of {self.total} ({self.partial})")
 
     def _clean(self) -> None:
-        """Remove what is not of this run: another run's files, metrics after the checkpoint."""
+        """Remove what is not of this run: what a kill left, another run's files, metrics after the
+        checkpoint. Checkpoints go first, as they need the files."""
+        checkpoint = self.partial / f"step-{self.start}"
+        paths = list(self.partial.iterdir())
+        for path in paths:
+            if path.is_symlink():
+                path.unlink()  # the link that `out` was
+            elif path.is_dir() and path != checkpoint:
+                remove_folder(path)
         if self.start == 0:
-            for path in self.partial.iterdir():
-                if path.is_dir():
-                    shutil.rmtree(path)
-                elif path != self.metrics:
+            for path in paths:
+                if path.is_file() and path != self.metrics:
                     path.unlink()
         self.append.keep(self.start)
 
@@ -2758,7 +2910,7 @@ class Training:
             temporary.rename(folder)
             for other in self.partial.glob("step-*"):
                 if other != folder:
-                    shutil.rmtree(other)
+                    remove_folder(other)
         self.accelerator.wait_for_everyone()
 
     def _load(self, folder: Path) -> None:
@@ -2782,7 +2934,6 @@ class Training:
         model = self._final_model()
         if self.accelerator.is_main_process:
             folder = self.partial / "final"
-            shutil.rmtree(folder, ignore_errors=True)
             model.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
             write_rows(folder / "metrics.jsonl", self.log)
@@ -2827,14 +2978,46 @@ class Training:
         )
 
     def _replace_out(self, folder: Path) -> None:
-        """Put the finished model in place of `out` and delete the partial run."""
-        if self.out.is_symlink():
-            self.out.unlink()
-        elif self.out.exists():
-            shutil.rmtree(self.out)
+        """Put the finished model in place of `out`, and delete the partial run and the old model,
+        in this order: after a kill at any moment, `out` is the old model or the new one, or
+        `_undo_replacing` makes it the old one."""
+        if os.path.lexists(self.out):
+            self.out.rename(self.partial / "replaced")
         folder.rename(self.out)
+        doomed = deleted(self.partial)
+        self.partial.rename(doomed)
         self.append.close()
-        shutil.rmtree(self.partial)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def deleted(folder: Path) -> Path:
+    """The name of a folder that is being deleted."""
+    return folder.with_name(f"{folder.name}.deleted")
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a folder under another name: a kill leaves no half of it."""
+    doomed = deleted(folder)
+    shutil.rmtree(doomed, ignore_errors=True)  # what a kill left
+    folder.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder has all files of a checkpoint, in full."""
+    from torch.distributed.checkpoint import FileSystemReader
+
+    if not (folder / "settings").exists():
+        return False
+    try:
+        parts = FileSystemReader(folder).read_metadata().storage_data.values()
+    except (OSError, EOFError, pickle.UnpicklingError):
+        return False
+    for part in parts:
+        file = folder / part.relative_path
+        if not file.exists() or file.stat().st_size < part.offset + part.length:
+            return False
+    return True
 
 
 # ---- 7. checks: what `--check true` looks at before a stage would start --------------------------

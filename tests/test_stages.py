@@ -6,6 +6,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -13,7 +15,16 @@ from pathlib import Path
 import psutil
 import pytest
 from bench.stub_server import completion
-from conftest import CORRIDOR, check_run, run_script, stage, start_script, write_jsonl
+from conftest import (
+    CORRIDOR,
+    ROOT,
+    check_run,
+    run_script,
+    script_env,
+    stage,
+    start_script,
+    write_jsonl,
+)
 
 from common import Appender, InputError, parse_plan, plan_reply, read_rows
 
@@ -235,6 +246,32 @@ def test_killed_scoring_resumes(run_folder, script, chat_server):
     assert keys[: len(kept)] == kept and len(set(keys)) == len(keys) == 32
     assert read_rows(run_folder / "plans.jsonl")[: len(plans)] == plans
     assert len(read_rows(run_folder / "pairs.jsonl")) == 4
+
+
+def test_a_preempted_stage_ends_its_workers(run_folder, script, chat_server):
+    """SIGTERM to a stage in the middle of its episodes."""
+    script.pause = 0.1
+    words = flags(**settings(run_folder, chat_server(script).url, n=4, concurrency=4))
+    process = subprocess.Popen(
+        [sys.executable, "03_sample_score.py", *words],
+        cwd=ROOT,
+        env=script_env(),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    rollouts = run_folder / "rollouts.jsonl"
+    end = time.time() + 60
+    while not rollouts.exists() or rollouts.read_bytes().count(b"\n") < 3:
+        assert time.time() < end and process.poll() is None
+        time.sleep(0.01)
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 143 and "Traceback" not in err
+    assert err.splitlines()[-1].startswith("interrupted: finished rows are kept")
+    assert len(keys_of(run_folder)) >= 3 and rollouts.read_bytes().endswith(b"\n")
+    _, alive = psutil.wait_procs(children, 5)
+    assert children and not alive
 
 
 def test_killed_evaluation_resumes(run_folder, script, chat_server):
