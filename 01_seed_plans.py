@@ -388,6 +388,7 @@ async def teacher_plans(
     for those that teacher_plans.jsonl does not have."""
     path = Path(a.out) / "teacher_plans.jsonl"
     teacher_id = common.model_fingerprint(a.teacher, a.teacher_url)
+    name, _ = common.name_and_url(a.teacher)
     thinking = common.parse_thinking(a.thinking)
     parts = [teacher_id, prompts.teacher_text, a.max_plan_steps, explored]
     if thinking.effort is not None:
@@ -414,7 +415,7 @@ async def teacher_plans(
 
         async def work(task):
             plan, reason = await ask_teacher(teacher, requests[task], task, verbs, a)
-            row = {"task": task, "plan": plan, "teacher": Path(a.teacher).name, "reason": reason}
+            row = {"task": task, "plan": plan, "teacher": Path(name).name, "reason": reason}
             plans[task] = row
             keep(row | {"fingerprint": fingerprint, "asked": request})
             bar.update()

@@ -71,8 +71,8 @@ class Args:
     out: str = arg("runs/sciworld", "run folder")
     agents: List[str] = arg(
         ["meta-llama/Llama-3.1-8B-Instruct"],
-        "local models, models of an OpenAI-compatible API, or URLs of servers (http://...; several "
-        "of one model with commas)",
+        "local models, models of an OpenAI-compatible API, or servers: http://..., with several of "
+        "one model with commas, NAME@http://... if they have other models, too",
     )
     plans: List[str] = arg(
         ["none", "sft", "mpo"],
@@ -139,8 +139,8 @@ class JudgeArgs:
     out: str = arg("runs/sciworld", "run folder")
     judge: str = arg(
         "gpt-4o",
-        "who compares the plans: a model of an API (paper: gpt-4o), a local model, or a server's "
-        "URL",
+        "who compares the plans: a model of an API (paper: gpt-4o), a local model, or a server, "
+        "http://... or NAME@http://...",
     )
     plans: List[str] = arg(["sft", "mpo"], "the two plan settings to compare, evaluated before")
     tokens: int = arg(1024, "token limit of a judgement")
@@ -164,7 +164,10 @@ class ReportArgs:
 
 @dataclass
 class PlanArgs:
-    planner: str = arg("runs/sciworld/mpo", "a local model, a model of an API, or a server's URL")
+    planner: str = arg(
+        "runs/sciworld/mpo",
+        "a local model, a model of an API, or a server, http://... or NAME@http://...",
+    )
     env: str = arg("sciworld", "environment: a folder of data/, or a path")
     text: str = arg("", "the task, as the environment words it; or the positional argument")
     prompts: Optional[str] = arg(None, "prompt folder: one of the environment's, or a path")
@@ -1087,7 +1090,8 @@ def split_commas(values: list[str]) -> list[str]:
     """'a,b' 'c' -> a, b, c, without duplicates; a URL may have commas of its own."""
     parts = []
     for value in values:
-        if value.startswith("http"):
+        _, url = common.split_url(value)
+        if url:
             parts.append(value)
         else:
             parts.extend(filter(None, value.split(",")))

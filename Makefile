@@ -24,8 +24,8 @@ include data/make/joint.mk
 else  # one environment: the rest of this file
 
 PYTHON ?= python3
-GPU_COUNT := $(shell (nvidia-smi -L 2>/dev/null || true) | wc -l)
-# for training and the estimate; model servers take all that CUDA_VISIBLE_DEVICES leaves
+GPU_COUNT := $(shell bash data/tools/gpus.sh)
+# for set-up, training and the estimate; model servers take all that CUDA_VISIBLE_DEVICES leaves
 GPUS ?= $(GPU_COUNT)
 
 ifdef DEMO
@@ -138,9 +138,14 @@ help:
 
 # ---- set-up --------------------------------------------------------------------------------------
 
+# on a machine without GPUs, such as a login node, for those of others: make setup GPUS=8
 setup: .venv/ready
+	@if [ "$(GPUS)" != 0 ] && \
+	  grep -qs '^cuda.*= None' .venv/lib/python3*/site-packages/torch/version.py; then \
+	  echo "error: .venv is there, and was set up without GPUs: delete it and run this again" >&2; \
+	  exit 2; fi
 .venv/ready: data/tools/setup.sh $(wildcard requirements*.txt data/*/requirements.txt data/*/optional.txt)
-	bash data/tools/setup.sh $(PYTHON) $(GPU_COUNT)
+	bash data/tools/setup.sh $(PYTHON) "$(strip $(GPUS))"
 	touch $@
 
 # the demo's model, SmolLM2-135M-Instruct, out of a Python package

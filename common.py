@@ -21,12 +21,14 @@ import argparse
 import asyncio
 import contextlib
 import dataclasses
+import difflib
 import errno
 import fcntl
 import functools
 import hashlib
 import importlib
 import importlib.util
+import ipaddress
 import itertools
 import json
 import math
@@ -42,6 +44,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.parse
 import urllib.request
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from contextvars import ContextVar
@@ -1216,7 +1219,8 @@ async def list_tasks(
 # ---- 4. models: all are asked through the OpenAI chat protocol; local ones are served ------------
 #
 # A model is a name and a URL. With a URL (or several, separated by commas) it is behind these
-# servers. Without one, a local name is served on this machine, any other is an API's model.
+# servers. Without one, a local name is served on this machine, any other is an API's model. The two
+# may be written as one word, NAME@URL.
 #
 #     with open_model(name, url, args) as model:
 #         reply = await model.ask(messages)
@@ -1227,6 +1231,7 @@ def open_model(name: str, url: str | None, a, thinking: str | None = None):
     """A `Model` to ask: behind `url` if given; served for the duration of the `with` if local; else
     of OpenAI or OPENAI_BASE_URL. `a` has a stage's settings: `out`, `concurrency`,
     `tensor_parallel`, `max_model_len`. `thinking`: see `parse_thinking`."""
+    name, url = split_url(name, url)
     with contextlib.ExitStack() as stack:
         if url:
             name = model_fingerprint(name, url)
@@ -1244,7 +1249,9 @@ def open_model(name: str, url: str | None, a, thinking: str | None = None):
 def check_model(name: str, url: str | None = None) -> None:
     """Raise `InputError` before any work if there is no key for an API's model, or if a local model
     directory is missing or incomplete."""
+    name, url = split_url(name, url)
     if url:
+        server_addresses(url)
         return
     path = Path(name)
     if not is_local(name):
@@ -1272,22 +1279,32 @@ def is_local(name: str) -> bool:
     return Path(name).is_dir() or (os.sep in name and not name.startswith("api:"))
 
 
-def name_and_url(agent: str) -> tuple[str, str | None]:
-    """(name, url) of an entry of --agents: a server is asked which model it serves."""
-    if agent.startswith(("http://", "https://")):
-        return model_fingerprint("", agent), agent
-    return agent, None
+def split_url(name: str, url: str | None = None) -> tuple[str, str | None]:
+    """(name, URL) of a model that is written as NAME@URL, as a URL alone (then the name is empty),
+    or as a name with an argument of its own for the URL."""
+    words = re.fullmatch(r"(?:([^,]*)@)?(https?://.*)", name)
+    if url or not words:
+        return name, url
+    return words[1] or "", words[2]
+
+
+def name_and_url(model: str) -> tuple[str, str | None]:
+    """(name, URL) of an entry of --agents: a server is asked which model it has."""
+    name, url = split_url(model)
+    if url and not name.startswith("api:"):
+        name = model_fingerprint(name, url)
+    return name, url
 
 
 def model_fingerprint(name: str, url: str | None = None) -> str:
-    """Identifies a model in rows: `weights_fingerprint`, or the model that the server at `url`
-    serves (`name` if it has that, else its first)."""
+    """Identifies a model in rows: `weights_fingerprint`, or the name that the servers at `url` have
+    for it (`served_name`). The name after `api:` is taken as it is."""
+    name, url = split_url(name, url)
     if not url:
         return weights_fingerprint(name)
-    names = [model["id"] for model in served(url)]
-    if not names or name in names:
-        return name
-    return names[0]
+    if name.startswith("api:"):
+        return name.removeprefix("api:")
+    return served_name(name, url)
 
 
 def weights_fingerprint(model: str) -> str:
@@ -1306,26 +1323,252 @@ def weights_fingerprint(model: str) -> str:
     return f"{folder.name}-{sha256.hexdigest()[:12]}"
 
 
-def served(url: str) -> list[dict]:
-    """The models that the (first) server at `url` lists, as it describes them."""
-    server = url.split(",")[0].rstrip("/")
+# -- servers: their addresses, keys and models
+
+
+class ServerUnreachable(InputError):
+    """A model server cannot be reached."""
+
+
+def server_addresses(url: str | None) -> list[str]:
+    """The servers of a URL argument, which separates several by commas; None: the API's."""
+    if not url:
+        return [api_address()]
+    addresses = []
+    for part in filter(None, url.split(",")):
+        address = part.strip().rstrip("/").removesuffix("/chat/completions")
+        try:
+            scheme, host, _ = origin(address)
+        except ValueError as e:
+            raise InputError(f"{address} is not the URL of a server: {e}") from None
+        if scheme not in ("http", "https") or not host:
+            raise InputError(f"{address} is not the URL of a server, such as http://HOST:8000/v1")
+        addresses.append(address)
+    return addresses
+
+
+def origin(url: str) -> tuple[str, str | None, int]:
+    """(scheme, host, port) of a URL. Raises `ValueError` if it is malformed."""
+    parts = urllib.parse.urlsplit(url)
+    port = parts.port
+    if port is None:
+        port = 443 if parts.scheme == "https" else 80
+    return parts.scheme, parts.hostname, port
+
+
+def api_address() -> str:
+    """The API of models that have no URL: OPENAI_BASE_URL, else OpenAI."""
+    address = os.environ.get("OPENAI_BASE_URL", "").strip()
+    if not address:
+        return "https://api.openai.com/v1"
+    return server_addresses(address)[0]
+
+
+def is_loopback(url: str) -> bool:
+    """Whether a URL leads to this machine, by a name that every machine has for itself."""
+    _, host, _ = origin(url)
+    host = host.rstrip(".")
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
     try:
-        with urllib.request.urlopen(f"{server}/models", timeout=30) as answer:
-            return [model for model in json.load(answer)["data"] if isinstance(model["id"], str)]
-    except (LookupError, TypeError):
-        return []  # this server does not list its models
-    except (OSError, ValueError) as e:
+        address = ipaddress.ip_address(host)
+    except ValueError:  # a name
+        return False
+    address = getattr(address, "ipv4_mapped", None) or address
+    return address.is_loopback or address.is_unspecified
+
+
+def http_client(client_class, address: str, **settings):
+    """One of openai's HTTP clients for a server. It goes to loopback without a proxy, whatever
+    proxies the environment names."""
+    try:
+        return client_class(trust_env=not is_loopback(address), **settings)
+    except Exception as e:  # a proxy's URL is malformed, or needs a package
         raise InputError(
-            f"the model server {server} cannot be reached ({e}): start it, or fix the URL"
+            "a proxy in the environment cannot be used (http_proxy, https_proxy, all_proxy, "
+            f"no_proxy): {e}"
         ) from None
 
 
-def is_vllm(url: str) -> bool:
-    """Whether the server at `url` is vLLM, which can continue a message that was started."""
+def read_key(variable: str) -> str:
+    """The key in an environment variable, without the line end of the file it was copied from; ""
+    if there is none."""
+    key = os.environ.get(variable, "").strip("\ufeff \t\r\n")
+    if not key.isascii() or not key.isprintable():
+        raise InputError(f"{variable} has characters that are in no key: copy the key again")
+    return key
+
+
+def gets_api_key(address: str) -> bool:
+    """Whether a server is the one that OPENAI_API_KEY is for: that of `api_address`."""
+    return origin(address) == origin(api_address())
+
+
+def key_variable(address: str) -> str:
+    """The variable with a server's key: OPENAI_API_KEY goes to the API alone, MPO_SERVER_KEY to
+    servers that are named by their URL."""
+    if gets_api_key(address) and read_key("OPENAI_API_KEY"):
+        return "OPENAI_API_KEY"
+    return "MPO_SERVER_KEY"
+
+
+def key_advice(address: str) -> str:
+    """What to do if a server refuses the key."""
+    if gets_api_key(address):
+        return "check OPENAI_API_KEY"
+    return (
+        "set MPO_SERVER_KEY to the key of this server (OPENAI_API_KEY is sent to "
+        f"{api_address()} only)"
+    )
+
+
+def client_settings(address: str) -> dict:
+    """What openai's clients are to know of a server: its address, its key, and no header that is
+    for another server."""
+    import openai
+
+    key = read_key(key_variable(address)) or "none"
+    headers = {}
+    if not gets_api_key(address):
+        # from these variables, the client would send headers to every server
+        custom = os.environ.get("OPENAI_CUSTOM_HEADERS", "").split("\n")
+        names = [line.partition(":")[0].strip() for line in custom]
+        for name in ("OpenAI-Organization", "OpenAI-Project", *filter(None, names)):
+            headers[name] = openai.Omit()
+        headers["Authorization"] = f"Bearer {key}"
+    return {"base_url": address, "api_key": key, "default_headers": headers}
+
+
+def served(address: str) -> list[dict]:
+    """The models that a server lists, as it describes them; none if it has no such list. Raises
+    `InputError` if it does not answer, or wants a key and there is none."""
+    import openai
+
+    retries = min(2, int(os.environ.get("MPO_MAX_RETRIES", 2)))
+    client = openai.OpenAI(
+        **client_settings(address),
+        max_retries=retries,
+        timeout=openai.Timeout(30.0, connect=5.0),
+        http_client=http_client(openai.DefaultHttpxClient, address),
+    )
     try:
-        return any(model.get("owned_by") == "vllm" for model in served(url))
+        with client:
+            return listed(client.models.with_raw_response.list().content)
+    except openai.APIStatusError as e:
+        if e.status_code == 401 and not read_key(key_variable(address)):
+            said = f"the model server {address} wants a key: {key_advice(address)}"
+            raise InputError(said) from None
+        if e.status_code == 501 or (e.status_code < 500 and e.status_code not in (408, 429)):
+            return []
+        raise InputError(
+            f"the model server {address} answers {e.status_code} when it is asked for its models: "
+            f"{str(e)[:300]}"
+        ) from None
+    except openai.OpenAIError as e:
+        raise ServerUnreachable(
+            f"the model server {address} cannot be reached ({e.__cause__ or e}): start it, or fix "
+            "the URL"
+        ) from None
+
+
+def listed(answer: bytes) -> list[dict]:
+    """The models in an answer to `GET /v1/models`: {"data": [...]}, or Together's list alone."""
+    try:
+        models = json.loads(answer)
+    except ValueError:
+        return []
+    if isinstance(models, dict):
+        models = models.get("data")
+    if not isinstance(models, list):
+        return []
+    return [m for m in models if isinstance(m, dict) and isinstance(m.get("id"), str)]
+
+
+def served_name(name: str, url: str) -> str:
+    """What the servers at `url` call the model `name`, or with an empty `name` their only model.
+    Those that cannot be reached are not asked, if one of them can. Raises `InputError` if a server
+    does not have it."""
+    names = {}  # {name: the address where it is called so}
+    error = None
+    for address in server_addresses(url):
+        try:
+            names.setdefault(choose_model(name, served(address), address), address)
+        except ServerUnreachable as e:
+            error = e
+    if error and not names:
+        raise error
+    if len(names) > 1:
+        said = "; ".join(f"{address} has {found}" for found, address in names.items())
+        raise InputError(f"the servers of one model have different models: {said}")
+    return next(iter(names))
+
+
+def choose_model(name: str, models: list[dict], address: str) -> str:
+    """The id of the model `name` among those that the server at `address` lists. A server with one
+    model is asked for that one, a server without a list for the name as it is."""
+    ids = [model["id"] for model in models]
+    if name in ids or (name and not ids):
+        return name
+    for model in models:
+        if name and plain_name(name) in map(plain_name, names_of(model)):
+            return model["id"]
+    # vLLM has an entry for each name of a model, and these have the same `root`
+    if len({(model.get("root") or model["id"], model.get("parent")) for model in models}) == 1:
+        if name:
+            say_once(f"{address} has {ids[0]}, not {name}: {ids[0]} is asked")
+        return ids[0]
+    if name.rpartition(":")[0] in ids:  # a variant, such as OpenRouter's NAME:free
+        return name
+    raise InputError(which_model(name, ids, address))
+
+
+def which_model(name: str, ids: list[str], address: str) -> str:
+    """What to tell the user of a server that does not have a model `name`."""
+    shown = ids
+    if len(ids) > 20:
+        shown = difflib.get_close_matches(name, ids, 10, 0.3) or ids[:10]
+    models = ", ".join(shown)
+    if len(ids) > len(shown):
+        models += f" and {len(ids) - len(shown)} others"
+    server = f"the model server {address}"
+    if not ids:
+        return f"{server} does not list its models: name the one that is meant, NAME@{address}"
+    if not name:
+        return f"{server} has several models, {models}: name one of them, NAME@{address}"
+    return (
+        f"{server} does not have {name}. It has {models}. Name one of these; api:{name} if it has "
+        "that one and does not list it"
+    )
+
+
+def names_of(model: dict) -> list[str]:
+    """What a server calls one of its models: its id, the path of its weights (vLLM), other names
+    (llama.cpp, Mistral)."""
+    names = [model["id"], model.get("root")]
+    aliases = model.get("aliases")
+    if isinstance(aliases, list):
+        names += aliases
+    return [name for name in names if isinstance(name, str)]
+
+
+def plain_name(name: str) -> str:
+    """A model's name without what may be left out: `llama3.1` is Ollama's `llama3.1:latest`, and
+    `gemini-2.5-pro` is Gemini's `models/gemini-2.5-pro`."""
+    return name.lower().removeprefix("models/").removesuffix(":latest")
+
+
+@functools.cache
+def say_once(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def is_vllm(url: str) -> bool:
+    """Whether the (first) server at `url` is vLLM, which can continue a message it is sent."""
+    try:
+        models = served(server_addresses(url)[0])
     except InputError:
         return False
+    return any(model.get("owned_by") == "vllm" for model in models)
 
 
 # -- how much a model thinks
@@ -1419,8 +1662,8 @@ class Endpoint:
 class Model:
     """A chat model behind one or more OpenAI-compatible servers.
 
-    `url`: their addresses, separated by commas; None: OpenAI or `OPENAI_BASE_URL`, with the key in
-    `OPENAI_API_KEY`.
+    `url`: their addresses, separated by commas, with the key in `MPO_SERVER_KEY`, if they want one;
+    None: OpenAI or `OPENAI_BASE_URL`, with the key in `OPENAI_API_KEY`.
     `concurrency`: requests in flight; None: 32 for an API, which has rate limits, else 64 a server
     and at least 256.
     `timeout`: seconds for one request; a completion with its retries may take three times as long.
@@ -1456,14 +1699,15 @@ class Model:
     ):
         import openai
 
-        if not url and not os.environ.get("OPENAI_API_KEY"):
+        if not url and not read_key("OPENAI_API_KEY"):
             raise InputError(
                 f"asking {name} needs an API key: set OPENAI_API_KEY (and "
                 "OPENAI_BASE_URL for a server other than OpenAI's)"
             )
         self.name = name
         self.where = f"the model server {url or os.environ.get('OPENAI_BASE_URL', 'OpenAI')}"
-        addresses = url.split(",") if url else [None]
+        addresses = server_addresses(url)
+        self.key_advice = key_advice(addresses[0])
         if not concurrency:
             concurrency = max(256, 64 * len(addresses)) if url else 32
         self.concurrency = concurrency
@@ -1486,17 +1730,16 @@ class Model:
             openai.APIResponseValidationError,
         )
 
-    def _client(self, address: str | None):
+    def _client(self, address: str):
         """The client of one server. By itself it retries 429, 5xx, lost connections and
         timeouts."""
         import openai
 
         return openai.AsyncOpenAI(
-            base_url=address,
-            api_key=os.environ["OPENAI_API_KEY"] if address is None else "none",
+            **client_settings(address),
             max_retries=self.retries,
             timeout=openai.Timeout(self.timeout, connect=10.0),
-            http_client=patient_client(self.concurrency),
+            http_client=patient_client(self.concurrency, address),
         )
 
     async def ask(
@@ -1673,9 +1916,9 @@ class Model:
         if status == 400:  # a request that is wrong in itself: what the server said must do
             return InputError(f"{self.where} {what}")
         hints = {
-            401: "check OPENAI_API_KEY",
-            403: "check OPENAI_API_KEY",
-            404: f"does it have a model {self.name!r}?",
+            401: self.key_advice,
+            403: self.key_advice,
+            404: f"does it have a model {self.name!r}? (most URLs of servers end in /v1)",
         }
         tries = f"after {self.retries + 1} tries"
         gave_up = f"{tries}; finished rows are kept, run the same command to resume"
@@ -1687,8 +1930,8 @@ class Model:
 TIME_LIMIT: ContextVar[asyncio.Timeout] = ContextVar("TIME_LIMIT")
 
 
-def patient_client(connections: int):
-    """openai's HTTP client, but one that honours `Retry-After`.
+def patient_client(connections: int, address: str):
+    """openai's HTTP client for a server, but one that honours `Retry-After`.
 
     A 429 with a number of seconds in `Retry-After` says when the server will take the request. The
     client waits until then and sends the request again, as often as it is told to. The wait extends
@@ -1712,7 +1955,7 @@ def patient_client(connections: int):
     # openai is built on httpx or, in new releases, on httpx2: take the class that it uses
     limits_class = type(openai.DEFAULT_CONNECTION_LIMITS)
     limits = limits_class(max_connections=None, max_keepalive_connections=connections)
-    return PatientClient(limits=limits)
+    return http_client(PatientClient, address, limits=limits)
 
 
 # -- refused requests
@@ -1823,8 +2066,8 @@ def serve(
 ):
     """Serve a local model on loopback, downloaded first if need be; yields the addresses, for
     `Model`. On GPUs there is one server for every `tensor_parallel` GPUs. Servers end with the
-    `with`, or with this process. Raises `InputError` with the end of the log if a server ends early
-    or is not healthy within `wait` seconds."""
+    `with`, or with this process. Raises `InputError` with the reason if a server ends early or is
+    not healthy within `wait` seconds."""
     gpus = visible_gpus()
     if tensor_parallel < 1 or (gpus and tensor_parallel > len(gpus)):
         raise InputError(
@@ -1853,7 +2096,7 @@ def visible_gpus() -> list[str]:
     import torch
 
     count = torch.cuda.device_count()
-    names = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = os.environ.get("CUDA_VISIBLE_DEVICES", "").replace(" ", "")
     if names:
         return names.split(",")[:count]
     return [str(i) for i in range(count)]
@@ -1874,17 +2117,29 @@ def download(model: str) -> None:
             ignore_patterns=["original/*", "consolidated*"],
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
+        reason = first_line(e)
         raise InputError(
-            f"cannot download {model} ({str(e).splitlines()[0]}): if it is gated, "
+            f"cannot download {model} ({reason}): if it is gated, "
             f"accept its licence at https://huggingface.co/{model} and set HF_TOKEN"
         ) from None
 
 
+def first_line(e: Exception) -> str:
+    """The first line of what an exception says."""
+    lines = str(e).strip().splitlines()
+    return lines[0] if lines else type(e).__name__
+
+
 def context_of(model: str) -> float:
-    """The longest context of a model, tokens."""
+    """The longest context of a model, tokens. Raises `InputError` if its files are not whole."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(model).get_text_config()
+    try:
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False).get_text_config()
+    except OSError as e:
+        raise InputError(f"{model} cannot be served: {first_line(e)}") from None
+    except (ValueError, KeyError):  # an architecture that the server may know
+        return math.inf
     return getattr(config, "max_position_embeddings", math.inf)
 
 
@@ -1903,7 +2158,7 @@ def end_with_input():
 
 server = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
 threading.Thread(target=end_with_input, daemon=True).start()
-server.wait()
+print("the server ended with exit status", server.wait(), flush=True)
 os.killpg(0, signal.SIGKILL)
 """
 
@@ -1968,6 +2223,7 @@ def _server_environment(gpus: list[str]) -> dict:
         # vLLM keeps a core free for its engine, which would be half of a machine with two
         env["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
     env.update(os.environ)
+    env.pop("VLLM_API_KEY", None)  # our own requests have no key
     env["TOKENIZERS_PARALLELISM"] = "false"
     if gpus:
         env["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
@@ -1990,17 +2246,145 @@ def _wait_healthy(server: LocalServer, wait: float) -> None:
 
 
 def _is_healthy(server: LocalServer) -> bool:
+    without_proxy = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with urllib.request.urlopen(f"{server.url}/health", timeout=5) as answer:
+        with without_proxy.open(f"{server.url}/health", timeout=5) as answer:
             return answer.status == 200
     except OSError:
         return False
 
 
 def _start_error(server: LocalServer, what: str) -> InputError:
-    lines = server.log.read_text(errors="replace").splitlines()
-    tail = "\n".join(lines[-15:])
-    return InputError(f"the server of {server.model} {what}; the end of {server.log}:\n{tail}")
+    """Why a server did not start: the first error in its log, and what to change if that is known;
+    else the end of the log."""
+    log = server.log.read_text(errors="replace")
+    said = f"the server of {server.model} {what}"
+    reason, advice = start_reason(log)
+    if not reason:
+        tail = "\n".join(log.splitlines()[-15:])
+        return InputError(f"{said}; the end of {server.log}:\n{tail}")
+    if advice:
+        reason += f": {advice}"
+    return InputError(f"{said}: {reason} (its log: {server.log})")
+
+
+ELSEWHERE = "serve it yourself and name it with the URL of its server, NAME@http://HOST:PORT/v1"
+
+# what a server says (vLLM 0.6 to 0.32, torch, transformers) if it cannot start, and what to change
+START_ERRORS = [
+    (
+        r"larger than the available KV cache|larger than the maximum number of tokens that can be "
+        r"stored|No available memory for the cache blocks",
+        "lower --max_model_len, raise --tensor_parallel, or on a CPU VLLM_CPU_KVCACHE_SPACE (GB)",
+    ),
+    (r"Available memory on node", "lower VLLM_CPU_KVCACHE_SPACE (GB) or end other programs"),
+    (r"greater than the derived max_model_len", "lower --max_model_len"),
+    (
+        r"Free memory on device",
+        "other programs use the GPU (nvidia-smi lists them): end them, or choose other GPUs with "
+        "CUDA_VISIBLE_DEVICES",
+    ),
+    (
+        r"CUDA out of memory|CUDA error: out of memory|OutOfMemoryError|OOM when|ALLOC_FAILED",
+        "end other programs on the GPU (nvidia-smi lists them), raise --tensor_parallel, lower "
+        "--max_model_len or take a smaller model",
+    ),
+    (
+        r"can't allocate memory|Cannot allocate memory|^MemoryError|exit status -9$",
+        "the host has too little memory: end other programs, take a smaller model or, on a CPU, "
+        "lower VLLM_CPU_KVCACHE_SPACE (GB)",
+    ),
+    (
+        r"(?i)address already in use|EADDRINUSE",
+        "another program has taken the port: run the same command again, which takes another one",
+    ),
+    (
+        r"Failed to find C compiler|Python\.h: No such file|(C|g)\+\+: not found|[Cc]ould not find "
+        r"nvcc|nvcc: not found|ninja.*not found",
+        "install gcc and Python's headers (python3-dev), for nvcc the CUDA toolkit",
+    ),
+    (
+        r"GatedRepo|gated repo|401 Client Error|403 Client Error",
+        "accept its licence at https://huggingface.co and set HF_TOKEN to a token of that account",
+    ),
+    (
+        r"does not appear to have a file named|Can't load (the )?(tokenizer|configuration|model)|"
+        r"Cannot find any model weights|SafetensorError|[Cc]ouldn't connect to|"
+        r"not a valid JSON file|Couldn't instantiate the backend tokenizer|"
+        r"No such file or directory.*\.(json|safetensors|model)",
+        "its files are not whole: download or copy it again, with weights in *.safetensors",
+    ),
+    (
+        r"trust_remote_code=True|--trust-remote-code|contains custom code|requires you to execute",
+        f"a model's own code is not run here: {ELSEWHERE}",
+    ),
+    (
+        r"not supported for now|no vLLM implementation|not supported anymore|not supported in-tree|"
+        r"does not recognize this architecture|failed to be inspected|"
+        r"not compatible with vLLM|quantization .*not supported",
+        f"take another model, try MPO_SERVER=transformers or a newer vLLM, or {ELSEWHERE}",
+    ),
+    (r"divisible by tensor parallel|is not divisible by", "choose another --tensor_parallel"),
+    (r"Bfloat16 is only supported", f"{ELSEWHERE} (vllm serve MODEL --dtype half)"),
+    (
+        r"driver on your system is too old|driver version is insufficient|no kernel image",
+        "update the NVIDIA driver, or install a torch for it (pytorch.org/get-started)",
+    ),
+    (
+        r"Failed to infer device type|not compiled with CUDA|No CUDA GPUs are available",
+        "its packages are not for this machine: delete .venv and run make setup",
+    ),
+    (
+        r"No space left on device",
+        "free some space on the disk, or in /dev/shm (of a container: --shm-size)",
+    ),
+    (
+        r"^(ModuleNotFoundError|ImportError): |undefined symbol|cannot open shared object",
+        "its packages do not fit together: delete .venv and run make setup",
+    ),
+    (
+        r"exit status -4$",
+        "vLLM was built for a newer CPU: set MPO_SERVER=transformers",
+    ),
+]
+
+# vLLM's "(EngineCore pid=9) ERROR 11-29 08:00:00 [core.py:9] "; not all lines have both parts
+LOG_PREFIX = re.compile(r"(\([^)]*pid=\d+\) ?)?((?P<level>[A-Z]+) [\d-]+ [\d:.]+ \[?[^]]*\] ?)?")
+# the last line of a traceback, and other errors; not those that point to one above
+ERROR_LINE = re.compile(
+    r"(?!.*(initialization failed|root cause|Traceback))"
+    r"([A-Za-z_][\w.]*(Error|Exception|Exit|Expired|Timeout)(: |$)|"
+    r"ERROR: +\S|Fatal Python error|\S+: error: | +what\(\):)"
+)
+
+
+def start_reason(log: str) -> tuple[str, str]:
+    """(the error that a server's log begins with, what to change); empty if they are not known."""
+    lines = error_lines(log)
+    for line in lines:
+        for pattern, advice in START_ERRORS:
+            if re.search(pattern, line):
+                return line.strip()[:500], advice
+    for i, line in enumerate(lines):
+        if ERROR_LINE.match(line):
+            reason = line.strip()
+            # pydantic says what is wrong in the next line
+            if lines[i + 1 :] and re.match(r"  (?!File )\S", lines[i + 1]):
+                reason += f" {lines[i + 1].strip()}"
+            return reason[:500], ""
+    return "", ""
+
+
+def error_lines(log: str) -> list[str]:
+    """The lines of a server's log, without prefixes, that may name an error: not information, and
+    no source lines of tracebacks, which are indented by 4."""
+    lines = []
+    for line in re.sub(r"\x1b\[[\d;]*m", "", log).splitlines():
+        prefix = LOG_PREFIX.match(line)
+        text = line[prefix.end() :]
+        if prefix["level"] in (None, "ERROR", "CRITICAL") and not text.startswith("    "):
+            lines.append(text)
+    return lines
 
 
 def _raise_on_ctrl_c() -> None:
@@ -3046,6 +3430,7 @@ class Checks:
         self.shared = Path(name) if name else None
         self.rows = read_rows(self.shared, missing_ok=True) if self.shared else []
         self.run("packages", check_packages)
+        self.run("GPUs", check_gpus)
 
     def run(self, about: str, check, *args) -> None:
         """Print what `check(*args)` returns, or its error. The same check is done once."""
@@ -3102,8 +3487,7 @@ class Checks:
 
     def asks(self, name: str, url: str | None, a) -> None:
         """The stage asks this model: an API has to answer, a local model will be served."""
-        if name.startswith("http"):
-            url = name
+        name, url = split_url(name, url)
         if url or not is_local(name):
             self.run("model", check_api, name, url)
             return
@@ -3198,6 +3582,29 @@ def check_packages() -> str:
         said = [f"exit status {done.returncode}", *done.stderr.strip().splitlines()][-1]
         raise InputError(f"{', '.join(names)}: an import fails ({said}): run make setup")
     return ", ".join(done.stdout.splitlines()[-len(names) :])
+
+
+def check_gpus() -> str:
+    """Whether torch can use the GPUs of this machine."""
+    listed = subprocess.run(["bash", DATA / "tools" / "gpus.sh"], capture_output=True, text=True)
+    there = int(listed.stdout)
+    if not there:
+        return "none"
+    import torch
+
+    usable = torch.cuda.device_count()
+    if usable >= there:
+        return f"{usable}"
+    if torch.version.cuda is None:
+        raise InputError(
+            f".venv was set up without GPUs, and this machine has {there}: delete .venv and run "
+            "make setup"
+        )
+    raise InputError(
+        f"torch, with CUDA {torch.version.cuda}, can use {usable} of {there} GPUs: update the "
+        "NVIDIA driver, install a torch for it (pytorch.org/get-started), or set "
+        "CUDA_VISIBLE_DEVICES to the GPUs that work"
+    )
 
 
 def still_to_be_made(what: str) -> str:
@@ -3396,7 +3803,7 @@ def whole_model(folder: Path, name: str) -> Path:
 def check_api(name: str, url: str | None) -> str:
     """Ask a model of an API, or a server at `url`, for one token."""
     if url:
-        name = model_fingerprint("" if name == url else name, url)
+        name = model_fingerprint(name, url)
     model = Model(name.removeprefix("api:"), url, timeout=60)
     asyncio.run(model.ask([{"role": "user", "content": "Hello"}], max_tokens=1))
     return f"{name} answers at {model.where}"

@@ -41,6 +41,7 @@ def test_a_run_that_can_be_done(tmp_path, tiny_model, chat_server):
     assert about == {
         "settings": 1,
         "packages": 1,
+        "GPUs": 1,
         "environment": 1,
         "model": 2,
         "memory": 2,
