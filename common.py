@@ -42,6 +42,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.parse
@@ -2683,7 +2684,7 @@ def load_model(name: str):
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", use_safetensors=True)
-    except (OSError, ValueError, SafetensorError) as e:
+    except (OSError, ValueError, TypeError, SafetensorError) as e:
         raise InputError(
             f"cannot load {name}, as a model directory or from the Hub: {str(e).splitlines()[0]}"
         ) from None
@@ -2694,21 +2695,123 @@ def load_model(name: str):
             if rate in vars(module):
                 setattr(module, rate, 0.0)
     choose_packing(model)
+    check_saving(model, tokenizer, name)
     return model, tokenizer
+
+
+def check_saving(model, tokenizer, name: str) -> None:
+    """Raise `InputError`, before any step, if what is saved beside the weights cannot be saved."""
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            model.config.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+    except OSError:  # of the temporary folder, not of the model
+        return
+    except Exception as e:
+        said = str(e).strip().splitlines() or [type(e).__name__]
+        raise InputError(f"{name} could not be saved after training: {said[0]}") from None
+
+
+def save_model(model, folder) -> None:
+    """Write a model in Hugging Face format. The generation_config.json of some models does not pass
+    the check of `save_pretrained` (a temperature without `do_sample`): it is kept as it is, so that
+    the trained model is served as its base is."""
+    from transformers import GenerationConfig
+
+    generation_config = model.generation_config
+    try:
+        generation_config.validate(strict=True)
+    except (ValueError, TypeError):
+        model.generation_config = GenerationConfig()
+    model.save_pretrained(folder)
+    if model.generation_config is not generation_config:
+        file = Path(folder) / "generation_config.json"
+        generation_config.to_json_file(file, keys_to_pop=["compile_config"])
+
+
+def turn_thinking_off(tokenizer) -> None:
+    """Make thinking off the default of the chat template, if it has a switch: a model that was
+    trained without thinking is then asked as in training, unless the request turns it on."""
+    hello = [{"role": "user", "content": "Hello"}]
+    options = {"tokenize": False, "add_generation_prompt": True}
+    try:
+        default = tokenizer.apply_chat_template(hello, **options)
+        off = tokenizer.apply_chat_template(hello, **options, **NO_THINKING)
+    except Exception:  # a template that wants other messages: it stays as it is
+        return
+    if off == default:
+        return
+    switches = ""
+    for name in NO_THINKING:
+        switches += f"{{%- set {name} = {name} if {name} is defined else false %}}"
+    template = switches + tokenizer.get_chat_template()
+    if isinstance(tokenizer.chat_template, dict):
+        template = {**tokenizer.chat_template, "default": template}
+    tokenizer.chat_template = template
+
+
+# What turns thinking off in chat templates that have a switch; others ignore it. enable_thinking:
+# Qwen 3, GLM 4.5, Nemotron 3, SmolLM 3 and most others; thinking: DeepSeek V3.1, Granite 3.
+NO_THINKING = {"enable_thinking": False, "thinking": False}
+
+
+class Turn(NamedTuple):
+    """One reply of the assistant, as the model is asked for it."""
+
+    prompt: str  # what it reads: the conversation before, with the generation prompt
+    reply: str  # what it writes, with the end token
+    continued: str  # the same, as it may be where the conversation goes on
 
 
 def tokenize(messages: list[dict], tokenizer, where: str) -> Sequence:
     """A conversation as tokens. Targets are what the model itself writes: the text of each
-    assistant message and the end token after it. `where` names file and line in errors."""
+    assistant message and the end token after it. `where` names file and line in errors.
+
+    Raises `InputError` if one sequence cannot be what the model sees: see `tokenize_replies`."""
+    sequences = tokenize_replies(messages, tokenizer, where)
+    if len(sequences) == 1:
+        return sequences[0]
+    text = render(messages, tokenizer, where)
+    turns = conversation_turns(messages, tokenizer, where)
+    raise InputError(f"{where}: {why_rewritten(text, turns)}; use a template that only appends")
+
+
+def tokenize_replies(messages: list[dict], tokenizer, where: str) -> list[Sequence]:
+    """A conversation as what the model sees when it is asked for the replies, one after the other:
+    a single sequence, if the chat template only appends to it.
+
+    Some templates write earlier replies in another way than the model wrote them, for example
+    without the empty <think> block of the generation prompt. Then it is one sequence per reply, the
+    last one first."""
     check_conversation(messages, where)
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
-    spans = assistant_spans(messages, text, tokenizer, where)
+    text = render(messages, tokenizer, where)
+    turns = conversation_turns(messages, tokenizer, where)
+    spans = reply_spans(text, turns)
+    if spans is not None:
+        return [tokenize_text(text, spans, tokenizer)]
+    last, *earlier = [tokenize_turn(turn, tokenizer) for turn in reversed(turns)]
+    # those that share nothing with the last one at the end, as `row_attention` needs it
+    earlier.sort(key=lambda sequence: -shared_length(last.ids, sequence.ids))
+    return [last, *earlier]
+
+
+def tokenize_text(text: str, spans: list[tuple[int, int]], tokenizer) -> Sequence:
+    """Targets are the tokens that begin within one of the `spans` (begin, end) of the text."""
     # the chat template has written the BOS token, if the model has one
     tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     mask = []
     for begin, _ in tokens["offset_mapping"]:
         mask.append(any(first <= begin < last for first, last in spans))
     return Sequence(tokens["input_ids"], mask)
+
+
+def tokenize_turn(turn: Turn, tokenizer) -> Sequence:
+    """Prompt and reply. No token has text of both: the model is asked with whole tokens."""
+    prompt = tokenizer(turn.prompt, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(turn.prompt + turn.reply, add_special_tokens=False)["input_ids"]
+    if ids[: len(prompt)] != prompt:
+        ids = prompt + tokenizer(turn.reply, add_special_tokens=False)["input_ids"]
+    return Sequence(ids, [False] * len(prompt) + [True] * (len(ids) - len(prompt)))
 
 
 def check_conversation(messages, where: str) -> None:
@@ -2726,26 +2829,121 @@ def is_message(message) -> bool:
     return isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
 
 
-def assistant_spans(
-    messages: list[dict], text: str, tokenizer, where: str
-) -> list[tuple[int, int]]:
-    """(begin, end) of what the assistant writes in `text`, the whole conversation: of each of its
-    messages with the end token, without the header before and white space after."""
-    spans = []
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = tokenizer.apply_chat_template(
-            messages[:i], tokenize=False, add_generation_prompt=True
+def render(messages: list[dict], tokenizer, where: str, ask: bool = False) -> str:
+    """The text of a conversation; with `ask`, of what the model reads to write the next reply."""
+    try:
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=ask, **NO_THINKING
         )
-        upto = tokenizer.apply_chat_template(messages[: i + 1], tokenize=False)
-        if not (upto.startswith(before) and text.startswith(upto)):
-            raise InputError(
-                f"{where}: the chat template rewrites earlier turns, so the model "
-                "would not see what it is trained on; use one that only appends"
-            )
-        spans.append((len(before), len(upto.rstrip())))
+    except Exception as e:  # a template is a program of the model's authors, and may raise anything
+        roles = ", ".join(message["role"] for message in messages[:4])
+        if len(messages) > 4:
+            roles += ", ..."
+        said = str(e).strip().splitlines() or [type(e).__name__]
+        raise InputError(
+            f"{where}: the model's chat template refuses a conversation of {roles or 'no message'}"
+            f": {said[0]}"
+        ) from None
+
+
+def conversation_turns(messages: list[dict], tokenizer, where: str) -> list[Turn]:
+    if messages[0]["role"] == "assistant":
+        raise InputError(f"{where}: a conversation must not begin with the assistant")
+    turns = []
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant":
+            turns.append(assistant_turn(messages[: i + 1], tokenizer, where))
+    return turns
+
+
+def assistant_turn(messages: list[dict], tokenizer, where: str) -> Turn:
+    """The last of the messages, which is the assistant's, as the model is asked for it.
+
+    Its text is what the chat template writes after the generation prompt. If the template writes
+    something else in the place of that prompt (R1: the prompt has "<think>"), it is what follows
+    there. A template without an end token gets the tokenizer's."""
+    content = messages[-1]["content"].strip()
+    prompt = render(messages[:-1], tokenizer, where, ask=True)
+    text = render(messages, tokenizer, where)
+    if text.startswith(prompt):
+        reply = text[len(prompt) :]
+    else:
+        header = reply_header(messages, tokenizer, where)
+        if not prompt[-1:].isspace():
+            header = header.rstrip()  # the model writes the white space before its text
+        reply = ""
+        if text.startswith(header):
+            reply = end_of_thinking(prompt) + text[len(header) :]
+    if not same_text(content, reply):
+        advice = "use a model whose template writes it"
+        if "</think>" in content:
+            advice = "training is without thinking, remove <think> ... </think>"
+        raise InputError(
+            f"{where}: the model's chat template leaves out or changes text of an assistant "
+            f"message, {content[:60]!r}: {advice}"
+        )
+    reply = reply.rstrip()
+    eos = tokenizer.eos_token or ""
+    if lacks_end(reply, content):
+        reply += eos
+    # Phi 3 writes <|end|> after each reply, and EOS after that at the end of the conversation
+    continued = reply.removesuffix(eos).rstrip()
+    if lacks_end(continued, content):
+        continued = reply
+    return Turn(prompt, reply, continued)
+
+
+def reply_header(messages: list[dict], tokenizer, where: str) -> str:
+    """What the chat template writes before the text of the last message; all, if it leaves the text
+    out."""
+    mark = "@@ the reply @@"
+    marked = render([*messages[:-1], {**messages[-1], "content": mark}], tokenizer, where)
+    if mark not in marked:
+        return marked
+    return marked[: marked.rindex(mark)]
+
+
+def end_of_thinking(prompt: str) -> str:
+    """What a model that is not to think writes first. Generation prompts without a switch may have
+    begun its thinking: it ends that at once, so that the reply is not taken for a thought."""
+    if not prompt.rstrip().endswith("<think>"):
+        return ""
+    return "</think>\n\n" if prompt.endswith("\n") else "</think>"
+
+
+def same_text(content: str, reply: str) -> bool:
+    """Whether `reply` has all of the content; templates may change white space."""
+    return "".join(content.split()) in "".join(reply.split())
+
+
+def lacks_end(reply: str, content: str) -> bool:
+    """Whether the chat template has written nothing after the content."""
+    return content in reply and len(reply) == reply.index(content) + len(content)
+
+
+def reply_spans(text: str, turns: list[Turn]) -> list[tuple[int, int]] | None:
+    """(begin, end) of each reply in `text`, the whole conversation. None if the model, when it is
+    asked for one of them, sees another text than what is before it there."""
+    spans = []
+    for turn in turns:
+        reply = turn.reply
+        if not text.startswith(turn.prompt + reply):
+            reply = turn.continued
+        if not text.startswith(turn.prompt + reply):
+            return None
+        spans.append((len(turn.prompt), len(turn.prompt) + len(reply)))
     return spans
+
+
+def why_rewritten(text: str, turns: list[Turn]) -> str:
+    """Where the whole conversation first differs from what the model has read and written."""
+    number = next(i for i in range(len(turns)) if reply_spans(text, turns[: i + 1]) is None)
+    own = turns[number].prompt + turns[number].continued
+    same = len(os.path.commonprefix([own, text]))
+    return (
+        f"the chat template rewrites earlier turns: at reply {number + 1} the model has "
+        f"{own[same : same + 40]!r}, and later reads {text[same : same + 40]!r} instead"
+    )
 
 
 def hold_out(examples: list[Example], a) -> tuple[list[Example], list[Example]]:
@@ -3318,7 +3516,8 @@ class Training:
         model = self._final_model()
         if self.accelerator.is_main_process:
             folder = self.partial / "final"
-            model.save_pretrained(folder)
+            save_model(model, folder)
+            turn_thinking_off(self.tokenizer)
             self.tokenizer.save_pretrained(folder)
             write_rows(folder / "metrics.jsonl", self.log)
             self._write_card(folder / "README.md", method)

@@ -19,10 +19,19 @@ import psutil
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import ROOT, check_run, save_model, script_env, stage, start_script, write_jsonl
+from conftest import (
+    ROOT,
+    check_run,
+    make_model,
+    save_model,
+    script_env,
+    stage,
+    start_script,
+    write_jsonl,
+)
 from safetensors.torch import load_file, save_file
-from test_training import PAIRS, TALKS, assistant, log_prob_alone, user
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from test_training import PAIRS, QWEN3, TALKS, assistant, log_prob_alone, user, with_template
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import common
 from common import InputError, read_rows, tokenize
@@ -104,6 +113,84 @@ def test_long_rows_are_counted_and_left_out(tmp_path, tokenizer, capsys):
     a = sft.Args(data=str(data), max_length=3)
     with pytest.raises(InputError, match="no row to train on .--max_length 3"):
         common.hold_out(sft.load_rows(a, tokenizer), a)
+
+
+# ---- what is saved -------------------------------------------------------------------------------
+
+
+def generation_settings(folder) -> dict:
+    settings = json.loads((Path(folder) / "generation_config.json").read_text())
+    settings.pop("transformers_version", None)
+    return settings
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 0.9, "top_p": 0.6},
+        {"do_sample": False, "top_k": 20, "min_p": 0.1},
+        {"pad_token_id": -1, "eos_token_id": [1, 2]},
+        {"early_stopping": True, "length_penalty": 0.8},
+        {"output_scores": True},
+        {"temperature": "0.6", "do_sample": True},
+        {"do_sample": True, "temperature": 0.6, "top_p": 0.9},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_settings_of_generation_are_kept(tmp_path, tokenizer, settings):
+    """Also those that `save_pretrained` refuses: what serves the model reads them."""
+    model = make_model(tokenizer)
+    model.generation_config = GenerationConfig(**settings)
+    common.save_model(model, tmp_path / "saved")
+    assert generation_settings(tmp_path / "saved") == settings
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    common.save_model(loaded, tmp_path / "again")
+    assert generation_settings(tmp_path / "again") == settings
+    assert same_weights(weights_of(tmp_path / "saved"), weights_of(tmp_path / "again"))
+
+
+def test_training_of_a_model_with_settings_that_are_refused(
+    tmp_path, tokenizer, talks, preferences
+):
+    base = save_model(tmp_path / "base", tokenizer)
+    settings = {"temperature": 0.9, "top_p": 0.6, "eos_token_id": 2}
+    (base / "generation_config.json").write_text(json.dumps(settings))
+    out = tmp_path / "sft"
+    sft.main(sft.Args(model=str(base), data=talks, out=str(out), epochs=1, lora_rank=2))
+    AcceleratorState._reset_state(True)
+    dpo.main(dpo.Args(model=str(out), data=preferences, out=f"{out}/mpo", epochs=1))
+    assert generation_settings(out) == generation_settings(out / "mpo") == settings
+
+
+def test_what_cannot_be_saved_is_said_before_training(tmp_path, tiny_model, talks, monkeypatch):
+    def refuse(*_):
+        raise ValueError("dtype is not allowed\nSecond line")
+
+    monkeypatch.setattr("transformers.LlamaConfig.save_pretrained", refuse)
+    args = sft.Args(model=tiny_model, data=talks, out=str(tmp_path / "sft"))
+    with pytest.raises(
+        InputError, match=f"{tiny_model} could not be saved .*: dtype is not allowed$"
+    ):
+        sft.main(args)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_trained_model_is_asked_as_it_was_trained(tmp_path, tokenizer, talks, capsys):
+    """Thinking is off in training. In the saved chat template it is off, too, unless a request
+    turns it on; a template without a switch stays as it is."""
+    base = save_model(tmp_path / "base", with_template(tokenizer, QWEN3))
+    out = tmp_path / "sft"
+    sft.main(sft.Args(model=str(base), data=talks, out=str(out), epochs=1))
+    assert "2 rows are a sequence per reply" in capsys.readouterr().out
+    ask = {"conversation": TALKS[0][:3], "tokenize": False, "add_generation_prompt": True}
+    before = AutoTokenizer.from_pretrained(base).apply_chat_template
+    after = AutoTokenizer.from_pretrained(out).apply_chat_template
+    assert after(**ask) == before(**ask, enable_thinking=False) != before(**ask)
+    assert after(**ask, enable_thinking=True) == before(**ask, enable_thinking=True)
+    for text in (AutoTokenizer.from_pretrained(out).chat_template, tokenizer.chat_template):
+        same = with_template(tokenizer, text)
+        common.turn_thinking_off(same)
+        assert same.chat_template == text
 
 
 # ---- resuming ------------------------------------------------------------------------------------
@@ -195,6 +282,8 @@ class Killed(BaseException):
 
 
 class FakeModel:
+    generation_config = GenerationConfig()
+
     def save_pretrained(self, folder: Path) -> None:
         folder.mkdir()
         (folder / "config.json").write_text("new")
