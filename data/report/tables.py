@@ -390,19 +390,17 @@ def _notes_on_refusals(conditions: list[dict]) -> list[str]:
 
 def _notes_on_thinking(conditions: list[dict]) -> list[str]:
     cut_off = sum(column(conditions, "thinking_cut_off"))
-    missing = {}
-    for r in conditions:  # as for tags, plans count once
-        missing[r["plans"], r["split"]] = r["plans_cut_off"]
+    missing = sum(_count_plans(conditions, "plans_cut_off").values())
     said = []
     if cut_off:
         said.append(
             f"{cut_off} replies of agents ended while they were thinking: --agent_tokens was too "
             "small (these are format errors, too)."
         )
-    if any(missing.values()):
+    if missing:
         said.append(
-            f"{sum(missing.values())} plans are missing because planners were still thinking: "
-            "--plan_tokens was too small."
+            f"{missing} plans are missing because planners were still thinking: --plan_tokens was "
+            "too small."
         )
     return said
 
