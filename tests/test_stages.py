@@ -330,7 +330,7 @@ def test_planner_and_agent_that_think(run_folder, script, chat_server, capsys):
     def reply(messages, body):
         plans = "Action" not in messages[0]["content"]
         if (plans and body["seed"] % 2) or len(messages) == 3:
-            chat = completion("<think>\nHm. Action: wait", 7, 3)
+            chat = completion("Let me see.\n<think>\nHm. Action: wait", 7, 3)
             chat["choices"][0]["finish_reason"] = "length"
             return 200, json.dumps(chat)
         if len(messages) > 3:
