@@ -1877,16 +1877,17 @@ class Model:
     def _raise_if_filtered(self, answer) -> None:
         """Raise `RequestRefused` if a content filter has left no text in an answer: it says so in
         place of the choices, or in the finish reason (Gemini's is its own, such as SAFETY)."""
-        if getattr(answer, "choices", None):
-            choice = answer.choices[0]
-            if choice.message.content:
+        refusal = None  # the model's own words
+        choices = getattr(answer, "choices", None)
+        if isinstance(choices, list) and choices:
+            message = getattr(choices[0], "message", None)
+            if getattr(message, "content", None):
                 return
-            refusal = getattr(choice.message, "refusal", None)  # the model's own words
-            said = f"finish_reason {choice.finish_reason}"
+            refusal = getattr(message, "refusal", None)
+            said = f"finish_reason {getattr(choices[0], 'finish_reason', None)}"
             for name in ("native_finish_reason", "error"):  # OpenRouter's
-                said += f" {getattr(choice, name, '')}"
+                said += f" {getattr(choices[0], name, '')}"
         else:
-            refusal = None
             said = str(getattr(answer, "model_extra", ""))
         if refusal or self.FILTERED.search(said):
             raise RequestRefused(f"{self.where} answers without text: {(refusal or said)[:300]}")
