@@ -7,12 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import CORRIDOR, stage, write_jsonl
-from test_eval import TIES, by_setting, condition, write_run
+from test_eval import TIES, condition, episode, write_run
 from test_models import ask
 from test_scoring import few_retries, gold, jobs_of, play, tasks_of  # noqa: F401
 
 import common
 from common import InputError, Refusals, RequestRefused, is_refused, plan_reply, read_rows
+from data.report import tables
 
 seed = stage("01_seed_plans")
 score = stage("03_sample_score")
@@ -308,21 +309,21 @@ def test_all_requests_are_refused_then_those_of_one_task(
     assert len(script.asked) == before, "a refusal is an answer: nothing is asked again"
 
 
-def test_refused_tasks_in_results(tmp_path, chat_server):
-    """An episode counts with reward 0; where there is no plan, the agent plays without one."""
-    script = Script()
-    script.refuses = "agent"
-    url = chat_server(script).url
-    a = ev.Args(**USUAL, out=str(tmp_path), agents=[url], plans=["none"], splits=["train"])
-    ev.main(a)
-    result = by_setting(tmp_path)["none", "train"]
-    assert result["refused"] == result["ends"]["refused"] == 1 and result["missing"] == 0
-    table = (tmp_path / "results.md").read_text()
-    assert "1 of 8 episodes were refused by the agent's server and count with reward 0." in table
-    script.refuses = "planner"
-    a.plans = ["gpt"]
-    a.teacher = url
-    ev.main(a)
-    assert by_setting(tmp_path)["gpt", "train"]["refused_plans"] == 1
-    table = (tmp_path / "results.md").read_text()
-    assert "1 plans of 'teacher, asked directly' were refused by the planner's server" in table
+def test_refused_tasks_in_results(tmp_path):
+    """An episode counts with reward 0, and the tables' notes count it."""
+    tasks = ["boil/1", "boil/2"]
+    rows = [episode("boil/1", None, 1.0, 2), episode("boil/2", None, 0.0, 2, end="refused")]
+    conditions = [condition("none", "seen", tasks), condition("gpt", "seen", tasks)]
+    out = write_run(tmp_path, conditions, {("gpt", task): None for task in tasks}, rows)
+    path = out / "eval" / "plans.jsonl"
+    first, second = read_rows(path)
+    write_jsonl(path, [first, second | {"reason": "refused: no"}])
+    results, _ = ev.summarise(ev.load_episodes(str(out), conditions), 0, False)
+    for result in results:
+        assert result["reward"]["mean"] == 0.5 and result["missing"] == 0
+        assert result["refused"] == result["ends"]["refused"] == 1
+    assert tables.notes(results) == (
+        " 2 of 4 episodes were refused by the agent's server and count with reward 0. 1 plans of "
+        "'teacher, asked directly' were refused by the planner's server: their tasks were played "
+        "without a plan."
+    )
