@@ -239,7 +239,7 @@ def test_what_a_kill_left_of_a_build_is_removed(tmp_path, monkeypatch):
 def test_a_cache_that_cannot_be_locked(tmp_path, monkeypatch, capsys, name):
     """Another process builds it at the same time and is first: its files are used."""
     use(tmp_path / "data", monkeypatch)
-    [built] = [p for p in (tmp_path / "cache" / "mpo").iterdir() if p.is_dir()]
+    [built] = [p for p in (tmp_path / "data/cache/mpo").iterdir() if p.is_dir()]
     shutil.rmtree(built)
 
     def fail(*_):
