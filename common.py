@@ -40,6 +40,7 @@ import re
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -1382,13 +1383,21 @@ def is_loopback(url: str) -> bool:
 def http_client(client_class, address: str, **settings):
     """One of openai's HTTP clients for a server. It goes to loopback without a proxy, whatever
     proxies the environment names."""
+    if is_loopback(address):
+        return client_class(trust_env=False, verify=tls_context(), **settings)
     try:
-        return client_class(trust_env=not is_loopback(address), **settings)
+        return client_class(**settings)
     except Exception as e:  # a proxy's URL is malformed, or needs a package
         raise InputError(
             "a proxy in the environment cannot be used (http_proxy, https_proxy, all_proxy, "
             f"no_proxy): {e}"
         ) from None
+
+
+@functools.cache
+def tls_context() -> ssl.SSLContext:
+    """The certificates of this machine. To load them takes longer than a request on loopback."""
+    return ssl.create_default_context()
 
 
 def read_key(variable: str) -> str:

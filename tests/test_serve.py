@@ -308,6 +308,31 @@ def test_gpus_are_divided_among_replicas(tiny_model, tmp_path, monkeypatch):
     start_fails(says, tiny_model, tmp_path, tensor_parallel=6)
 
 
+@pytest.mark.parametrize(
+    "variable, count, names",
+    [
+        (None, 2, ["0", "1"]),
+        ("2,5", 2, ["2", "5"]),
+        ("2, 5", 2, ["2", "5"]),
+        ("5", 1, ["5"]),
+        ("2,5,-1,3", 2, ["2", "5"]),
+        ("GPU-5c,GPU-77", 2, ["GPU-5c", "GPU-77"]),
+        ("MIG-1,MIG-2", 1, ["MIG-1"]),
+        ("", 0, []),
+        ("NoDevFiles", 0, []),
+    ],
+)
+def test_gpus_of_servers(monkeypatch, variable, count, names):
+    """`count`: those that torch finds."""
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", variable)
+    assert common.visible_gpus() == names
+
+
 @pytest.mark.parametrize("gpus, parallel", [(1, 1), (2, 1), (2, 2), (8, 1), (8, 2), (8, 8)])
 def test_the_whole_command_on_gpus(tiny_model, tmp_path, monkeypatch, gpus, parallel):
     monkeypatch.setenv("MPO_SERVER", "vllm")

@@ -206,6 +206,11 @@ def test_the_apis_key_goes_to_the_api(server, chat_server, monkeypatch):
     assert server.keys == {"Bearer sk-1", "Bearer own"}
 
 
+def sent(server) -> list[tuple[str, str]]:
+    """The headers that a server has been sent, in lower case."""
+    return [(name.lower(), value) for headers in server.headers for name, value in headers.items()]
+
+
 def test_other_headers_for_the_api_go_nowhere_else(server, chat_server, monkeypatch):
     other = chat_server(lambda messages, body: "Hi")
     monkeypatch.setenv("OPENAI_API_KEY", "sk-1")
@@ -213,11 +218,11 @@ def test_other_headers_for_the_api_go_nowhere_else(server, chat_server, monkeypa
     monkeypatch.setenv("OPENAI_ORG_ID", "org")
     monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "X-Gateway: secret\nauthorization: Bearer 2")
     ask("gpt-9")
-    assert server.headers[-1]["OpenAI-Organization"] == "org"
+    assert ("openai-organization", "org") in sent(server)
+    assert ("x-gateway", "secret") in sent(server)
     ask("", other.url)
     assert other.keys == {"Bearer none"}
-    for headers in other.headers:
-        assert not {"openai-organization", "x-gateway"} & {name.lower() for name in headers}
+    assert "secret" not in str(sent(other)) and "org" not in {value for _, value in sent(other)}
 
 
 @pytest.mark.parametrize("asked", ["chats", "models"])
@@ -346,58 +351,3 @@ def test_others_are_asked_through_the_proxy(chat_server, monkeypatch):
     monkeypatch.setenv("http_proxy", "socks://127.0.0.1:9")
     with pytest.raises(InputError, match="a proxy in the environment cannot be used .*no_proxy"):
         ask("m", "http://model.invalid/v1")
-
-
-# -- GPUs
-
-
-@pytest.mark.parametrize(
-    "variable, count, names",
-    [
-        (None, 2, ["0", "1"]),
-        ("2,5", 2, ["2", "5"]),
-        ("2, 5", 2, ["2", "5"]),
-        ("5", 1, ["5"]),
-        ("2,5,-1,3", 2, ["2", "5"]),
-        ("GPU-5c,GPU-77", 2, ["GPU-5c", "GPU-77"]),
-        ("MIG-1,MIG-2", 1, ["MIG-1"]),
-        ("", 0, []),
-        ("NoDevFiles", 0, []),
-    ],
-)
-def test_gpus_of_servers(monkeypatch, variable, count, names):
-    """`count`: those that torch finds."""
-    import torch
-
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    if variable is not None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", variable)
-    assert common.visible_gpus() == names
-
-
-@pytest.mark.parametrize(
-    "cuda, usable, says",
-    [
-        (None, 0, r"\.venv was set up without GPUs, and this machine has 2: delete .venv and run"),
-        ("12.8", 0, "torch, with CUDA 12.8, can use 0 of 2 GPUs: update the NVIDIA driver"),
-        ("12.8", 2, None),
-    ],
-)
-def test_a_check_of_the_gpus(monkeypatch, tmp_path, cuda, usable, says):
-    import torch
-
-    fake_nvidia_smi = tmp_path / "nvidia-smi"
-    fake_nvidia_smi.write_text("#!/bin/sh\necho GPU 0: A; echo GPU 1: B\n")
-    fake_nvidia_smi.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert common.check_gpus() == "none"
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: usable)
-    monkeypatch.setattr(torch.version, "cuda", cuda)
-    if says:
-        with pytest.raises(InputError, match=says):
-            common.check_gpus()
-    else:
-        assert common.check_gpus() == "2"
