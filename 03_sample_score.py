@@ -23,7 +23,7 @@ rollouts.jsonl                N rollouts of each plan (equation 5)
     steps                     [[reply up to its action, observation], ...]
     format_errors             replies without an action
     thinking_cut_off          replies that ended while the agent was thinking
-    prompt_tokens, completion_tokens, seconds
+    prompt_tokens, completion_tokens, seconds   tokens: null if the server does not count
 
 pairs.jsonl                   for 04_dpo.py: the best and the worst plan of each task (equation 7)
     task, prompt              u as the messages that the planner is asked with
@@ -537,12 +537,15 @@ def trajectory_pairs(
         u = expert["instruction"] or episodes[0]["instruction"]
         for better, worse in better_and_worse(expert, episodes):
             cut = worse["steps"][: len(better["steps"]) + EXTRA_TURNS]
+            rejected = common.turns(cut, observation_chars)
+            if not rejected:
+                continue  # all replies are empty
             pairs.append(
                 {
                     "task": task,
                     "prompt": prompts.agent(u, None, task),
                     "chosen": common.turns(better["steps"], observation_chars),
-                    "rejected": common.turns(cut, observation_chars),
+                    "rejected": rejected,
                     "q_chosen": better["reward"],
                     "q_rejected": worse["reward"],
                 }

@@ -22,6 +22,7 @@ import asyncio
 import contextlib
 import dataclasses
 import difflib
+import email.utils
 import errno
 import fcntl
 import functools
@@ -1654,10 +1655,73 @@ def print_cut_off(count: int, who: str, limit: str, setting: str) -> None:
 
 class Reply(NamedTuple):
     text: str  # without the model's thinking
-    prompt_tokens: int
-    completion_tokens: int
+    prompt_tokens: int | None  # None: the server does not count them
+    completion_tokens: int | None
     cut_off: bool = False  # it ended while the model was thinking
     limited: bool = False  # it ended at the token limit
+
+
+class AnswerError(ValueError):
+    """An answer that holds no completion, although its status is 200."""
+
+    def __init__(self, body):
+        super().__init__("no choices")
+        self.body = body
+        # the status that the server gives in the answer, if it does
+        self.status_code = None
+        error = body.get("error") if isinstance(body, dict) else None
+        for part in (error, body):
+            code = part.get("code") if isinstance(part, dict) else None
+            if re.fullmatch(r"[45]\d\d", str(code)):
+                self.status_code = int(code)
+                break
+
+
+def choice_in(answer):
+    """The completion in an answer of the client, which does not check what a server sends: it has a
+    `message`. Raises `AnswerError` if there is none."""
+    try:
+        choice = answer.choices[0]
+        content = choice.message.content
+    except (LookupError, TypeError, AttributeError):
+        raise AnswerError(getattr(answer, "model_extra", answer)) from None
+    if not content and getattr(choice, "error", None):  # OpenRouter's place for it
+        raise AnswerError({"error": choice.error})
+    return choice
+
+
+def text_of(content) -> str:
+    """The text of a message, whose content is a text, null, or a list of parts. A lone surrogate,
+    which no file can hold, becomes U+FFFD."""
+    if isinstance(content, dict):
+        content = [content]
+    if isinstance(content, list):
+        content = "".join([text_of_part(part) for part in content])
+    if not isinstance(content, str):
+        return ""
+    if content.isascii():
+        return content
+    return content.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def text_of_part(part) -> str:
+    """The text of a part of a message. Thinking, refusals and images have none."""
+    if isinstance(part, str):
+        return part
+    if not isinstance(part, dict) or part.get("type", "text") not in ("text", "output_text"):
+        return ""
+    text = part.get("text")
+    return text if isinstance(text, str) else ""
+
+
+def count_in(usage, name: str) -> int | None:
+    count = getattr(usage, name, None)
+    return count if isinstance(count, int) else None
+
+
+# seconds after which a lost server is asked for its health; they double each time it is lost
+LOOK_PAUSE = 5.0
+LONGEST_LOOK_PAUSE = 300.0
 
 
 class Endpoint:
@@ -1667,6 +1731,21 @@ class Endpoint:
         self.client = client
         self.in_flight = 0  # requests that wait for its answer
         self.conversations = 0  # conversations that were ever assigned to it
+        self.pause = LOOK_PAUSE
+        self.look_at = 0.0  # when a lost server is asked for its health
+
+    async def is_healthy(self) -> bool:
+        """Whether the server answers: it need not have a list of models."""
+        import openai
+
+        TIME_LIMIT.set(None)
+        try:
+            await self.client.with_options(max_retries=0, timeout=2.0).models.list()
+        except openai.APIStatusError as e:
+            return e.status_code < 500
+        except (openai.OpenAIError, LookupError, TypeError, ValueError, AttributeError):
+            return False
+        return True
 
 
 class Model:
@@ -1680,25 +1759,10 @@ class Model:
 
     429, 5xx, lost connections, timeouts and answers without a completion are retried with growing
     pauses; then `InputError` is raised. `Retry-After` is honoured, extends the time limit and does
-    not count as a retry. A server that cannot be reached is left out from then on, as long as
-    there are others. The variable MPO_MAX_RETRIES sets the number of retries (16)."""
+    not count as a retry. As long as there are others, a server that cannot be reached is left out
+    until it answers again. The variable MPO_MAX_RETRIES sets the number of retries (16).
 
-    TOO_LONG = re.compile(r"context.{0,20}length|maximum.{0,40}tokens|too (long|many tokens)", re.I)
-    # words of content filters: OpenAI, Azure, Gemini, OpenRouter, xAI, DeepSeek, Qwen, MiniMax, ...
-    FILTERED = re.compile(
-        r"content.?(filter|management|policy|moderation|safety|security|exists.risk|violat)|"
-        r"usage.(polic|guideline)|data.?inspection|inappropriate|prohibited|flagged|moderation|"
-        r"safety|sensitive|high.risk|censor|guardrail|blocked|blocklist|recitation|spii|toxic|"
-        r"refusal|responsible.?ai",
-        re.I,
-    )
-    # words of a 400 that concerns every request: the key, the account or the model
-    NO_ACCESS = re.compile(
-        r"api.?key|credit|balance|billing|quota|arrear|payment|subscription|account|"
-        r"model.{0,80}(not.(exist|found|support|available)|invalid|unknown)|"
-        r"(not a valid|unknown|invalid|no such) model",
-        re.I,
-    )
+    A parameter that the server does not support is renamed or left out from then on."""
 
     def __init__(
         self,
@@ -1724,14 +1788,17 @@ class Model:
         self.slots = asyncio.Semaphore(concurrency)
         self.retries = int(os.environ.get("MPO_MAX_RETRIES", 16))  # 16: pauses of 80-100 s in all
         self.timeout = timeout
+        self.servers = len(addresses)
         self.alive = [Endpoint(self._client(address)) for address in addresses]
+        self.lost: list[Endpoint] = []  # servers that are left out
+        self.adapted: dict[str, str | None] = {}  # {unsupported parameter: its other name or None}
         self.completion_tokens = 0  # generated so far
         self.answers = 0  # requests answered so far; a stage adds those of its earlier runs
         self.continues = False  # can continue a message that was started; set by `open_model`
         self.thinking = Thinking()  # how much it may think; set by `open_model`
         self.begins_thinking = False  # its chat template opens the thinking; seen in its replies
         self.cut_off_replies = 0  # so far, that ended while it was thinking
-        # what `_complete` raises if an answer holds no completion
+        # what `_complete` raises if an answer holds no completion; AnswerError is a ValueError
         self.malformed = (
             IndexError,
             TypeError,
@@ -1768,52 +1835,74 @@ class Model:
         the model, cannot be reached, or sends no completion."""
         import openai
 
-        parameters = self._parameters(messages, temperature, max_tokens, seed, stop)
+        losses = 0  # servers that were lost with this request
         while True:
+            if self.lost:
+                await self._look_for_lost()
             async with self.slots:
                 endpoint = self._choose_endpoint(home)
+                body = self._body(messages, temperature, max_tokens, seed, stop)
                 endpoint.in_flight += 1
                 try:
-                    reply = await self._complete(endpoint, parameters)
-                    self.completion_tokens += reply.completion_tokens
+                    reply = await self._complete(endpoint, body)
+                    self.completion_tokens += reply.completion_tokens or 0
                     self.answers += 1
-                    if reply.cut_off and not reply.limited and "stop" in parameters:
-                        del parameters["stop"]  # it was in the thinking: ask again without
+                    if reply.cut_off and not reply.limited and has_stop(body):
+                        stop = None  # it was in the thinking: ask again without
                         continue
                     if reply.cut_off:
                         self.cut_off_replies += 1
                     return reply
                 except (TimeoutError, openai.OpenAIError, *self.malformed) as e:
-                    unreachable = isinstance(e, TimeoutError | openai.APIConnectionError)
-                    if not unreachable or self.alive == [endpoint]:
+                    if self._adapt(e, body):
+                        continue
+                    losses += 1
+                    if losses > 2 * self.servers or not await self._leave_out(endpoint, e):
                         raise self._error_of(e) from None
-                    self._leave_out(endpoint)
                 finally:
                     endpoint.in_flight -= 1
 
-    def _parameters(self, messages, temperature, max_tokens, seed, stop) -> dict:
-        """The arguments of the client's `create`.
-
-        The client walks through every field of every message of its argument `messages`, to
-        convert values that need it. Ours need none, and in a long conversation that walk is half of
-        the client's work. So `messages` is empty there, and the conversation is in `extra_body`,
-        which the client sends as it is, in place of arguments of the same name."""
-        body = {"messages": messages, **self.thinking.fields(vllm=self.continues)}
+    def _body(self, messages, temperature, max_tokens, seed, stop) -> dict:
+        """What a request holds beside the model's name; not what the server does not support."""
+        body = {"messages": messages, "temperature": temperature}
+        body["max_tokens"] = max_tokens + self.thinking.tokens
+        body |= self.thinking.fields(vllm=self.continues)
+        if seed is not None:
+            body["seed"] = seed
+        # thinking may hold a stop string
+        if stop and self.thinking.effort in (None, "none"):
+            body["stop"] = stop
         if messages[-1]["role"] == "assistant":
             body["continue_final_message"] = True
             body["add_generation_prompt"] = False
-        parameters = {
-            "model": self.name,
-            "messages": [],
-            "temperature": temperature,
-            "max_tokens": max_tokens + self.thinking.tokens,
-            "seed": seed,
-            "extra_body": body,
-        }
-        # thinking may hold a stop string
-        if stop and self.thinking.effort in (None, "none"):
-            parameters["stop"] = stop
-        return parameters
+        for name, other_name in self.adapted.items():
+            value = body.pop(name, None)
+            if other_name and value is not None:
+                body[other_name] = value
+        return body
+
+    def _adapt(self, e: Exception, body: dict) -> bool:
+        """Whether the exception `e` says that the server does not support parameters of `body`.
+        They are renamed or left out from now on. Requests that were in flight come here one by one:
+        only the first says so."""
+        status = getattr(e, "status_code", None)
+        if status not in (400, 422):
+            return False
+        said = reason_of(e)
+        names = unsupported_parameters(said, getattr(e, "param", None), body)
+        for name in names:
+            if name in self.adapted:
+                continue
+            other_name = other_name_of(name, said)
+            if other_name in self.adapted:
+                other_name = None
+            self.adapted[name] = other_name
+            now = f"sent as {other_name}" if other_name else "left out"
+            print(
+                f"{self.where} does not support {name} for {self.name}: it is {now} ({said[:200]})",
+                file=sys.stderr,
+            )
+        return bool(names)
 
     def _choose_endpoint(self, home: dict | None) -> Endpoint:
         """The server with the fewest requests in flight, or of those the fewest conversations. A
@@ -1828,36 +1917,43 @@ class Model:
             home["endpoint"] = least
         return least
 
-    async def _complete(self, endpoint: Endpoint, parameters: dict) -> Reply:
+    async def _complete(self, endpoint: Endpoint, body: dict) -> Reply:
         """One completion from one server. Answers without a completion are retried here, all else
-        by the client. All retries share one time limit."""
+        by the client. All retries share one time limit.
+
+        The client walks through every field of every message of its argument `messages`, to
+        convert values that need it. Ours need none, and in a long conversation that walk is half of
+        the client's work. So `messages` is empty there, and the conversation is in `extra_body`,
+        which the client sends as it is, in place of arguments of the same name."""
         async with asyncio.timeout(3 * self.timeout) as limit:
             TIME_LIMIT.set(limit)
             retry = 0
             while True:
                 try:
-                    answer = await endpoint.client.chat.completions.create(**parameters)
+                    answer = await endpoint.client.chat.completions.create(
+                        model=self.name, messages=[], extra_body=body
+                    )
                     self._raise_if_filtered(answer)
-                    choice = answer.choices[0]
+                    choice = choice_in(answer)
                     limited = choice.finish_reason == "length"
                     text, cut_off = self._without_thinking(choice.message, limited)
                     usage = answer.usage
                     break
-                except self.malformed:
-                    if retry == self.retries:
+                except self.malformed as e:
+                    if retry == self.retries or not is_worth_a_retry(e):
                         raise
                 await asyncio.sleep(min(8, 0.5 * 2**retry))
                 retry += 1
-        if not usage:
-            return Reply(text, 0, 0, cut_off, limited)
-        return Reply(text, usage.prompt_tokens, usage.completion_tokens, cut_off, limited)
+        prompt_tokens = count_in(usage, "prompt_tokens")
+        completion_tokens = count_in(usage, "completion_tokens")
+        return Reply(text, prompt_tokens, completion_tokens, cut_off, limited)
 
     def _without_thinking(self, message, limited: bool) -> tuple[str, bool]:
         """(the text of a message without thinking, whether it ended while the model was thinking).
         `limited`: it ended at the token limit.
 
         Thinking is in the text, between tags, or in a field of its own, or hidden."""
-        text = message.content or ""
+        text = text_of(message.content)
         fields = message.model_extra or {}
         thinking = fields.get("reasoning_content") or fields.get("reasoning")
         if not text.strip() and (thinking or (limited and not text)):
@@ -1871,97 +1967,330 @@ class Model:
             self.begins_thinking = True
         return answer, cut_off
 
-    def _leave_out(self, endpoint: Endpoint) -> None:
-        """Ask only the other servers from now on. Requests that were in flight come here one by
+    async def _leave_out(self, endpoint: Endpoint, e: Exception) -> bool:
+        """Whether the exception `e` says that the server is lost and there are others. They alone
+        are asked from now on, until it answers again. Requests that were in flight come here one by
         one: only the first says so."""
-        if endpoint not in self.alive:
-            return
-        self.alive.remove(endpoint)
-        print(
-            f"{endpoint.client.base_url} cannot be reached or does not answer: "
-            f"{len(self.alive)} other servers do its work",
-            file=sys.stderr,
-        )
+        import openai
+
+        lost = isinstance(e, TimeoutError | openai.APIConnectionError)
+        if not lost and getattr(e, "status_code", None) not in (502, 503, 504):
+            return False
+        if self.alive == [endpoint]:
+            await self._look_for_lost(all_of_them=True)
+        if self.alive == [endpoint]:
+            return False
+        if endpoint in self.alive:
+            self.alive.remove(endpoint)
+            self.lost.append(endpoint)
+            endpoint.look_at = time.monotonic() + endpoint.pause
+            endpoint.pause = min(2 * endpoint.pause, LONGEST_LOOK_PAUSE)
+            print(
+                f"{endpoint.client.base_url} cannot be reached or does not answer: "
+                f"{len(self.alive)} other servers do its work ({reason_of(e)[:200]})",
+                file=sys.stderr,
+            )
+        return True
+
+    async def _look_for_lost(self, all_of_them: bool = False) -> None:
+        """Ask lost servers for their health, and use those again that have it. Each is asked now
+        and then, or all are if no other is left."""
+        for endpoint in list(self.lost):
+            now = time.monotonic()
+            if now < endpoint.look_at and not all_of_them:
+                continue
+            endpoint.look_at = now + endpoint.pause
+            if await endpoint.is_healthy() and endpoint in self.lost:
+                self.lost.remove(endpoint)
+                self.alive.append(endpoint)
+                print(f"{endpoint.client.base_url} answers again", file=sys.stderr)
 
     def _raise_if_filtered(self, answer) -> None:
         """Raise `RequestRefused` if a content filter has left no text in an answer: it says so in
         place of the choices, or in the finish reason (Gemini's is its own, such as SAFETY)."""
         refusal = None  # the model's own words
-        choices = getattr(answer, "choices", None)
-        if isinstance(choices, list) and choices:
-            message = getattr(choices[0], "message", None)
-            if getattr(message, "content", None):
-                return
-            refusal = getattr(message, "refusal", None)
-            said = f"finish_reason {getattr(choices[0], 'finish_reason', None)}"
-            for name in ("native_finish_reason", "error"):  # OpenRouter's
-                said += f" {getattr(choices[0], name, '')}"
+        try:
+            choice = choice_in(answer)
+        except AnswerError as e:
+            said = str(e.body)
         else:
-            said = str(getattr(answer, "model_extra", ""))
-        if refusal or self.FILTERED.search(said):
+            if text_of(choice.message.content):
+                return
+            refusal = getattr(choice.message, "refusal", None)
+            native = getattr(choice, "native_finish_reason", "")  # OpenRouter's
+            said = f"finish_reason {choice.finish_reason} {native}"
+        if refusal or FILTERED.search(said):
             raise RequestRefused(f"{self.where} answers without text: {(refusal or said)[:300]}")
-
-    def _is_refusal(self, status: int | None, said: str) -> bool:
-        """Whether an error concerns this one request. A 400 does, whatever it says, unless it is
-        about the key, the account or the model; other errors do if a content filter says so."""
-        if status in (400, 403, 422, 451, 500) and self.FILTERED.search(said):
-            return True
-        return status in (400, 422, 451) and not self.NO_ACCESS.search(said)
 
     def _error_of(self, e: Exception) -> InputError:
         """What to tell the user of an exception of the client, in one line."""
         status = getattr(e, "status_code", None)
-        said = str(e)[:300]
-        if status == 400 and self.TOO_LONG.search(said):
+        said = reason_of(e)
+        if is_too_long(status, said):
             return ContextOverflow(
-                f"a prompt exceeds the context of {self.where} (--max_model_len): {said}"
+                f"a prompt exceeds the context of {self.where} (--max_model_len): {said[:300]}"
             )
-        if self._is_refusal(status, str(e)):
-            return RequestRefused(f"{self.where} answers {status}: {said}")
+        if is_refusal(status, said):
+            return RequestRefused(f"{self.where} answers {status}: {said[:300]}")
+        said = said[:300]
         if status and status >= 300:
             what = f"answers {status}: {said}"
         elif isinstance(e, self.malformed):
-            what = "sends answers without a completion"
+            what = f"sends answers without a completion: {said}"
         else:
-            what = "cannot be reached or does not answer"
-        if status == 400:  # a request that is wrong in itself: what the server said must do
-            return InputError(f"{self.where} {what}")
+            what = f"cannot be reached or does not answer ({said or 'no answer in time'})"
         hints = {
             401: self.key_advice,
             403: self.key_advice,
             404: f"does it have a model {self.name!r}? (most URLs of servers end in /v1)",
         }
+        if status in hints:
+            return InputError(f"{self.where} {what}; {hints[status]}")
+        if not is_passing(status):  # the request is wrong in itself: what the server said must do
+            return InputError(f"{self.where} {what}")
         tries = f"after {self.retries + 1} tries"
-        gave_up = f"{tries}; finished rows are kept, run the same command to resume"
-        return InputError(f"{self.where} {what}; {hints.get(status, gave_up)}")
+        pause = pause_of(getattr(e, "response", None))
+        if pause > LONGEST_PAUSE:
+            tries = f"it asks to wait {pause:.0f} s, and {LONGEST_PAUSE:.0f} s is the limit"
+        return InputError(
+            f"{self.where} {what}; {tries}; finished rows are kept, run the same command to resume"
+        )
 
+
+# -- what servers say when they refuse a request, each in its own words
+
+
+def reason_of(e: Exception) -> str:
+    """What an exception of the client says, in one line: the server's words, or if it could not be
+    reached, those of the first exception in the chain that led to this one."""
+    import openai
+
+    said = texts_of(getattr(e, "body", None)) or str(e)
+    lost = isinstance(e, openai.APIConnectionError) and not isinstance(e, openai.APITimeoutError)
+    cause = e if lost else None
+    while cause:
+        said = str(cause) or said
+        if "Connect call failed" in said:  # asyncio's words, whatever the reason
+            said = os.strerror(cause.errno)
+        if isinstance(cause, ExceptionGroup):
+            cause = cause.exceptions[0]
+        else:
+            cause = cause.__cause__ or cause.__context__
+    return " ".join(said.split())
+
+
+def texts_of(body) -> str:
+    """All texts in the body of an error, but not what it repeats of the request."""
+    if isinstance(body, str):
+        return re.sub(r"<[^>]*>", " ", body)  # a page of HTML, as proxies send it
+    if isinstance(body, dict):
+        body = [value for key, value in body.items() if key != "input"]
+    if not isinstance(body, list):
+        return ""
+    texts = [texts_of(part) for part in body]
+    return ", ".join(dict.fromkeys(text for text in texts if text))
+
+
+def is_passing(status: int | None) -> bool:
+    """Whether the same request may succeed later."""
+    return status is None or status < 300 or status in (408, 409, 429) or status >= 500
+
+
+def is_worth_a_retry(e: Exception) -> bool:
+    status = getattr(e, "status_code", None)
+    return is_passing(status) and not is_too_long(status, reason_of(e))
+
+
+PROMPT_TOO_LONG = re.compile(
+    # codes of OpenAI, llama.cpp, GitHub
+    r"context_\w*exceeded|exceed_context|tokens_limit_reached"
+    # vLLM, OpenAI, xAI: "This model's maximum context length is 4096 tokens."
+    r"|(maximum|max|model'?s) (context|prompt|input|sequence) ?(length|limit|size|window)"
+    # Anthropic, Gemini, SGLang, Mistral, ...: "prompt is too long", "The input token count (9000)
+    # exceeds the maximum", "The input (9000 tokens) is longer than the model's context length"
+    r"|\b(prompts?|inputs?|messages?|conversation|request|context|sequence)\b(?! should).{0,60}"
+    r"(\bexceed|too (long|large|big|many tokens)|overflow"
+    r"|(longer|greater|larger|more) than.{0,40}(context|length|max_\w*len|tokens))"
+    # llama-cpp-python: "Requested tokens (9000) exceed context window of 4096"
+    r"|exceed\w*.{0,40}(context|prompt|input|sequence)"
+    # TGI, SiliconFlow: "`inputs` tokens + `max_new_tokens` must be <= 4096"
+    r"|\b(inputs|prompt\w*)\W.{0,40}must (be|have) (<|less|at most|fewer)"
+    # Cohere, older vLLM, Groq, Cerebras, Qwen, LM Studio, older llama.cpp
+    r"|too many (\w+ )?tokens|max_tokens must be at least 1, got -"
+    r"|reduce (the )?(length of )?(the |your )?(messages?|prompts?|inputs?)"
+    r"|current length is|range of input length|context the overflows|context shift is disabled",
+    re.IGNORECASE | re.DOTALL,
+)
+TOO_MUCH_ELSE = re.compile(  # words of rate limits, time limits and bills
+    r"\b(rate|quotas?|credits?|budget|timeout|timed out|deadline|time limit|took)\b"
+    r"|per[ _-](minute|min|hour|day|second)|too many requests",
+    re.IGNORECASE,
+)
+
+
+def is_too_long(status: int | None, said: str) -> bool:
+    """Whether an error says that the prompt does not fit into the model's context."""
+    if status == 413 or "request too large for" in said.lower():
+        return True
+    if status in (401, 402, 403, 404, 429):
+        return False
+    return bool(PROMPT_TOO_LONG.search(said)) and not TOO_MUCH_ELSE.search(said)
+
+
+# words of content filters: OpenAI, Azure, Gemini, OpenRouter, xAI, DeepSeek, Qwen, MiniMax, ...
+FILTERED = re.compile(
+    r"content.?(filter|management|policy|moderation|safety|security|exists.risk|violat)|"
+    r"usage.(polic|guideline)|data.?inspection|inappropriate|prohibited|flagged|moderation|"
+    r"safety|sensitive|high.risk|censor|guardrail|blocked|blocklist|recitation|spii|toxic|"
+    r"refusal|responsible.?ai",
+    re.IGNORECASE,
+)
+# words of a 400 that concerns every request: the key, the account or the model
+NO_ACCESS = re.compile(
+    r"api.?key|credit|balance|billing|quota|arrear|payment|subscription|account|"
+    r"model.{0,80}(not.(exist|found|support|available)|invalid|unknown)|"
+    r"(not a valid|unknown|invalid|no such) model",
+    re.IGNORECASE,
+)
+
+
+def is_refusal(status: int | None, said: str) -> bool:
+    """Whether an error concerns this one request. A 400 does, whatever it says, unless it is about
+    the key, the account or the model; other errors do if a content filter says so."""
+    if status in (400, 403, 422, 451, 500) and FILTERED.search(said):
+        return True
+    return status in (400, 422, 451) and not NO_ACCESS.search(said)
+
+
+UNSUPPORTED = re.compile(
+    r"\bun(supported|known|recogni[sz]ed|expected)\b|(unsupported|unknown|not_supported)_|deprecated"
+    r"|extra_forbidden|\bextra(neous)? (inputs?|fields?|keys?|param)|additional propert"
+    r"|cannot find field|no longer|incompatible|cannot be used"
+    r"|(\bnot|n't)( yet| currently)?( be)? (support|permitted|allowed|implemented|available|accept"
+    r"|recogni[sz]ed|compatible|a valid (field|param|arg|property|key|option))",
+    re.IGNORECASE,
+)
+# reasoning models of OpenAI, Anthropic and Moonshot: "Only the default (1) value is supported."
+ONLY_ONE_VALUE = re.compile(
+    r"only (the default|(temperature ?= ?)?1(\.0)?\b(?!\.\d))|only be set to 1\b", re.IGNORECASE
+)
+BAD_VALUE = re.compile(
+    r"\brange\b|must be|should be|less than|greater than|at least|at most|between|minimum|maximum"
+    r"|too (large|small|high|low|long|big)|one of|(valid|supported|allowed) values"
+    r"|(invalid|illegal|bad) value|value .{0,40}\bnot\b|expected a",
+    re.IGNORECASE,
+)
+# parameters without which a request would mean something else
+NEEDED = ("messages", "continue_final_message", "add_generation_prompt")
+OTHER_NAMES = {
+    "max_tokens": ("max_completion_tokens", "max_output_tokens", "max_new_tokens"),
+    "seed": ("random_seed",),
+    "stop": ("stop_sequences",),
+}
+
+
+def unsupported_parameters(said: str, param: str | None, body: dict) -> list[str]:
+    """The parameters of `body` that an error says are not supported; `param` is the one that it
+    names in its field for that. A value that is out of range is another error."""
+    if "temperature" in body and "temperature" in said and ONLY_ONE_VALUE.search(said):
+        return ["temperature"]
+    if BAD_VALUE.search(said) or not UNSUPPORTED.search(said):
+        return []
+    names = [name for name in body if name not in NEEDED]
+    if param in names:
+        return [param]
+    quoted = [name for name in names if re.search(rf"['\"`]{name}['\"`]", said)]
+    if quoted:
+        return quoted
+    return [name for name in names if re.search(rf"(?<![\w.-]){name}(?![\w-])", said)]
+
+
+def other_name_of(name: str, said: str) -> str | None:
+    """The name under which a server that does not support the parameter `name` may take it."""
+    for other_name in OTHER_NAMES.get(name, ()):
+        if other_name in said:
+            return other_name
+    if name == "max_tokens":
+        return "max_completion_tokens"
+    return None
+
+
+def has_stop(body: dict) -> bool:
+    """Whether a request has stop strings, under any of their names."""
+    return "stop" in body or "stop_sequences" in body
+
+
+# -- the HTTP client
 
 # The `asyncio.timeout` of the request that the current task is making. `Model._complete` sets it,
-# and the HTTP client below, which gets only the request, extends it.
-TIME_LIMIT: ContextVar[asyncio.Timeout] = ContextVar("TIME_LIMIT")
+# and the HTTP client below, which gets only the request, extends it. None: it must not be extended.
+TIME_LIMIT: ContextVar[asyncio.Timeout | None] = ContextVar("TIME_LIMIT", default=None)
+
+LONGEST_PAUSE = 600.0  # seconds; a server that asks for a longer pause is given up on
+MOST_PAUSES = 3600.0  # seconds; so is one that asks one request for more in all
+
+
+def pause_of(response) -> float:
+    """The seconds for which a response says to wait, as a number or a date; 0 if it does not."""
+    if response is None:
+        return 0.0
+    for header, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
+        said = response.headers.get(header, "").strip()
+        if re.fullmatch(r"\d+(\.\d+)?", said):
+            return unit * float(said)
+        with contextlib.suppress(ValueError):
+            date = email.utils.parsedate_to_datetime(said)
+            return max(0.0, date.timestamp() - time.time())
+    return 0.0
+
+
+def pause_before(response, pauses: int, waited: float) -> float:
+    """The seconds until the request that got this response is sent again, after as many `pauses` of
+    `waited` seconds in all. 0: it is not sent again here, and if that is in vain, not by openai's
+    client either."""
+    pause = pause_of(response)
+    too_long = pause > LONGEST_PAUSE or waited > MOST_PAUSES
+    if too_long or is_too_long(response.status_code, response.text):
+        response.headers["x-should-retry"] = "false"
+        return 0.0
+    if response.status_code != 429 or pause == 0:
+        return 0.0
+    return max(pause, min(8.0, 0.25 * 2**pauses))
 
 
 def patient_client(connections: int, address: str):
     """openai's HTTP client for a server, but one that honours `Retry-After`.
 
-    A 429 with a number of seconds in `Retry-After` says when the server will take the request. The
-    client waits until then and sends the request again, as often as it is told to. The wait extends
-    the request's time limit and does not count as a retry. A 429 without a number of seconds is an
-    error to openai's client, which retries it `Model.retries` times."""
+    A 429 with `Retry-After` says when the server will take the request. The client waits until then
+    and sends the request again, as often as it is told to. The wait extends the request's time
+    limit and does not count as a retry; short pauses grow. A 429 that asks for no pause is an error
+    to openai's client, which retries it `Model.retries` times. One that asks for a pause that is
+    too long is an error at once."""
     import openai
 
     class PatientClient(openai.DefaultAsyncHttpxClient):
+        quiet_until = 0.0  # until then nothing is said of pauses
+
         async def send(self, request, **options):
+            waited = 0.0
+            pauses = 0
             while True:
                 response = await super().send(request, **options)
-                pause = response.headers.get("retry-after", "")
-                if response.status_code != 429 or not re.fullmatch(r"\d+(\.\d+)?", pause):
+                if response.status_code < 400:
+                    return response
+                pause = pause_before(response, pauses, waited)
+                limit = TIME_LIMIT.get()
+                if pause == 0 or limit is None:
                     return response
                 await response.aclose()
-                seconds = float(pause)
-                limit = TIME_LIMIT.get()
-                limit.reschedule(limit.when() + seconds)
-                await asyncio.sleep(seconds)
+                pauses += 1
+                waited += pause
+                if waited >= 60 and time.monotonic() > self.quiet_until:
+                    self.quiet_until = time.monotonic() + 600
+                    what = f"{request.url.host} limits the rate of requests (429)"
+                    print(f"{what}: one has to wait {pause:.0f} s", file=sys.stderr)
+                limit.reschedule(limit.when() + pause)
+                await asyncio.sleep(pause)
 
     # openai is built on httpx or, in new releases, on httpx2: take the class that it uses
     limits_class = type(openai.DEFAULT_CONNECTION_LIMITS)
@@ -2461,9 +2790,21 @@ def turns(steps: list, observation_chars: int) -> list[dict]:
     the agent's first reply to its last: it does not answer the last observation."""
     messages = []
     for reply, observation in steps:
-        messages.append({"role": "assistant", "content": reply})
-        messages.append(observation_message(observation, observation_chars))
+        add_turn(messages, reply, observation_message(observation, observation_chars))
     return messages[:-1]
+
+
+def add_turn(messages: list[dict], reply: str, observed: dict) -> None:
+    """Append the agent's reply and the message with what it observed.
+
+    Some servers refuse an empty message, and some two of one role in a row. So an empty reply is
+    left out, and what follows it is added to the message before."""
+    if reply.strip():
+        messages.append({"role": "assistant", "content": reply})
+        messages.append(observed)
+    elif messages:
+        content = f"{messages[-1]['content']}\n\n{observed['content']}"
+        messages[-1] = {"role": "user", "content": content}
 
 
 class Episode:
@@ -2551,11 +2892,18 @@ class Episode:
         reply = await self.model.ask(
             messages, self.c.temperature, self.c.max_tokens, seed, self.home, STOP
         )
-        self.row["prompt_tokens"] += reply.prompt_tokens
-        self.row["completion_tokens"] += reply.completion_tokens
+        self.count("prompt_tokens", reply.prompt_tokens)
+        self.count("completion_tokens", reply.completion_tokens)
         if reply.cut_off:
             self.row["thinking_cut_off"] += 1
         return self.opening + reply.text
+
+    def count(self, name: str, tokens: int | None) -> None:
+        """Add to the row's sum `name`, which is null if any part of it is unknown."""
+        if tokens is None or self.row[name] is None:
+            self.row[name] = None
+        else:
+            self.row[name] += tokens
 
     async def execute(self, action: str | None) -> tuple[str, bool]:
         """(observation, whether the episode is over). A reply without an action is a failed step,
@@ -2575,8 +2923,8 @@ class Episode:
 
     def append(self, said: str, observation: str) -> None:
         repeated = self.plan if self.c.plan_position == "observation" else None
-        self.messages.append({"role": "assistant", "content": said})
-        self.messages.append(observation_message(observation, self.c.observation_chars, repeated))
+        observed = observation_message(observation, self.c.observation_chars, repeated)
+        add_turn(self.messages, said, observed)
 
 
 FAILED_ENDS = ("crash", REFUSED)  # of episodes that do not tell how good a plan is
