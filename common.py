@@ -257,6 +257,12 @@ def mean(values) -> float:
     return math.fsum(values) / len(values)
 
 
+@functools.cache
+def say_once(text: str) -> None:
+    """Print to stderr what has not been said by this process."""
+    print(text, file=sys.stderr)
+
+
 # ---- 1. rows: every file between stages is JSONL, one complete row a line ------------------------
 
 
@@ -323,18 +329,12 @@ def lock_file(file, wait: bool = False) -> bool:
     except OSError as e:
         if e.errno in LOCK_HELD:
             raise
-        say_unlocked(file.name, e.strerror)
+        say_once(
+            f"warning: {file.name} cannot be locked on this file system ({e.strerror}): nothing "
+            "keeps a second run from writing to it, so start none"
+        )
         return False
     return True
-
-
-@functools.cache  # once for each file
-def say_unlocked(name, reason: str) -> None:
-    print(
-        f"warning: {name} cannot be locked on this file system ({reason}): nothing keeps a second "
-        "run from writing to it, so start none",
-        file=sys.stderr,
-    )
 
 
 class Appender:
@@ -1566,11 +1566,6 @@ def plain_name(name: str) -> str:
     """A model's name without what may be left out: `llama3.1` is Ollama's `llama3.1:latest`, and
     `gemini-2.5-pro` is Gemini's `models/gemini-2.5-pro`."""
     return name.lower().removeprefix("models/").removesuffix(":latest")
-
-
-@functools.cache
-def say_once(text: str) -> None:
-    print(text, file=sys.stderr)
 
 
 def is_vllm(url: str) -> bool:
