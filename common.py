@@ -2007,6 +2007,8 @@ class Model:
         try:
             choice = choice_in(answer)
         except AnswerError as e:
+            if e.status_code is not None:
+                return  # an error, which `_error_of` looks at
             said = str(e.body)
         else:
             if text_of(choice.message.content):
@@ -2015,7 +2017,8 @@ class Model:
             native = getattr(choice, "native_finish_reason", "")  # OpenRouter's
             said = f"finish_reason {choice.finish_reason} {native}"
         if refusal or FILTERED.search(said):
-            raise RequestRefused(f"{self.where} answers without text: {(refusal or said)[:300]}")
+            said = text_of(refusal) or said
+            raise RequestRefused(f"{self.where} answers without text: {said[:300]}")
 
     def _error_of(self, e: Exception) -> InputError:
         """What to tell the user of an exception of the client, in one line."""
@@ -2071,7 +2074,7 @@ def reason_of(e: Exception) -> str:
             cause = cause.exceptions[0]
         else:
             cause = cause.__cause__ or cause.__context__
-    return " ".join(said.split())
+    return text_of(" ".join(said.split()))
 
 
 def texts_of(body) -> str:

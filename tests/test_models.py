@@ -376,6 +376,7 @@ IN_A_CHOICE = {"choices": [{"error": {"code": 502, "message": "Provider broke"},
         (200, IN_A_CHOICE, "answers 502: Provider broke"),
         (400, {"error": {"message": "E", "metadata": {"raw": "not on Sundays"}}}, "not on Sundays"),
         (400, {"error": "a text"}, "answers 400: a text"),
+        (400, {"error": "no \ud83d"}, "answers 400: no \ufffd"),
         (
             422,
             {"detail": [{"msg": "Field required", "loc": ["body", "n"]}]},

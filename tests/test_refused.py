@@ -83,6 +83,7 @@ def test_a_refused_request(chat_server, monkeypatch, reply):
         (429, "flagged as too fast"),
         (502, "upstream connection blocked"),
         body(error={"message": "Provider returned error"}),
+        body(error={"message": "upstream connection blocked", "code": 502}),
     ],
     ids=lambda reply: f"{reply[0]} {reply[1][-40:]}",
 )
