@@ -135,6 +135,8 @@ def reference_log_probs(run, pairs: list[Example], share_prefix: bool):
 
     file = run.partial / "reference.pt"
     if run.start > 0:
+        if not file.exists():
+            raise InputError(f"{file} is missing: delete {run.partial} to start over")
         return torch.load(file, weights_only=True).to(run.accelerator.device)
     log_probs = log_probs_without_gradient(run, pairs, share_prefix)
     if run.accelerator.is_main_process:

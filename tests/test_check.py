@@ -41,6 +41,7 @@ def test_a_run_that_can_be_done(tmp_path, tiny_model, chat_server):
     assert about == {
         "settings": 1,
         "packages": 1,
+        "GPUs": 1,
         "environment": 1,
         "model": 2,
         "memory": 2,
@@ -270,3 +271,30 @@ def test_the_check_of_a_launched_stage_is_one_process(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(AssertionError, match="it checks"):
         common.run_stage(main, sft.Args)
+
+
+@pytest.mark.parametrize(
+    "cuda, usable, says",
+    [
+        (None, 0, r"\.venv was set up without GPUs, and this machine has 2: delete .venv and run"),
+        ("12.8", 0, "torch, with CUDA 12.8, can use 0 of 2 GPUs: update the NVIDIA driver"),
+        ("12.8", 2, None),
+    ],
+)
+def test_a_check_of_the_gpus(monkeypatch, tmp_path, cuda, usable, says):
+    import torch
+
+    fake_nvidia_smi = tmp_path / "nvidia-smi"
+    fake_nvidia_smi.write_text("#!/bin/sh\necho GPU 0: A; echo GPU 1: B\n")
+    fake_nvidia_smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert common.check_gpus() == "none"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: usable)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    if says:
+        with pytest.raises(InputError, match=says):
+            common.check_gpus()
+    else:
+        assert common.check_gpus() == "2"

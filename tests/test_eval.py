@@ -391,6 +391,8 @@ def test_parse_judgement():
         '{"correctness_better": "first"}',
         judgement("both", "tie", "tie", "tie"),
         TIES[:-5],
+        f"<think>{TIES}</think>",
+        f"<think>\n{TIES}",
     ],
 )
 def test_replies_that_are_no_judgement(reply):
@@ -398,8 +400,9 @@ def test_replies_that_are_no_judgement(reply):
 
 
 def test_judge(tmp_path, chat_server):
-    """boil/0 prefers mpo in either order, boil/1 the first plan; boil/2 has no answer in one order;
-    boil/3 is first invalid, then a tie; boil/4 prefers sft, except for followability."""
+    """boil/0 prefers mpo in either order, after some thinking, boil/1 the first plan; boil/2 has no
+    answer in one order; boil/3 is first invalid, then a tie; boil/4 prefers sft, except for
+    followability."""
     tasks = [f"boil/{i}" for i in range(5)]
     plans = {}
     for setting in ("sft", "mpo"):
@@ -419,7 +422,8 @@ def test_judge(tmp_path, chat_server):
         asked[task, shown_first] += 1
         again = TIES if asked[task, shown_first] > 1 else '{"correctness_better": "mpo"}'
         return {
-            "boil/0": "I think:\n" + judgement(mpo, mpo, mpo, mpo),
+            "boil/0": f"<think>{judgement(sft, sft, sft, sft)}</think>\nI think:\n"
+            + judgement(mpo, mpo, mpo, mpo),
             "boil/1": judgement("first", "first", "first", "first"),
             "boil/2": TIES if shown_first == "mpo" else "They are both fine.",
             "boil/3": again,

@@ -1,6 +1,7 @@
 """Training, without the scripts: packing, losses and gradients beside float64 references, schedule
 and micro-batches."""
 
+import copy
 import itertools
 import math
 import random
@@ -10,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import make_model, stage
+from conftest import make_model, stage, write_jsonl
 
 import common
 from common import (
@@ -131,6 +132,265 @@ def assert_same(grads, expected, atol):
 
 def float64_model(tokenizer, seed=0, **config):
     return make_model(tokenizer, "float64", seed=seed, **config)
+
+
+# ---- chat templates ------------------------------------------------------------------------------
+
+
+def template(user: str, assistant: str, ask: str, end: str = "") -> str:
+    """A chat template, from Jinja's text of a user's message, of an assistant's, of the generation
+    prompt, and of the end of a conversation that is not to be continued."""
+    return (
+        f"{{% for m in messages %}}{{% if m.role == 'user' %}}{user}{{% else %}}{assistant}"
+        f"{{% endif %}}{{% endfor %}}{{% if add_generation_prompt %}}{ask}{{% else %}}{end}"
+        "{% endif %}"
+    )
+
+
+USER = "<|im_start|>user{{ '\n' + m.content }}<|im_end|>{{ '\n' }}"
+ASK = "<|im_start|>assistant{{ '\n' }}"
+PHI = "<|user|>{{ '\n' + m.content }}<|end|>{{ '\n' }}"
+ASK_PHI = "<|assistant|>{{ '\n' }}"
+# of a reply <think>THOUGHT</think>ANSWER, or ANSWER alone
+THOUGHT = "{{ m.content.split('</think>')[0].split('<think>')[1] if '<think>' in m.content }}"
+ANSWER = "{{ m.content.split('</think>')[-1] }}"
+NO_SWITCH = "{% if enable_thinking is defined and enable_thinking is false %}"
+NO_THOUGHT = "<think>{{ '\n\n' }}</think>{{ '\n\n' }}"
+
+CHATML_LIKE = template(USER, f"{ASK}{{{{ m.content }}}}<|im_end|>{{{{ '\n' }}}}", ASK)
+QWEN3 = template(
+    USER,
+    f"{ASK}{{% if loop.last %}}<think>{{{{ '\n' }}}}{THOUGHT}{{{{ '\n' }}}}</think>{{{{ '\n\n' }}}}"
+    f"{{% endif %}}{ANSWER}<|im_end|>{{{{ '\n' }}}}",
+    f"{ASK}{NO_SWITCH}{NO_THOUGHT}{{% endif %}}",
+)
+R1 = template(
+    "<|user|>{{ m.content }}",
+    f"<|assistant|>{ANSWER}{{{{ eos_token }}}}",
+    "<|assistant|><think>{{ '\n' }}",
+)
+FORGETS_THOUGHTS = template(
+    USER,
+    f"{ASK}{{% if loop.last %}}{{{{ m.content }}}}{{% else %}}{ANSWER}{{% endif %}}<|im_end|>",
+    ASK,
+)
+ALTERNATES = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('No system role') }}"
+    "{% elif (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Roles must alternate') }}{% endif %}{% endfor %}" + CHATML_LIKE
+)
+PARTS = "{% for part in m.content %}{{ part.text }}{% endfor %}"  # content is a list of parts
+
+# name: (chat template, what the model writes before its answer, the end of the last reply, whether
+# an episode becomes a sequence per reply)
+TEMPLATES = {
+    "ChatML": (CHATML_LIKE, "", "<|im_end|>", False),
+    "Llama 3": (
+        "<s>" + CHATML_LIKE.replace("m.content", "m.content | trim"),
+        "",
+        "<|im_end|>",
+        False,
+    ),
+    "Mistral": (
+        template("[INST] {{ m.content }}[/INST]", " {{ m.content }}</s>", ""),
+        " ",
+        "</s>",
+        False,
+    ),
+    "date and tools": (
+        "{{ strftime_now('%Y') }}{% if tools is not none %}{{ tools | length }}{% endif %}"
+        + CHATML_LIKE,
+        "",
+        "<|im_end|>",
+        False,
+    ),
+    "Phi 3": (
+        template(
+            PHI, f"{ASK_PHI}{{{{ m.content }}}}<|end|>{{{{ '\n' }}}}", ASK_PHI, "{{ eos_token }}"
+        ),
+        "",
+        "<|end|>\n<|endoftext|>",
+        False,
+    ),
+    "end token at the end only": (
+        template(PHI, f"{ASK_PHI}{{{{ m.content + '\n' }}}}", ASK_PHI, "{{ eos_token }}"),
+        "",
+        "\n<|endoftext|>",
+        True,
+    ),
+    "no end token": (
+        template("User: {{ m.content }}{{ '\n' }}", "Bot: {{ m.content }}{{ '\n' }}", "Bot:"),
+        " ",
+        "<|endoftext|>",
+        True,
+    ),
+    "gpt-oss": (
+        template(
+            "<|start|>user<|message|>{{ m.content }}<|end|>",
+            "<|start|>assistant<|channel|>final<|message|>{{ m.content }}"
+            "{% if loop.last %}<|return|>{% else %}<|end|>{% endif %}",
+            "<|start|>assistant",
+        ),
+        "<|channel|>final<|message|>",
+        "<|return|>",
+        True,
+    ),
+    "R1": (R1, "</think>\n\n", "<|endoftext|>", True),
+    "Qwen 3": (QWEN3, "", "<|im_end|>", True),
+    "Qwen 3 without a switch": (
+        QWEN3.replace(NO_SWITCH, "{% if false %}"),
+        "<think>\n\n</think>\n\n",
+        "<|im_end|>",
+        True,
+    ),
+    "Nemotron 3": (
+        template(
+            USER,
+            f"{ASK}<think></think>{{{{ m.content }}}}<|im_end|>{{{{ '\n' }}}}",
+            f"{ASK}{NO_SWITCH}<think></think>{{% else %}}<think>{{{{ '\n' }}}}{{% endif %}}",
+        ),
+        "",
+        "<|im_end|>",
+        False,
+    ),
+    "DeepSeek V3.1": (
+        template(
+            "<|user|>{{ m.content }}",
+            "<|assistant|></think>{{ m.content }}<|im_end|>",
+            "<|assistant|>{% if thinking %}<think>{% else %}</think>{% endif %}",
+        ),
+        "",
+        "<|im_end|>",
+        False,
+    ),
+    "forgets thoughts": (FORGETS_THOUGHTS, "", "<|im_end|>", False),
+}
+
+
+def with_template(tokenizer, text: str):
+    """The tokenizer with another chat template, and an EOS that ends no message of ChatML."""
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = text
+    other.eos_token = "<|endoftext|>"
+    return other
+
+
+def asked(messages, tokenizer) -> str:
+    """What the model reads when a server asks it for the next reply, thinking off."""
+    return tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True, enable_thinking=False, thinking=False
+    )
+
+
+def seen_and_written(sequences, tokenizer) -> list[tuple[str, str]]:
+    """(text before it, text) of each run of targets."""
+    found = []
+    for ids, mask in sequences:
+        place = 0
+        for target, run in itertools.groupby(mask):
+            end = place + len(list(run))
+            if target:
+                found.append((tokenizer.decode(ids[:place]), tokenizer.decode(ids[place:end])))
+            place = end
+    return sorted(found, key=lambda pair: len(pair[0]))
+
+
+@pytest.mark.parametrize("text, lead, end, apart", TEMPLATES.values(), ids=TEMPLATES)
+def test_what_is_trained_is_what_the_model_sees(tokenizer, text, lead, end, apart):
+    """The text before each reply is what the model is asked with, of a plan and of an episode."""
+    tokenizer = with_template(tokenizer, text)
+    plan = TALKS[1]
+    answer = plan[1]["content"]
+    sequence = tokenize(plan, tokenizer, "")
+    expected = [(asked(plan[:1], tokenizer), lead + answer + end)]
+    assert seen_and_written([sequence], tokenizer) == expected
+
+    episode = [*TALKS[0], *TALKS[1]]
+    sequences = common.tokenize_replies(episode, tokenizer, "")
+    assert len(sequences) == (3 if apart else 1)
+    found = seen_and_written(sequences, tokenizer)
+    assert len(found) == 3
+    for i, (before, written) in enumerate(found):
+        assert before == asked(episode[: 2 * i + 1], tokenizer)
+        assert written.startswith(lead + episode[2 * i + 1]["content"])
+        if apart or i == 2:
+            assert written.endswith(end)
+        else:
+            assert end.startswith(written.removeprefix(lead + episode[2 * i + 1]["content"]))
+            assert written.endswith(">")
+
+
+@pytest.mark.parametrize(
+    "name, says",
+    [
+        ("R1", r"at reply 1 the model has '<think>\\n</think>.*later reads 'Action: activate"),
+        ("Qwen 3", r"at reply 1 the model has '<think>\\n\\n</think>.*later reads 'Action: act"),
+        ("gpt-oss", r"at reply 1 the model has 'return\|>', and later reads 'end\|>"),
+        ("no end token", r"at reply 1 the model has '<\|endoftext\|>', and later reads '\\nUser"),
+    ],
+)
+def test_why_a_conversation_is_not_one_sequence(tokenizer, name, says):
+    with pytest.raises(InputError, match=f"rows.jsonl:3: the chat template rewrites .*{says}"):
+        tokenize(TALKS[0], with_template(tokenizer, TEMPLATES[name][0]), "rows.jsonl:3")
+
+
+def test_thinking_in_earlier_replies(tokenizer):
+    """It is trained where it was written, and later replies do not see it."""
+    tokenizer = with_template(tokenizer, FORGETS_THOUGHTS)
+    thought = "<think>Hm.</think>Action: look"
+    episode = [user("Boil."), assistant(thought), user("A pot."), assistant("Action: wait")]
+    found = seen_and_written(common.tokenize_replies(episode, tokenizer, ""), tokenizer)
+    assert [written for _, written in found] == [f"{thought}<|im_end|>", "Action: wait<|im_end|>"]
+    assert found[1][0] == asked(episode[:3], tokenizer) and "Hm." not in found[1][0]
+
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+THINKS = assistant("<think>Hm.</think>\n\nAction: look")
+
+
+@pytest.mark.parametrize(
+    "text, messages, says",
+    [
+        (ALTERNATES, [SYSTEM, *TALKS[1]], "refuses a conversation of system, user, assistant: No "),
+        (ALTERNATES, [user("a"), *TALKS[0]], r"of user, user, assistant, user, \.\.\.: Roles must"),
+        (ALTERNATES, TALKS[0][1:], "Roles must alternate"),
+        (CHATML_LIKE, TALKS[0][1:], "must not begin with the assistant"),
+        ("{{ tools | length }}" + CHATML_LIKE, TALKS[1], "refuses .*: object of type 'NoneType'"),
+        ("{{ messages[0].name.first }}", TALKS[1], "refuses .*has no attribute 'name'"),
+        (CHATML_LIKE.replace("{{ m.content }}", PARTS), TALKS[1], "leaves out .*'Action: teleport"),
+        (QWEN3, [user("a"), THINKS], "leaves out or changes .*remove <think>"),
+        (R1, [user("a"), THINKS], "leaves out or changes .*remove <think>"),
+    ],
+)
+def test_conversations_that_a_chat_template_refuses(tmp_path, tokenizer, text, messages, says):
+    data = write_jsonl(tmp_path / "rows.jsonl", [{"messages": messages}])
+    with pytest.raises(InputError, match=f"{data}:1: .*{says}"):
+        sft.load_rows(sft.Args(data=str(data)), with_template(tokenizer, text))
+
+
+@pytest.mark.parametrize("name", ["Qwen 3", "no end token"])
+def test_a_sequence_per_reply_equals_replies_alone(tokenizer, name):
+    """Log-probabilities of all replies of an episode, whose shared tokens are computed once, and
+    the loss's number of targets."""
+    tokenizer = with_template(tokenizer, TEMPLATES[name][0])
+    sequences = common.tokenize_replies([*TALKS[0], *TALKS[3]], tokenizer, "")
+    assert len(sequences) == 4
+    model = float64_model(tokenizer)
+    expected = []
+    for ids, mask in sequences:
+        log_probs = torch.log_softmax(model(torch.tensor([ids])).logits[0], -1)
+        own = [log_probs[i - 1, ids[i]] for i in range(1, len(ids)) if mask[i]]
+        expected.append(sum(own))
+    common.choose_packing(model)
+    rows = [example(*sequences), example(*sequences[:2])]
+    log_probs, owners = target_log_probs(model, rows, share_prefix=True)
+    sums = torch.zeros(6, dtype=torch.float64).index_add(0, owners, log_probs)
+    expected = torch.stack([*expected, *expected[:2]])
+    torch.testing.assert_close(sums, expected, rtol=0, atol=1e-10)
+    assert sft.count_targets(rows) == len(log_probs)
+    together = sum(len(sequence.ids) for sequence in sequences)
+    assert common.lengths(rows[:1]) == [together]
+    assert common.lengths(rows[:1], True)[0] < 0.8 * together
 
 
 # ---- packing -------------------------------------------------------------------------------------
