@@ -69,7 +69,7 @@ class RequestRefused(InputError):
     """A model's server refuses this one request, at every try: a content filter, for example."""
 
 
-class ContextOverflow(RequestRefused):
+class ContextOverflow(InputError):
     """A prompt is longer than the model's context."""
 
 
