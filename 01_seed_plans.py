@@ -331,7 +331,7 @@ async def extraction(teacher, messages: list[dict], text: str, a: Args) -> str:
     request = {"role": "user", "content": EXTRACT}
     try:
         reply = await teacher.ask([*messages, said, request], 0.0, a.max_tokens, a.seed)
-    except common.RequestRefused:
+    except (common.ContextOverflow, common.RequestRefused):
         return text
     return reply.text
 

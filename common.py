@@ -69,7 +69,7 @@ class RequestRefused(InputError):
     """A model's server refuses this one request, at every try: a content filter, for example."""
 
 
-class ContextOverflow(RequestRefused):
+class ContextOverflow(InputError):
     """A prompt is longer than the model's context."""
 
 
@@ -2601,9 +2601,10 @@ def _start_error(server: LocalServer, what: str) -> InputError:
     if not reason:
         tail = "\n".join(log.splitlines()[-15:])
         return InputError(f"{said}; the end of {server.log}:\n{tail}")
+    said += f": {reason.rstrip('.')}."
     if advice:
-        reason += f": {advice}"
-    return InputError(f"{said}: {reason} (its log: {server.log})")
+        said += f" What to do: {advice}."
+    return InputError(f"{said} Its log: {server.log}")
 
 
 ELSEWHERE = "serve it yourself and name it with the URL of its server, NAME@http://HOST:PORT/v1"
@@ -2628,7 +2629,8 @@ START_ERRORS = [
         "--max_model_len or take a smaller model",
     ),
     (
-        r"can't allocate memory|Cannot allocate memory|^MemoryError|exit status -9$",
+        r"can't allocate memory|Cannot allocate memory|^MemoryError|exit status -9$|"
+        r"Failed core proc.*: -9\b",
         "the host has too little memory: end other programs, take a smaller model or, on a CPU, "
         "lower VLLM_CPU_KVCACHE_SPACE (GB)",
     ),
@@ -2681,19 +2683,20 @@ START_ERRORS = [
         "its packages do not fit together: delete .venv and run make setup",
     ),
     (
-        r"exit status -4$",
+        r"exit status -4$|Failed core proc.*: -4\b",
         "vLLM was built for a newer CPU: set MPO_SERVER=transformers",
     ),
 ]
 
 # vLLM's "(EngineCore pid=9) ERROR 11-29 08:00:00 [core.py:9] "; not all lines have both parts
 LOG_PREFIX = re.compile(r"(\([^)]*pid=\d+\) ?)?((?P<level>[A-Z]+) [\d-]+ [\d:.]+ \[?[^]]*\] ?)?")
-# the last line of a traceback, and other errors; not those that point to one above
+# the last line of a traceback, and other errors
 ERROR_LINE = re.compile(
-    r"(?!.*(initialization failed|root cause|Traceback))"
-    r"([A-Za-z_][\w.]*(Error|Exception|Exit|Expired|Timeout)(: |$)|"
-    r"ERROR: +\S|Fatal Python error|\S+: error: | +what\(\):)"
+    r"[A-Za-z_][\w.]*(Error|Exception|Exit|Expired|Timeout)(: |$)|"
+    r"ERROR: +(?!Traceback)\S|Fatal Python error|\S+: error: | +what\(\):"
 )
+# an error that only points to one above
+POINTER = re.compile(r"initialization failed|root cause")
 
 
 def start_reason(log: str) -> tuple[str, str]:
@@ -2703,14 +2706,17 @@ def start_reason(log: str) -> tuple[str, str]:
         for pattern, advice in START_ERRORS:
             if re.search(pattern, line):
                 return line.strip()[:500], advice
+    pointer = ""
     for i, line in enumerate(lines):
-        if ERROR_LINE.match(line):
-            reason = line.strip()
-            # pydantic says what is wrong in the next line
-            if lines[i + 1 :] and re.match(r"  (?!File )\S", lines[i + 1]):
-                reason += f" {lines[i + 1].strip()}"
-            return reason[:500], ""
-    return "", ""
+        if not ERROR_LINE.match(line):
+            continue
+        if POINTER.search(line):
+            pointer = line
+            continue
+        if lines[i + 1 :] and re.match(r"  (?!File )\S", lines[i + 1]):
+            line += lines[i + 1][1:]  # in pydantic's errors, the next line says what is wrong
+        return line.strip()[:500], ""
+    return pointer.strip()[:500], ""
 
 
 def error_lines(log: str) -> list[str]:

@@ -124,8 +124,9 @@ common.StopSignals.PATIENCE = 1.0
 common.server_command = lambda *_: ["sleep", "100"]
 
 def waits():
+    bar = tqdm(range(1000), mininterval=100)
     print("started", flush=True)
-    for _ in tqdm(range(1000)):
+    for _ in bar:
         time.sleep(0.1)
 
 async def lane(_=None):

@@ -666,6 +666,18 @@ def test_an_agent_that_is_given_twice(evaluate, chat_server):
         evaluate(agents=urls, plans=["none"])
 
 
+def test_agents_of_a_server_with_several_models(tmp_path, evaluate, chat_server):
+    server = chat_server(lambda messages, body: "Action: walk on")
+    server.models = (200, '{"data": [{"id": "qwen:7b"}, {"id": "llama3.1:latest"}]}')
+    usual = {"limit": 1, "max_steps": 1, "plans": ["none"]}
+    evaluate(**usual, agents=[f"llama3.1@{server.url}", f"qwen:7b@{server.url}"])
+    rows = read_rows(tmp_path / "run" / "eval" / "rollouts.jsonl")
+    assert [row["agent"] for row in rows] == ["llama3.1:latest", "qwen:7b"]
+    assert [body["model"] for body in server.requests] == ["llama3.1:latest", "qwen:7b"]
+    evaluate(**usual, agents=[f"llama3.1:latest@{server.url}"])
+    assert len(server.requests) == 2, "the same agent"
+
+
 def test_a_plan_for_a_task_in_words(chat_server, monkeypatch, capsys):
     server = chat_server(lambda m, body: plan_reply("Step 1: " + m[0]["content"].splitlines()[-1]))
     ev.write_plan(ev.PlanArgs(planner=server.url, env=CORRIDOR, text="Find the lamp."))

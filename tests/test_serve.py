@@ -201,6 +201,9 @@ pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig
   Value error, the moon is full [type=value_error]
     For further information visit https://errors.pydantic.dev/2.11/v/value_error
 """
+POINTER = """\
+RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}
+"""
 CHAIN = """\
 INFO 11-29 08:00:00 [__init__.py:9] RuntimeError: is no error in a line of information
 Traceback (most recent call last):
@@ -223,6 +226,9 @@ RuntimeError: the second
         (ARCHITECTURE, r"Value error, Model architectures \['FooForCausalLM'\]", "MPO_SERVER="),
         (VALIDATION, "1 validation error for ModelConfig Value error, the moon is full", ""),
         (CHAIN, "^zmq.error.ZMQError: the first reason$", ""),
+        (POINTER, r"^RuntimeError: Engine core .* \{\}$", ""),
+        (POINTER + "ValueError: the reason", "^ValueError: the reason$", ""),
+        (POINTER.replace("{}", "{'EngineCore': -9}"), "Engine core", "host has too little memory"),
         ("usage: x\nserver.py: error: unrecognized arguments: --block", "unrecognized", ""),
         ("loading\nthe server ended with exit status 1\n", "", ""),
         ("", "", ""),
@@ -360,7 +366,8 @@ def test_four_replicas_of_which_one_dies(tiny_model, tmp_path, monkeypatch, capf
     servers = use(monkeypatch, REPLICA)
     monkeypatch.setattr(common, "visible_gpus", lambda: ["0", "1", "2", "3"])
     monkeypatch.setenv("DIES", "loading")
-    start_fails("ended: CUDA out of memory: end other programs on the GPU", tiny_model, tmp_path)
+    says = "ended: CUDA out of memory. What to do: end other .* Its log: .*server-tiny-"
+    start_fails(says, tiny_model, tmp_path)
     assert len(servers) == 4
     for server in servers:
         wait_until_gone(server.process.pid)
