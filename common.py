@@ -2192,15 +2192,31 @@ def unsupported_parameters(said: str, param: str | None, body: dict) -> list[str
     names in its field for that. A value that is out of range is another error."""
     if "temperature" in body and "temperature" in said and ONLY_ONE_VALUE.search(said):
         return ["temperature"]
-    if BAD_VALUE.search(said) or not UNSUPPORTED.search(said):
-        return []
+    names = []
+    if UNSUPPORTED.search(said) and not BAD_VALUE.search(said):
+        names = named_parameters(said, param, body)
+    if names:
+        return names
+    # models that always think, and models that never do, refuse to be told not to, in many words
+    if body.get("reasoning_effort") == "none" and re.search(r"reasoning|think", said, re.I):
+        return ["reasoning_effort"]
+    return []
+
+
+def named_parameters(said: str, param: str | None, body: dict) -> list[str]:
+    """The parameters of `body` that an error names."""
     names = [name for name in body if name not in NEEDED]
     if param in names:
         return [param]
     quoted = [name for name in names if re.search(rf"['\"`]{name}['\"`]", said)]
     if quoted:
         return quoted
-    return [name for name in names if re.search(rf"(?<![\w.-]){name}(?![\w-])", said)]
+    named = []
+    for name in names:
+        spelled = name.replace("_", "_?")  # xAI says reasoningEffort
+        if re.search(rf"(?<![\w.-]){spelled}(?![\w-])", said, re.IGNORECASE):
+            named.append(name)
+    return named
 
 
 def other_name_of(name: str, said: str) -> str | None:

@@ -228,6 +228,40 @@ def test_several_unsupported_parameters(chat_server, capfd):
     assert len(capfd.readouterr().err.splitlines()) == 5
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        "Unsupported value: 'reasoning_effort' does not support 'none' with this model. Supported "
+        "values are: 'low', 'medium', and 'high'.",
+        "Unrecognized request argument supplied: reasoning_effort",
+        "Model grok-4 does not support parameter reasoningEffort.",
+        "`reasoning_effort` must be one of `low`, `medium`, or `high`",
+        "Budget 0 is invalid. This model only works in thinking mode.",
+        "Reasoning is mandatory for this endpoint and cannot be disabled.",
+        pydantic_error("literal_error", "reasoning_effort", "Input should be 'low' or 'high'"),
+    ],
+)
+def test_a_model_that_cannot_be_told_not_to_think(chat_server, capfd, said):
+    """It is not told so: how much it thinks is its own, as before there was the setting."""
+    server = chat_server(
+        lambda messages, body: (400, said) if "reasoning_effort" in body else "Hi"
+    )
+    model = common.Model("m", server.url)
+    model.thinking = common.parse_thinking("off")
+    assert asyncio.run(model.ask([{"role": "user", "content": "Hi"}])).text == "Hi"
+    assert "chat_template_kwargs" in server.requests[-1]
+    assert "does not support reasoning_effort for m" in capfd.readouterr().err
+
+
+def test_an_effort_that_a_model_does_not_have_is_an_error(chat_server):
+    said = "`reasoning_effort` must be one of `none` or `default`"
+    server = chat_server(lambda messages, body: (400, said))
+    model = common.Model("m", server.url)
+    model.thinking = common.parse_thinking("high")
+    with pytest.raises(InputError, match="must be one of"):
+        asyncio.run(model.ask([{"role": "user", "content": "Hi"}]))
+
+
 def test_no_seed_is_sent_without_one(chat_server):
     server = chat_server(lambda messages, body: "Hi")
     ask(server.url)
