@@ -243,9 +243,7 @@ def test_several_unsupported_parameters(chat_server, capfd):
 )
 def test_a_model_that_cannot_be_told_not_to_think(chat_server, capfd, said):
     """It is not told so: how much it thinks is its own, as before there was the setting."""
-    server = chat_server(
-        lambda messages, body: (400, said) if "reasoning_effort" in body else "Hi"
-    )
+    server = chat_server(lambda messages, body: (400, said) if "reasoning_effort" in body else "Hi")
     model = common.Model("m", server.url)
     model.thinking = common.parse_thinking("off")
     assert asyncio.run(model.ask([{"role": "user", "content": "Hi"}])).text == "Hi"
