@@ -569,12 +569,15 @@ THINKING_TAG = re.compile(
 TAG_SIGNS = ("<", "THINK]", "◁", "analysis", "thought process:")
 # before a tag that begins a line: nothing, or the label of a thought
 LINE_BEGIN = re.compile(r"\W*(?:thoughts?)?\W*", re.IGNORECASE)
-# the tags of an answer that some models write after their thinking
+# an answer in tags, as some models write it after their thinking
 ANSWER = re.compile(r"\s*<(answer|response|output)>(.*?)(?:</\1>|\Z)", re.DOTALL | re.IGNORECASE)
 
 
 def split_thinking(reply: str) -> tuple[str, bool]:
-    """(the reply without the model's thinking, whether it ends while the model is thinking).
+    """(the reply without the model's thinking, whether it ends while the model is thinking):
+    "<think>Look? Wait?</think>Action: look" -> ("Action: look", False)
+    "Look? Wait?</think>Action: look"        -> ("Action: look", False)
+    "<think>Look? Wait"                      -> ("", True)
 
     A closing tag without an opening one closes thinking that the chat template opened: all before
     it is thinking. An opening tag that is never closed counts only at the beginning of a line:
@@ -611,7 +614,7 @@ def split_thinking(reply: str) -> tuple[str, bool]:
     answer = "".join(kept)
     wrapped = ANSWER.match(answer)
     if wrapped:
-        answer = wrapped[2]
+        answer = wrapped[2] + answer[wrapped.end() :]
     return answer, cut_off is not None
 
 
@@ -620,7 +623,7 @@ def _begins_line(text: str, position: int) -> bool:
     return LINE_BEGIN.fullmatch(line) is not None
 
 
-def begins_thinking(reply: str) -> bool:
+def closes_unopened_thinking(reply: str) -> bool:
     """Whether the reply closes thinking that it did not open: the chat template opened it."""
     first = THINKING_TAG.search(reply)
     return first is not None and first["close"] is not None
@@ -1450,7 +1453,7 @@ def client_settings(address: str) -> dict:
     return {"base_url": address, "api_key": key, "default_headers": headers}
 
 
-def served(address: str) -> list[dict]:
+def list_models(address: str) -> list[dict]:
     """The models that a server lists, as it describes them; none if it has no such list. Raises
     `InputError` if it does not answer, or wants a key and there is none."""
     import openai
@@ -1464,7 +1467,7 @@ def served(address: str) -> list[dict]:
     )
     try:
         with client:
-            return listed(client.models.with_raw_response.list().content)
+            return parse_model_list(client.models.with_raw_response.list().content)
     except openai.APIStatusError as e:
         if e.status_code == 401 and not read_key(key_variable(address)):
             said = f"the model server {address} wants a key: {key_advice(address)}"
@@ -1482,7 +1485,7 @@ def served(address: str) -> list[dict]:
         ) from None
 
 
-def listed(answer: bytes) -> list[dict]:
+def parse_model_list(answer: bytes) -> list[dict]:
     """The models in an answer to `GET /v1/models`: {"data": [...]}, or Together's list alone."""
     try:
         models = json.loads(answer)
@@ -1503,7 +1506,7 @@ def served_name(name: str, url: str) -> str:
     error = None
     for address in server_addresses(url):
         try:
-            names.setdefault(choose_model(name, served(address), address), address)
+            names.setdefault(choose_model(name, list_models(address), address), address)
         except ServerUnreachable as e:
             error = e
     if error and not names:
@@ -1530,10 +1533,10 @@ def choose_model(name: str, models: list[dict], address: str) -> str:
         return ids[0]
     if name.rpartition(":")[0] in ids:  # a variant, such as OpenRouter's NAME:free
         return name
-    raise InputError(which_model(name, ids, address))
+    raise InputError(no_such_model(name, ids, address))
 
 
-def which_model(name: str, ids: list[str], address: str) -> str:
+def no_such_model(name: str, ids: list[str], address: str) -> str:
     """What to tell the user of a server that does not have a model `name`."""
     shown = ids
     if len(ids) > 20:
@@ -1571,7 +1574,7 @@ def plain_name(name: str) -> str:
 def is_vllm(url: str) -> bool:
     """Whether the (first) server at `url` is vLLM, which can continue a message it is sent."""
     try:
-        models = served(server_addresses(url)[0])
+        models = list_models(server_addresses(url)[0])
     except InputError:
         return False
     return any(model.get("owned_by") == "vllm" for model in models)
@@ -1791,16 +1794,10 @@ class Model:
         self.answers = 0  # requests answered so far; a stage adds those of its earlier runs
         self.continues = False  # can continue a message that was started; set by `open_model`
         self.thinking = Thinking()  # how much it may think; set by `open_model`
-        self.begins_thinking = False  # its chat template opens the thinking; seen in its replies
+        self.template_opens_thinking = False  # its chat template does; seen in its replies
         self.cut_off_replies = 0  # so far, that ended while it was thinking
-        # what `_complete` raises if an answer holds no completion; AnswerError is a ValueError
-        self.malformed = (
-            IndexError,
-            TypeError,
-            ValueError,
-            AttributeError,
-            openai.APIResponseValidationError,
-        )
+        # an answer that is no JSON, or holds no completion (AnswerError is a ValueError)
+        self.malformed = (ValueError, openai.APIResponseValidationError)
 
     def _client(self, address: str):
         """The client of one server. By itself it retries 429, 5xx, lost connections and
@@ -1842,7 +1839,7 @@ class Model:
                     reply = await self._complete(endpoint, body)
                     self.completion_tokens += reply.completion_tokens or 0
                     self.answers += 1
-                    if reply.cut_off and not reply.limited and has_stop(body):
+                    if reply.cut_off and not reply.limited and "stop" in body:
                         stop = None  # it was in the thinking: ask again without
                         continue
                     if reply.cut_off:
@@ -1888,9 +1885,9 @@ class Model:
         for name in names:
             if name in self.adapted:
                 continue
-            other_name = other_name_of(name, said)
-            if other_name in self.adapted:
-                other_name = None
+            other_name = None
+            if name == "max_tokens" and "max_completion_tokens" not in self.adapted:
+                other_name = "max_completion_tokens"
             self.adapted[name] = other_name
             now = f"sent as {other_name}" if other_name else "left out"
             print(
@@ -1928,19 +1925,19 @@ class Model:
                     answer = await endpoint.client.chat.completions.create(
                         model=self.name, messages=[], extra_body=body
                     )
-                    self._raise_if_filtered(answer)
                     choice = choice_in(answer)
-                    limited = choice.finish_reason == "length"
-                    text, cut_off = self._without_thinking(choice.message, limited)
-                    usage = answer.usage
                     break
                 except self.malformed as e:
+                    self._raise_if_filtered_out(e)
                     if retry == self.retries or not is_worth_a_retry(e):
                         raise
                 await asyncio.sleep(min(8, 0.5 * 2**retry))
                 retry += 1
-        prompt_tokens = count_in(usage, "prompt_tokens")
-        completion_tokens = count_in(usage, "completion_tokens")
+        self._raise_if_filtered(choice)
+        limited = choice.finish_reason == "length"
+        text, cut_off = self._without_thinking(choice.message, limited)
+        prompt_tokens = count_in(answer.usage, "prompt_tokens")
+        completion_tokens = count_in(answer.usage, "completion_tokens")
         return Reply(text, prompt_tokens, completion_tokens, cut_off, limited)
 
     def _without_thinking(self, message, limited: bool) -> tuple[str, bool]:
@@ -1956,10 +1953,10 @@ class Model:
         if limited and text == thinking:  # some servers repeat the thinking as the text
             return "", True
         answer, cut_off = split_thinking(text)
-        if answer == text and self.begins_thinking and limited and not thinking:
+        if answer == text and self.template_opens_thinking and limited and not thinking:
             return "", True
-        if answer != text and begins_thinking(text):
-            self.begins_thinking = True
+        if answer != text and closes_unopened_thinking(text):
+            self.template_opens_thinking = True
         return answer, cut_off
 
     async def _leave_out(self, endpoint: Endpoint, e: Exception) -> bool:
@@ -2000,25 +1997,24 @@ class Model:
                 self.alive.append(endpoint)
                 print(f"{endpoint.client.base_url} answers again", file=sys.stderr)
 
-    def _raise_if_filtered(self, answer) -> None:
-        """Raise `RequestRefused` if a content filter has left no text in an answer: it says so in
-        place of the choices, or in the finish reason (Gemini's is its own, such as SAFETY)."""
-        refusal = None  # the model's own words
-        try:
-            choice = choice_in(answer)
-        except AnswerError as e:
-            if e.status_code is not None:
-                return  # an error, which `_error_of` looks at
-            said = str(e.body)
-        else:
-            if text_of(choice.message.content):
-                return
-            refusal = getattr(choice.message, "refusal", None)
-            native = getattr(choice, "native_finish_reason", "")  # OpenRouter's
-            said = f"finish_reason {choice.finish_reason} {native}"
-        if refusal or FILTERED.search(said):
-            said = text_of(refusal) or said
+    def _raise_if_filtered_out(self, e: Exception) -> None:
+        """Raise `RequestRefused` if an answer without a completion says that a content filter has
+        taken it out."""
+        said = str(getattr(e, "body", ""))
+        has_status = getattr(e, "status_code", None) is not None  # `_error_of` looks at those
+        if FILTERED.search(said) and not has_status:
             raise RequestRefused(f"{self.where} answers without text: {said[:300]}")
+
+    def _raise_if_filtered(self, choice) -> None:
+        """Raise `RequestRefused` if a completion has no text because of a content filter: its
+        finish reason says so (Gemini's is its own, such as SAFETY), or the model in `refusal`."""
+        if text_of(choice.message.content):
+            return
+        refusal = text_of(getattr(choice.message, "refusal", None))
+        native = getattr(choice, "native_finish_reason", "")  # OpenRouter's
+        reasons = f"finish_reason {choice.finish_reason} {native}"
+        if refusal or FILTERED.search(reasons):
+            raise RequestRefused(f"{self.where} answers without text: {(refusal or reasons)[:300]}")
 
     def _error_of(self, e: Exception) -> InputError:
         """What to tell the user of an exception of the client, in one line."""
@@ -2044,9 +2040,9 @@ class Model:
         }
         if status in hints:
             return InputError(f"{self.where} {what}; {hints[status]}")
-        if not is_passing(status):  # the request is wrong in itself: what the server said must do
+        if not is_transient(status):  # the request is wrong in itself: what the server said must do
             return InputError(f"{self.where} {what}")
-        tries = f"after {self.retries + 1} tries"
+        tries = "its requests were retried in vain"
         pause = pause_of(getattr(e, "response", None))
         if pause > LONGEST_PAUSE:
             tries = f"it asks to wait {pause:.0f} s, and {LONGEST_PAUSE:.0f} s is the limit"
@@ -2089,14 +2085,14 @@ def texts_of(body) -> str:
     return ", ".join(dict.fromkeys(text for text in texts if text))
 
 
-def is_passing(status: int | None) -> bool:
+def is_transient(status: int | None) -> bool:
     """Whether the same request may succeed later."""
     return status is None or status < 300 or status in (408, 409, 429) or status >= 500
 
 
 def is_worth_a_retry(e: Exception) -> bool:
     status = getattr(e, "status_code", None)
-    return is_passing(status) and not is_too_long(status, reason_of(e))
+    return is_transient(status) and not is_too_long(status, reason_of(e))
 
 
 PROMPT_TOO_LONG = re.compile(
@@ -2132,6 +2128,8 @@ def is_too_long(status: int | None, said: str) -> bool:
         return True
     if status in (401, 402, 403, 404, 429):
         return False
+    if status is not None and status >= 500 and not re.search(r"context|prompt", said, re.I):
+        return False  # a queue or a memory that is too small
     return bool(PROMPT_TOO_LONG.search(said)) and not TOO_MUCH_ELSE.search(said)
 
 
@@ -2139,8 +2137,8 @@ def is_too_long(status: int | None, said: str) -> bool:
 FILTERED = re.compile(
     r"content.?(filter|management|policy|moderation|safety|security|exists.risk|violat)|"
     r"usage.(polic|guideline)|data.?inspection|inappropriate|prohibited|flagged|moderation|"
-    r"safety|sensitive|high.risk|censor|guardrail|blocked|blocklist|recitation|spii|toxic|"
-    r"refusal|responsible.?ai",
+    r"safety|(?<!case.)sensitive|high.risk|censor|guardrail|block_?(reason|list)|recitation|spii|"
+    r"(content|prompt|request|input|output)\b.{0,30}blocked|toxic|refusal|responsible.?ai",
     re.IGNORECASE,
 )
 # words of a 400 that concerns every request: the key, the account or the model
@@ -2180,11 +2178,6 @@ BAD_VALUE = re.compile(
 )
 # parameters without which a request would mean something else
 NEEDED = ("messages", "continue_final_message", "add_generation_prompt")
-OTHER_NAMES = {
-    "max_tokens": ("max_completion_tokens", "max_output_tokens", "max_new_tokens"),
-    "seed": ("random_seed",),
-    "stop": ("stop_sequences",),
-}
 
 
 def unsupported_parameters(said: str, param: str | None, body: dict) -> list[str]:
@@ -2217,21 +2210,6 @@ def named_parameters(said: str, param: str | None, body: dict) -> list[str]:
         if re.search(rf"(?<![\w.-]){spelled}(?![\w-])", said, re.IGNORECASE):
             named.append(name)
     return named
-
-
-def other_name_of(name: str, said: str) -> str | None:
-    """The name under which a server that does not support the parameter `name` may take it."""
-    for other_name in OTHER_NAMES.get(name, ()):
-        if other_name in said:
-            return other_name
-    if name == "max_tokens":
-        return "max_completion_tokens"
-    return None
-
-
-def has_stop(body: dict) -> bool:
-    """Whether a request has stop strings, under any of their names."""
-    return "stop" in body or "stop_sequences" in body
 
 
 # -- the HTTP client
@@ -2664,43 +2642,15 @@ START_ERRORS = [
         "accept its licence at https://huggingface.co and set HF_TOKEN to a token of that account",
     ),
     (
-        r"does not appear to have a file named|Can't load (the )?(tokenizer|configuration|model)|"
-        r"Cannot find any model weights|SafetensorError|[Cc]ouldn't connect to|"
-        r"not a valid JSON file|Couldn't instantiate the backend tokenizer|"
-        r"No such file or directory.*\.(json|safetensors|model)",
-        "its files are not whole: download or copy it again, with weights in *.safetensors",
-    ),
-    (
-        r"trust_remote_code=True|--trust-remote-code|contains custom code|requires you to execute",
-        f"a model's own code is not run here: {ELSEWHERE}",
-    ),
-    (
         r"not supported for now|no vLLM implementation|not supported anymore|not supported in-tree|"
         r"does not recognize this architecture|failed to be inspected|"
         r"not compatible with vLLM|quantization .*not supported",
         f"take another model, try MPO_SERVER=transformers or a newer vLLM, or {ELSEWHERE}",
     ),
     (r"divisible by tensor parallel|is not divisible by", "choose another --tensor_parallel"),
-    (r"Bfloat16 is only supported", f"{ELSEWHERE} (vllm serve MODEL --dtype half)"),
-    (
-        r"driver on your system is too old|driver version is insufficient|no kernel image",
-        "update the NVIDIA driver, or install a torch for it (pytorch.org/get-started)",
-    ),
-    (
-        r"Failed to infer device type|not compiled with CUDA|No CUDA GPUs are available",
-        "its packages are not for this machine: delete .venv and run make setup",
-    ),
     (
         r"No space left on device",
         "free some space on the disk, or in /dev/shm (of a container: --shm-size)",
-    ),
-    (
-        r"^(ModuleNotFoundError|ImportError): |undefined symbol|cannot open shared object",
-        "its packages do not fit together: delete .venv and run make setup",
-    ),
-    (
-        r"exit status -4$|Failed core proc.*: -4\b",
-        "vLLM was built for a newer CPU: set MPO_SERVER=transformers",
     ),
 ]
 
