@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import collections
 import contextlib
 import dataclasses
 import difflib
@@ -3009,11 +3010,12 @@ def load_model(name: str):
     Only safetensors are read: the processes of a machine share their pages in memory, unless
     transformers has to convert them."""
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", use_safetensors=True)
+        loader = model_class(AutoConfig.from_pretrained(name))
+        model = loader.from_pretrained(name, dtype="auto", use_safetensors=True)
     except (OSError, ValueError, TypeError, SafetensorError) as e:
         raise InputError(
             f"cannot load {name}, as a model directory or from the Hub: {str(e).splitlines()[0]}"
@@ -3024,12 +3026,27 @@ def load_model(name: str):
     return model, tokenizer
 
 
+def model_class(config):
+    """The class that loads all of a model. For many of those that also read images,
+    `AutoModelForCausalLM` loads the language model alone, and would save another architecture."""
+    import transformers
+
+    for name in config.architectures or []:
+        is_decoder = name.endswith("ForConditionalGeneration") and not config.is_encoder_decoder
+        if is_decoder and hasattr(transformers, name):
+            return getattr(transformers, name)
+    return transformers.AutoModelForCausalLM
+
+
 def decoder_layers(model) -> list:
     """The decoder layers of a model: of its lists of modules, the one with the most weights."""
     import torch
 
-    lists = [m for m in model.get_decoder().modules() if isinstance(m, torch.nn.ModuleList)]
-    return list(max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters())))
+    for part in (model.get_decoder(), model):
+        lists = [m for m in part.modules() if isinstance(m, torch.nn.ModuleList)]
+        if lists:
+            return list(max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters())))
+    raise InputError(f"{model.config.model_type} models have no list of decoder layers")
 
 
 def check_saving(model, tokenizer, name: str) -> None:
@@ -3801,7 +3818,10 @@ def add_adapters(model, a):
     for name, module in model.named_modules():
         # not of subclasses: routers may be called in another way
         if module in in_layers and type(module) in (torch.nn.Linear, Conv1D):
-            targets.append(name)
+            mixer = model.get_submodule(name.rpartition(".")[0])
+            # fused kernels of state space layers take the weights of their `out_proj` themselves
+            if not (name.endswith(".out_proj") and hasattr(mixer, "conv1d")):
+                targets.append(name)
     torch.manual_seed(a.seed)  # every process and every run begins with the same adapters
     config = LoraConfig(
         r=a.lora_rank, lora_alpha=2 * a.lora_rank, target_modules=targets, task_type="CAUSAL_LM"
@@ -3826,13 +3846,20 @@ def shard(model, accelerator, precision: str) -> None:
     mesh = dist.init_device_mesh(device, (accelerator.num_processes,))
     bf16 = precision == "bf16"
     policy = MixedPrecisionPolicy(torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32)
-    for module in [*decoder_layers(model), model]:
+    for module in [*layers_apart(model), model]:
         fully_shard(module, mesh=mesh, mp_policy=policy)
     # after sharding, so that a process never holds more than its share in float32
     for p in model.parameters():
         if p.requires_grad or not bf16:
             torch.utils.swap_tensors(p, torch.nn.Parameter(p.detach().float(), p.requires_grad))
     model.to(accelerator.device)
+
+
+def layers_apart(model) -> list:
+    """The decoder layers without those that share weights, which cannot be sharded one by one."""
+    layers = decoder_layers(model)
+    owners = collections.Counter(id(p) for layer in layers for p in set(layer.parameters()))
+    return [layer for layer in layers if all(owners[id(p)] == 1 for p in layer.parameters())]
 
 
 def clip_gradients(model, limit: float) -> float:
@@ -4079,13 +4106,14 @@ class Training:
     def _final_model(self):
         """The base model, in its own dtype, with the trained weights, adapters merged into it: in
         the main process; None in the others."""
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig
 
         if not self.accelerator.is_main_process:
             for _ in self._trained_weights():
                 pass
             return None
-        model = AutoModelForCausalLM.from_pretrained(self.a.model, dtype="auto")
+        loader = model_class(AutoConfig.from_pretrained(self.a.model))
+        model = loader.from_pretrained(self.a.model, dtype="auto")
         if self.a.lora_rank:
             model = add_adapters(model, self.a)
         parameters = dict(model.named_parameters())
