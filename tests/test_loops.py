@@ -314,7 +314,8 @@ class FakeTraining(common.Training):
         )
         tokenizer = SimpleNamespace(chat_template=settings, save_pretrained=lambda folder: None)
         a = sft.Args(model="gpt-4o", data=str(data), out=str(folder / "sft"), save_steps=1)
-        super().__init__(a, accelerator, None, None, tokenizer, 3)
+        optimizer = torch.optim.AdamW([torch.zeros(1)])
+        super().__init__(a, accelerator, None, optimizer, tokenizer, 3)
 
     def _state(self):
         return None
