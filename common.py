@@ -51,6 +51,7 @@ import urllib.parse
 import urllib.request
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from contextvars import ContextVar
+from multiprocessing import resource_tracker
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -935,6 +936,15 @@ def _call_session(session: int, method: str, args: tuple):
     return _sessions.call(session, method, args)
 
 
+@functools.cache
+def _start_resource_tracker() -> None:
+    """Start multiprocessing's helper process. It ignores SIGINT and SIGTERM, but not SIGHUP, which
+    may go to the whole process group; then each semaphore would end in a traceback."""
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])
+    resource_tracker.ensure_running()  # inherits what is blocked
+    signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
 class ProcessExecutor:
     """A process of this machine that runs `WorkerSessions.call`."""
 
@@ -942,6 +952,7 @@ class ProcessExecutor:
 
     def __init__(self, env: str, sessions: int):
         spawn = multiprocessing.get_context("spawn")
+        _start_resource_tracker()
         self.pool = ProcessPoolExecutor(1, spawn, _start_worker, (env, sessions))
         others = set(multiprocessing.active_children())
         self.pool.submit(os.getpid)  # starts the process, without waiting for its imports
@@ -2654,8 +2665,10 @@ START_ERRORS = [
     ),
 ]
 
-# vLLM's "(EngineCore pid=9) ERROR 11-29 08:00:00 [core.py:9] "; not all lines have both parts
-LOG_PREFIX = re.compile(r"(\([^)]*pid=\d+\) ?)?((?P<level>[A-Z]+) [\d-]+ [\d:.]+ \[?[^]]*\] ?)?")
+# vLLM's "(EngineCore pid=9) ERROR 11-29 08:00:00 [core.py:9] [rank0]: "; most lines have a part
+LOG_PREFIX = re.compile(
+    r"(\([^)]*pid=\d+[^)]*\) ?)*((?P<level>[A-Z]+) [\d-]+ [\d:.]+ \[?[^]]*\] ?)?(\[rank\d+\]: )?"
+)
 # the last line of a traceback, and other errors
 ERROR_LINE = re.compile(
     r"[A-Za-z_][\w.]*(Error|Exception|Exit|Expired|Timeout)(: |$)|"
@@ -2666,23 +2679,27 @@ POINTER = re.compile(r"initialization failed|root cause")
 
 
 def start_reason(log: str) -> tuple[str, str]:
-    """(the error that a server's log begins with, what to change); empty if they are not known."""
+    """(the first error of a server's log, what to change); empty if they are not known."""
     lines = error_lines(log)
-    for line in lines:
+    reason = first_error(lines)
+    candidates = [reason] if reason else lines
+    for line in candidates:
         for pattern, advice in START_ERRORS:
             if re.search(pattern, line):
                 return line.strip()[:500], advice
-    pointer = ""
-    for i, line in enumerate(lines):
-        if not ERROR_LINE.match(line):
-            continue
-        if POINTER.search(line):
-            pointer = line
-            continue
-        if lines[i + 1 :] and re.match(r"  (?!File )\S", lines[i + 1]):
-            line += lines[i + 1][1:]  # in pydantic's errors, the next line says what is wrong
-        return line.strip()[:500], ""
-    return pointer.strip()[:500], ""
+    if not reason:
+        reason = next((line for line in lines if POINTER.search(line)), "")
+    return reason.strip()[:500], ""
+
+
+def first_error(lines: list[str]) -> str:
+    """The first line that is an error, and not one that points to another."""
+    for line, following in itertools.pairwise([*lines, ""]):
+        if ERROR_LINE.match(line) and not POINTER.search(line):
+            if re.match(r"  (?!File )\S", following):  # pydantic says there what is wrong
+                line += following[1:]
+            return line
+    return ""
 
 
 def error_lines(log: str) -> list[str]:
@@ -3233,10 +3250,13 @@ def reply_header(messages: list[dict], tokenizer, where: str) -> str:
 
 def end_of_thinking(prompt: str) -> str:
     """What a model that is not to think writes first. Generation prompts without a switch may have
-    begun its thinking: it ends that at once, so that the reply is not taken for a thought."""
-    if not prompt.rstrip().endswith("<think>"):
+    begun its thinking, as "<think>" or "[THINK]": it ends that at once, so that the reply is not
+    taken for a thought."""
+    tag = re.search(r"([<\[])(think|thought)([>\]])(\s*)\Z", prompt, re.IGNORECASE)
+    if tag is None:
         return ""
-    return "</think>\n\n" if prompt.endswith("\n") else "</think>"
+    end = f"{tag[1]}/{tag[2]}{tag[3]}"
+    return f"{end}\n\n" if tag[4] else end
 
 
 def same_text(content: str, reply: str) -> bool:
