@@ -526,16 +526,17 @@ def plan_messages(plan: str) -> list[dict]:
 
 # -- thinking, where the server does not separate it from the reply
 
-# names of XML tags around thinking: <think>, <thinking>, <seed:think>, <think:x>, <ifm|think_fast>
+# names of XML tags around thinking: <think>, <chain_of_thought>, <seed:think>, <ifm|think_fast>
 TAG_NAME = (
-    r"(?:\w{1,20}[:|])?(?:\w{0,12}think\w{0,12}|thoughts?|reason(?:ing)?|reflection|scratchpad"
-    r"|analysis|\w{0,12}monologue)(?::\w{1,20})?"
+    r"(?:\w{1,20}[:|])?(?:\w{0,12}(?:think|thought|reason|reflecti|monologue)\w{0,50}"
+    r"|scratchpad|analysis|cot)(?::\w{1,20})?"
 )
 THINKING_TAG = re.compile(
     rf"""
     (?P<open>
-        <{TAG_NAME}>
-      | \[THINK\]                                            # Mistral
+        <{TAG_NAME}(?:\s\w{{1,9}}=[^<>]{{0,99}})?\s?>
+      | <details\ type="reasoning"[^<>]{{0,99}}>              # Open WebUI
+      | \[(?:THINK|REASONING)\]                              # Mistral
       | ◁think▷                                              # Kimi
       | <\|(?:\w{{1,9}}:)?(?:(?:begin|start)_)?(?:of_)?(?:think|thinking|thought)(?::\w{{1,9}})?\|>
       | <\|inner_prefix\|> | <unused94>                      # Apertus, MedGemma
@@ -543,34 +544,39 @@ THINKING_TAG = re.compile(
       | <\|open\|>think<\|sep\|>                            # Kimi K3
       | \A\s*(?-i:analysis)(?=(?-i:[A-Z]))                   # gpt-oss without its special tokens
       | \A\s*Here(?:'s|\ is)\ my\ thought\ process:          # Granite 3.2
+      | \A\s*Here\ are\ my\ reasoning\ steps:                # Apriel
     )
   | (?P<close> (?:
-        </{TAG_NAME}>
-      | \[/THINK\]
+        </{TAG_NAME}\s?>
+      | \[/(?:THINK|REASONING)\] | \[BEGIN\ FINAL\ RESPONSE\]
       | ◁/think▷
-      | <\|(?:\w{{1,9}}:)?end_(?:of_)?(?:think|thinking|thought)(?::\w{{1,9}})?\|>
+      | <\|(?:\w{{1,9}}:)?(?:/|end_)(?:of_)?(?:think|thinking|thought)(?::\w{{1,9}})?\|>
       | <\|inner_suffix\|> | <unused95>
       | <channel\|>
       | <\|close\|>think<\|sep\|>
     ) \s*)
+  | (?P<close_opened> (?:                                    # means nothing if none is open
+        </details> | (?m:^)Here(?:'s|\ is)\ my\ response:
+    ) \s*)
   | (?P<answer> (?:                                          # begins the answer
         <\|channel\|>\s?final[^<]{{0,40}}<\|message\|> | assistantfinal
-      | Here(?:'s|\ is)\ my\ response:
       | <\|(?:begin_of_solution|start_response)\|> | <\|open\|>response<\|sep\|>
     ) \s*)
   | (?P<end>                                                 # ends a channel, or the reply
-        <\|(?:end|return|call|im_end|eot_id|eom_id|endoftext|end_of_text)\|> | </s> | <turn\|>
+        <\|(?:end|return|call|im_end|eot_id|eom_id|endoftext|end_of_text|user)\|> | </s> | <turn\|>
+      | <end_of_turn> | <｜end▁of▁sentence｜> | \[END\ FINAL\ RESPONSE\]
       | <\|(?:end_of_solution|end_response)\|> | <\|close\|>response<\|sep\|>
     )
     """,
     re.VERBOSE | re.IGNORECASE,
 )
 # what every tag has, to be quick with replies that have none
-TAG_SIGNS = ("<", "THINK]", "◁", "analysis", "thought process:")
+TAG_SIGNS = ("<", "THINK]", "REASONING]", "RESPONSE]", "◁", "analysis", "Here")
 # before a tag that begins a line: nothing, or the label of a thought
 LINE_BEGIN = re.compile(r"\W*(?:thoughts?)?\W*", re.IGNORECASE)
 # an answer in tags, as some models write it after their thinking
 ANSWER = re.compile(r"\s*<(answer|response|output)>(.*?)(?:</\1>|\Z)", re.DOTALL | re.IGNORECASE)
+BOX = re.compile(r"<\|(?:begin|end)_of_box\|>")  # around the answer, or the action (GLM)
 
 
 def split_thinking(reply: str) -> tuple[str, bool]:
@@ -598,6 +604,8 @@ def split_thinking(reply: str) -> tuple[str, bool]:
             if cut_off is None and _begins_line(reply, tag.start()):
                 cut_off = tag.start()
             continue
+        if tag["close_opened"] and opened is None:
+            continue
         one_too_many = tag["close"] and closed and tag.end() >= last
         if opened is not None and not tag["answer"]:
             kept.append(reply[start:opened])
@@ -615,7 +623,7 @@ def split_thinking(reply: str) -> tuple[str, bool]:
     wrapped = ANSWER.match(answer)
     if wrapped:
         answer = wrapped[2] + answer[wrapped.end() :]
-    return answer, cut_off is not None
+    return BOX.sub("", answer), cut_off is not None
 
 
 def _begins_line(text: str, position: int) -> bool:
@@ -633,8 +641,8 @@ def closes_unopened_thinking(reply: str) -> bool:
 
 # <meta_plan> or <meta plan>, in any case, and the text up to the closing tag or the reply's end
 META_PLAN = re.compile(r"<meta[ _]plan>(.*?)(?:</meta[ _]plan>|\Z)", re.S | re.I)
-# what starts a step's line: "Step 2:", "step 2.", "2:", "2." or "2)", with text after it
-STEP_NUMBER = re.compile(r"^[ \t]*(?:step\s*)?\d+\s*[:.)][ \t]*(?=\S)", re.M | re.I)
+# what starts a step's line: "Step 2:", "- step 2.", "2:", "2." or "2)", with text after it
+STEP_NUMBER = re.compile(r"^[ \t#*-]*(?:step\s*)?\d+\s*[:.)][ \t]*(?=\S)", re.M | re.I)
 EMPTY_LINE = re.compile(r"\n\s*\n")
 
 
@@ -642,10 +650,10 @@ def parse_plan(reply: str) -> str | None:
     """The plan between the <meta_plan> tags of a reply, its steps renumbered from 1.
 
     None if there are no tags or no steps. The closing tag may be missing. Lines below a step, up to
-    an empty one, continue it. Thinking is ignored."""
+    an empty one, continue it. Thinking and Markdown's bold print are ignored."""
     answer, _ = split_thinking(reply)
     for match in META_PLAN.finditer(answer):
-        _before_first_step, *texts = STEP_NUMBER.split(match[1])
+        _before_first_step, *texts = STEP_NUMBER.split(match[1].replace("**", ""))
         steps = []
         for text in texts:
             paragraph = EMPTY_LINE.split(text, maxsplit=1)[0]
@@ -665,20 +673,22 @@ def plan_steps(plan: str) -> list[str]:
     return [line.split(": ", 1)[-1] for line in plan.splitlines()]
 
 
-# "Action:" in any case, also "Action 1:" and "**Action**:"; not "Action:" in quotation marks
-LABEL = r"action(?:[ \t*_]*+\d{1,3})?[ \t*_]*+"
+# "Action:" in any case, also "Action (1):" and "**Action**:"; not "Action:" in quotation marks
+LABEL = r"action(?:[ \t*_#(]*+\d{1,3}\)?)?[ \t*_]*+"
 COLON = r"[:：](?![\"'`”’](?:\W|\Z))"
 # at the beginning of a line, after signs or a list's number; or "## Action", a line of its own
 ACTION_LINE = re.compile(
     rf"^(?:[^\w\n]|_)*+(?:\d{{1,3}}[.)](?:[^\w\n]|_)*+)?{LABEL}(?:{COLON}|\r?$)", re.M | re.I
 )
 ACTION_ANYWHERE = re.compile(rf"(?<![^\W_]){LABEL}{COLON}", re.I)
-# between a label and an action on the next line: signs, and the first line of a code block
-LINE_BREAK = re.compile(r"[ \t\r*_]*+(?:```\w*+[ \t\r]*+)?\n\s*+(?:```\w*+[ \t\r]*+\n\s*+)?")
+# between a label and an action on the next line: signs, the first line of a code block, a number
+LINE_BREAK = re.compile(
+    r"[ \t\r*_]*+(?:```\w*+[ \t\r]*+)?\n\s*+(?:```\w*+[ \t\r]*+\n\s*+)?(?:\d{1,3}[.)][ \t]+)?"
+)
 # what ends an action: its line's end, or the next label on the same line
-ACTION_END = re.compile(r"\n|\s(?:Observation|Thought|Action)[ \t]?\d{0,3}:")
+ACTION_END = re.compile(r"\n|\s(?=[A-Z])(?i:observation|thought|action)[ \t]?\d{0,3}:")
 OTHER_LABEL = re.compile(r"\W{0,9}(?:observation|thought|action|task)[^\n\w:]{0,9}\d{0,3}:", re.I)
-SIGNS = " \t\r*_`\"'“”‘’"  # around an action
+SIGNS = " \t\r*_`\"'“”‘’\u00a0\u200b\u202f"  # around an action; the last three are invisible
 
 
 def parse_reply(reply: str) -> tuple[str, str | None]:
