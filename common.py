@@ -25,6 +25,7 @@ import difflib
 import email.utils
 import errno
 import fcntl
+import fnmatch
 import functools
 import hashlib
 import importlib
@@ -1380,18 +1381,20 @@ def api_address() -> str:
     return server_addresses(address)[0]
 
 
+@functools.cache
 def is_loopback(url: str) -> bool:
-    """Whether a URL leads to this machine, by a name that every machine has for itself."""
+    """Whether a URL leads to this machine: its host has a loopback address."""
     _, host, _ = origin(url)
-    host = host.rstrip(".")
-    if host == "localhost" or host.endswith(".localhost"):
-        return True
     try:
-        address = ipaddress.ip_address(host)
-    except ValueError:  # a name
+        found = socket.getaddrinfo(host.rstrip("."), None)
+    except (OSError, UnicodeError):  # only the proxy may know the name
         return False
-    address = getattr(address, "ipv4_mapped", None) or address
-    return address.is_loopback or address.is_unspecified
+    for *_, socket_address in found:
+        address = ipaddress.ip_address(socket_address[0])
+        address = getattr(address, "ipv4_mapped", None) or address
+        if address.is_loopback or address.is_unspecified:
+            return True
+    return False
 
 
 def http_client(client_class, address: str, **settings):
@@ -1536,8 +1539,11 @@ def choose_model(name: str, models: list[dict], address: str) -> str:
     for model in models:
         if name and plain_name(name) in map(plain_name, names_of(model)):
             return model["id"]
+    if name and any(fnmatch.fnmatchcase(name, pattern) for pattern in ids):  # LiteLLM's openai/*
+        return name
     # vLLM has an entry for each name of a model, and these have the same `root`
-    if len({(model.get("root") or model["id"], model.get("parent")) for model in models}) == 1:
+    roots = {str((model.get("root") or model["id"], model.get("parent"))) for model in models}
+    if len(roots) == 1:
         if name:
             say_once(f"{address} has {ids[0]}, not {name}: {ids[0]} is asked")
         return ids[0]
