@@ -26,6 +26,7 @@ import difflib
 import email.utils
 import errno
 import fcntl
+import fnmatch
 import functools
 import hashlib
 import importlib
@@ -53,6 +54,7 @@ import urllib.parse
 import urllib.request
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from contextvars import ContextVar
+from multiprocessing import resource_tracker
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -528,16 +530,17 @@ def plan_messages(plan: str) -> list[dict]:
 
 # -- thinking, where the server does not separate it from the reply
 
-# names of XML tags around thinking: <think>, <thinking>, <seed:think>, <think:x>, <ifm|think_fast>
+# names of XML tags around thinking: <think>, <chain_of_thought>, <seed:think>, <ifm|think_fast>
 TAG_NAME = (
-    r"(?:\w{1,20}[:|])?(?:\w{0,12}think\w{0,12}|thoughts?|reason(?:ing)?|reflection|scratchpad"
-    r"|analysis|\w{0,12}monologue)(?::\w{1,20})?"
+    r"(?:\w{1,20}[:|])?(?:\w{0,12}(?:think|thought|reason|reflecti|monologue)\w{0,50}"
+    r"|scratchpad|analysis|cot)(?::\w{1,20})?"
 )
 THINKING_TAG = re.compile(
     rf"""
     (?P<open>
-        <{TAG_NAME}>
-      | \[THINK\]                                            # Mistral
+        <{TAG_NAME}(?:\s\w{{1,9}}=[^<>]{{0,99}})?\s?>
+      | <details\ type="reasoning"[^<>]{{0,99}}>              # Open WebUI
+      | \[(?:THINK|REASONING)\]                              # Mistral
       | ◁think▷                                              # Kimi
       | <\|(?:\w{{1,9}}:)?(?:(?:begin|start)_)?(?:of_)?(?:think|thinking|thought)(?::\w{{1,9}})?\|>
       | <\|inner_prefix\|> | <unused94>                      # Apertus, MedGemma
@@ -545,34 +548,39 @@ THINKING_TAG = re.compile(
       | <\|open\|>think<\|sep\|>                            # Kimi K3
       | \A\s*(?-i:analysis)(?=(?-i:[A-Z]))                   # gpt-oss without its special tokens
       | \A\s*Here(?:'s|\ is)\ my\ thought\ process:          # Granite 3.2
+      | \A\s*Here\ are\ my\ reasoning\ steps:                # Apriel
     )
   | (?P<close> (?:
-        </{TAG_NAME}>
-      | \[/THINK\]
+        </{TAG_NAME}\s?>
+      | \[/(?:THINK|REASONING)\] | \[BEGIN\ FINAL\ RESPONSE\]
       | ◁/think▷
-      | <\|(?:\w{{1,9}}:)?end_(?:of_)?(?:think|thinking|thought)(?::\w{{1,9}})?\|>
+      | <\|(?:\w{{1,9}}:)?(?:/|end_)(?:of_)?(?:think|thinking|thought)(?::\w{{1,9}})?\|>
       | <\|inner_suffix\|> | <unused95>
       | <channel\|>
       | <\|close\|>think<\|sep\|>
     ) \s*)
+  | (?P<close_opened> (?:                                    # means nothing if none is open
+        </details> | (?m:^)Here(?:'s|\ is)\ my\ response:
+    ) \s*)
   | (?P<answer> (?:                                          # begins the answer
         <\|channel\|>\s?final[^<]{{0,40}}<\|message\|> | assistantfinal
-      | Here(?:'s|\ is)\ my\ response:
       | <\|(?:begin_of_solution|start_response)\|> | <\|open\|>response<\|sep\|>
     ) \s*)
   | (?P<end>                                                 # ends a channel, or the reply
-        <\|(?:end|return|call|im_end|eot_id|eom_id|endoftext|end_of_text)\|> | </s> | <turn\|>
+        <\|(?:end|return|call|im_end|eot_id|eom_id|endoftext|end_of_text|user)\|> | </s> | <turn\|>
+      | <end_of_turn> | <｜end▁of▁sentence｜> | \[END\ FINAL\ RESPONSE\]
       | <\|(?:end_of_solution|end_response)\|> | <\|close\|>response<\|sep\|>
     )
     """,
     re.VERBOSE | re.IGNORECASE,
 )
 # what every tag has, to be quick with replies that have none
-TAG_SIGNS = ("<", "THINK]", "◁", "analysis", "thought process:")
+TAG_SIGNS = ("<", "THINK]", "REASONING]", "RESPONSE]", "◁", "analysis", "Here")
 # before a tag that begins a line: nothing, or the label of a thought
 LINE_BEGIN = re.compile(r"\W*(?:thoughts?)?\W*", re.IGNORECASE)
 # an answer in tags, as some models write it after their thinking
 ANSWER = re.compile(r"\s*<(answer|response|output)>(.*?)(?:</\1>|\Z)", re.DOTALL | re.IGNORECASE)
+BOX = re.compile(r"<\|(?:begin|end)_of_box\|>")  # around the answer, or the action (GLM)
 
 
 def split_thinking(reply: str) -> tuple[str, bool]:
@@ -600,6 +608,8 @@ def split_thinking(reply: str) -> tuple[str, bool]:
             if cut_off is None and _begins_line(reply, tag.start()):
                 cut_off = tag.start()
             continue
+        if tag["close_opened"] and opened is None:
+            continue
         one_too_many = tag["close"] and closed and tag.end() >= last
         if opened is not None and not tag["answer"]:
             kept.append(reply[start:opened])
@@ -617,7 +627,7 @@ def split_thinking(reply: str) -> tuple[str, bool]:
     wrapped = ANSWER.match(answer)
     if wrapped:
         answer = wrapped[2] + answer[wrapped.end() :]
-    return answer, cut_off is not None
+    return BOX.sub("", answer), cut_off is not None
 
 
 def _begins_line(text: str, position: int) -> bool:
@@ -635,8 +645,8 @@ def closes_unopened_thinking(reply: str) -> bool:
 
 # <meta_plan> or <meta plan>, in any case, and the text up to the closing tag or the reply's end
 META_PLAN = re.compile(r"<meta[ _]plan>(.*?)(?:</meta[ _]plan>|\Z)", re.S | re.I)
-# what starts a step's line: "Step 2:", "step 2.", "2:", "2." or "2)", with text after it
-STEP_NUMBER = re.compile(r"^[ \t]*(?:step\s*)?\d+\s*[:.)][ \t]*(?=\S)", re.M | re.I)
+# what starts a step's line: "Step 2:", "- step 2.", "2:", "2." or "2)", with text after it
+STEP_NUMBER = re.compile(r"^[ \t#*-]*(?:step\s*)?\d+\s*[:.)][ \t]*(?=\S)", re.M | re.I)
 EMPTY_LINE = re.compile(r"\n\s*\n")
 
 
@@ -644,10 +654,10 @@ def parse_plan(reply: str) -> str | None:
     """The plan between the <meta_plan> tags of a reply, its steps renumbered from 1.
 
     None if there are no tags or no steps. The closing tag may be missing. Lines below a step, up to
-    an empty one, continue it. Thinking is ignored."""
+    an empty one, continue it. Thinking and Markdown's bold print are ignored."""
     answer, _ = split_thinking(reply)
     for match in META_PLAN.finditer(answer):
-        _before_first_step, *texts = STEP_NUMBER.split(match[1])
+        _before_first_step, *texts = STEP_NUMBER.split(match[1].replace("**", ""))
         steps = []
         for text in texts:
             paragraph = EMPTY_LINE.split(text, maxsplit=1)[0]
@@ -667,20 +677,22 @@ def plan_steps(plan: str) -> list[str]:
     return [line.split(": ", 1)[-1] for line in plan.splitlines()]
 
 
-# "Action:" in any case, also "Action 1:" and "**Action**:"; not "Action:" in quotation marks
-LABEL = r"action(?:[ \t*_]*+\d{1,3})?[ \t*_]*+"
+# "Action:" in any case, also "Action (1):" and "**Action**:"; not "Action:" in quotation marks
+LABEL = r"action(?:[ \t*_#(]*+\d{1,3}\)?)?[ \t*_]*+"
 COLON = r"[:：](?![\"'`”’](?:\W|\Z))"
 # at the beginning of a line, after signs or a list's number; or "## Action", a line of its own
 ACTION_LINE = re.compile(
     rf"^(?:[^\w\n]|_)*+(?:\d{{1,3}}[.)](?:[^\w\n]|_)*+)?{LABEL}(?:{COLON}|\r?$)", re.M | re.I
 )
 ACTION_ANYWHERE = re.compile(rf"(?<![^\W_]){LABEL}{COLON}", re.I)
-# between a label and an action on the next line: signs, and the first line of a code block
-LINE_BREAK = re.compile(r"[ \t\r*_]*+(?:```\w*+[ \t\r]*+)?\n\s*+(?:```\w*+[ \t\r]*+\n\s*+)?")
+# between a label and an action on the next line: signs, the first line of a code block, a number
+LINE_BREAK = re.compile(
+    r"[ \t\r*_]*+(?:```\w*+[ \t\r]*+)?\n\s*+(?:```\w*+[ \t\r]*+\n\s*+)?(?:\d{1,3}[.)][ \t]+)?"
+)
 # what ends an action: its line's end, or the next label on the same line
-ACTION_END = re.compile(r"\n|\s(?:Observation|Thought|Action)[ \t]?\d{0,3}:")
+ACTION_END = re.compile(r"\n|\s(?=[A-Z])(?i:observation|thought|action)[ \t]?\d{0,3}:")
 OTHER_LABEL = re.compile(r"\W{0,9}(?:observation|thought|action|task)[^\n\w:]{0,9}\d{0,3}:", re.I)
-SIGNS = " \t\r*_`\"'“”‘’"  # around an action
+SIGNS = " \t\r*_`\"'“”‘’\u00a0\u200b\u202f"  # around an action; the last three are invisible
 
 
 def parse_reply(reply: str) -> tuple[str, str | None]:
@@ -937,6 +949,15 @@ def _call_session(session: int, method: str, args: tuple):
     return _sessions.call(session, method, args)
 
 
+@functools.cache
+def _start_resource_tracker() -> None:
+    """Start multiprocessing's helper process. It ignores SIGINT and SIGTERM, but not SIGHUP, which
+    may go to the whole process group; then each semaphore would end in a traceback."""
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])
+    resource_tracker.ensure_running()  # inherits what is blocked
+    signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
 class ProcessExecutor:
     """A process of this machine that runs `WorkerSessions.call`."""
 
@@ -944,6 +965,7 @@ class ProcessExecutor:
 
     def __init__(self, env: str, sessions: int):
         spawn = multiprocessing.get_context("spawn")
+        _start_resource_tracker()
         self.pool = ProcessPoolExecutor(1, spawn, _start_worker, (env, sessions))
         others = set(multiprocessing.active_children())
         self.pool.submit(os.getpid)  # starts the process, without waiting for its imports
@@ -1372,18 +1394,20 @@ def api_address() -> str:
     return server_addresses(address)[0]
 
 
+@functools.cache
 def is_loopback(url: str) -> bool:
-    """Whether a URL leads to this machine, by a name that every machine has for itself."""
+    """Whether a URL leads to this machine: its host has a loopback address."""
     _, host, _ = origin(url)
-    host = host.rstrip(".")
-    if host == "localhost" or host.endswith(".localhost"):
-        return True
     try:
-        address = ipaddress.ip_address(host)
-    except ValueError:  # a name
+        found = socket.getaddrinfo(host.rstrip("."), None)
+    except (OSError, UnicodeError):  # only the proxy may know the name
         return False
-    address = getattr(address, "ipv4_mapped", None) or address
-    return address.is_loopback or address.is_unspecified
+    for *_, socket_address in found:
+        address = ipaddress.ip_address(socket_address[0])
+        address = getattr(address, "ipv4_mapped", None) or address
+        if address.is_loopback or address.is_unspecified:
+            return True
+    return False
 
 
 def http_client(client_class, address: str, **settings):
@@ -1528,8 +1552,11 @@ def choose_model(name: str, models: list[dict], address: str) -> str:
     for model in models:
         if name and plain_name(name) in map(plain_name, names_of(model)):
             return model["id"]
+    if name and any(fnmatch.fnmatchcase(name, pattern) for pattern in ids):  # LiteLLM's openai/*
+        return name
     # vLLM has an entry for each name of a model, and these have the same `root`
-    if len({(model.get("root") or model["id"], model.get("parent")) for model in models}) == 1:
+    roots = {str((model.get("root") or model["id"], model.get("parent"))) for model in models}
+    if len(roots) == 1:
         if name:
             say_once(f"{address} has {ids[0]}, not {name}: {ids[0]} is asked")
         return ids[0]
@@ -1680,11 +1707,17 @@ class AnswerError(ValueError):
 def choice_in(answer):
     """The completion in an answer of the client, which does not check what a server sends: it has a
     `message`. Raises `AnswerError` if there is none."""
+    choice = None
     try:
         choice = answer.choices[0]
         content = choice.message.content
     except (LookupError, TypeError, AttributeError):
-        raise AnswerError(getattr(answer, "model_extra", answer)) from None
+        if isinstance(answer, list) and answer:  # Gemini's errors
+            answer = answer[0]
+        body = getattr(answer, "model_extra", answer)
+        if choice:  # Gemini's filter leaves no message
+            body = {**body, "finish_reason": getattr(choice, "finish_reason", None)}
+        raise AnswerError(body) from None
     if not content and getattr(choice, "error", None):  # OpenRouter's place for it
         raise AnswerError({"error": choice.error})
     return choice
@@ -1710,7 +1743,9 @@ def text_of_part(part) -> str:
         return part
     if not isinstance(part, dict) or part.get("type", "text") not in ("text", "output_text"):
         return ""
-    text = part.get("text")
+    text = part.get("text", part.get("content"))
+    if isinstance(text, dict):
+        text = text.get("value")
     return text if isinstance(text, str) else ""
 
 
@@ -1722,6 +1757,8 @@ def count_in(usage, name: str) -> int | None:
 # seconds after which a lost server is asked for its health; they double each time it is lost
 LOOK_PAUSE = 5.0
 LONGEST_LOOK_PAUSE = 300.0
+# statuses of a proxy whose server is down; from 520 on they are Cloudflare's
+SERVER_DOWN = (502, 503, 504, *range(520, 531))
 
 
 class Endpoint:
@@ -1735,15 +1772,16 @@ class Endpoint:
         self.look_at = 0.0  # when a lost server is asked for its health
 
     async def is_healthy(self) -> bool:
-        """Whether the server answers: it need not have a list of models."""
+        """Whether the server answers, whatever it says: it need not have a list of models."""
         import openai
 
         TIME_LIMIT.set(None)
         try:
-            await self.client.with_options(max_retries=0, timeout=2.0).models.list()
+            client = self.client.with_options(max_retries=0, timeout=2.0)
+            await client.models.with_raw_response.list()
         except openai.APIStatusError as e:
-            return e.status_code < 500
-        except (openai.OpenAIError, LookupError, TypeError, ValueError, AttributeError):
+            return e.status_code not in SERVER_DOWN
+        except openai.OpenAIError:
             return False
         return True
 
@@ -1937,26 +1975,32 @@ class Model:
                 retry += 1
         self._raise_if_filtered(choice)
         limited = choice.finish_reason == "length"
-        text, cut_off = self._without_thinking(choice.message, limited)
         prompt_tokens = count_in(answer.usage, "prompt_tokens")
         completion_tokens = count_in(answer.usage, "completion_tokens")
+        if limited and completion_tokens == 0 and not choice.message.content:  # LMDeploy
+            raise ContextOverflow(f"a prompt fills the context of {self.where}")
+        text, cut_off = self._without_thinking(choice.message, limited, "stop" in body)
         return Reply(text, prompt_tokens, completion_tokens, cut_off, limited)
 
-    def _without_thinking(self, message, limited: bool) -> tuple[str, bool]:
+    def _without_thinking(self, message, limited: bool, stops: bool) -> tuple[str, bool]:
         """(the text of a message without thinking, whether it ended while the model was thinking).
-        `limited`: it ended at the token limit.
+        `limited`: it ended at the token limit. `stops`: a stop string may have ended it.
 
         Thinking is in the text, between tags, or in a field of its own, or hidden."""
         text = text_of(message.content)
         fields = message.model_extra or {}
         thinking = fields.get("reasoning_content") or fields.get("reasoning")
         if not text.strip() and (thinking or (limited and not text)):
-            return "", True
+            if limited or self.thinking.effort != "none":
+                return "", True
+            text = text_of(thinking)  # of a model that was told not to think: it is the answer
         if limited and text == thinking:  # some servers repeat the thinking as the text
             return "", True
         answer, cut_off = split_thinking(text)
-        if answer == text and self.template_opens_thinking and limited and not thinking:
-            return "", True
+        if answer == text and self.template_opens_thinking and not thinking:
+            if limited or stops:
+                return "", True
+            self.template_opens_thinking = False  # a whole reply without its closing tag
         if answer != text and closes_unopened_thinking(text):
             self.template_opens_thinking = True
         return answer, cut_off
@@ -1968,7 +2012,7 @@ class Model:
         import openai
 
         lost = isinstance(e, TimeoutError | openai.APIConnectionError)
-        if not lost and getattr(e, "status_code", None) not in (502, 503, 504):
+        if not lost and getattr(e, "status_code", None) not in SERVER_DOWN:
             return False
         if self.alive == [endpoint]:
             await self._look_for_lost(all_of_them=True)
@@ -2002,7 +2046,8 @@ class Model:
     def _raise_if_filtered_out(self, e: Exception) -> None:
         """Raise `RequestRefused` if an answer without a completion says that a content filter has
         taken it out."""
-        said = str(getattr(e, "body", ""))
+        # a field without a value says nothing: MiniMax sends input_sensitive with every answer
+        said = re.sub(r"'\w+': (False|None|0|'')", "", text_of(str(getattr(e, "body", ""))))
         has_status = getattr(e, "status_code", None) is not None  # `_error_of` looks at those
         if FILTERED.search(said) and not has_status:
             raise RequestRefused(f"{self.where} answers without text: {said[:300]}")
@@ -2014,7 +2059,7 @@ class Model:
             return
         refusal = text_of(getattr(choice.message, "refusal", None))
         native = getattr(choice, "native_finish_reason", "")  # OpenRouter's
-        reasons = f"finish_reason {choice.finish_reason} {native}"
+        reasons = text_of(f"finish_reason {choice.finish_reason} {native}")
         if refusal or FILTERED.search(reasons):
             raise RequestRefused(f"{self.where} answers without text: {(refusal or reasons)[:300]}")
 
@@ -2040,6 +2085,9 @@ class Model:
             403: self.key_advice,
             404: f"does it have a model {self.name!r}? (most URLs of servers end in /v1)",
         }
+        if status in (301, 302, 303):
+            location = e.response.headers.get("location")
+            hints[status] = f"it redirects to {location}: name that address"
         if status in hints:
             return InputError(f"{self.where} {what}; {hints[status]}")
         if not is_transient(status):  # the request is wrong in itself: what the server said must do
@@ -2062,6 +2110,9 @@ def reason_of(e: Exception) -> str:
     import openai
 
     said = texts_of(getattr(e, "body", None)) or str(e)
+    document = getattr(e, "doc", "")  # that should be JSON
+    if document.lstrip().startswith("<"):
+        said = texts_of(document)
     lost = isinstance(e, openai.APIConnectionError) and not isinstance(e, openai.APITimeoutError)
     cause = e if lost else None
     while cause:
@@ -2105,21 +2156,23 @@ PROMPT_TOO_LONG = re.compile(
     # Anthropic, Gemini, SGLang, Mistral, ...: "prompt is too long", "The input token count (9000)
     # exceeds the maximum", "The input (9000 tokens) is longer than the model's context length"
     r"|\b(prompts?|inputs?|messages?|conversation|request|context|sequence)\b(?! should).{0,60}"
-    r"(\bexceed|too (long|large|big|many tokens)|overflow"
+    r"(\bexceed|too (long|large|big|many tokens)|overflow|\btokens\b.{0,10} over the limit"
     r"|(longer|greater|larger|more) than.{0,40}(context|length|max_\w*len|tokens))"
     # llama-cpp-python: "Requested tokens (9000) exceed context window of 4096"
-    r"|exceed\w*.{0,40}(context|prompt|input|sequence)"
+    r"|exceed\w*.{0,40}(context|prompt|input|sequence|message tokens)"
     # TGI, SiliconFlow: "`inputs` tokens + `max_new_tokens` must be <= 4096"
     r"|\b(inputs|prompt\w*)\W.{0,40}must (be|have) (<|less|at most|fewer)"
-    # Cohere, older vLLM, Groq, Cerebras, Qwen, LM Studio, older llama.cpp
-    r"|too many (\w+ )?tokens|max_tokens must be at least 1, got -"
+    # Cohere, vLLM, Groq, Cerebras, Qwen, LM Studio, older llama.cpp
+    r"|too many (\w+ )?tokens|max_(\w+_)?tokens must be at least 1, got -"
+    r"|max tokens of \d+ exceeded|prompt length \d+ >|\bn_ctx\b"
     r"|reduce (the )?(length of )?(the |your )?(messages?|prompts?|inputs?)"
     r"|current length is|range of input length|context the overflows|context shift is disabled",
     re.IGNORECASE | re.DOTALL,
 )
-TOO_MUCH_ELSE = re.compile(  # words of rate limits, time limits and bills
-    r"\b(rate|quotas?|credits?|budget|timeout|timed out|deadline|time limit|took)\b"
-    r"|per[ _-](minute|min|hour|day|second)|too many requests",
+TOO_MUCH_ELSE = re.compile(  # words of rate limits, time limits, bills and busy servers
+    r"\b(rate|quotas?|credits?|(?<!thinking )budget|timeout|timed out|deadline|time limit|took)\b"
+    r"|per[ _-](minute|min|hour|day|second)|too many requests"
+    r"|queue|retries exceeded|concurren|in.?flight|out of memory|available memory",
     re.IGNORECASE,
 )
 
@@ -2128,7 +2181,7 @@ def is_too_long(status: int | None, said: str) -> bool:
     """Whether an error says that the prompt does not fit into the model's context."""
     if status == 413 or "request too large for" in said.lower():
         return True
-    if status in (401, 402, 403, 404, 429):
+    if status in (401, 402, 403, 404, 408, 429):
         return False
     if status is not None and status >= 500 and not re.search(r"context|prompt", said, re.I):
         return False  # a queue or a memory that is too small
@@ -2162,15 +2215,18 @@ def is_refusal(status: int | None, said: str) -> bool:
 
 UNSUPPORTED = re.compile(
     r"\bun(supported|known|recogni[sz]ed|expected)\b|(unsupported|unknown|not_supported)_|deprecated"
-    r"|extra_forbidden|\bextra(neous)? (inputs?|fields?|keys?|param)|additional propert"
+    r"|forbidden|\bextra(neous)? (inputs?|fields?|keys?|param)|additional propert"
     r"|cannot find field|no longer|incompatible|cannot be used"
     r"|(\bnot|n't)( yet| currently)?( be)? (support|permitted|allowed|implemented|available|accept"
-    r"|recogni[sz]ed|compatible|a valid (field|param|arg|property|key|option))",
+    r"|recogni[sz]ed|compatible|a valid (field|param|arg|property|key|option))"
+    r"|invalid (param(eter)?|arg(ument)?|field): \w+(, |\W?$)",
     re.IGNORECASE,
 )
+# "unknown field `seed`, expected one of `messages`, `stop`": the others are not meant
+UNKNOWN_NAME = re.compile(r"\bun(?:known|recogni[sz]ed) \w+\W{1,3}(\w+)", re.IGNORECASE)
 # reasoning models of OpenAI, Anthropic and Moonshot: "Only the default (1) value is supported."
 ONLY_ONE_VALUE = re.compile(
-    r"only (the default|(temperature ?= ?)?1(\.0)?\b(?!\.\d))|only be set to 1\b", re.IGNORECASE
+    r"only (the default|temperature ?= ?\d|\d(\.\d+)? is )|only be set to 1\b", re.IGNORECASE
 )
 BAD_VALUE = re.compile(
     r"\brange\b|must be|should be|less than|greater than|at least|at most|between|minimum|maximum"
@@ -2187,7 +2243,10 @@ def unsupported_parameters(said: str, param: str | None, body: dict) -> list[str
     names in its field for that. A value that is out of range is another error."""
     if "temperature" in body and "temperature" in said and ONLY_ONE_VALUE.search(said):
         return ["temperature"]
-    names = []
+    said = said.replace("body.", "").replace("$.", "")  # before a name
+    names = [name for name in UNKNOWN_NAME.findall(said) if name in body and name not in NEEDED]
+    if names:
+        return names
     if UNSUPPORTED.search(said) and not BAD_VALUE.search(said):
         names = named_parameters(said, param, body)
     if names:
@@ -2208,7 +2267,8 @@ def named_parameters(said: str, param: str | None, body: dict) -> list[str]:
         return quoted
     named = []
     for name in names:
-        spelled = name.replace("_", "_?")  # xAI says reasoningEffort
+        # vLLM says chat_template, xAI reasoningEffort
+        spelled = name.replace("_kwargs", "(_kwargs)?").replace("_", "_?")
         if re.search(rf"(?<![\w.-]){spelled}(?![\w-])", said, re.IGNORECASE):
             named.append(name)
     return named
@@ -2270,6 +2330,8 @@ def patient_client(connections: int, address: str):
             pauses = 0
             while True:
                 response = await super().send(request, **options)
+                if response.request.method != request.method:  # a 302 makes a GET of a POST
+                    return response.history[0]
                 if response.status_code < 400:
                     return response
                 pause = pause_before(response, pauses, waited)
@@ -2656,8 +2718,10 @@ START_ERRORS = [
     ),
 ]
 
-# vLLM's "(EngineCore pid=9) ERROR 11-29 08:00:00 [core.py:9] "; not all lines have both parts
-LOG_PREFIX = re.compile(r"(\([^)]*pid=\d+\) ?)?((?P<level>[A-Z]+) [\d-]+ [\d:.]+ \[?[^]]*\] ?)?")
+# vLLM's "(EngineCore pid=9) ERROR 11-29 08:00:00 [core.py:9] [rank0]: "; most lines have a part
+LOG_PREFIX = re.compile(
+    r"(\([^)]*pid=\d+[^)]*\) ?)*((?P<level>[A-Z]+) [\d-]+ [\d:.]+ \[?[^]]*\] ?)?(\[rank\d+\]: )?"
+)
 # the last line of a traceback, and other errors
 ERROR_LINE = re.compile(
     r"[A-Za-z_][\w.]*(Error|Exception|Exit|Expired|Timeout)(: |$)|"
@@ -2668,23 +2732,27 @@ POINTER = re.compile(r"initialization failed|root cause")
 
 
 def start_reason(log: str) -> tuple[str, str]:
-    """(the error that a server's log begins with, what to change); empty if they are not known."""
+    """(the first error of a server's log, what to change); empty if they are not known."""
     lines = error_lines(log)
-    for line in lines:
+    reason = first_error(lines)
+    candidates = [reason] if reason else lines
+    for line in candidates:
         for pattern, advice in START_ERRORS:
             if re.search(pattern, line):
                 return line.strip()[:500], advice
-    pointer = ""
-    for i, line in enumerate(lines):
-        if not ERROR_LINE.match(line):
-            continue
-        if POINTER.search(line):
-            pointer = line
-            continue
-        if lines[i + 1 :] and re.match(r"  (?!File )\S", lines[i + 1]):
-            line += lines[i + 1][1:]  # in pydantic's errors, the next line says what is wrong
-        return line.strip()[:500], ""
-    return pointer.strip()[:500], ""
+    if not reason:
+        reason = next((line for line in lines if POINTER.search(line)), "")
+    return reason.strip()[:500], ""
+
+
+def first_error(lines: list[str]) -> str:
+    """The first line that is an error, and not one that points to another."""
+    for line, following in itertools.pairwise([*lines, ""]):
+        if ERROR_LINE.match(line) and not POINTER.search(line):
+            if re.match(r"  (?!File )\S", following):  # pydantic says there what is wrong
+                line += following[1:]
+            return line
+    return ""
 
 
 def error_lines(log: str) -> list[str]:
@@ -3255,10 +3323,13 @@ def reply_header(messages: list[dict], tokenizer, where: str) -> str:
 
 def end_of_thinking(prompt: str) -> str:
     """What a model that is not to think writes first. Generation prompts without a switch may have
-    begun its thinking: it ends that at once, so that the reply is not taken for a thought."""
-    if not prompt.rstrip().endswith("<think>"):
+    begun its thinking, as "<think>" or "[THINK]": it ends that at once, so that the reply is not
+    taken for a thought."""
+    tag = re.search(r"([<\[])(think|thought)([>\]])(\s*)\Z", prompt, re.IGNORECASE)
+    if tag is None:
         return ""
-    return "</think>\n\n" if prompt.endswith("\n") else "</think>"
+    end = f"{tag[1]}/{tag[2]}{tag[3]}"
+    return f"{end}\n\n" if tag[4] else end
 
 
 def same_text(content: str, reply: str) -> bool:

@@ -270,6 +270,7 @@ TEMPLATES = {
         "<|im_end|>",
         False,
     ),
+    "thought": (R1.replace("<think>", "<thought>"), "</thought>\n\n", "<|endoftext|>", True),
     "forgets thoughts": (FORGETS_THOUGHTS, "", "<|im_end|>", False),
 }
 
