@@ -4380,9 +4380,12 @@ def cache_sizes(model) -> tuple[int, int]:
     try:
         with torch.no_grad(), torch.device("meta"), made_up_values():
             output = model.eval()(input_ids=token, use_cache=True)
-    except Exception:  # a layer that looks at more values: as much as attention without groups
-        layers = len(decoder_layers(model))
-        return 2 * BYTES_SAVED * layers * model.get_input_embeddings().weight.shape[1], 0
+    except Exception:  # a layer that looks at more values, or runs on a GPU alone: at most this
+        config = model.config.get_text_config()
+        width = model.get_input_embeddings().weight.shape[1]
+        if getattr(config, "num_key_value_heads", None) and getattr(config, "head_dim", None):
+            width = config.num_key_value_heads * config.head_dim
+        return 2 * BYTES_SAVED * len(decoder_layers(model)) * width, 0
     cache_bytes = 0
     window_bytes = 0
     cache = getattr(output, "past_key_values", None)

@@ -288,6 +288,23 @@ def test_quantized_weights_are_served_and_not_trained(tmp_path, tiny_model, sett
         common.load_model(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    "kind, config, token",
+    [("qwen3_5_text", FOUR, 4 * 4 * 4 * 256), ("gpt2", {}, 12 * 4 * 768)],
+)
+def test_sizes_of_a_model_that_runs_on_a_gpu_alone(
+    tmp_path, tiny_model, monkeypatch, kind, config, token
+):
+    """Every layer counts then, as attention to all tokens."""
+
+    def needs_a_gpu():
+        raise RuntimeError("Pointer argument cannot be accessed from Triton (cpu tensor?)")
+
+    monkeypatch.setattr(common, "made_up_values", needs_a_gpu)
+    sizes = sizes_of(tmp_path, tiny_model, kind, **config)
+    assert (sizes.cache_bytes, sizes.window_bytes) == (token, 0)
+
+
 def test_quantized_weights_inside_a_wrapper(tmp_path):
     from transformers import AutoConfig
 
