@@ -3081,15 +3081,19 @@ def load_model(name: str):
     from transformers import AutoConfig, AutoTokenizer
 
     try:
+        config = AutoConfig.from_pretrained(name)
+        reason = why_not_trained(name, config)
+        if reason:
+            raise InputError(reason)
         tokenizer = AutoTokenizer.from_pretrained(name)
-        loader = model_class(AutoConfig.from_pretrained(name))
+        if not tokenizer.chat_template:
+            raise InputError(f"the tokenizer of {name} has no chat template: training needs one")
+        loader = model_class(config)
         model = loader.from_pretrained(name, dtype="auto", use_safetensors=True)
-    except (OSError, ValueError, TypeError, SafetensorError) as e:
+    except (OSError, ValueError, TypeError, ImportError, RuntimeError, SafetensorError) as e:
         raise InputError(
-            f"cannot load {name}, as a model directory or from the Hub: {str(e).splitlines()[0]}"
+            f"cannot load {name}, as a model directory or from the Hub: {first_line(e)}"
         ) from None
-    if not tokenizer.chat_template:
-        raise InputError(f"the tokenizer of {name} has no chat template: training needs one")
     check_saving(model, tokenizer, name)
     return model, tokenizer
 
@@ -3106,15 +3110,38 @@ def model_class(config):
     return transformers.AutoModelForCausalLM
 
 
-def decoder_layers(model) -> list:
-    """The decoder layers of a model: of its lists of modules, the one with the most weights."""
+def decoder_layers(model):
+    """The decoder layers, a ModuleList: of a model's lists of modules, the one with the most
+    weights."""
     import torch
 
     for part in (model.get_decoder(), model):
         lists = [m for m in part.modules() if isinstance(m, torch.nn.ModuleList)]
         if lists:
-            return list(max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters())))
+            return max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters()))
     raise InputError(f"{model.config.model_type} models have no list of decoder layers")
+
+
+def why_not_trained(name: str, config) -> str:
+    """Why a model cannot be trained: its weights are quantized, and what is trained could not be
+    saved in their format. Empty if it can be."""
+    from transformers.utils import cached_file
+
+    method = ""
+    for part in (config, config.get_text_config()):
+        settings = getattr(part, "quantization_config", None)
+        if settings:
+            method = settings.get("quant_method", "bitsandbytes")  # its old files name none
+    if not method:
+        with contextlib.suppress(OSError):  # there is no such file
+            cached_file(name, "hf_quant_config.json")
+            method = "modelopt"
+    if not method:
+        return ""
+    return (
+        f"the weights of {name} are quantized ({method}), and cannot be trained: take the weights "
+        "that they were made from, such as the model's BF16 version"
+    )
 
 
 def check_saving(model, tokenizer, name: str) -> None:
@@ -3123,6 +3150,7 @@ def check_saving(model, tokenizer, name: str) -> None:
         with tempfile.TemporaryDirectory() as folder:
             model.config.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
+            copy_processors(model, name, folder)  # downloads them, while there is a network
     except OSError:  # of the temporary folder, not of the model
         return
     except Exception as e:
@@ -3145,6 +3173,18 @@ def save_model(model, folder) -> None:
     if model.generation_config is not generation_config:
         file = Path(folder) / "generation_config.json"
         generation_config.to_json_file(file, keys_to_pop=["compile_config"])
+
+
+def copy_processors(model, name: str, folder) -> None:
+    """Copy the settings of image, video and audio processors from the base model `name`, if the
+    model has more parts than its text model: servers need them."""
+    from transformers.utils import cached_file
+
+    if not model.config.sub_configs:
+        return
+    for file in ("preprocessor_config", "processor_config", "video_preprocessor_config"):
+        with contextlib.suppress(OSError):  # the base model has no such file
+            shutil.copy(cached_file(name, f"{file}.json"), folder)
 
 
 def turn_thinking_off(tokenizer) -> None:
@@ -3365,6 +3405,46 @@ def why_rewritten(text: str, turns: list[Turn]) -> str:
         f"the chat template rewrites earlier turns: at reply {number + 1} the model has "
         f"{own[same : same + 40]!r}, and later reads {text[same : same + 40]!r} instead"
     )
+
+
+def check_rows(model, examples: list[Example], data_path: str) -> None:
+    """Raise `InputError` if a row has a token without an embedding, or more tokens than a table of
+    positions has."""
+    embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
+    vocabulary = min(len(module.weight) for module in embeddings if module is not None)
+    positions = table_of_positions(model)
+    for example in examples:
+        where = f"{data_path}:{example.line}"
+        for sequence in example.sequences:
+            highest = max(sequence.ids)
+            if highest >= vocabulary:
+                raise InputError(
+                    f"{where}: the tokenizer gives token {highest}, and the model has embeddings "
+                    f"of 0 to {vocabulary - 1}: take the tokenizer that belongs to the model"
+                )
+            if len(sequence.ids) > positions:
+                raise InputError(
+                    f"{where}: {len(sequence.ids)} tokens, and the model has {positions} "
+                    f"positions: --max_length {positions} skips such rows"
+                )
+
+
+def table_of_positions(model) -> float:
+    """The number of positions of a model that looks them up in a table, as GPT-2 and OPT do; OPT's
+    table has two more rows. Infinity if positions are computed."""
+    import torch
+
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is None:
+        return math.inf
+    decoder = model.get_decoder()
+    tables = list(decoder.buffers())  # of sines, GPT-J
+    for module in decoder.modules():
+        if isinstance(module, torch.nn.Embedding) and module is not model.get_input_embeddings():
+            tables.append(module.weight)
+    if any(table.dim() == 2 and limit <= len(table) < limit + 8 for table in tables):
+        return limit
+    return math.inf
 
 
 def hold_out(examples: list[Example], a) -> tuple[list[Example], list[Example]]:
@@ -4168,6 +4248,7 @@ class Training:
             save_model(model, folder)
             turn_thinking_off(self.tokenizer)
             self.tokenizer.save_pretrained(folder)
+            copy_processors(model, self.a.model, folder)
             write_rows(folder / "metrics.jsonl", self.log)
             self._write_card(folder / "README.md", method)
             self._replace_out(folder)
@@ -4539,11 +4620,12 @@ class ModelSizes:
     parameters: int
     layers: int
     hidden: int  # hidden size
-    heads: int  # attention heads
+    heads: int  # attention heads, 0 if it has none
     vocabulary: int
     context: float  # longest context, tokens
     serving_bytes: int  # of the weights
-    cache_bytes: int  # of a token's keys and values
+    cache_bytes: int  # of a token's keys and values, in the layers that keep those of all tokens
+    window_bytes: int  # of the keys and values of a whole window, in the other layers
     activation_bytes: int  # of a token, which a layer keeps for the backward pass
     gathered_parameters: int  # that are whole at one time in training
     adapter_parameters: int  # of LoRA adapters of rank 1
@@ -4553,52 +4635,82 @@ class ModelSizes:
 def model_sizes(name: str) -> tuple[ModelSizes, float]:
     """(sizes of a local model, bytes to download). Raises `InputError` if it cannot be used."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
+    from transformers.pytorch_utils import Conv1D
 
     folder, download = find_model(name)
     try:
         check_model(str(folder))
         config = AutoConfig.from_pretrained(folder)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    except (InputError, OSError, ValueError, KeyError) as e:
-        first = str(e).strip().splitlines()[0]
-        raise InputError(first.replace(str(folder), name)) from None
+            loader = model_class(config)
+            build = getattr(loader, "from_config", None) or loader._from_config
+            model = build(config, dtype=torch.bfloat16)
+    except Exception as e:  # of a configuration that its own class does not understand
+        raise InputError(first_line(e).replace(str(folder), name)) from None
     text = config.get_text_config()
-    layers = model.get_decoder().layers
+    layers = decoder_layers(model)
     parameters = sum(p.numel() for p in model.parameters())
     in_layers = sum(p.numel() for p in layers.parameters())
-    heads = text.num_attention_heads
-    key_value_heads = getattr(text, "num_key_value_heads", None) or heads
-    head_size = getattr(text, "head_dim", None) or text.hidden_size // heads
-    quantized = hasattr(config, "quantization_config")
-    linear = [m for m in layers.modules() if isinstance(m, torch.nn.Linear)]
+    linear = [m for m in layers.modules() if isinstance(m, torch.nn.Linear | Conv1D)]
+    vocabulary, hidden = model.get_input_embeddings().weight.shape
+    intermediate = getattr(text, "intermediate_size", None) or 4 * hidden
+    if isinstance(intermediate, list):  # of each layer
+        intermediate = max(intermediate)
+    refusal = why_not_trained(name, config)
+    serving_bytes = BYTES_SAVED * parameters
+    if refusal:  # quantized: as large as its files
+        serving_bytes = download or sum(
+            file.stat().st_size for file in folder.glob("*.safetensors")
+        )
+    cache_bytes, window_bytes = cache_sizes(model)
     sizes = ModelSizes(
         name=name,
         parameters=parameters,
         layers=len(layers),
-        hidden=text.hidden_size,
-        heads=heads,
-        vocabulary=text.vocab_size,
-        context=getattr(text, "max_position_embeddings", math.inf),
-        serving_bytes=parameters if quantized else BYTES_SAVED * parameters,
-        cache_bytes=2 * BYTES_SAVED * len(layers) * key_value_heads * head_size,
-        activation_bytes=24 * text.hidden_size
-        + 8 * getattr(text, "intermediate_size", 4 * text.hidden_size),
+        hidden=hidden,
+        heads=getattr(text, "num_attention_heads", 0),
+        vocabulary=vocabulary,
+        context=getattr(text, "max_position_embeddings", None) or math.inf,
+        serving_bytes=serving_bytes,
+        cache_bytes=cache_bytes,
+        window_bytes=window_bytes,
+        activation_bytes=24 * hidden + 8 * intermediate,
         gathered_parameters=parameters - in_layers + in_layers // len(layers),
-        adapter_parameters=sum(m.in_features + m.out_features for m in linear),
-        why_not_trained=why_not_trained(model),
+        adapter_parameters=sum(sum(m.weight.shape) for m in linear),
+        why_not_trained=refusal,
     )
     return sizes, download
 
 
-def why_not_trained(model) -> str:
-    """Why the loops cannot train a model; empty if they can."""
+def cache_sizes(model) -> tuple[int, int]:
+    """(bytes of a token in the layers that keep the keys and values of all tokens, bytes of a whole
+    window in the other layers), in bf16. A model on the meta device, whose tensors have shapes but
+    no values, shows what it keeps of a token. A state of fixed size, as in Mamba's layers, does not
+    count."""
+    import torch
+
+    token = torch.zeros(1, 1, dtype=torch.long, device="meta")
     try:
-        choose_packing(model)
-    except InputError as e:
-        return str(e)
-    return ""
+        with torch.no_grad(), torch.device("meta"):
+            output = model.eval()(input_ids=token, use_cache=True)
+    except Exception:  # a layer that looks at values, such as a router: at most this
+        config = model.config.get_text_config()
+        width = model.get_input_embeddings().weight.shape[1]
+        if getattr(config, "num_key_value_heads", None) and getattr(config, "head_dim", None):
+            width = config.num_key_value_heads * config.head_dim
+        return 2 * BYTES_SAVED * len(decoder_layers(model)) * width, 0
+    cache_bytes = 0
+    window_bytes = 0
+    cache = getattr(output, "past_key_values", None)
+    for layer in cache.layers if cache else []:
+        for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None)):
+            size = 0 if tensor is None else BYTES_SAVED * tensor.numel()
+            if getattr(layer, "is_sliding", False):
+                window_bytes += size * layer.sliding_window
+            else:
+                cache_bytes += size
+    return cache_bytes, window_bytes
 
 
 def find_model(name: str) -> tuple[Path, float]:
@@ -4659,9 +4771,10 @@ def check_api(name: str, url: str | None) -> str:
 
 
 def serving_memory(sizes: ModelSizes, length: int, gpus: int) -> float:
-    """Bytes on each of the `gpus` of a replica, or of the host (0): bf16 weights, the cache of one
+    """Bytes on each of the `gpus` of a replica, or of the host (0): the weights, the cache of one
     context of `length` tokens, 2 GB of buffers."""
-    return (sizes.serving_bytes + length * sizes.cache_bytes) / max(1, gpus) + 2e9
+    cache = length * sizes.cache_bytes + sizes.window_bytes
+    return (sizes.serving_bytes + cache) / max(1, gpus) + 2e9
 
 
 def check_serving_memory(sizes: ModelSizes, max_model_len: int, parallel: int) -> str:
@@ -4681,7 +4794,8 @@ def check_serving_memory(sizes: ModelSizes, max_model_len: int, parallel: int) -
     if uses_vllm():
         cache = 1e9 * float(os.environ.get("VLLM_CPU_KVCACHE_SPACE", 2))
         advice = "set VLLM_CPU_KVCACHE_SPACE (GB) or lower --max_model_len"
-        enough(f"{what} with {length} tokens of context", length * sizes.cache_bytes, cache, advice)
+        need = length * sizes.cache_bytes + sizes.window_bytes
+        enough(f"{what} with {length} tokens of context", need, cache, advice)
     return enough(what, serving_memory(sizes, length, 0), host, "take a smaller model")
 
 

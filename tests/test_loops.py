@@ -41,7 +41,7 @@ from test_training import (
     user,
     with_template,
 )
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import common
 from common import InputError, read_rows, tokenize
@@ -126,6 +126,29 @@ def test_long_rows_are_counted_and_left_out(tmp_path, tokenizer, capsys):
 
 
 # ---- what is saved -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "kind, kept",
+    [
+        ("gemma3", ["preprocessor_config.json", "processor_config.json"]),
+        ("gemma3_text", []),
+    ],
+)
+def test_processors_of_images_are_kept(tmp_path, kind, kept):
+    """Of a model with a vision tower: servers need them. Also before the first step, so that they
+    are downloaded then."""
+    base = tmp_path / "base"
+    out = tmp_path / "out"
+    for folder in (base, out):
+        folder.mkdir()
+    for name in ("preprocessor_config.json", "processor_config.json", "other_config.json"):
+        (base / name).write_text(json.dumps({"of": name}))
+    model = SimpleNamespace(config=AutoConfig.for_model(kind))
+    common.copy_processors(model, str(base), out)
+    assert sorted(file.name for file in out.iterdir()) == kept
+    for name in kept:
+        assert json.loads((out / name).read_text()) == {"of": name}
 
 
 def generation_settings(folder) -> dict:
@@ -293,6 +316,7 @@ class Killed(BaseException):
 
 
 class FakeModel:
+    config = SimpleNamespace(sub_configs={})
     generation_config = GenerationConfig()
 
     def save_pretrained(self, folder: Path) -> None:
