@@ -3111,14 +3111,17 @@ def model_class(config):
 
 
 def decoder_layers(model):
-    """The decoder layers, a ModuleList: of a model's lists of modules, the one with the most
-    weights."""
+    """The decoder layers, a ModuleList: of a model's lists of modules one as long as its
+    configuration says, and of these the one with the most weights."""
     import torch
 
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", 0)
     for part in (model.get_decoder(), model):
         lists = [m for m in part.modules() if isinstance(m, torch.nn.ModuleList)]
         if lists:
-            return max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters()))
+            return max(
+                lists, key=lambda m: (len(m) == count, sum(p.numel() for p in m.parameters()))
+            )
     raise InputError(f"{model.config.model_type} models have no list of decoder layers")
 
 
@@ -3412,7 +3415,7 @@ def check_rows(model, examples: list[Example], data_path: str) -> None:
     positions has."""
     embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
     vocabulary = min(len(module.weight) for module in embeddings if module is not None)
-    positions = table_of_positions(model)
+    positions = position_limit(model)
     for example in examples:
         where = f"{data_path}:{example.line}"
         for sequence in example.sequences:
@@ -3429,14 +3432,20 @@ def check_rows(model, examples: list[Example], data_path: str) -> None:
                 )
 
 
-def table_of_positions(model) -> float:
-    """The number of positions of a model that looks them up in a table, as GPT-2 and OPT do; OPT's
-    table has two more rows. Infinity if positions are computed."""
+def position_limit(model) -> float:
+    """The longest row, in tokens, that a model can be trained on; infinity if there is no limit.
+
+    GPT-2 and OPT look positions up in a table (OPT's has two more rows). Rotary embeddings of the
+    type "dynamic" change with the longest row so far, from this length on."""
     import torch
 
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
     if limit is None:
         return math.inf
+    rotary = getattr(config, "rope_parameters", None) or {}
+    if rotary.get("rope_type") == "dynamic":
+        return limit
     decoder = model.get_decoder()
     tables = list(decoder.buffers())  # of sines, GPT-J
     for module in decoder.modules():
@@ -3610,6 +3619,7 @@ def choose_packing(model, examples: list[Example], a, say=print) -> None:
             reason = why_dependent(model, rows, alone, ROUNDING[a.precision])
         except Exception as e:  # a layer that cannot be called in this way may raise anything
             reason = first_line(e)
+        reshard(model)
         if not reason:
             return
         reasons.append(f"{packing}: {reason}")
@@ -3620,6 +3630,14 @@ def choose_packing(model, examples: list[Example], a, say=print) -> None:
         f"{a.model} cannot compute several rows at once ({'; '.join(reasons)}): each is computed "
         f"alone, about {passes} forward passes an epoch in place of {packs}"
     )
+
+
+def reshard(model) -> None:
+    """Let go of the weights that sharded modules hold whole: after a pass without gradients the
+    model's own, after an error those of a layer."""
+    for module in model.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()
 
 
 def set_packing(model, packing: str) -> None:
@@ -3636,12 +3654,14 @@ def set_packing(model, packing: str) -> None:
 
 
 def rows_to_measure(examples: list[Example], a) -> list[Example]:
-    """A pack like those of the run: the longest row, then the shortest ones."""
+    """A pack as long as those of the run: the longest row, the shortest, and the next longest."""
     tokens = lengths(examples)
     order = sorted(range(len(examples)), key=lambda i: tokens[i])
     rows = [examples[order.pop()]]
     room = a.micro_tokens - max(tokens)
-    for i in order[: a.batch_size]:
+    if order:
+        order.append(order.pop(0))
+    for i in reversed(order[-a.batch_size :]):
         room -= tokens[i]
         if room < 0 and len(rows) > 1:
             break
@@ -3865,7 +3885,6 @@ def prepare_model(model, accelerator, a, examples: list[Example]):
         model = add_adapters(model, a)
     shard(model, accelerator, a.precision)
     choose_packing(model, examples, a, accelerator.print)
-    model.reshard()  # a pass without gradients leaves the root's weights whole
     wrap_layers(model, a)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=a.lr, weight_decay=a.weight_decay, fused=True)
@@ -4692,9 +4711,9 @@ def cache_sizes(model) -> tuple[int, int]:
 
     token = torch.zeros(1, 1, dtype=torch.long, device="meta")
     try:
-        with torch.no_grad(), torch.device("meta"):
+        with torch.no_grad(), torch.device("meta"), made_up_values():
             output = model.eval()(input_ids=token, use_cache=True)
-    except Exception:  # a layer that looks at values, such as a router: at most this
+    except Exception:  # a layer that looks at more values, or runs on a GPU alone: at most this
         config = model.config.get_text_config()
         width = model.get_input_embeddings().weight.shape[1]
         if getattr(config, "num_key_value_heads", None) and getattr(config, "head_dim", None):
@@ -4711,6 +4730,25 @@ def cache_sizes(model) -> tuple[int, int]:
             else:
                 cache_bytes += size
     return cache_bytes, window_bytes
+
+
+def made_up_values():
+    """A context in which layers on the meta device may look at values: each is 1, and one of a
+    tensor is not zero, as where experts look for their tokens."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    aten = torch.ops.aten
+
+    class MadeUpValues(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is aten._local_scalar_dense.default:
+                return 1
+            if function is aten.nonzero.default:
+                return args[0].new_zeros((1, args[0].dim()), dtype=torch.long)
+            return function(*args, **(kwargs or {}))
+
+    return MadeUpValues()
 
 
 def find_model(name: str) -> tuple[Path, float]:
