@@ -531,8 +531,11 @@ def adapted(plan: str, source: str, target: str) -> str:
         if tag != "equal":
             from_source += [*first[i:j], GAP]
             from_target += [*second[k:m], GAP]
-    old = names_in(from_source, from_target)
-    new = names_in(from_target, from_source)
+    old = names_in(from_source)
+    new = names_in(from_target)
+    if len(old) != len(new):  # without words that only moved
+        old = names_in(from_source, from_target)
+        new = names_in(from_target, from_source)
     if not old or len(old) != len(new):
         return plan
     replacement = dict(zip(old, new, strict=True))
@@ -551,8 +554,8 @@ def last_paragraph(instruction: str) -> list[str]:
     return [GAP if word in FUNCTION_WORDS else word for word in words]
 
 
-def names_in(words: list[str], others: list[str]) -> list[str]:
-    """The runs of words between gaps, without words that `others` has, too: these only moved."""
+def names_in(words: list[str], others=()) -> list[str]:
+    """The runs of words between gaps, without words that `others` has, too."""
     own = [word for word in words if word == GAP or word not in others]
     runs = " ".join(own).split(GAP)
     return [run.strip() for run in runs if run.strip()]
@@ -1187,7 +1190,8 @@ def last_comparison(out: str, conditions: list[dict]) -> dict | None:
 
 
 def write_report(a: ReportArgs) -> str:
-    """Write and print tables, figures and report of all that was played."""
+    """Write tables, figures and report of all that was played. Print the tables, then what MPO's
+    planner has learnt: a task's plans before and after, and the table of the planners."""
     by_path = {Path(out).resolve(): str(Path(out)) for out in a.out}
     folders = list(by_path.values())  # each once
     several = len(folders) > 1
@@ -1208,7 +1212,16 @@ def write_report(a: ReportArgs) -> str:
         judged = last_comparison(folders[0], conditions)
     results, differences = summarise(conditions, a.seed, several)
     text = report.write(folder, conditions, outdated, results, differences, judged)
-    print(f"\n{text}\nwritten to {folder}/results.md, results.json, results.png, report.html")
+    print(f"\n{text}")
+    learnt = report.what_was_learnt(conditions)
+    if learnt:
+        print(f"{learnt}\n")
+        table = tables.paper_tables(results, differences).get("table3")
+        if table:
+            print(table.markdown())
+    print(f"tables:  {folder}/results.md, results.json")
+    print(f"picture: {folder}/results.png")
+    print(f"report:  {folder}/report.html")
     return text
 
 
