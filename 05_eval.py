@@ -494,9 +494,9 @@ def best_of_types(out: str) -> dict[str, TypePlan]:
     ranked = []
     for (kind, plan), of_tasks in gains.items():
         several = len(of_tasks) > 1
-        gain = round(mean(of_tasks.values()), 9)  # the same gains are equal, however they add up
+        average = round(mean(of_tasks.values()), 9)  # equal gains are equal, in any order
         source = max(of_tasks, key=of_tasks.get)
-        ranked.append((several, gain, plan, kind, instructions[source]))
+        ranked.append((several, average, plan, kind, instructions[source]))
     best = {}
     for _, _, plan, kind, instruction in sorted(ranked):  # a better one replaces the one before
         best[kind] = TypePlan(plan, instruction)
