@@ -3994,17 +3994,19 @@ def add_adapters(model, a):
     from peft import LoraConfig, get_peft_model
     from transformers.pytorch_utils import Conv1D  # GPT-2's linear layers
 
-    in_layers = set()
-    for layer in decoder_layers(model):
-        in_layers.update(layer.modules())
+    apart = set()
+    for layer in layers_apart(model):  # adapters of a shared weight would be merged twice
+        apart.update(layer.modules())
     targets = []
     for name, module in model.named_modules():
         # not of subclasses: routers may be called in another way
-        if module in in_layers and type(module) in (torch.nn.Linear, Conv1D):
+        if module in apart and type(module) in (torch.nn.Linear, Conv1D):
             mixer = model.get_submodule(name.rpartition(".")[0])
             # fused kernels of state space layers take the weights of their `out_proj` themselves
             if not (name.endswith(".out_proj") and hasattr(mixer, "conv1d")):
                 targets.append(name)
+    if not targets:
+        raise InputError(f"{a.model} has no linear layer for adapters: set --lora_rank 0")
     torch.manual_seed(a.seed)  # every process and every run begins with the same adapters
     config = LoraConfig(
         r=a.lora_rank, lora_alpha=2 * a.lora_rank, target_modules=targets, task_type="CAUSAL_LM"
@@ -4039,7 +4041,7 @@ def shard(model, accelerator, precision: str) -> None:
 
 
 def layers_apart(model) -> list:
-    """The decoder layers without those that share weights, which cannot be sharded one by one."""
+    """The decoder layers without those that share weights: they cannot be sharded one by one."""
     layers = decoder_layers(model)
     owners = collections.Counter(id(p) for layer in layers for p in set(layer.parameters()))
     return [layer for layer in layers if all(owners[id(p)] == 1 for p in layer.parameters())]

@@ -766,8 +766,8 @@ def test_two_processes_load_the_checkpoint(tmp_path, tokenizer, tied, settings):
 
 @pytest.mark.slow
 def test_memory_of_loading_on_two_processes(tmp_path, tokenizer):
-    """Two processes need less than 1.7 GB more than one to load 1 GB of bf16 weights, and to measure
-    how rows are computed. Peaks are of
+    """Two processes need less than 1.7 GB more than one to load 1 GB of bf16 weights, and to
+    measure how rows are computed. Peaks are of
     resident memory, as the kernel keeps them: pages of the file that both have mapped count twice,
     so the sum is at least what they use."""
     shape = {"hidden_size": 2048, "intermediate_size": 5632}
