@@ -111,11 +111,11 @@ def main(a: Args) -> None:
     world = accelerator.num_processes
     rank = accelerator.process_index
     model, tokenizer = common.load_model(a.model)
-    share_prefix = model.packing == "rows"  # compute what a row's sequences share once
     train, held_out = common.hold_out(load_rows(a, tokenizer, accelerator.print), a)
+    model, optimizer = common.prepare_model(model, accelerator, a, train + held_out)
+    share_prefix = model.packing == "rows"  # compute what a row's sequences share once
     # schedule[optimizer step][micro-batch]: indices of training rows
     schedule = common.batch_schedule(common.lengths(train, share_prefix), a, world)
-    model, optimizer = common.prepare_model(model, accelerator, a)
     run = common.Training(a, accelerator, model, optimizer, tokenizer, len(schedule))  # may resume
 
     bar = run.progress_bar("sft")

@@ -29,6 +29,7 @@ import functools
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import ipaddress
 import itertools
 import json
@@ -3002,7 +3003,8 @@ def target_count(sequence: Sequence) -> int:
 
 
 def load_model(name: str):
-    """(model, tokenizer): the weights in the dtype they were saved in, without dropout.
+    """(model, tokenizer): the weights in the dtype they were saved in. The model stays in eval
+    mode, without dropout.
 
     Only safetensors are read: the processes of a machine share their pages in memory, unless
     transformers has to convert them."""
@@ -3018,13 +3020,16 @@ def load_model(name: str):
         ) from None
     if not tokenizer.chat_template:
         raise InputError(f"the tokenizer of {name} has no chat template: training needs one")
-    for module in model.modules():  # off, because gradient checkpointing needs train mode
-        for rate in ("p", "attention_dropout"):
-            if rate in vars(module):
-                setattr(module, rate, 0.0)
-    choose_packing(model)
     check_saving(model, tokenizer, name)
     return model, tokenizer
+
+
+def decoder_layers(model) -> list:
+    """The decoder layers of a model: of its lists of modules, the one with the most weights."""
+    import torch
+
+    lists = [m for m in model.get_decoder().modules() if isinstance(m, torch.nn.ModuleList)]
+    return list(max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters())))
 
 
 def check_saving(model, tokenizer, name: str) -> None:
@@ -3402,39 +3407,118 @@ def shared_length(first: list[int], second: list[int]) -> int:
     return shared
 
 
-def choose_packing(model) -> None:
-    """Set `model.packing`, how the sequences of a pack are kept apart, and the attention that does
-    it. "rows": every layer is plain causal attention, computed by `row_attention`. "mask": windows,
-    soft caps or sinks; transformers itself masks other sequences, by position ids that restart.
-    Raises `InputError` for layers that are not attention, which would mix the sequences."""
+# How the rows of a micro-batch are computed, the fastest way first:
+# rows    as one pack, with `row_attention`
+# mask    as one pack; transformers masks other rows, by position ids that restart at each row
+# masks   the same with masks that are made here, for models that do not look at position ids
+# single  each sequence in a forward pass of its own: right for every model
+PACKINGS = ("rows", "mask", "masks", "single")
+
+# how far rounding may move a row's mean log-probability: with SmolLM2-135M, 6e-7 and 0.014 were
+# measured; rows that see each other move by 1.3
+ROUNDING = {"fp32": 1e-5, "bf16": 0.05}
+
+
+def choose_packing(model, examples: list[Example], a, say=print) -> None:
+    """Set `model.packing` to the first of PACKINGS with which the rows of a pack are independent.
+
+    That is measured with rows of the data, before the first step: attention of another kind,
+    convolutions and states may mix the rows of a pack, and rotary embeddings may depend on its
+    length. All processes measure the same."""
+    config = model.config.get_text_config()
+    if getattr(config, "attn_logit_softcapping", None):
+        model.set_attn_implementation("eager")  # SDPA ignores the soft cap
+    model.own_attention = config._attn_implementation
+    rows = rows_to_measure(examples, a)
+    set_packing(model, "single")
+    try:
+        alone = row_means(model, rows[:8])
+    except Exception as e:
+        raise InputError(f"{a.model} cannot compute rows of {a.data}: {first_line(e)}") from e
+    reasons = []
+    for packing in PACKINGS[:-1]:
+        try:
+            set_packing(model, packing)
+            reason = why_dependent(model, rows, alone, ROUNDING[a.precision])
+        except Exception as e:  # a layer that cannot be called in this way may raise anything
+            reason = first_line(e)
+        if not reason:
+            return
+        reasons.append(f"{packing}: {reason}")
+    set_packing(model, "single")
+    passes = sum(len(example.sequences) for example in examples)
+    packs = len(micro_batches(range(len(examples)), lengths(examples), a.micro_tokens, 1))
+    say(
+        f"{a.model} cannot compute several rows at once ({'; '.join(reasons)}): each is computed "
+        f"alone, about {passes} forward passes an epoch in place of {packs}"
+    )
+
+
+def set_packing(model, packing: str) -> None:
     import torch
     from transformers import AttentionInterface
 
-    config = model.config.get_text_config()
-    layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if (
-        model._is_stateful
-        or not model._supports_attention_backend
-        or not layer_types <= {"full_attention", "sliding_attention"}
-    ):
-        raise InputError(
-            f"{config.model_type} models have layers that are not attention: rows "
-            "cannot be packed, choose another model"
-        )
-    window = "sliding_attention" in layer_types or getattr(config, "sliding_window", None)
-    softcap = getattr(config, "attn_logit_softcapping", None)
-    sinks = any(name.endswith("sinks") for name, _ in model.named_parameters())
-    if window or softcap or sinks:
-        model.packing = "mask"
-        if softcap:
-            model.set_attn_implementation("eager")  # SDPA ignores the soft cap
-    else:
-        model.packing = "rows"
+    attention = model.own_attention
+    if packing == "rows":
         AttentionInterface.register("rows", torch.compiler.disable(row_attention))
-        model.set_attn_implementation("rows")
+        attention = "rows"
+    if model.config.get_text_config()._attn_implementation != attention:
+        model.set_attn_implementation(attention)
+    model.packing = packing
 
 
-def row_attention(module, query, key, value, attention_mask, *, layout, scaling=None, **_):
+def rows_to_measure(examples: list[Example], a) -> list[Example]:
+    """A pack like those of the run: the longest row, then the shortest ones."""
+    tokens = lengths(examples)
+    order = sorted(range(len(examples)), key=lambda i: tokens[i])
+    rows = [examples[order.pop()]]
+    room = a.micro_tokens - max(tokens)
+    for i in order[: a.batch_size]:
+        room -= tokens[i]
+        if room < 0 and len(rows) > 1:
+            break
+        rows.append(examples[i])
+    return rows if len(rows) > 1 else rows * 2
+
+
+def row_means(model, rows: list[Example]):
+    """(R,): the mean log-probability of the targets of each sequence in `rows`."""
+    import torch
+
+    with torch.no_grad():
+        log_probs, owners = target_log_probs(model, rows, share_prefix=model.packing == "rows")
+    counts = torch.bincount(owners)
+    return log_probs.new_zeros(len(counts)).index_add(0, owners, log_probs) / counts
+
+
+def why_dependent(model, rows: list[Example], alone, rounding: float) -> str:
+    """Why the rows of a pack are not independent; empty if they are.
+
+    `alone`: the `row_means` of the first of them, each computed alone."""
+    packed = row_means(model, rows)
+    difference = float((packed[: len(alone)] - alone).abs().max())
+    if not difference < rounding:
+        return f"a row's log-probability is {difference:.2g} off"
+    changed = row_means(model, [with_other_tokens(rows[0]), *rows[1:]])
+    moved = (changed - packed).abs()
+    first = len(rows[0].sequences)
+    # the others must not move; the rounding of some layers depends on the others
+    if not moved[first:].max() < min(rounding, 0.005 * float(moved[:first].max())):
+        return f"a row moves by {float(moved[first:].max()):.2g} with another"
+    return ""
+
+
+def with_other_tokens(example: Example) -> Example:
+    """An example of the same lengths and shared prefix, in which each token is another one."""
+    ids = sorted({token for sequence in example.sequences for token in sequence.ids})
+    other = dict(zip(ids, ids[1:] + ids[:1], strict=True))
+    sequences = []
+    for sequence in example.sequences:
+        sequences.append(Sequence([other[token] for token in sequence.ids], sequence.mask))
+    return example._replace(sequences=sequences)
+
+
+def row_attention(module, query, key, value, attention_mask, *, layout=None, scaling=None, **_):
     """Causal attention, one sequence of a pack after the other: fused kernels run, and nothing is
     computed across sequences (a dense mask takes three times as long). An attention function of
     transformers.
@@ -3444,6 +3528,8 @@ def row_attention(module, query, key, value, attention_mask, *, layout, scaling=
     import torch
     from torch.nn.attention.bias import causal_lower_right
 
+    if layout is None:
+        raise TypeError("the layers do not pass arguments on to the attention")
     repeats = query.shape[1] // key.shape[1]  # grouped-query attention
     own_lengths = [own for _, own in layout.segments]
     queries = query.split(own_lengths, dim=2)
@@ -3471,30 +3557,78 @@ def target_log_probs(model, examples: list[Example], share_prefix: bool = False)
     An empty batch gives a single zero with a zero gradient: where another process still has
     examples, this one must run the model too, forward and backward, since FSDP gathers weights and
     gradients from all."""
-    import torch
-
     if not examples:
         filler = Example([Sequence([0, 0], [False, True])], task="", line=0)
         log_probs, owners = target_log_probs(model, [filler])
         return log_probs * 0, owners
-    packed = pack(examples, share_prefix)
+    if model.packing == "single":
+        return log_probs_one_by_one(model, examples)
+    return packed_log_probs(model, pack(examples, share_prefix))
+
+
+def log_probs_one_by_one(model, examples: list[Example]):
+    """`target_log_probs` with a forward pass for each sequence. All processes do as many."""
+    import torch
+    import torch.distributed as dist
+
+    parts = []
+    for sequence in itertools.chain(*[example.sequences for example in examples]):
+        parts.append(packed_log_probs(model, pack([Example([sequence], task="", line=0)])))
+    passes = torch.tensor(len(parts), device=model.device)
+    if dist.is_initialized():
+        dist.all_reduce(passes, dist.ReduceOp.MAX)
+    zero = 0.0
+    for _ in range(int(passes) - len(parts)):
+        log_probs, _ = packed_log_probs(model, Pack([0, 0], [0, 1], [(0, 0, 0)], [(0, 2)]))
+        zero = zero + 0 * log_probs.sum()
+    log_probs = torch.cat([values for values, _ in parts]) + zero
+    owners = torch.cat([owners + number for number, (_, owners) in enumerate(parts)])
+    return log_probs, owners
+
+
+def packed_log_probs(model, packed: Pack):
+    """`target_log_probs` of a pack, in one forward pass."""
+    import torch
+
     ids = torch.tensor(packed.ids, device=model.device)
-    positions = torch.tensor(packed.positions, device=model.device)
+    positions = torch.tensor(packed.positions, device=model.device)[None]
     sources, labels, owners = torch.tensor(packed.targets, device=model.device).unbind(1)
-    attention = {}
+    arguments = {"input_ids": ids[None], "use_cache": False}
+    if model.packing != "single":
+        arguments["position_ids"] = positions
     if model.packing == "rows":
         # torch.compile guards on the values of a list, and would recompile for every batch
-        attention["layout"] = SimpleNamespace(segments=packed.segments)
-    logits = model(
-        input_ids=ids[None],
-        position_ids=positions[None],
-        logits_to_keep=sources,
-        use_cache=False,
-        **attention,
-    ).logits[0]
+        arguments["layout"] = SimpleNamespace(segments=packed.segments)
+    if model.packing == "masks":
+        arguments["attention_mask"] = attention_masks(model, positions)
+    if takes_argument(model, "logits_to_keep"):
+        logits = model(**arguments, logits_to_keep=sources).logits[0]
+    else:
+        logits = model(**arguments).logits[0][sources]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # float64 in tests
     log_probs = -torch.nn.functional.cross_entropy(logits, labels, reduction="none")
     return log_probs, owners
+
+
+def attention_masks(model, positions):
+    """The masks of a pack for each type of layer, as transformers makes them."""
+    import torch
+    from transformers.masking_utils import create_masks_for_generate
+
+    embeddings = torch.empty(1, positions.shape[1], 1, dtype=model.dtype, device=model.device)
+    return create_masks_for_generate(
+        config=model.config.get_text_config(),
+        inputs_embeds=embeddings,
+        attention_mask=None,
+        past_key_values=None,
+        position_ids=positions,
+    )
+
+
+def takes_argument(model, name: str) -> bool:
+    """Whether the model's forward has an argument of this name."""
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    return name in inspect.signature(type(base).forward).parameters
 
 
 def learning_rate(step: int, total: int, peak: float, warmup_ratio: float, shape="cosine") -> float:
@@ -3554,36 +3688,124 @@ def make_accelerator(a):
         raise InputError(f"--log_with {a.log_with}: {e}") from None
 
 
-def prepare_model(model, accelerator, a):
-    """(model, optimizer), ready to train with the settings `a`."""
+def prepare_model(model, accelerator, a, examples: list[Example]):
+    """(model, optimizer), ready to train on `examples` with the settings `a`."""
     import torch
 
+    freeze_unused(model, examples)
     if a.lora_rank:
         model = add_adapters(model, a)
-    if a.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.train()  # transformers skips checkpointing in eval mode
-    if a.compile:
-        for layer in model.get_decoder().layers:
-            layer.compile()
     shard(model, accelerator, a.precision)
+    choose_packing(model, examples, a, accelerator.print)
+    model.reshard()  # a pass without gradients leaves the root's weights whole
+    wrap_layers(model, a)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=a.lr, weight_decay=a.weight_decay, fused=True)
-    return model, optimizer
+    begin_averages(optimizer)
+    return model.eval(), optimizer
+
+
+def wrap_layers(model, a) -> None:
+    """Compile the decoder layers (`a.compile`), and recompute them in the backward pass
+    (`a.gradient_checkpointing`). Transformers' own checkpointing needs train mode, which also turns
+    on dropout and routers that sample."""
+    import torch
+
+    checkpoint = torch.utils.checkpoint.checkpoint
+    for layer in decoder_layers(model):
+        forward = layer.forward
+        if a.compile:
+            forward = torch.compile(forward)
+        if a.gradient_checkpointing:
+            forward = functools.partial(checkpoint, forward, use_reentrant=False)
+        layer.forward = forward
+
+
+def begin_averages(optimizer) -> None:
+    """Make the optimizer's averages, all zero. By itself it makes them when a weight first has a
+    gradient, and a checkpoint that lacks some, of experts that no token went to, cannot be
+    loaded."""
+    import torch
+
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for p in group["params"]:
+            p.grad = torch.zeros_like(p)
+    optimizer.step()
+    optimizer.zero_grad()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    for averages in optimizer.state.values():
+        averages["step"].zero_()
+
+
+def freeze_unused(model, examples: list[Example]) -> None:
+    """Freeze weights that never get a gradient: of modules that text does not reach, such as a
+    vision tower, and those that a layer uses without one, such as the biases of some routers.
+
+    They are found by a forward pass of a few tokens. An expert that none of them is sent to is not
+    frozen."""
+    import torch
+
+    called = set()
+
+    def note(module, *_):
+        called.add(module)
+
+    hooks = [module.register_forward_hook(note) for module in model.modules()]
+    ids = torch.tensor([examples[0].sequences[0].ids[:8]], device=model.device)
+    try:
+        reached = weights_behind(model(input_ids=ids, use_cache=False).logits.sum())
+    except Exception:  # `choose_packing` will say it, or these layers only run on a GPU
+        return
+    finally:
+        for hook in hooks:
+            hook.remove()
+    in_layers = set()
+    for layer in decoder_layers(model):
+        in_layers.update(layer.modules())
+    for module in model.modules():
+        for p in module.parameters(recurse=False):
+            is_expert = module in in_layers and module not in called
+            if id(p) not in reached and not is_expert:
+                p.requires_grad = False
+
+
+def weights_behind(value) -> set[int]:
+    """The ids of all tensors that get a gradient from `value`."""
+    found = set()
+    seen = set()
+    nodes = [value.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(id(node.variable))
+        nodes += [parent for parent, _ in node.next_functions]
+    return found
 
 
 def add_adapters(model, a):
-    """The model with adapters of rank `a.lora_rank` at all linear layers; the rest is frozen (Hu et
-    al. 2021)."""
+    """The model with adapters of rank `a.lora_rank` at all linear layers of the decoder; the rest
+    is frozen (Hu et al. 2021)."""
     import torch
     from peft import LoraConfig, get_peft_model
+    from transformers.pytorch_utils import Conv1D  # GPT-2's linear layers
 
+    in_layers = set()
+    for layer in decoder_layers(model):
+        in_layers.update(layer.modules())
+    targets = []
+    for name, module in model.named_modules():
+        # not of subclasses: routers may be called in another way
+        if module in in_layers and type(module) in (torch.nn.Linear, Conv1D):
+            targets.append(name)
     torch.manual_seed(a.seed)  # every process and every run begins with the same adapters
     config = LoraConfig(
-        r=a.lora_rank,
-        lora_alpha=2 * a.lora_rank,
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
+        r=a.lora_rank, lora_alpha=2 * a.lora_rank, target_modules=targets, task_type="CAUSAL_LM"
     )
     return get_peft_model(model, config)
 
@@ -3605,7 +3827,7 @@ def shard(model, accelerator, precision: str) -> None:
     mesh = dist.init_device_mesh(device, (accelerator.num_processes,))
     bf16 = precision == "bf16"
     policy = MixedPrecisionPolicy(torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32)
-    for module in [*model.get_decoder().layers, model]:
+    for module in [*decoder_layers(model), model]:
         fully_shard(module, mesh=mesh, mp_policy=policy)
     # after sharding, so that a process never holds more than its share in float32
     for p in model.parameters():

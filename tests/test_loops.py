@@ -30,7 +30,16 @@ from conftest import (
     write_jsonl,
 )
 from safetensors.torch import load_file, save_file
-from test_training import PAIRS, QWEN3, TALKS, assistant, log_prob_alone, user, with_template
+from test_training import (
+    PAIRS,
+    QWEN3,
+    TALKS,
+    as_rows,
+    assistant,
+    log_prob_alone,
+    user,
+    with_template,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import common
@@ -660,7 +669,9 @@ def load_and_check(folder: str, settings: str) -> None:
     resident memory in bytes, and the fingerprint of the rest: adapters and buffers."""
     args = sft.Args(**json.loads(settings))
     accelerator = common.make_accelerator(args)
-    model, _ = common.prepare_model(common.load_model(args.model)[0], accelerator, args)
+    model, tokenizer = common.load_model(args.model)
+    rows = as_rows(TALKS, tokenizer)
+    model, _ = common.prepare_model(model, accelerator, args, rows)
     [peak] = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     assert tied == model.config.tie_word_embeddings

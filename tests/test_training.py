@@ -134,6 +134,13 @@ def float64_model(tokenizer, seed=0, **config):
     return make_model(tokenizer, "float64", seed=seed, **config)
 
 
+def choose(model, rows: list[Example], **settings) -> str:
+    """The way of computing rows that is measured to be right for these."""
+    a = sft.Args(model="base", data="rows", **{"precision": "fp32", **settings})
+    common.choose_packing(model, rows, a)
+    return model.packing
+
+
 # ---- chat templates ------------------------------------------------------------------------------
 
 
@@ -381,8 +388,8 @@ def test_a_sequence_per_reply_equals_replies_alone(tokenizer, name):
         log_probs = torch.log_softmax(model(torch.tensor([ids])).logits[0], -1)
         own = [log_probs[i - 1, ids[i]] for i in range(1, len(ids)) if mask[i]]
         expected.append(sum(own))
-    common.choose_packing(model)
     rows = [example(*sequences), example(*sequences[:2])]
+    assert choose(model, rows) == "rows"
     log_probs, owners = target_log_probs(model, rows, share_prefix=True)
     sums = torch.zeros(6, dtype=torch.float64).index_add(0, owners, log_probs)
     expected = torch.stack([*expected, *expected[:2]])
@@ -409,22 +416,20 @@ KINDS = [
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
 @pytest.mark.parametrize("kind, packing, config", KINDS, ids=[kind for kind, *_ in KINDS])
 def test_packed_rows_equal_rows_alone(tokenizer, kind, packing, config, checkpointing):
-    """Log-probabilities and gradients in float64, in eval mode and in train mode with gradient
-    checkpointing. The rows are longer than the window; a soft cap of 0.5 matters."""
+    """Log-probabilities and gradients in float64, with and without gradient checkpointing. The rows
+    are longer than the window; a soft cap of 0.5 matters."""
     model = float64_model(tokenizer, kind=kind, **config)
-    # SDPA ignores Gemma 2's soft cap; eager attention has a softmax in float32
-    eager = kind == "gemma2"
-    model.set_attn_implementation("eager" if eager else "sdpa")
+    if kind == "gemma2":
+        model.set_attn_implementation("eager")  # SDPA ignores its soft cap
+    eager = model.config._attn_implementation == "eager"  # which has a softmax in float32
     expected = torch.stack([log_prob_alone(model, talk, tokenizer)[0] for talk in TALKS])
     weights = torch.sin(1 + torch.arange(len(TALKS), dtype=torch.float64))
     expected_grads = gradients(model, expected @ weights)
 
-    common.choose_packing(model)
-    assert model.packing == packing
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.train()
-    log_probs, owners = target_log_probs(model, as_rows(TALKS, tokenizer))
+    rows = as_rows(TALKS, tokenizer)
+    assert choose(model, rows) == packing
+    common.wrap_layers(model, sft.Args(gradient_checkpointing=checkpointing))
+    log_probs, owners = target_log_probs(model, rows)
     assert log_probs.dtype == torch.float64
     together = torch.zeros_like(expected).index_add(0, owners, log_probs)
     torch.testing.assert_close(together, expected, rtol=0, atol=1e-10)
@@ -440,9 +445,8 @@ def test_packed_rows_in_bf16(tokenizer, kind, packing, config):
     talks = TALKS * 3
     exact = make_model(tokenizer, "bfloat16", kind=kind, **config).double()
     model = make_model(tokenizer, "bfloat16", kind=kind, **config)
-    common.choose_packing(exact)
-    common.choose_packing(model)
     rows = as_rows(talks, tokenizer)
+    assert choose(exact, rows) == choose(model, rows, precision="bf16")
     with torch.no_grad():
         expected, _ = target_log_probs(exact, rows)
         alone = torch.cat([target_log_probs(model, [row])[0] for row in rows])
@@ -451,10 +455,26 @@ def test_packed_rows_in_bf16(tokenizer, kind, packing, config):
     assert (packed - expected).abs().mean() < 1.2 * (alone - expected).abs().mean() < 0.1
 
 
-def test_models_without_attention_are_refused(tokenizer):
-    """State space layers would mix the rows of a pack."""
-    with pytest.raises(InputError, match="mamba models have layers that are not attention"):
-        common.choose_packing(make_model(tokenizer, kind="mamba", state_size=4))
+@pytest.mark.parametrize(
+    "kind, packing, config",
+    [
+        ("gpt_oss", "masks", {**WINDOW, "head_dim": 8, "num_local_experts": 4}),
+        ("mamba", "single", {"state_size": 4}),
+    ],
+)
+def test_rows_of_other_layers(tokenizer, capsys, kind, packing, config):
+    """Those that look at no position ids, and those that mix all tokens: in float32."""
+    model = make_model(tokenizer, kind=kind, **config)
+    expected = torch.stack([log_prob_alone(model, talk, tokenizer)[0] for talk in TALKS])
+    expected_grads = gradients(model, expected.sum())
+    rows = as_rows(TALKS, tokenizer)
+    assert choose(model, rows) == packing
+    said = capsys.readouterr().out
+    assert ("forward passes an epoch in place of 1" in said) == (packing == "single")
+    log_probs, owners = target_log_probs(model, rows)
+    together = torch.zeros_like(expected).index_add(0, owners, log_probs)
+    torch.testing.assert_close(together, expected, rtol=0, atol=1e-4)
+    assert_same(gradients(model, together.sum()), expected_grads, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
@@ -476,11 +496,9 @@ def test_a_shared_prompt_changes_nothing(tokenizer, kind):
     ]
     model = float64_model(tokenizer, seed=3, kind=kind)
     results = []
-    for packing, share in (("library", False), ("rows", False), ("rows", True)):
-        if packing == "rows":
-            common.choose_packing(model)
-        else:
-            model.packing = "mask"  # SDPA with the library's mask
+    assert choose(model, pairs) == "rows"
+    for packing, share in (("mask", False), ("rows", False), ("rows", True)):
+        common.set_packing(model, packing)
         values = dpo.pair_log_probs(model, pairs, share)
         grads = gradients(model, (values @ torch.tensor([0.7, -1.3], dtype=torch.float64)).sum())
         results.append((values.detach(), grads))
@@ -515,7 +533,7 @@ def test_pack():
 def test_a_process_without_rows_takes_part(tokenizer):
     """Zero loss and a zero gradient for every parameter, as collectives over processes need."""
     model = float64_model(tokenizer)
-    common.choose_packing(model)
+    choose(model, as_pairs(PAIRS, tokenizer))
     log_probs, _ = target_log_probs(model, [])
     policy = dpo.pair_log_probs(model, [], True)
     losses, _ = dpo.losses_and_metrics(policy, torch.zeros(0, 2), [], dpo.Args(nll=1.0))
@@ -543,8 +561,8 @@ def test_sft_loss_equals_reference(tokenizer, micros):
     expected = -sum(log_prob for log_prob, _ in alone) / sum(tokens for _, tokens in alone)
     expected_grads = gradients(model, expected)
 
-    common.choose_packing(model)
     rows = as_rows(TALKS, tokenizer)
+    choose(model, rows)
     total = 0
     for micro in in_micro_batches(common.lengths(rows), micros):
         log_probs, _ = target_log_probs(model, [rows[i] for i in micro])
@@ -570,9 +588,9 @@ def test_dpo_loss_equals_reference(tokenizer, micros, share, nll):
         expected += loss / len(PAIRS)
     expected_grads = gradients(model, expected)
 
-    common.choose_packing(model)
-    common.choose_packing(frozen)
     pairs = as_pairs(PAIRS, tokenizer)
+    choose(model, pairs)
+    choose(frozen, pairs)
     a = dpo.Args(beta=BETA, nll=nll)
     total = 0
     for micro in in_micro_batches(common.lengths(pairs, share), micros):
@@ -603,8 +621,8 @@ def test_dpo_loss_by_hand():
 def test_reference_log_probs_are_those_of_the_model(tokenizer, micro_tokens, share):
     model = float64_model(tokenizer)
     expected = sides_alone(model, PAIRS, tokenizer).detach()
-    common.choose_packing(model)
     pairs = as_pairs(PAIRS, tokenizer)
+    choose(model, pairs)
     a = dpo.Args(micro_tokens=micro_tokens)
     run = SimpleNamespace(model=model, a=a, accelerator=Accelerator(cpu=True))
     found = dpo.log_probs_without_gradient(run, pairs, share)
@@ -701,11 +719,11 @@ def test_compiled_layers_are_the_same_and_compiled_twice(tokenizer):
 
     eager = make_model(tokenizer)
     compiled = make_model(tokenizer)
-    common.choose_packing(eager)
-    common.choose_packing(compiled)
-    args = sft.Args(compile=True, precision="fp32")
-    compiled, _ = common.prepare_model(compiled, Accelerator(cpu=True), args)
     draw = random.Random(0)
+    rows = [random_row(draw) for _ in range(4)]
+    choose(eager, rows)
+    args = sft.Args(compile=True, precision="fp32")
+    compiled, _ = common.prepare_model(compiled, Accelerator(cpu=True), args, rows)
     frames = []
     for count in (3, 2, 4, 1, 5, 2, 6, 7, 8, 9, 10):
         batch = [random_row(draw) for _ in range(count)]
