@@ -258,7 +258,7 @@ FAMILIES = {
     "llama": {},
     "llama dynamic": {
         "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0},
-        "max_position_embeddings": 48,
+        "max_position_embeddings": 40,
     },
     "llama llama3": {
         "rope_parameters": {
@@ -352,18 +352,18 @@ FAMILIES = {
     "phi3": {},
     "phi3 longrope": {
         "sliding_window": None,
-        "original_max_position_embeddings": 48,
+        "original_max_position_embeddings": 40,
         "max_position_embeddings": 512,
         "rope_parameters": {
             "rope_type": "longrope",
             "rope_theta": 10000.0,
             "short_factor": [1.0, 1.1, 1.2, 1.3],
             "long_factor": [2.0, 4.0, 6.0, 8.0],
-            "original_max_position_embeddings": 48,
+            "original_max_position_embeddings": 40,
         },
     },
     "phi4_multimodal": {
-        "vision_config": {**VISION, "crop_size": 16},
+        "vision_config": {**VISION, "hidden_size": 16, "crop_size": 16},
         "audio_config": {
             "num_blocks": 1,
             "ext_pw_out_channel": 32,
@@ -378,6 +378,7 @@ FAMILIES = {
     "qwen2 windows": {"use_sliding_window": True, "max_window_layers": 1},
     "qwen2_moe": {},
     "qwen2_5_vl": {
+        "text_config": {"rope_parameters": MROPE},
         "auto": "AutoModelForImageTextToText",
         "vision_config": {**TOWER, "window_size": 8, "fullatt_block_indexes": [0]},
         "image_token_id": 3,
