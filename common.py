@@ -3701,7 +3701,6 @@ def prepare_model(model, accelerator, a, examples: list[Example]):
     wrap_layers(model, a)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=a.lr, weight_decay=a.weight_decay, fused=True)
-    begin_averages(optimizer)
     return model.eval(), optimizer
 
 
@@ -3886,6 +3885,8 @@ class Training:
             self._undo_replacing()
         accelerator.wait_for_everyone()
         self._resume()
+        if self.start == 0:
+            begin_averages(optimizer)
         accelerator.wait_for_everyone()  # all have read what the main process deletes
         if accelerator.is_main_process:
             self._clean()
