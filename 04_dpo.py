@@ -186,6 +186,7 @@ def main(a: Args) -> None:
     rank = accelerator.process_index
     model, tokenizer = common.load_model(a.model)
     train, held_out = common.hold_out(load_pairs(a, tokenizer, accelerator.print), a)
+    common.check_rows(model, train + held_out, a.data)
     model, optimizer = common.prepare_model(model, accelerator, a, train + held_out)
     share_prefix = model.packing == "rows"  # compute the prompt of a pair once
     # schedule[optimizer step][micro-batch]: indices of training pairs

@@ -78,7 +78,7 @@ endif
 # The stages' commands. data/tools/check.py, which is `make check`, runs make with CHECKING=1: then a
 # stage only looks at what it needs, and TOOL and TOUCH do nothing, so that nothing is written.
 PROCESSES ?= $(if $(filter-out 0 1,$(GPUS)),$(GPUS),1)
-LAUNCH ?= $(if $(filter-out 1,$(PROCESSES)),accelerate launch --num_processes $(PROCESSES),python)
+LAUNCH ?= $(if $(filter-out 1,$(PROCESSES)),python -m data.tools.launch --num_processes $(PROCESSES),python)
 # With nohup SIGHUP is ignored, but torch's launcher would heed it, unless it is told which to heed.
 ifneq ($(shell trap -p HUP),)
 export PET_SIGNALS_TO_HANDLE := SIGTERM,SIGINT,SIGQUIT

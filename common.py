@@ -19,12 +19,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import collections
 import contextlib
 import dataclasses
 import difflib
 import email.utils
 import errno
 import fcntl
+import fnmatch
 import functools
 import hashlib
 import importlib
@@ -52,6 +54,7 @@ import urllib.parse
 import urllib.request
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from contextvars import ContextVar
+from multiprocessing import resource_tracker
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -527,16 +530,17 @@ def plan_messages(plan: str) -> list[dict]:
 
 # -- thinking, where the server does not separate it from the reply
 
-# names of XML tags around thinking: <think>, <thinking>, <seed:think>, <think:x>, <ifm|think_fast>
+# names of XML tags around thinking: <think>, <chain_of_thought>, <seed:think>, <ifm|think_fast>
 TAG_NAME = (
-    r"(?:\w{1,20}[:|])?(?:\w{0,12}think\w{0,12}|thoughts?|reason(?:ing)?|reflection|scratchpad"
-    r"|analysis|\w{0,12}monologue)(?::\w{1,20})?"
+    r"(?:\w{1,20}[:|])?(?:\w{0,12}(?:think|thought|reason|reflecti|monologue)\w{0,50}"
+    r"|scratchpad|analysis|cot)(?::\w{1,20})?"
 )
 THINKING_TAG = re.compile(
     rf"""
     (?P<open>
-        <{TAG_NAME}>
-      | \[THINK\]                                            # Mistral
+        <{TAG_NAME}(?:\s\w{{1,9}}=[^<>]{{0,99}})?\s?>
+      | <details\ type="reasoning"[^<>]{{0,99}}>              # Open WebUI
+      | \[(?:THINK|REASONING)\]                              # Mistral
       | ◁think▷                                              # Kimi
       | <\|(?:\w{{1,9}}:)?(?:(?:begin|start)_)?(?:of_)?(?:think|thinking|thought)(?::\w{{1,9}})?\|>
       | <\|inner_prefix\|> | <unused94>                      # Apertus, MedGemma
@@ -544,34 +548,39 @@ THINKING_TAG = re.compile(
       | <\|open\|>think<\|sep\|>                            # Kimi K3
       | \A\s*(?-i:analysis)(?=(?-i:[A-Z]))                   # gpt-oss without its special tokens
       | \A\s*Here(?:'s|\ is)\ my\ thought\ process:          # Granite 3.2
+      | \A\s*Here\ are\ my\ reasoning\ steps:                # Apriel
     )
   | (?P<close> (?:
-        </{TAG_NAME}>
-      | \[/THINK\]
+        </{TAG_NAME}\s?>
+      | \[/(?:THINK|REASONING)\] | \[BEGIN\ FINAL\ RESPONSE\]
       | ◁/think▷
-      | <\|(?:\w{{1,9}}:)?end_(?:of_)?(?:think|thinking|thought)(?::\w{{1,9}})?\|>
+      | <\|(?:\w{{1,9}}:)?(?:/|end_)(?:of_)?(?:think|thinking|thought)(?::\w{{1,9}})?\|>
       | <\|inner_suffix\|> | <unused95>
       | <channel\|>
       | <\|close\|>think<\|sep\|>
     ) \s*)
+  | (?P<close_opened> (?:                                    # means nothing if none is open
+        </details> | (?m:^)Here(?:'s|\ is)\ my\ response:
+    ) \s*)
   | (?P<answer> (?:                                          # begins the answer
         <\|channel\|>\s?final[^<]{{0,40}}<\|message\|> | assistantfinal
-      | Here(?:'s|\ is)\ my\ response:
       | <\|(?:begin_of_solution|start_response)\|> | <\|open\|>response<\|sep\|>
     ) \s*)
   | (?P<end>                                                 # ends a channel, or the reply
-        <\|(?:end|return|call|im_end|eot_id|eom_id|endoftext|end_of_text)\|> | </s> | <turn\|>
+        <\|(?:end|return|call|im_end|eot_id|eom_id|endoftext|end_of_text|user)\|> | </s> | <turn\|>
+      | <end_of_turn> | <｜end▁of▁sentence｜> | \[END\ FINAL\ RESPONSE\]
       | <\|(?:end_of_solution|end_response)\|> | <\|close\|>response<\|sep\|>
     )
     """,
     re.VERBOSE | re.IGNORECASE,
 )
 # what every tag has, to be quick with replies that have none
-TAG_SIGNS = ("<", "THINK]", "◁", "analysis", "thought process:")
+TAG_SIGNS = ("<", "THINK]", "REASONING]", "RESPONSE]", "◁", "analysis", "Here")
 # before a tag that begins a line: nothing, or the label of a thought
 LINE_BEGIN = re.compile(r"\W*(?:thoughts?)?\W*", re.IGNORECASE)
 # an answer in tags, as some models write it after their thinking
 ANSWER = re.compile(r"\s*<(answer|response|output)>(.*?)(?:</\1>|\Z)", re.DOTALL | re.IGNORECASE)
+BOX = re.compile(r"<\|(?:begin|end)_of_box\|>")  # around the answer, or the action (GLM)
 
 
 def split_thinking(reply: str) -> tuple[str, bool]:
@@ -599,6 +608,8 @@ def split_thinking(reply: str) -> tuple[str, bool]:
             if cut_off is None and _begins_line(reply, tag.start()):
                 cut_off = tag.start()
             continue
+        if tag["close_opened"] and opened is None:
+            continue
         one_too_many = tag["close"] and closed and tag.end() >= last
         if opened is not None and not tag["answer"]:
             kept.append(reply[start:opened])
@@ -616,7 +627,7 @@ def split_thinking(reply: str) -> tuple[str, bool]:
     wrapped = ANSWER.match(answer)
     if wrapped:
         answer = wrapped[2] + answer[wrapped.end() :]
-    return answer, cut_off is not None
+    return BOX.sub("", answer), cut_off is not None
 
 
 def _begins_line(text: str, position: int) -> bool:
@@ -634,8 +645,8 @@ def closes_unopened_thinking(reply: str) -> bool:
 
 # <meta_plan> or <meta plan>, in any case, and the text up to the closing tag or the reply's end
 META_PLAN = re.compile(r"<meta[ _]plan>(.*?)(?:</meta[ _]plan>|\Z)", re.S | re.I)
-# what starts a step's line: "Step 2:", "step 2.", "2:", "2." or "2)", with text after it
-STEP_NUMBER = re.compile(r"^[ \t]*(?:step\s*)?\d+\s*[:.)][ \t]*(?=\S)", re.M | re.I)
+# what starts a step's line: "Step 2:", "- step 2.", "2:", "2." or "2)", with text after it
+STEP_NUMBER = re.compile(r"^[ \t#*-]*(?:step\s*)?\d+\s*[:.)][ \t]*(?=\S)", re.M | re.I)
 EMPTY_LINE = re.compile(r"\n\s*\n")
 
 
@@ -643,10 +654,10 @@ def parse_plan(reply: str) -> str | None:
     """The plan between the <meta_plan> tags of a reply, its steps renumbered from 1.
 
     None if there are no tags or no steps. The closing tag may be missing. Lines below a step, up to
-    an empty one, continue it. Thinking is ignored."""
+    an empty one, continue it. Thinking and Markdown's bold print are ignored."""
     answer, _ = split_thinking(reply)
     for match in META_PLAN.finditer(answer):
-        _before_first_step, *texts = STEP_NUMBER.split(match[1])
+        _before_first_step, *texts = STEP_NUMBER.split(match[1].replace("**", ""))
         steps = []
         for text in texts:
             paragraph = EMPTY_LINE.split(text, maxsplit=1)[0]
@@ -666,20 +677,22 @@ def plan_steps(plan: str) -> list[str]:
     return [line.split(": ", 1)[-1] for line in plan.splitlines()]
 
 
-# "Action:" in any case, also "Action 1:" and "**Action**:"; not "Action:" in quotation marks
-LABEL = r"action(?:[ \t*_]*+\d{1,3})?[ \t*_]*+"
+# "Action:" in any case, also "Action (1):" and "**Action**:"; not "Action:" in quotation marks
+LABEL = r"action(?:[ \t*_#(]*+\d{1,3}\)?)?[ \t*_]*+"
 COLON = r"[:：](?![\"'`”’](?:\W|\Z))"
 # at the beginning of a line, after signs or a list's number; or "## Action", a line of its own
 ACTION_LINE = re.compile(
     rf"^(?:[^\w\n]|_)*+(?:\d{{1,3}}[.)](?:[^\w\n]|_)*+)?{LABEL}(?:{COLON}|\r?$)", re.M | re.I
 )
 ACTION_ANYWHERE = re.compile(rf"(?<![^\W_]){LABEL}{COLON}", re.I)
-# between a label and an action on the next line: signs, and the first line of a code block
-LINE_BREAK = re.compile(r"[ \t\r*_]*+(?:```\w*+[ \t\r]*+)?\n\s*+(?:```\w*+[ \t\r]*+\n\s*+)?")
+# between a label and an action on the next line: signs, the first line of a code block, a number
+LINE_BREAK = re.compile(
+    r"[ \t\r*_]*+(?:```\w*+[ \t\r]*+)?\n\s*+(?:```\w*+[ \t\r]*+\n\s*+)?(?:\d{1,3}[.)][ \t]+)?"
+)
 # what ends an action: its line's end, or the next label on the same line
-ACTION_END = re.compile(r"\n|\s(?:Observation|Thought|Action)[ \t]?\d{0,3}:")
+ACTION_END = re.compile(r"\n|\s(?=[A-Z])(?i:observation|thought|action)[ \t]?\d{0,3}:")
 OTHER_LABEL = re.compile(r"\W{0,9}(?:observation|thought|action|task)[^\n\w:]{0,9}\d{0,3}:", re.I)
-SIGNS = " \t\r*_`\"'“”‘’"  # around an action
+SIGNS = " \t\r*_`\"'“”‘’\u00a0\u200b\u202f"  # around an action; the last three are invisible
 
 
 def parse_reply(reply: str) -> tuple[str, str | None]:
@@ -936,6 +949,15 @@ def _call_session(session: int, method: str, args: tuple):
     return _sessions.call(session, method, args)
 
 
+@functools.cache
+def _start_resource_tracker() -> None:
+    """Start multiprocessing's helper process. It ignores SIGINT and SIGTERM, but not SIGHUP, which
+    may go to the whole process group; then each semaphore would end in a traceback."""
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])
+    resource_tracker.ensure_running()  # inherits what is blocked
+    signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
 class ProcessExecutor:
     """A process of this machine that runs `WorkerSessions.call`."""
 
@@ -943,6 +965,7 @@ class ProcessExecutor:
 
     def __init__(self, env: str, sessions: int):
         spawn = multiprocessing.get_context("spawn")
+        _start_resource_tracker()
         self.pool = ProcessPoolExecutor(1, spawn, _start_worker, (env, sessions))
         others = set(multiprocessing.active_children())
         self.pool.submit(os.getpid)  # starts the process, without waiting for its imports
@@ -1371,18 +1394,20 @@ def api_address() -> str:
     return server_addresses(address)[0]
 
 
+@functools.cache
 def is_loopback(url: str) -> bool:
-    """Whether a URL leads to this machine, by a name that every machine has for itself."""
+    """Whether a URL leads to this machine: its host has a loopback address."""
     _, host, _ = origin(url)
-    host = host.rstrip(".")
-    if host == "localhost" or host.endswith(".localhost"):
-        return True
     try:
-        address = ipaddress.ip_address(host)
-    except ValueError:  # a name
+        found = socket.getaddrinfo(host.rstrip("."), None)
+    except (OSError, UnicodeError):  # only the proxy may know the name
         return False
-    address = getattr(address, "ipv4_mapped", None) or address
-    return address.is_loopback or address.is_unspecified
+    for *_, socket_address in found:
+        address = ipaddress.ip_address(socket_address[0])
+        address = getattr(address, "ipv4_mapped", None) or address
+        if address.is_loopback or address.is_unspecified:
+            return True
+    return False
 
 
 def http_client(client_class, address: str, **settings):
@@ -1527,8 +1552,11 @@ def choose_model(name: str, models: list[dict], address: str) -> str:
     for model in models:
         if name and plain_name(name) in map(plain_name, names_of(model)):
             return model["id"]
+    if name and any(fnmatch.fnmatchcase(name, pattern) for pattern in ids):  # LiteLLM's openai/*
+        return name
     # vLLM has an entry for each name of a model, and these have the same `root`
-    if len({(model.get("root") or model["id"], model.get("parent")) for model in models}) == 1:
+    roots = {str((model.get("root") or model["id"], model.get("parent"))) for model in models}
+    if len(roots) == 1:
         if name:
             say_once(f"{address} has {ids[0]}, not {name}: {ids[0]} is asked")
         return ids[0]
@@ -1679,11 +1707,17 @@ class AnswerError(ValueError):
 def choice_in(answer):
     """The completion in an answer of the client, which does not check what a server sends: it has a
     `message`. Raises `AnswerError` if there is none."""
+    choice = None
     try:
         choice = answer.choices[0]
         content = choice.message.content
     except (LookupError, TypeError, AttributeError):
-        raise AnswerError(getattr(answer, "model_extra", answer)) from None
+        if isinstance(answer, list) and answer:  # Gemini's errors
+            answer = answer[0]
+        body = getattr(answer, "model_extra", answer)
+        if choice:  # Gemini's filter leaves no message
+            body = {**body, "finish_reason": getattr(choice, "finish_reason", None)}
+        raise AnswerError(body) from None
     if not content and getattr(choice, "error", None):  # OpenRouter's place for it
         raise AnswerError({"error": choice.error})
     return choice
@@ -1709,7 +1743,9 @@ def text_of_part(part) -> str:
         return part
     if not isinstance(part, dict) or part.get("type", "text") not in ("text", "output_text"):
         return ""
-    text = part.get("text")
+    text = part.get("text", part.get("content"))
+    if isinstance(text, dict):
+        text = text.get("value")
     return text if isinstance(text, str) else ""
 
 
@@ -1721,6 +1757,8 @@ def count_in(usage, name: str) -> int | None:
 # seconds after which a lost server is asked for its health; they double each time it is lost
 LOOK_PAUSE = 5.0
 LONGEST_LOOK_PAUSE = 300.0
+# statuses of a proxy whose server is down; from 520 on they are Cloudflare's
+SERVER_DOWN = (502, 503, 504, *range(520, 531))
 
 
 class Endpoint:
@@ -1734,15 +1772,16 @@ class Endpoint:
         self.look_at = 0.0  # when a lost server is asked for its health
 
     async def is_healthy(self) -> bool:
-        """Whether the server answers: it need not have a list of models."""
+        """Whether the server answers, whatever it says: it need not have a list of models."""
         import openai
 
         TIME_LIMIT.set(None)
         try:
-            await self.client.with_options(max_retries=0, timeout=2.0).models.list()
+            client = self.client.with_options(max_retries=0, timeout=2.0)
+            await client.models.with_raw_response.list()
         except openai.APIStatusError as e:
-            return e.status_code < 500
-        except (openai.OpenAIError, LookupError, TypeError, ValueError, AttributeError):
+            return e.status_code not in SERVER_DOWN
+        except openai.OpenAIError:
             return False
         return True
 
@@ -1936,26 +1975,32 @@ class Model:
                 retry += 1
         self._raise_if_filtered(choice)
         limited = choice.finish_reason == "length"
-        text, cut_off = self._without_thinking(choice.message, limited)
         prompt_tokens = count_in(answer.usage, "prompt_tokens")
         completion_tokens = count_in(answer.usage, "completion_tokens")
+        if limited and completion_tokens == 0 and not choice.message.content:  # LMDeploy
+            raise ContextOverflow(f"a prompt fills the context of {self.where}")
+        text, cut_off = self._without_thinking(choice.message, limited, "stop" in body)
         return Reply(text, prompt_tokens, completion_tokens, cut_off, limited)
 
-    def _without_thinking(self, message, limited: bool) -> tuple[str, bool]:
+    def _without_thinking(self, message, limited: bool, stops: bool) -> tuple[str, bool]:
         """(the text of a message without thinking, whether it ended while the model was thinking).
-        `limited`: it ended at the token limit.
+        `limited`: it ended at the token limit. `stops`: a stop string may have ended it.
 
         Thinking is in the text, between tags, or in a field of its own, or hidden."""
         text = text_of(message.content)
         fields = message.model_extra or {}
         thinking = fields.get("reasoning_content") or fields.get("reasoning")
         if not text.strip() and (thinking or (limited and not text)):
-            return "", True
+            if limited or self.thinking.effort != "none":
+                return "", True
+            text = text_of(thinking)  # of a model that was told not to think: it is the answer
         if limited and text == thinking:  # some servers repeat the thinking as the text
             return "", True
         answer, cut_off = split_thinking(text)
-        if answer == text and self.template_opens_thinking and limited and not thinking:
-            return "", True
+        if answer == text and self.template_opens_thinking and not thinking:
+            if limited or stops:
+                return "", True
+            self.template_opens_thinking = False  # a whole reply without its closing tag
         if answer != text and closes_unopened_thinking(text):
             self.template_opens_thinking = True
         return answer, cut_off
@@ -1967,7 +2012,7 @@ class Model:
         import openai
 
         lost = isinstance(e, TimeoutError | openai.APIConnectionError)
-        if not lost and getattr(e, "status_code", None) not in (502, 503, 504):
+        if not lost and getattr(e, "status_code", None) not in SERVER_DOWN:
             return False
         if self.alive == [endpoint]:
             await self._look_for_lost(all_of_them=True)
@@ -2001,7 +2046,8 @@ class Model:
     def _raise_if_filtered_out(self, e: Exception) -> None:
         """Raise `RequestRefused` if an answer without a completion says that a content filter has
         taken it out."""
-        said = str(getattr(e, "body", ""))
+        # a field without a value says nothing: MiniMax sends input_sensitive with every answer
+        said = re.sub(r"'\w+': (False|None|0|'')", "", text_of(str(getattr(e, "body", ""))))
         has_status = getattr(e, "status_code", None) is not None  # `_error_of` looks at those
         if FILTERED.search(said) and not has_status:
             raise RequestRefused(f"{self.where} answers without text: {said[:300]}")
@@ -2013,7 +2059,7 @@ class Model:
             return
         refusal = text_of(getattr(choice.message, "refusal", None))
         native = getattr(choice, "native_finish_reason", "")  # OpenRouter's
-        reasons = f"finish_reason {choice.finish_reason} {native}"
+        reasons = text_of(f"finish_reason {choice.finish_reason} {native}")
         if refusal or FILTERED.search(reasons):
             raise RequestRefused(f"{self.where} answers without text: {(refusal or reasons)[:300]}")
 
@@ -2039,6 +2085,9 @@ class Model:
             403: self.key_advice,
             404: f"does it have a model {self.name!r}? (most URLs of servers end in /v1)",
         }
+        if status in (301, 302, 303):
+            location = e.response.headers.get("location")
+            hints[status] = f"it redirects to {location}: name that address"
         if status in hints:
             return InputError(f"{self.where} {what}; {hints[status]}")
         if not is_transient(status):  # the request is wrong in itself: what the server said must do
@@ -2061,6 +2110,9 @@ def reason_of(e: Exception) -> str:
     import openai
 
     said = texts_of(getattr(e, "body", None)) or str(e)
+    document = getattr(e, "doc", "")  # that should be JSON
+    if document.lstrip().startswith("<"):
+        said = texts_of(document)
     lost = isinstance(e, openai.APIConnectionError) and not isinstance(e, openai.APITimeoutError)
     cause = e if lost else None
     while cause:
@@ -2104,21 +2156,23 @@ PROMPT_TOO_LONG = re.compile(
     # Anthropic, Gemini, SGLang, Mistral, ...: "prompt is too long", "The input token count (9000)
     # exceeds the maximum", "The input (9000 tokens) is longer than the model's context length"
     r"|\b(prompts?|inputs?|messages?|conversation|request|context|sequence)\b(?! should).{0,60}"
-    r"(\bexceed|too (long|large|big|many tokens)|overflow"
+    r"(\bexceed|too (long|large|big|many tokens)|overflow|\btokens\b.{0,10} over the limit"
     r"|(longer|greater|larger|more) than.{0,40}(context|length|max_\w*len|tokens))"
     # llama-cpp-python: "Requested tokens (9000) exceed context window of 4096"
-    r"|exceed\w*.{0,40}(context|prompt|input|sequence)"
+    r"|exceed\w*.{0,40}(context|prompt|input|sequence|message tokens)"
     # TGI, SiliconFlow: "`inputs` tokens + `max_new_tokens` must be <= 4096"
     r"|\b(inputs|prompt\w*)\W.{0,40}must (be|have) (<|less|at most|fewer)"
-    # Cohere, older vLLM, Groq, Cerebras, Qwen, LM Studio, older llama.cpp
-    r"|too many (\w+ )?tokens|max_tokens must be at least 1, got -"
+    # Cohere, vLLM, Groq, Cerebras, Qwen, LM Studio, older llama.cpp
+    r"|too many (\w+ )?tokens|max_(\w+_)?tokens must be at least 1, got -"
+    r"|max tokens of \d+ exceeded|prompt length \d+ >|\bn_ctx\b"
     r"|reduce (the )?(length of )?(the |your )?(messages?|prompts?|inputs?)"
     r"|current length is|range of input length|context the overflows|context shift is disabled",
     re.IGNORECASE | re.DOTALL,
 )
-TOO_MUCH_ELSE = re.compile(  # words of rate limits, time limits and bills
-    r"\b(rate|quotas?|credits?|budget|timeout|timed out|deadline|time limit|took)\b"
-    r"|per[ _-](minute|min|hour|day|second)|too many requests",
+TOO_MUCH_ELSE = re.compile(  # words of rate limits, time limits, bills and busy servers
+    r"\b(rate|quotas?|credits?|(?<!thinking )budget|timeout|timed out|deadline|time limit|took)\b"
+    r"|per[ _-](minute|min|hour|day|second)|too many requests"
+    r"|queue|retries exceeded|concurren|in.?flight|out of memory|available memory",
     re.IGNORECASE,
 )
 
@@ -2127,7 +2181,7 @@ def is_too_long(status: int | None, said: str) -> bool:
     """Whether an error says that the prompt does not fit into the model's context."""
     if status == 413 or "request too large for" in said.lower():
         return True
-    if status in (401, 402, 403, 404, 429):
+    if status in (401, 402, 403, 404, 408, 429):
         return False
     if status is not None and status >= 500 and not re.search(r"context|prompt", said, re.I):
         return False  # a queue or a memory that is too small
@@ -2161,15 +2215,18 @@ def is_refusal(status: int | None, said: str) -> bool:
 
 UNSUPPORTED = re.compile(
     r"\bun(supported|known|recogni[sz]ed|expected)\b|(unsupported|unknown|not_supported)_|deprecated"
-    r"|extra_forbidden|\bextra(neous)? (inputs?|fields?|keys?|param)|additional propert"
+    r"|forbidden|\bextra(neous)? (inputs?|fields?|keys?|param)|additional propert"
     r"|cannot find field|no longer|incompatible|cannot be used"
     r"|(\bnot|n't)( yet| currently)?( be)? (support|permitted|allowed|implemented|available|accept"
-    r"|recogni[sz]ed|compatible|a valid (field|param|arg|property|key|option))",
+    r"|recogni[sz]ed|compatible|a valid (field|param|arg|property|key|option))"
+    r"|invalid (param(eter)?|arg(ument)?|field): \w+(, |\W?$)",
     re.IGNORECASE,
 )
+# "unknown field `seed`, expected one of `messages`, `stop`": the others are not meant
+UNKNOWN_NAME = re.compile(r"\bun(?:known|recogni[sz]ed) \w+\W{1,3}(\w+)", re.IGNORECASE)
 # reasoning models of OpenAI, Anthropic and Moonshot: "Only the default (1) value is supported."
 ONLY_ONE_VALUE = re.compile(
-    r"only (the default|(temperature ?= ?)?1(\.0)?\b(?!\.\d))|only be set to 1\b", re.IGNORECASE
+    r"only (the default|temperature ?= ?\d|\d(\.\d+)? is )|only be set to 1\b", re.IGNORECASE
 )
 BAD_VALUE = re.compile(
     r"\brange\b|must be|should be|less than|greater than|at least|at most|between|minimum|maximum"
@@ -2186,7 +2243,10 @@ def unsupported_parameters(said: str, param: str | None, body: dict) -> list[str
     names in its field for that. A value that is out of range is another error."""
     if "temperature" in body and "temperature" in said and ONLY_ONE_VALUE.search(said):
         return ["temperature"]
-    names = []
+    said = said.replace("body.", "").replace("$.", "")  # before a name
+    names = [name for name in UNKNOWN_NAME.findall(said) if name in body and name not in NEEDED]
+    if names:
+        return names
     if UNSUPPORTED.search(said) and not BAD_VALUE.search(said):
         names = named_parameters(said, param, body)
     if names:
@@ -2207,7 +2267,8 @@ def named_parameters(said: str, param: str | None, body: dict) -> list[str]:
         return quoted
     named = []
     for name in names:
-        spelled = name.replace("_", "_?")  # xAI says reasoningEffort
+        # vLLM says chat_template, xAI reasoningEffort
+        spelled = name.replace("_kwargs", "(_kwargs)?").replace("_", "_?")
         if re.search(rf"(?<![\w.-]){spelled}(?![\w-])", said, re.IGNORECASE):
             named.append(name)
     return named
@@ -2269,6 +2330,8 @@ def patient_client(connections: int, address: str):
             pauses = 0
             while True:
                 response = await super().send(request, **options)
+                if response.request.method != request.method:  # a 302 makes a GET of a POST
+                    return response.history[0]
                 if response.status_code < 400:
                     return response
                 pause = pause_before(response, pauses, waited)
@@ -2655,8 +2718,10 @@ START_ERRORS = [
     ),
 ]
 
-# vLLM's "(EngineCore pid=9) ERROR 11-29 08:00:00 [core.py:9] "; not all lines have both parts
-LOG_PREFIX = re.compile(r"(\([^)]*pid=\d+\) ?)?((?P<level>[A-Z]+) [\d-]+ [\d:.]+ \[?[^]]*\] ?)?")
+# vLLM's "(EngineCore pid=9) ERROR 11-29 08:00:00 [core.py:9] [rank0]: "; most lines have a part
+LOG_PREFIX = re.compile(
+    r"(\([^)]*pid=\d+[^)]*\) ?)*((?P<level>[A-Z]+) [\d-]+ [\d:.]+ \[?[^]]*\] ?)?(\[rank\d+\]: )?"
+)
 # the last line of a traceback, and other errors
 ERROR_LINE = re.compile(
     r"[A-Za-z_][\w.]*(Error|Exception|Exit|Expired|Timeout)(: |$)|"
@@ -2667,23 +2732,27 @@ POINTER = re.compile(r"initialization failed|root cause")
 
 
 def start_reason(log: str) -> tuple[str, str]:
-    """(the error that a server's log begins with, what to change); empty if they are not known."""
+    """(the first error of a server's log, what to change); empty if they are not known."""
     lines = error_lines(log)
-    for line in lines:
+    reason = first_error(lines)
+    candidates = [reason] if reason else lines
+    for line in candidates:
         for pattern, advice in START_ERRORS:
             if re.search(pattern, line):
                 return line.strip()[:500], advice
-    pointer = ""
-    for i, line in enumerate(lines):
-        if not ERROR_LINE.match(line):
-            continue
-        if POINTER.search(line):
-            pointer = line
-            continue
-        if lines[i + 1 :] and re.match(r"  (?!File )\S", lines[i + 1]):
-            line += lines[i + 1][1:]  # in pydantic's errors, the next line says what is wrong
-        return line.strip()[:500], ""
-    return pointer.strip()[:500], ""
+    if not reason:
+        reason = next((line for line in lines if POINTER.search(line)), "")
+    return reason.strip()[:500], ""
+
+
+def first_error(lines: list[str]) -> str:
+    """The first line that is an error, and not one that points to another."""
+    for line, following in itertools.pairwise([*lines, ""]):
+        if ERROR_LINE.match(line) and not POINTER.search(line):
+            if re.match(r"  (?!File )\S", following):  # pydantic says there what is wrong
+                line += following[1:]
+            return line
+    return ""
 
 
 def error_lines(log: str) -> list[str]:
@@ -3009,27 +3078,73 @@ def load_model(name: str):
     Only safetensors are read: the processes of a machine share their pages in memory, unless
     transformers has to convert them."""
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     try:
+        config = AutoConfig.from_pretrained(name)
+        reason = why_not_trained(name, config)
+        if reason:
+            raise InputError(reason)
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", use_safetensors=True)
-    except (OSError, ValueError, TypeError, SafetensorError) as e:
+        if not tokenizer.chat_template:
+            raise InputError(f"the tokenizer of {name} has no chat template: training needs one")
+        loader = model_class(config)
+        model = loader.from_pretrained(name, dtype="auto", use_safetensors=True)
+    except (OSError, ValueError, TypeError, ImportError, RuntimeError, SafetensorError) as e:
         raise InputError(
-            f"cannot load {name}, as a model directory or from the Hub: {str(e).splitlines()[0]}"
+            f"cannot load {name}, as a model directory or from the Hub: {first_line(e)}"
         ) from None
-    if not tokenizer.chat_template:
-        raise InputError(f"the tokenizer of {name} has no chat template: training needs one")
     check_saving(model, tokenizer, name)
     return model, tokenizer
 
 
-def decoder_layers(model) -> list:
-    """The decoder layers of a model: of its lists of modules, the one with the most weights."""
+def model_class(config):
+    """The class that loads all of a model. For many of those that also read images,
+    `AutoModelForCausalLM` loads the language model alone, and would save another architecture."""
+    import transformers
+
+    for name in config.architectures or []:
+        is_decoder = name.endswith("ForConditionalGeneration") and not config.is_encoder_decoder
+        if is_decoder and hasattr(transformers, name):
+            return getattr(transformers, name)
+    return transformers.AutoModelForCausalLM
+
+
+def decoder_layers(model):
+    """The decoder layers, a ModuleList: of a model's lists of modules one as long as its
+    configuration says, and of these the one with the most weights."""
     import torch
 
-    lists = [m for m in model.get_decoder().modules() if isinstance(m, torch.nn.ModuleList)]
-    return list(max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters())))
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", 0)
+    for part in (model.get_decoder(), model):
+        lists = [m for m in part.modules() if isinstance(m, torch.nn.ModuleList)]
+        if lists:
+            return max(
+                lists, key=lambda m: (len(m) == count, sum(p.numel() for p in m.parameters()))
+            )
+    raise InputError(f"{model.config.model_type} models have no list of decoder layers")
+
+
+def why_not_trained(name: str, config) -> str:
+    """Why a model cannot be trained: its weights are quantized, and what is trained could not be
+    saved in their format. Empty if it can be."""
+    from transformers.utils import cached_file
+
+    method = ""
+    for part in (config, config.get_text_config()):
+        settings = getattr(part, "quantization_config", None)
+        if settings:
+            method = settings.get("quant_method", "bitsandbytes")  # its old files name none
+    if not method:
+        with contextlib.suppress(OSError):  # there is no such file
+            cached_file(name, "hf_quant_config.json")
+            method = "modelopt"
+    if not method:
+        return ""
+    return (
+        f"the weights of {name} are quantized ({method}), and cannot be trained: take the weights "
+        "that they were made from, such as the model's BF16 version"
+    )
 
 
 def check_saving(model, tokenizer, name: str) -> None:
@@ -3038,6 +3153,7 @@ def check_saving(model, tokenizer, name: str) -> None:
         with tempfile.TemporaryDirectory() as folder:
             model.config.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
+            copy_processors(model, name, folder)  # downloads them, while there is a network
     except OSError:  # of the temporary folder, not of the model
         return
     except Exception as e:
@@ -3060,6 +3176,18 @@ def save_model(model, folder) -> None:
     if model.generation_config is not generation_config:
         file = Path(folder) / "generation_config.json"
         generation_config.to_json_file(file, keys_to_pop=["compile_config"])
+
+
+def copy_processors(model, name: str, folder) -> None:
+    """Copy the settings of image, video and audio processors from the base model `name`, if the
+    model has more parts than its text model: servers need them."""
+    from transformers.utils import cached_file
+
+    if not model.config.sub_configs:
+        return
+    for file in ("preprocessor_config", "processor_config", "video_preprocessor_config"):
+        with contextlib.suppress(OSError):  # the base model has no such file
+            shutil.copy(cached_file(name, f"{file}.json"), folder)
 
 
 def turn_thinking_off(tokenizer) -> None:
@@ -3238,10 +3366,13 @@ def reply_header(messages: list[dict], tokenizer, where: str) -> str:
 
 def end_of_thinking(prompt: str) -> str:
     """What a model that is not to think writes first. Generation prompts without a switch may have
-    begun its thinking: it ends that at once, so that the reply is not taken for a thought."""
-    if not prompt.rstrip().endswith("<think>"):
+    begun its thinking, as "<think>" or "[THINK]": it ends that at once, so that the reply is not
+    taken for a thought."""
+    tag = re.search(r"([<\[])(think|thought)([>\]])(\s*)\Z", prompt, re.IGNORECASE)
+    if tag is None:
         return ""
-    return "</think>\n\n" if prompt.endswith("\n") else "</think>"
+    end = f"{tag[1]}/{tag[2]}{tag[3]}"
+    return f"{end}\n\n" if tag[4] else end
 
 
 def same_text(content: str, reply: str) -> bool:
@@ -3277,6 +3408,52 @@ def why_rewritten(text: str, turns: list[Turn]) -> str:
         f"the chat template rewrites earlier turns: at reply {number + 1} the model has "
         f"{own[same : same + 40]!r}, and later reads {text[same : same + 40]!r} instead"
     )
+
+
+def check_rows(model, examples: list[Example], data_path: str) -> None:
+    """Raise `InputError` if a row has a token without an embedding, or more tokens than a table of
+    positions has."""
+    embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
+    vocabulary = min(len(module.weight) for module in embeddings if module is not None)
+    positions = position_limit(model)
+    for example in examples:
+        where = f"{data_path}:{example.line}"
+        for sequence in example.sequences:
+            highest = max(sequence.ids)
+            if highest >= vocabulary:
+                raise InputError(
+                    f"{where}: the tokenizer gives token {highest}, and the model has embeddings "
+                    f"of 0 to {vocabulary - 1}: take the tokenizer that belongs to the model"
+                )
+            if len(sequence.ids) > positions:
+                raise InputError(
+                    f"{where}: {len(sequence.ids)} tokens, and the model has {positions} "
+                    f"positions: --max_length {positions} skips such rows"
+                )
+
+
+def position_limit(model) -> float:
+    """The longest row, in tokens, that a model can be trained on; infinity if there is no limit.
+
+    GPT-2 and OPT look positions up in a table (OPT's has two more rows). Rotary embeddings of the
+    type "dynamic" change with the longest row so far, from this length on."""
+    import torch
+
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is None:
+        return math.inf
+    rotary = getattr(config, "rope_parameters", None) or {}
+    if rotary.get("rope_type") == "dynamic":
+        return limit
+    decoder = model.get_decoder()
+    tables = list(decoder.buffers())  # of sines, GPT-J
+    for module in decoder.modules():
+        if isinstance(module, torch.nn.Embedding) and module is not model.get_input_embeddings():
+            tables.append(module.weight)
+    if any(table.dim() == 2 and limit <= len(table) < limit + 8 for table in tables):
+        return limit
+    return math.inf
 
 
 def hold_out(examples: list[Example], a) -> tuple[list[Example], list[Example]]:
@@ -3442,6 +3619,7 @@ def choose_packing(model, examples: list[Example], a, say=print) -> None:
             reason = why_dependent(model, rows, alone, ROUNDING[a.precision])
         except Exception as e:  # a layer that cannot be called in this way may raise anything
             reason = first_line(e)
+        reshard(model)
         if not reason:
             return
         reasons.append(f"{packing}: {reason}")
@@ -3452,6 +3630,14 @@ def choose_packing(model, examples: list[Example], a, say=print) -> None:
         f"{a.model} cannot compute several rows at once ({'; '.join(reasons)}): each is computed "
         f"alone, about {passes} forward passes an epoch in place of {packs}"
     )
+
+
+def reshard(model) -> None:
+    """Let go of the weights that sharded modules hold whole: after a pass without gradients the
+    model's own, after an error those of a layer."""
+    for module in model.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()
 
 
 def set_packing(model, packing: str) -> None:
@@ -3468,12 +3654,14 @@ def set_packing(model, packing: str) -> None:
 
 
 def rows_to_measure(examples: list[Example], a) -> list[Example]:
-    """A pack like those of the run: the longest row, then the shortest ones."""
+    """A pack as long as those of the run: the longest row, the shortest, and the next longest."""
     tokens = lengths(examples)
     order = sorted(range(len(examples)), key=lambda i: tokens[i])
     rows = [examples[order.pop()]]
     room = a.micro_tokens - max(tokens)
-    for i in order[: a.batch_size]:
+    if order:
+        order.append(order.pop(0))
+    for i in reversed(order[-a.batch_size :]):
         room -= tokens[i]
         if room < 0 and len(rows) > 1:
             break
@@ -3697,7 +3885,6 @@ def prepare_model(model, accelerator, a, examples: list[Example]):
         model = add_adapters(model, a)
     shard(model, accelerator, a.precision)
     choose_packing(model, examples, a, accelerator.print)
-    model.reshard()  # a pass without gradients leaves the root's weights whole
     wrap_layers(model, a)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=a.lr, weight_decay=a.weight_decay, fused=True)
@@ -3801,7 +3988,10 @@ def add_adapters(model, a):
     for name, module in model.named_modules():
         # not of subclasses: routers may be called in another way
         if module in in_layers and type(module) in (torch.nn.Linear, Conv1D):
-            targets.append(name)
+            mixer = model.get_submodule(name.rpartition(".")[0])
+            # fused kernels of state space layers take the weights of their `out_proj` themselves
+            if not (name.endswith(".out_proj") and hasattr(mixer, "conv1d")):
+                targets.append(name)
     torch.manual_seed(a.seed)  # every process and every run begins with the same adapters
     config = LoraConfig(
         r=a.lora_rank, lora_alpha=2 * a.lora_rank, target_modules=targets, task_type="CAUSAL_LM"
@@ -3826,13 +4016,20 @@ def shard(model, accelerator, precision: str) -> None:
     mesh = dist.init_device_mesh(device, (accelerator.num_processes,))
     bf16 = precision == "bf16"
     policy = MixedPrecisionPolicy(torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32)
-    for module in [*decoder_layers(model), model]:
+    for module in [*layers_apart(model), model]:
         fully_shard(module, mesh=mesh, mp_policy=policy)
     # after sharding, so that a process never holds more than its share in float32
     for p in model.parameters():
         if p.requires_grad or not bf16:
             torch.utils.swap_tensors(p, torch.nn.Parameter(p.detach().float(), p.requires_grad))
     model.to(accelerator.device)
+
+
+def layers_apart(model) -> list:
+    """The decoder layers without those that share weights, which cannot be sharded one by one."""
+    layers = decoder_layers(model)
+    owners = collections.Counter(id(p) for layer in layers for p in set(layer.parameters()))
+    return [layer for layer in layers if all(owners[id(p)] == 1 for p in layer.parameters())]
 
 
 def clip_gradients(model, limit: float) -> float:
@@ -4070,6 +4267,7 @@ class Training:
             save_model(model, folder)
             turn_thinking_off(self.tokenizer)
             self.tokenizer.save_pretrained(folder)
+            copy_processors(model, self.a.model, folder)
             write_rows(folder / "metrics.jsonl", self.log)
             self._write_card(folder / "README.md", method)
             self._replace_out(folder)
@@ -4079,13 +4277,14 @@ class Training:
     def _final_model(self):
         """The base model, in its own dtype, with the trained weights, adapters merged into it: in
         the main process; None in the others."""
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig
 
         if not self.accelerator.is_main_process:
             for _ in self._trained_weights():
                 pass
             return None
-        model = AutoModelForCausalLM.from_pretrained(self.a.model, dtype="auto")
+        loader = model_class(AutoConfig.from_pretrained(self.a.model))
+        model = loader.from_pretrained(self.a.model, dtype="auto")
         if self.a.lora_rank:
             model = add_adapters(model, self.a)
         parameters = dict(model.named_parameters())
@@ -4440,11 +4639,12 @@ class ModelSizes:
     parameters: int
     layers: int
     hidden: int  # hidden size
-    heads: int  # attention heads
+    heads: int  # attention heads, 0 if it has none
     vocabulary: int
     context: float  # longest context, tokens
     serving_bytes: int  # of the weights
-    cache_bytes: int  # of a token's keys and values
+    cache_bytes: int  # of a token's keys and values, in the layers that keep those of all tokens
+    window_bytes: int  # of the keys and values of a whole window, in the other layers
     activation_bytes: int  # of a token, which a layer keeps for the backward pass
     gathered_parameters: int  # that are whole at one time in training
     adapter_parameters: int  # of LoRA adapters of rank 1
@@ -4454,52 +4654,101 @@ class ModelSizes:
 def model_sizes(name: str) -> tuple[ModelSizes, float]:
     """(sizes of a local model, bytes to download). Raises `InputError` if it cannot be used."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
+    from transformers.pytorch_utils import Conv1D
 
     folder, download = find_model(name)
     try:
         check_model(str(folder))
         config = AutoConfig.from_pretrained(folder)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    except (InputError, OSError, ValueError, KeyError) as e:
-        first = str(e).strip().splitlines()[0]
-        raise InputError(first.replace(str(folder), name)) from None
+            loader = model_class(config)
+            build = getattr(loader, "from_config", None) or loader._from_config
+            model = build(config, dtype=torch.bfloat16)
+    except Exception as e:  # of a configuration that its own class does not understand
+        raise InputError(first_line(e).replace(str(folder), name)) from None
     text = config.get_text_config()
-    layers = model.get_decoder().layers
+    layers = decoder_layers(model)
     parameters = sum(p.numel() for p in model.parameters())
     in_layers = sum(p.numel() for p in layers.parameters())
-    heads = text.num_attention_heads
-    key_value_heads = getattr(text, "num_key_value_heads", None) or heads
-    head_size = getattr(text, "head_dim", None) or text.hidden_size // heads
-    quantized = hasattr(config, "quantization_config")
-    linear = [m for m in layers.modules() if isinstance(m, torch.nn.Linear)]
+    linear = [m for m in layers.modules() if isinstance(m, torch.nn.Linear | Conv1D)]
+    vocabulary, hidden = model.get_input_embeddings().weight.shape
+    intermediate = getattr(text, "intermediate_size", None) or 4 * hidden
+    if isinstance(intermediate, list):  # of each layer
+        intermediate = max(intermediate)
+    refusal = why_not_trained(name, config)
+    serving_bytes = BYTES_SAVED * parameters
+    if refusal:  # quantized: as large as its files
+        serving_bytes = download or sum(
+            file.stat().st_size for file in folder.glob("*.safetensors")
+        )
+    cache_bytes, window_bytes = cache_sizes(model)
     sizes = ModelSizes(
         name=name,
         parameters=parameters,
         layers=len(layers),
-        hidden=text.hidden_size,
-        heads=heads,
-        vocabulary=text.vocab_size,
-        context=getattr(text, "max_position_embeddings", math.inf),
-        serving_bytes=parameters if quantized else BYTES_SAVED * parameters,
-        cache_bytes=2 * BYTES_SAVED * len(layers) * key_value_heads * head_size,
-        activation_bytes=24 * text.hidden_size
-        + 8 * getattr(text, "intermediate_size", 4 * text.hidden_size),
+        hidden=hidden,
+        heads=getattr(text, "num_attention_heads", 0),
+        vocabulary=vocabulary,
+        context=getattr(text, "max_position_embeddings", None) or math.inf,
+        serving_bytes=serving_bytes,
+        cache_bytes=cache_bytes,
+        window_bytes=window_bytes,
+        activation_bytes=24 * hidden + 8 * intermediate,
         gathered_parameters=parameters - in_layers + in_layers // len(layers),
-        adapter_parameters=sum(m.in_features + m.out_features for m in linear),
-        why_not_trained=why_not_trained(model),
+        adapter_parameters=sum(sum(m.weight.shape) for m in linear),
+        why_not_trained=refusal,
     )
     return sizes, download
 
 
-def why_not_trained(model) -> str:
-    """Why the loops cannot train a model; empty if they can."""
+def cache_sizes(model) -> tuple[int, int]:
+    """(bytes of a token in the layers that keep the keys and values of all tokens, bytes of a whole
+    window in the other layers), in bf16. A model on the meta device, whose tensors have shapes but
+    no values, shows what it keeps of a token. A state of fixed size, as in Mamba's layers, does not
+    count."""
+    import torch
+
+    token = torch.zeros(1, 1, dtype=torch.long, device="meta")
     try:
-        choose_packing(model)
-    except InputError as e:
-        return str(e)
-    return ""
+        with torch.no_grad(), torch.device("meta"), made_up_values():
+            output = model.eval()(input_ids=token, use_cache=True)
+    except Exception:  # a layer that looks at more values, or runs on a GPU alone: at most this
+        config = model.config.get_text_config()
+        width = model.get_input_embeddings().weight.shape[1]
+        if getattr(config, "num_key_value_heads", None) and getattr(config, "head_dim", None):
+            width = config.num_key_value_heads * config.head_dim
+        return 2 * BYTES_SAVED * len(decoder_layers(model)) * width, 0
+    cache_bytes = 0
+    window_bytes = 0
+    cache = getattr(output, "past_key_values", None)
+    for layer in cache.layers if cache else []:
+        for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None)):
+            size = 0 if tensor is None else BYTES_SAVED * tensor.numel()
+            if getattr(layer, "is_sliding", False):
+                window_bytes += size * layer.sliding_window
+            else:
+                cache_bytes += size
+    return cache_bytes, window_bytes
+
+
+def made_up_values():
+    """A context in which layers on the meta device may look at values: each is 1, and one of a
+    tensor is not zero, as where experts look for their tokens."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    aten = torch.ops.aten
+
+    class MadeUpValues(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is aten._local_scalar_dense.default:
+                return 1
+            if function is aten.nonzero.default:
+                return args[0].new_zeros((1, args[0].dim()), dtype=torch.long)
+            return function(*args, **(kwargs or {}))
+
+    return MadeUpValues()
 
 
 def find_model(name: str) -> tuple[Path, float]:
@@ -4560,9 +4809,10 @@ def check_api(name: str, url: str | None) -> str:
 
 
 def serving_memory(sizes: ModelSizes, length: int, gpus: int) -> float:
-    """Bytes on each of the `gpus` of a replica, or of the host (0): bf16 weights, the cache of one
+    """Bytes on each of the `gpus` of a replica, or of the host (0): the weights, the cache of one
     context of `length` tokens, 2 GB of buffers."""
-    return (sizes.serving_bytes + length * sizes.cache_bytes) / max(1, gpus) + 2e9
+    cache = length * sizes.cache_bytes + sizes.window_bytes
+    return (sizes.serving_bytes + cache) / max(1, gpus) + 2e9
 
 
 def check_serving_memory(sizes: ModelSizes, max_model_len: int, parallel: int) -> str:
@@ -4582,7 +4832,8 @@ def check_serving_memory(sizes: ModelSizes, max_model_len: int, parallel: int) -
     if uses_vllm():
         cache = 1e9 * float(os.environ.get("VLLM_CPU_KVCACHE_SPACE", 2))
         advice = "set VLLM_CPU_KVCACHE_SPACE (GB) or lower --max_model_len"
-        enough(f"{what} with {length} tokens of context", length * sizes.cache_bytes, cache, advice)
+        need = length * sizes.cache_bytes + sizes.window_bytes
+        enough(f"{what} with {length} tokens of context", need, cache, advice)
     return enough(what, serving_memory(sizes, length, 0), host, "take a smaller model")
 
 

@@ -23,6 +23,7 @@ from conftest import (
     ROOT,
     check_run,
     make_model,
+    run_script,
     save_model,
     script_env,
     stage,
@@ -40,7 +41,7 @@ from test_training import (
     user,
     with_template,
 )
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import common
 from common import InputError, read_rows, tokenize
@@ -125,6 +126,29 @@ def test_long_rows_are_counted_and_left_out(tmp_path, tokenizer, capsys):
 
 
 # ---- what is saved -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "kind, kept",
+    [
+        ("gemma3", ["preprocessor_config.json", "processor_config.json"]),
+        ("gemma3_text", []),
+    ],
+)
+def test_processors_of_images_are_kept(tmp_path, kind, kept):
+    """Of a model with a vision tower: servers need them. Also before the first step, so that they
+    are downloaded then."""
+    base = tmp_path / "base"
+    out = tmp_path / "out"
+    for folder in (base, out):
+        folder.mkdir()
+    for name in ("preprocessor_config.json", "processor_config.json", "other_config.json"):
+        (base / name).write_text(json.dumps({"of": name}))
+    model = SimpleNamespace(config=AutoConfig.for_model(kind))
+    common.copy_processors(model, str(base), out)
+    assert sorted(file.name for file in out.iterdir()) == kept
+    for name in kept:
+        assert json.loads((out / name).read_text()) == {"of": name}
 
 
 def generation_settings(folder) -> dict:
@@ -292,6 +316,7 @@ class Killed(BaseException):
 
 
 class FakeModel:
+    config = SimpleNamespace(sub_configs={})
     generation_config = GenerationConfig()
 
     def save_pretrained(self, folder: Path) -> None:
@@ -314,7 +339,8 @@ class FakeTraining(common.Training):
         )
         tokenizer = SimpleNamespace(chat_template=settings, save_pretrained=lambda folder: None)
         a = sft.Args(model="gpt-4o", data=str(data), out=str(folder / "sft"), save_steps=1)
-        super().__init__(a, accelerator, None, None, tokenizer, 3)
+        optimizer = torch.optim.AdamW([torch.zeros(1)])
+        super().__init__(a, accelerator, None, optimizer, tokenizer, 3)
 
     def _state(self):
         return None
@@ -585,12 +611,13 @@ def test_held_out_tasks_and_tracker(tmp_path, tiny_model, tokenizer):
 
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+LAUNCH = ["-m", "data.tools.launch", "--multi_gpu", "--num_processes"]  # as make does
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["02_sft.py", "04_dpo.py"])
 def test_accelerate_launch(tmp_path, tiny_model, talks, preferences, script):
-    """The command that make uses; on a CPU it starts one process."""
+    """The command of the scripts' docstrings; on a CPU it starts one process."""
     data = talks if script == "02_sft.py" else preferences
     launch = ["-m", "accelerate.commands.launch", "--num_processes", 2, "--cpu"]
     settings = {"model": tiny_model, "data": data, "out": tmp_path / "out", "epochs": 1}
@@ -600,9 +627,10 @@ def test_accelerate_launch(tmp_path, tiny_model, talks, preferences, script):
 
 @pytest.mark.slow
 def test_preempted_processes_end(tmp_path, tiny_model, talks):
-    """SIGTERM to the launcher, twice: all processes end soon, and one of them says so."""
+    """SIGTERM to the launcher, twice: all processes end soon, and one of them says so. The exit
+    status is that of SIGTERM."""
     settings = {"model": tiny_model, "data": talks, "batch_size": 2, "epochs": 500, "save_steps": 1}
-    command = [*TORCHRUN, 2, "02_sft.py", *as_flags(settings), "--out", tmp_path / "sft"]
+    command = [*LAUNCH, 2, "02_sft.py", *as_flags(settings), "--out", tmp_path / "sft"]
     process = subprocess.Popen(
         [sys.executable, *map(str, command)],
         cwd=ROOT,
@@ -619,6 +647,19 @@ def test_preempted_processes_end(tmp_path, tiny_model, talks):
     _, alive = psutil.wait_procs(children, 5)
     assert children and not alive
     assert err.count("interrupted: finished rows are kept") == 1
+    # the second signal may come when the launcher has ended its processes, and end it
+    assert process.returncode in (143, -signal.SIGTERM) and "Traceback" not in err
+
+
+@pytest.mark.slow
+def test_an_error_of_several_processes(tmp_path, tiny_model):
+    """The launcher adds nothing to what they say."""
+    settings = {"model": tiny_model, "data": tmp_path / "no.jsonl", "out": tmp_path / "sft"}
+    command = [*LAUNCH, 2, "02_sft.py", *as_flags(settings)]
+    env = {"ACCELERATE_USE_CPU": "true"}
+    done = run_script(*command, env=env)
+    assert done.returncode == 2 and "no.jsonl does not exist" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 PRECISIONS = {

@@ -285,6 +285,7 @@ def nvidia_smi(tmp_path):
         (MIG, None, 2),
         (MIG, "MIG-c7384736", 1),
         (MIG, "MIG-c7384736,MIG-a28ad590", 1),
+        (MIG, "MIG-GPU-5c89852c/1/0", 1),
     ],
 )
 def test_how_many_gpus(nvidia_smi, text, variable, count):
@@ -309,7 +310,7 @@ def test_how_many_gpus(nvidia_smi, text, variable, count):
 def test_make_trains_on_the_gpus_there_are(nvidia_smi, text, variable, settings, processes):
     env = nvidia_smi(text, variable)
     done = run_make("-n", "-B", "sft", "RUN=q", *settings, **env)
-    launched = re.findall(r"accelerate launch --num_processes (\d) 02_sft.py", done.stdout)
+    launched = re.findall(r"data.tools.launch --num_processes (\d) 02_sft.py", done.stdout)
     assert launched == ([str(processes)] if processes > 1 else []), done.stdout + done.stderr
 
 

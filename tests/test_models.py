@@ -71,6 +71,8 @@ THINKING = {"type": "thinking", "thinking": [{"type": "text", "text": "Well."}]}
         ({"content": [THINKING, {"type": "text", "text": "Hi"}]}, "Hi"),
         ({"content": [{"type": "text", "text": None}, "Hi"]}, "Hi"),
         ({"content": {"type": "text", "text": "Hi"}}, "Hi"),
+        ({"content": [{"type": "text", "text": {"value": "Hi"}}]}, "Hi"),
+        ({"content": [{"type": "text", "content": "Hi"}]}, "Hi"),
         ({"content": "a \ud83d b"}, "a \ufffd b"),
         ({"content": "\udc00"}, "\ufffd"),
         ({"content": "\U0001f600 é"}, "\U0001f600 é"),
@@ -151,6 +153,8 @@ ONLY_ONE = (
     "value is supported."
 )
 EXTRA = "Extra inputs are not permitted"
+SERDE = "unknown field `seed`, expected one of `messages`, `max_tokens`, `temperature`, `stop`"
+JACKSON = 'Unrecognized field "seed" (2 known properties: "max_tokens", "stop")'
 GEMINI = 'Invalid JSON payload received. Unknown name "seed": Cannot find field.'
 
 
@@ -163,6 +167,7 @@ GEMINI = 'Invalid JSON payload received. Unknown name "seed": Cannot find field.
         ("max_tokens", "max_completion_tokens", 400, "max_tokens is no longer supported"),
         ("temperature", None, 400, openai_error(ONLY_ONE, "temperature", "unsupported_value")),
         ("temperature", None, 400, "invalid temperature: only 1 is allowed for this model"),
+        ("temperature", None, 400, "invalid temperature: only 0.6 is allowed for this model"),
         (
             "temperature",
             None,
@@ -180,6 +185,11 @@ GEMINI = 'Invalid JSON payload received. Unknown name "seed": Cannot find field.
         ("seed", None, 400, "Malformed input request: extraneous key [seed] is not permitted"),
         ("seed", None, 400, "Additional properties are not allowed ('seed' was unexpected)"),
         ("seed", None, 400, 'Bad request: json: unknown field "seed"'),
+        ("seed", None, 400, f"Failed to deserialize the JSON body: {SERDE}"),
+        ("seed", None, 400, JACKSON),
+        ("seed", None, 400, "Invalid parameter: seed"),
+        ("seed", None, 400, "Field 'seed' is forbidden"),
+        ("seed", None, 422, f"At path body.seed: {EXTRA}"),
         ("seed", None, 422, pydantic_error("extra_forbidden", "seed", EXTRA)),
         ("seed", None, 422, f"body -> seed\n  {EXTRA} (type=extra_forbidden)"),
         ("seed", None, 200, json.dumps({"error": {"code": 400, "message": "Unknown name seed"}})),
@@ -251,6 +261,21 @@ def test_a_model_that_cannot_be_told_not_to_think(chat_server, capfd, said):
     assert "does not support reasoning_effort for m" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        "chat_template is not supported for Mistral tokenizers.",
+        "body.chat_template_kwargs: property 'body.chat_template_kwargs' is unsupported",
+    ],
+)
+def test_a_server_without_variables_of_the_chat_template(chat_server, said):
+    name = "chat_template_kwargs"
+    server = chat_server(lambda messages, body: (400, said) if name in body else "Hi")
+    model = common.Model("m", server.url)
+    model.thinking = common.parse_thinking("off")
+    assert asyncio.run(model.ask([{"role": "user", "content": "Hi"}])).text == "Hi"
+
+
 def test_an_effort_that_a_model_does_not_have_is_an_error(chat_server):
     said = "`reasoning_effort` must be one of `none` or `default`"
     server = chat_server(lambda messages, body: (400, said))
@@ -274,6 +299,8 @@ def test_no_seed_is_sent_without_one(chat_server):
             400,
             "max_tokens is too large: 50000. This model supports at most 16384 completion tokens.",
         ),
+        (400, "Invalid request: max_tokens 40000 is over the limit of 8192"),
+        (400, "max tokens of 40000 exceeds the limit of 8192"),
         (400, "Invalid max_tokens value, the valid range of max_tokens is [1, 8192]"),
         (400, "max_tokens: 100000 > 8192, which is the maximum allowed number of output tokens"),
         (400, "max_tokens=256 cannot be greater than max_model_len=128."),
@@ -281,6 +308,7 @@ def test_no_seed_is_sent_without_one(chat_server):
         (400, "Invalid 'stop': array too long. Expected an array with maximum length 4."),
         (400, "Unsupported value: 'temperature' does not support 3. Supported values are 0 to 2."),
         (400, "The value 3 of 'temperature' is not allowed, valid values are 0 to 2."),
+        (400, "Invalid parameter: temperature, the maximum is 2"),
         (422, "Input validation error: `temperature` must be strictly positive"),
         (422, "Input validation error: `max_new_tokens` must be <= 192. Given: 256"),
         (422, "temperature: Input should be less than or equal to 2"),
@@ -305,6 +333,8 @@ def test_a_request_that_is_wrong_in_itself(chat_server, capfd, status, said):
     assert len(server.requests) == 1 and not capfd.readouterr().err
 
 
+NO_TOKENS = completion("", 9000, 0)  # of LMDeploy
+NO_TOKENS["choices"][0]["finish_reason"] = "length"
 TGI = "`inputs` tokens + `max_new_tokens` must be <= 1512. Given: 1000 `inputs` tokens"
 SHIFT = "the request exceeds the available context size. try increasing the context size"
 LM_STUDIO = (
@@ -358,6 +388,14 @@ LM_STUDIO = (
         ),
         (400, "Your request exceeded model token limit: 8192 (requested: 9000)"),
         (400, "Range of input length should be [1, 30720]"),
+        (400, "Cannot truncate prompt with n_keep (14169) >= n_ctx (4096)"),
+        (400, "Total tokens of image and text exceed max message tokens"),
+        (400, "max tokens of 4096 exceeded"),
+        (400, "max_completion_tokens must be at least 1, got -904"),
+        (400, "Prompt length 5000 > 4096"),
+        (400, "The prompt contains 9000 tokens which is over the limit of 8192"),
+        (400, "prompt is too long: 9000 tokens > 8192 maximum; thinking budget 1024"),
+        (200, json.dumps(NO_TOKENS)),
         (200, json.dumps({"error": {"code": 400, "message": SHIFT}})),
         (200, json.dumps({"error": {"message": "Provider error", "metadata": {"raw": SHIFT}}})),
     ],
@@ -390,6 +428,21 @@ def test_other_things_that_are_too_much(chat_server, monkeypatch, status, said):
     assert len(server.requests) == 2
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        "Request queue limit exceeded",
+        "HTTPConnectionPool(host='10.0.0.3', port=80): Max retries exceeded with url: /v1",
+        "Request rejected: too many tokens in flight",
+        "CUDA out of memory: request exceeds available memory",
+        "The prompt was rejected: it would exceed the maximum concurrency",
+    ],
+)
+def test_a_busy_server_is_no_long_prompt(said):
+    """Nor if the status of the error is not known."""
+    assert not common.is_too_long(503, said) and not common.is_too_long(None, said)
+
+
 IN_A_CHOICE = {"choices": [{"error": {"code": 502, "message": "Provider broke"}, "message": {}}]}
 
 
@@ -402,6 +455,7 @@ IN_A_CHOICE = {"choices": [{"error": {"code": 502, "message": "Provider broke"},
             "completion: Provider returned error",
         ),
         (200, {"error": "no slot left"}, "without a completion: no slot left"),
+        (200, "<html>Please log in</html>", "without a completion: Please log in"),
         (200, {"object": "error", "message": "No GPU", "code": 40303}, "completion: No GPU"),
         (200, {"error": {"message": "Moderated", "code": 403}}, "answers 403: Moderated"),
         (200, {"choices": None, "base_resp": {"status_msg": "no balance"}}, "no balance"),
@@ -645,11 +699,32 @@ def test_the_last_server_is_lost(chat_server, monkeypatch, pause):
     asyncio.run(main())
 
 
-def test_a_server_that_only_looks_healthy(chat_server, monkeypatch):
+@pytest.mark.parametrize(
+    "models, healthy",
+    [
+        ((200, "<html>Welcome</html>"), True),
+        ((200, ""), True),
+        ((200, '[{"id": "m"}]'), True),
+        ((404, "no such path"), True),
+        ((500, "out of order"), True),
+        ((503, "starting"), False),
+        ((521, "web server is down"), False),
+    ],
+)
+def test_what_is_health(chat_server, models, healthy):
+    """Any answer is, whatever the server says of its models, but not one of the proxy before it."""
+    server = chat_server(lambda messages, body: "Hi")
+    server.models = models
+    [endpoint] = common.Model("m", server.url).alive
+    assert asyncio.run(endpoint.is_healthy()) == healthy
+
+
+@pytest.mark.parametrize("status", [503, 521])
+def test_a_server_that_only_looks_healthy(chat_server, monkeypatch, status):
     """It lists its models, but answers no request: the request is not moved forever."""
     monkeypatch.setenv("MPO_MAX_RETRIES", "0")
     monkeypatch.setattr(common, "LOOK_PAUSE", 0.0)
-    servers = [chat_server(lambda messages, body: (503, "starting")) for _ in range(2)]
-    with pytest.raises(InputError, match="503: starting"):
+    servers = [chat_server(lambda messages, body: (status, "starting")) for _ in range(2)]
+    with pytest.raises(InputError, match=f"{status}: starting"):
         ask(",".join(server.url for server in servers))
     assert sum(len(server.requests) for server in servers) == 5

@@ -65,11 +65,18 @@ VERBS = {"look", "go", "open", "focus", "move", "use", "repeat", "wait"}
         ("1. __Action:__ look around", "look around"),
         ("> *Action*: `look around`", "look around"),
         ("Action:\n- look around", "look around"),
+        ("Action:\n1. look around", "look around"),
         ("Action:\n```\nlook around\n```", "look around"),
         ("Action: ```text\nlook around\n```", "look around"),
         ("```\nAction: look around\n```", "look around"),
         # other ways to write it
         ("Action 1: look around", "look around"),
+        ("Action #1: look around", "look around"),
+        ("Action (1): look around", "look around"),
+        ("Action:\u00a0look around\u200b", "look around"),
+        ("THOUGHT: x ACTION: look around THOUGHT: y", "look around"),
+        ("Action: look around<end_of_turn>", "look around"),
+        ("Action: <|begin_of_box|>look around<|end_of_box|>", "look around"),
         ("Action：look around", "look around"),
         ("ACTION: click[buy now]", "click[buy now]"),
         ('"Action: look around"', "look around"),
@@ -127,6 +134,12 @@ TAGS = [
     ("<reasoning>", "</reasoning>"),
     ("<seed:think>", "</seed:think>"),
     ("<think:x>", "</think:x>"),
+    ("<think >", "</think >"),
+    ('<details type="reasoning" done="true">', "</details>"),
+    ("<chain_of_thought>", "</chain_of_thought>"),
+    ("<|think|>", "<|/think|>"),
+    ("[REASONING]", "[/REASONING]"),
+    ("Here are my reasoning steps:\n", "[BEGIN FINAL RESPONSE]"),
     ("<|begin_of_thought|>", "<|end_of_thought|>"),
     ("<|START_THINKING|>", "<|END_THINKING|><|START_RESPONSE|>"),
     ("[THINK]", "[/THINK]"),
@@ -160,7 +173,7 @@ def test_thinking_is_neither_plan_nor_action(opening, closing):
         assert not split_thinking(reply)[1]
 
 
-@pytest.mark.parametrize("opening", sorted({opening for opening, _ in TAGS[:16]}))
+@pytest.mark.parametrize("opening", sorted({opening for opening, _ in TAGS[:22]}))
 def test_a_reply_that_ends_while_the_model_thinks(opening):
     reply = f"{opening}{THOUGHTS}"
     assert parse_reply(reply) == ("", None) and parse_plan(reply) is None
@@ -174,6 +187,7 @@ def test_a_reply_that_ends_while_the_model_thinks(opening):
         ("</think>\n\nAction: look", "look"),
         ("<think>Hm.</think>Action: look\n</think>", "look"),  # closed once too often
         ("Thought: I write no <think> here.\nAction: look", "look"),  # a mention
+        ("Action: look\n<details>more</details>", "look"),  # nothing was opened
         ("Action: wait\n</think>", None),
         ("<think>Action: wait</think>", None),
     ],
@@ -199,6 +213,7 @@ def test_what_is_left_of_a_reply_with_thinking(reply, action):
         "<|",
         "<think>",
         "<think>\n",
+        "<think a=",
         "</think>",
         "<think></think>x",
         "<|channel|>final",
@@ -230,6 +245,8 @@ def test_parsing_takes_linear_time(part):
             "Step 2: go\n\nGood luck!\n</meta_plan>",
             "Step 1: look around, then wait\nStep 2: go",
         ),
+        ("<meta_plan>\n**Step 1:** go\n- Step 2: wait\n</meta_plan>", "Step 1: go\nStep 2: wait"),
+        ("<meta_plan>\nStep 1: go\n</meta_plan>\nHere is my response: done", "Step 1: go"),
         ("Step 1: look around", None),
         ("I write <meta_plan></meta_plan>:\n<meta_plan>\n1. go\n</meta_plan>", "Step 1: go"),
         ("<meta_plan>\nlook around, then wait\n</meta_plan>", None),

@@ -54,6 +54,10 @@ def body(**fields) -> tuple[int, str]:
         answer(finish_reason="SAFETY"),
         answer(native_finish_reason="RECITATION"),
         answer(refusal="I cannot help with that."),
+        answer(finish_reason="content_filter \ud83d"),
+        body(choices=[{"index": 0, "finish_reason": "content_filter: PROHIBITED_CONTENT"}]),
+        body(choices=[{"index": 0, "finish_reason": "content_filter", "message": None}]),
+        body(choices=None, input_sensitive=True, base_resp={"status_code": 1026}),
         body(choices=[], promptFeedback={"blockReason": "PROHIBITED_CONTENT"}),
         body(error={"code": 403, "message": "input was flagged"}),
         body(choices=None, base_resp={"status_msg": "output new_sensitive"}),
@@ -65,7 +69,7 @@ def test_a_refused_request(chat_server, monkeypatch, reply):
     server = chat_server(lambda messages, body: reply)
     with pytest.raises(RequestRefused) as error:
         ask(server.url)
-    assert server.url in str(error.value)
+    assert server.url in str(error.value) and str(error.value).encode()
     assert len(server.requests) == 1
 
 
@@ -83,6 +87,8 @@ def test_a_refused_request(chat_server, monkeypatch, reply):
         (502, "upstream connection blocked"),
         body(error={"message": "Provider returned error"}),
         body(error={"message": "upstream connection blocked", "code": 502}),
+        body(choices=None, input_sensitive=False, base_resp={"status_msg": "limit of requests"}),
+        (200, '[{"error": {"message": "not now"}}]'),
     ],
     ids=lambda reply: f"{reply[0]} {reply[1][-40:]}",
 )

@@ -75,6 +75,7 @@ ALIASES = lists({"id": "a.gguf", "aliases": ["qwen"]}, {"id": "b.gguf", "aliases
         (TWO_NAMES, "", "llama"),
         (TWO_NAMES, "default", "default"),
         (ALIASES, "qwen", "a.gguf"),
+        (lists("openai/*"), "openai/gpt-9", "openai/gpt-9"),  # LiteLLM
         (lists("only"), "", "only"),
         (lists("only"), "another", "only"),
         # no list of models
@@ -121,6 +122,7 @@ def test_the_model_of_a_name(server, models, name, found):
             "has several models, nomic-embed-text:latest, .*: name one of them, NAME@http",
         ),
         (LORA, "", "has several models, llama, sql: name one"),
+        (lists({"id": "a", "root": ["x"]}, "b"), "c", "does not have c. It has a, b"),
         ((404, ""), "", "does not list its models: name the one that is meant, NAME@http://"),
         (lists(*[f"vendor/m-{i}" for i in range(300)]), "m-77", "m-77.* and 290 others"),
         ((503, '{"error": {"message": "Loading model"}}'), "mine", "answers 503 .*Loading model"),
@@ -239,6 +241,14 @@ def test_no_key_follows_a_redirect_to_another_host(server, chat_server, monkeypa
     assert server.keys == {None}
 
 
+@pytest.mark.parametrize("status", [301, 302])
+def test_a_redirect_that_makes_a_get_of_a_chat(server, chat_server, status):
+    answer = (status, "", {"Location": f"{server.url}/chat/completions"})
+    redirecting = chat_server(lambda messages, body: answer)
+    with pytest.raises(InputError, match=f"{status}.* redirects to {server.url}/chat/completions"):
+        ask("m", redirecting.url)
+
+
 @pytest.mark.parametrize("key", ["sk-“1”", "sk-1\nsk-2", "sk-1\x7f"])
 def test_a_key_that_is_none(server, monkeypatch, key):
     monkeypatch.setenv("MPO_SERVER_KEY", key)
@@ -283,7 +293,8 @@ def test_a_server_of_ones_own_that_wants_a_key(server, monkeypatch):
         ("http://127.8.9.1/v1", True),
         ("https://localhost:8000/v1", True),
         ("http://LOCALHOST./v1", True),
-        ("http://vllm.localhost:8000/v1", True),
+        ("http://127.1:8000/v1", True),
+        ("http://0:8000/v1", True),
         ("http://[::1]:8000/v1", True),
         ("http://[::ffff:127.0.0.1]:8000/v1", True),
         ("http://0.0.0.0:8000/v1", True),

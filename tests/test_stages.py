@@ -248,8 +248,9 @@ def test_killed_scoring_resumes(run_folder, script, chat_server):
     assert len(read_rows(run_folder / "pairs.jsonl")) == 4
 
 
-def test_a_preempted_stage_ends_its_workers(run_folder, script, chat_server):
-    """SIGTERM to a stage in the middle of its episodes."""
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_preempted_stage_ends_its_workers(run_folder, script, chat_server, number, status):
+    """A signal to a stage and its process group, in the middle of its episodes."""
     script.pause = 0.1
     words = flags(**settings(run_folder, chat_server(script).url, n=4, concurrency=4))
     process = subprocess.Popen(
@@ -258,6 +259,7 @@ def test_a_preempted_stage_ends_its_workers(run_folder, script, chat_server):
         env=script_env(),
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
     rollouts = run_folder / "rollouts.jsonl"
     end = time.time() + 60
@@ -265,9 +267,9 @@ def test_a_preempted_stage_ends_its_workers(run_folder, script, chat_server):
         assert time.time() < end and process.poll() is None
         time.sleep(0.01)
     children = psutil.Process(process.pid).children(recursive=True)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, number)
     _, err = process.communicate(timeout=30)
-    assert process.returncode == 143 and "Traceback" not in err
+    assert process.returncode == status and "Traceback" not in err
     assert err.splitlines()[-1].startswith("interrupted: finished rows are kept")
     assert len(keys_of(run_folder)) >= 3 and rollouts.read_bytes().endswith(b"\n")
     _, alive = psutil.wait_procs(children, 5)

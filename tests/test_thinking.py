@@ -82,6 +82,39 @@ def test_a_chat_template_that_opens_the_thinking(chat_server):
     assert [r.cut_off for r in replies] == [False, True, False, False]
 
 
+@pytest.mark.parametrize(
+    "rest, requests",
+    [
+        (f"\nObservation: a lamp.</think>\n{LOOK}", 5),
+        (None, 4),  # the model thinks no more: that is found out once
+    ],
+)
+def test_a_stop_string_in_thinking_that_the_template_opened(chat_server, rest, requests):
+    """A reply without a closing tag is asked for again without stop strings."""
+
+    def reply(messages, body):
+        if len(server.requests) == 1:
+            return f"Hm.\n</think>\n{LOOK}"
+        if rest is None:
+            return LOOK
+        thought = "I check: Action: wait?"
+        return thought if "stop" in body else thought + rest
+
+    server = chat_server(reply)
+    replies = ask(server.url, times=3, stop=STOP)
+    assert [reply.text for reply in replies] == [LOOK] * 3
+    assert len(server.requests) == requests
+
+
+@pytest.mark.parametrize("finish, text", [("stop", LOOK), ("length", "")])
+def test_an_answer_in_the_field_for_thinking(chat_server, finish, text):
+    """Some servers put it there if the model was told not to think."""
+    server = chat_server(lambda messages, body: answer(None, finish, reasoning_content=LOOK))
+    [reply] = ask(server.url, "off", stop=STOP)
+    assert (reply.text, reply.cut_off) == (text, finish == "length")
+    assert len(server.requests) == 1
+
+
 @pytest.mark.parametrize("finish, requests", [("stop", 2), ("length", 1)])
 def test_a_stop_string_in_the_thinking(chat_server, finish, requests):
     """The model is asked again without stop strings, unless it came to the token limit."""

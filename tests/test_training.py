@@ -270,6 +270,7 @@ TEMPLATES = {
         "<|im_end|>",
         False,
     ),
+    "thought": (R1.replace("<think>", "<thought>"), "</thought>\n\n", "<|endoftext|>", True),
     "forgets thoughts": (FORGETS_THOUGHTS, "", "<|im_end|>", False),
 }
 
@@ -398,6 +399,51 @@ def test_a_sequence_per_reply_equals_replies_alone(tokenizer, name):
     together = sum(len(sequence.ids) for sequence in sequences)
     assert common.lengths(rows[:1]) == [together]
     assert common.lengths(rows[:1], True)[0] < 0.8 * together
+
+
+# ---- rows that a model cannot read ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "kind, config, tokens, highest, says",
+    [
+        ("gpt2", {}, 16, 59, None),
+        (
+            "gpt2",
+            {},
+            17,
+            0,
+            "rows.jsonl:7: 17 tokens, and the model has 16 positions: --max_length 16",
+        ),
+        ("opt", {"word_embed_proj_dim": 32}, 16, 59, None),
+        ("opt", {"word_embed_proj_dim": 32}, 17, 0, "rows.jsonl:7: 17 tokens.* 16 positions"),
+        ("gptj", {"rotary_dim": 4}, 16, 59, None),
+        ("gptj", {"rotary_dim": 4}, 17, 0, "rows.jsonl:7: 17 tokens.* 16 positions"),
+        ("llama", {}, 17, 59, None),  # positions are computed
+        ("mpt", {}, 17, 59, None),
+        ("llama", {}, 16, 60, "rows.jsonl:7: the tokenizer gives token 60, .* of 0 to 59: take"),
+        ("gpt2", {}, 16, 60, "rows.jsonl:7: the tokenizer gives token 60"),
+    ],
+)
+def test_rows_beyond_the_tables_of_a_model(tokenizer, kind, config, tokens, highest, says):
+    """It is refused where the model would fail, and nowhere else."""
+    config = {"max_position_embeddings": 16, "vocab_size": 60, "pad_token_id": 0, **config}
+    model = make_model(tokenizer, kind=kind, **config, eos_token_id=1)
+    ids = [highest] * tokens
+    row = Example([Sequence([1, 2], [False, True]), Sequence(ids, [True] * tokens)], "task", 7)
+    position_ids = torch.arange(tokens)[None]
+    if kind == "mpt":  # has none
+        inputs = {"input_ids": torch.tensor([ids])}
+    else:
+        inputs = {"input_ids": torch.tensor([ids]), "position_ids": position_ids}
+    if says is None:
+        common.check_rows(model, [row], "rows.jsonl")
+        model(**inputs)
+        return
+    with pytest.raises(InputError, match=says):
+        common.check_rows(model, [row], "rows.jsonl")
+    with pytest.raises((IndexError, RuntimeError)):
+        model(**inputs)
 
 
 # ---- packing -------------------------------------------------------------------------------------

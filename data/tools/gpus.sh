@@ -11,7 +11,9 @@ if [ -z "${CUDA_VISIBLE_DEVICES+set}" ]; then
 fi
 visible=0
 for name in ${CUDA_VISIBLE_DEVICES//,/ }; do
-  if [[ $name == *[!0-9]* ]] && ! grep -q "UUID: $name" <<< "$listed"; then break; fi
+  uuid=$name
+  if [[ $name == MIG-GPU-*/* ]]; then uuid=${name#MIG-} uuid=${uuid%%/*}; fi  # drivers before 470
+  if [[ $name == *[!0-9]* ]] && ! grep -q "UUID: $uuid" <<< "$listed"; then break; fi
   if [ "$visible" -lt "$gpus" ]; then visible=$((visible + 1)); fi
   if [[ $name == MIG-* ]]; then break; fi
 done
