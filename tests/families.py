@@ -88,7 +88,8 @@ VISION = {"image_size": 16, "patch_size": 4}
 TOWER = {"depth": 1, "patch_size": 4, "out_hidden_size": 32}
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 MROPE = {**ROPE, "mrope_section": [1, 1, 2]}
-REFUSED = {}
+# rotary embeddings that depend on the longest row so far
+REFUSED = {"llama dynamic": r"talks.jsonl:1: 64 tokens, and the model has 40 positions"}
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 FAMILIES = {
     "afmoe": WINDOWS,
