@@ -90,6 +90,8 @@ ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 MROPE = {**ROPE, "mrope_section": [1, 1, 2]}
 # rotary embeddings that depend on the longest row so far
 REFUSED = {"llama dynamic": r"talks.jsonl:1: 64 tokens, and the model has 40 positions"}
+# their linear layers are of a class of their own
+WITHOUT_ADAPTERS = ("falcon", "falcon alibi", "falcon new")
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 FAMILIES = {
     "afmoe": WINDOWS,

@@ -9,7 +9,7 @@ import torch
 import transformers
 from accelerate.state import AcceleratorState
 from conftest import stage, write_jsonl
-from families import FAMILIES, PROCESSOR_FILES, REFUSED, save_family
+from families import FAMILIES, PROCESSOR_FILES, REFUSED, WITHOUT_ADAPTERS, save_family
 from safetensors import safe_open
 from test_training import PAIRS, TALKS
 
@@ -210,9 +210,9 @@ class Family:
         assert_alone(load(self.folder / out), run.after)
         assert_saved(self.folder / out, self.base)
 
-    def check_refused(self, reason: str) -> None:
+    def check_refused(self, reason: str, rank: int = 0) -> None:
         with pytest.raises(InputError, match=reason) as error:
-            self.train(sft, "sft", epochs=2)
+            self.train(sft, "refused", epochs=2, lora_rank=rank)
         assert "\n" not in str(error.value)
 
 
@@ -228,4 +228,7 @@ def test_family(tmp_path, tokenizer, monkeypatch, name):
     family.check_sft()
     family.check_resume()
     family.check_dpo(rank=0)
-    family.check_dpo(rank=2)
+    if name in WITHOUT_ADAPTERS:
+        family.check_refused("no linear layer for adapters", rank=2)
+    else:
+        family.check_dpo(rank=2)
