@@ -3619,6 +3619,8 @@ def choose_packing(model, examples: list[Example], a, say=print) -> None:
             reason = why_dependent(model, rows, alone, ROUNDING[a.precision])
         except Exception as e:  # a layer that cannot be called in this way may raise anything
             reason = first_line(e)
+            set_packing(model, "single")
+            row_means(model, rows[:1])  # sharded modules need a pass that ends
         reshard(model)
         if not reason:
             return
@@ -3687,23 +3689,32 @@ def why_dependent(model, rows: list[Example], alone, rounding: float) -> str:
     difference = float((packed[: len(alone)] - alone).abs().max())
     if not difference < rounding:
         return f"a row's log-probability is {difference:.2g} off"
-    changed = row_means(model, [with_other_tokens(rows[0]), *rows[1:]])
-    moved = (changed - packed).abs()
-    first = len(rows[0].sequences)
-    # the others must not move; the rounding of some layers depends on the others
-    if not moved[first:].max() < min(rounding, 0.005 * float(moved[:first].max())):
-        return f"a row moves by {float(moved[first:].max()):.2g} with another"
+    shortest = sorted(rows, key=lambda row: sum(lengths([row])))[:2]
+    if sees_first(model, shortest):
+        return "a row sees another"
     return ""
 
 
-def with_other_tokens(example: Example) -> Example:
-    """An example of the same lengths and shared prefix, in which each token is another one."""
-    ids = sorted({token for sequence in example.sequences for token in sequence.ids})
-    other = dict(zip(ids, ids[1:] + ids[:1], strict=True))
-    sequences = []
-    for sequence in example.sequences:
-        sequences.append(Sequence([other[token] for token in sequence.ids], sequence.mask))
-    return example._replace(sequences=sequences)
+def sees_first(model, rows: list[Example]) -> bool:
+    """Whether log-probabilities of the other rows in a pack depend on the first: whether they have
+    a gradient in its embeddings, which is exactly zero if they do not."""
+    import torch
+
+    share_prefix = model.packing == "rows"
+    found = []
+
+    def keep(_module, _inputs, embeddings):
+        found.append(embeddings.detach().requires_grad_())
+        return found[0]
+
+    hook = model.get_input_embeddings().register_forward_hook(keep)
+    try:
+        log_probs, owners = target_log_probs(model, rows, share_prefix)
+    finally:
+        hook.remove()
+    others = log_probs[owners >= len(rows[0].sequences)]
+    [gradient] = torch.autograd.grad(others.sum(), found)
+    return bool(gradient[0, : lengths(rows, share_prefix)[0]].any())
 
 
 def row_attention(module, query, key, value, attention_mask, *, layout=None, scaling=None, **_):
@@ -3759,19 +3770,21 @@ def log_probs_one_by_one(model, examples: list[Example]):
     import torch
     import torch.distributed as dist
 
-    parts = []
-    for sequence in itertools.chain(*[example.sequences for example in examples]):
-        parts.append(packed_log_probs(model, pack([Example([sequence], task="", line=0)])))
-    passes = torch.tensor(len(parts), device=model.device)
+    sequences = list(itertools.chain(*[example.sequences for example in examples]))
+    passes = torch.tensor(len(sequences), device=model.device)
     if dist.is_initialized():
         dist.all_reduce(passes, dist.ReduceOp.MAX)
+    parts = []
+    owners = []
+    for number, sequence in enumerate(sequences):
+        values, _ = packed_log_probs(model, pack([Example([sequence], task="", line=0)]))
+        parts.append(values)
+        owners += [number] * len(values)
     zero = 0.0
-    for _ in range(int(passes) - len(parts)):
-        log_probs, _ = packed_log_probs(model, Pack([0, 0], [0, 1], [(0, 0, 0)], [(0, 2)]))
-        zero = zero + 0 * log_probs.sum()
-    log_probs = torch.cat([values for values, _ in parts]) + zero
-    owners = torch.cat([owners + number for number, (_, owners) in enumerate(parts)])
-    return log_probs, owners
+    for _ in range(int(passes) - len(sequences)):
+        values, _ = packed_log_probs(model, Pack([0, 0], [0, 1], [(0, 0, 0)], [(0, 2)]))
+        zero = zero + 0 * values.sum()
+    return torch.cat(parts) + zero, torch.tensor(owners, device=model.device)
 
 
 def packed_log_probs(model, packed: Pack):
@@ -3981,17 +3994,19 @@ def add_adapters(model, a):
     from peft import LoraConfig, get_peft_model
     from transformers.pytorch_utils import Conv1D  # GPT-2's linear layers
 
-    in_layers = set()
-    for layer in decoder_layers(model):
-        in_layers.update(layer.modules())
+    apart = set()
+    for layer in layers_apart(model):  # adapters of a shared weight would be merged twice
+        apart.update(layer.modules())
     targets = []
     for name, module in model.named_modules():
         # not of subclasses: routers may be called in another way
-        if module in in_layers and type(module) in (torch.nn.Linear, Conv1D):
+        if module in apart and type(module) in (torch.nn.Linear, Conv1D):
             mixer = model.get_submodule(name.rpartition(".")[0])
             # fused kernels of state space layers take the weights of their `out_proj` themselves
             if not (name.endswith(".out_proj") and hasattr(mixer, "conv1d")):
                 targets.append(name)
+    if not targets:
+        raise InputError(f"{a.model} has no linear layer for adapters: set --lora_rank 0")
     torch.manual_seed(a.seed)  # every process and every run begins with the same adapters
     config = LoraConfig(
         r=a.lora_rank, lora_alpha=2 * a.lora_rank, target_modules=targets, task_type="CAUSAL_LM"
@@ -4026,7 +4041,7 @@ def shard(model, accelerator, precision: str) -> None:
 
 
 def layers_apart(model) -> list:
-    """The decoder layers without those that share weights, which cannot be sharded one by one."""
+    """The decoder layers without those that share weights: they cannot be sharded one by one."""
     layers = decoder_layers(model)
     owners = collections.Counter(id(p) for layer in layers for p in set(layer.parameters()))
     return [layer for layer in layers if all(owners[id(p)] == 1 for p in layer.parameters())]

@@ -30,6 +30,7 @@ def make_check(out, model, *settings, **env):
     return run_make("check", "PROCESSES=2", *settings, timeout=300, **env)
 
 
+@pytest.mark.slow
 def test_a_run_that_can_be_done(tmp_path, tiny_model, chat_server):
     server = chat_server(lambda messages, body: "Hello")
     done = make_check(tmp_path, tiny_model, OPENAI_API_KEY="k", OPENAI_BASE_URL=server.url)

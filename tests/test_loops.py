@@ -665,6 +665,7 @@ def test_an_error_of_several_processes(tmp_path, tiny_model):
 PRECISIONS = {
     "fp32": {"precision": "fp32"},
     "bf16": {"precision": "bf16", "gradient_checkpointing": True},
+    "alone": {"precision": "fp32"},  # layers that would mix the rows of a pack
 }
 
 
@@ -672,12 +673,15 @@ PRECISIONS = {
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("script", ["02_sft.py", "04_dpo.py"])
 def test_two_processes_train_as_one_does(
-    tmp_path, tiny_model, talks, preferences, script, precision
+    tmp_path, tokenizer, tiny_model, talks, preferences, script, precision
 ):
     """Sharded over two processes (FSDP2 on gloo), also when killed in the middle. With small
     micro-batches and an odd number of rows, one process has less to do, at times nothing."""
     module, data = (sft, talks) if script == "02_sft.py" else (dpo, preferences)
-    settings = {"model": tiny_model, "data": data, **PRECISIONS[precision]}
+    base = tiny_model
+    if precision == "alone":
+        base = save_model(tmp_path / "mamba", tokenizer, kind="mamba", state_size=4)
+    settings = {"model": str(base), "data": data, **PRECISIONS[precision]}
     settings |= {"batch_size": 3, "micro_tokens": 64, "lr": 1e-3, "epochs": 4, "save_steps": 1}
     one = tmp_path / "one"
     module.main(module.Args(**settings, out=str(one)))
@@ -694,14 +698,14 @@ def test_two_processes_train_as_one_does(
         p.kill()
     process.wait()
     assert "shut down" not in check_run(*command, env=env)
-    atol = 1e-4 if precision == "fp32" else 0.02
+    atol = 0.02 if precision == "bf16" else 1e-4
     assert losses(out) == pytest.approx(losses(one), abs=atol)
     expected = weights_of(one)
     found = weights_of(out)
     assert found.keys() == expected.keys()
     for name in found:
         assert (found[name] - expected[name]).abs().max() < atol, name
-    assert json.loads((out / "config.json").read_text())["model_type"] == "llama"
+    assert (out / "config.json").read_text() == (one / "config.json").read_text()
 
 
 def load_and_check(folder: str, settings: str) -> None:
@@ -762,7 +766,8 @@ def test_two_processes_load_the_checkpoint(tmp_path, tokenizer, tied, settings):
 
 @pytest.mark.slow
 def test_memory_of_loading_on_two_processes(tmp_path, tokenizer):
-    """Two processes need less than 1.5 GB more than one to load 1 GB of bf16 weights. Peaks are of
+    """Two processes need less than 1.7 GB more than one to load 1 GB of bf16 weights, and to
+    measure how rows are computed. Peaks are of
     resident memory, as the kernel keeps them: pages of the file that both have mapped count twice,
     so the sum is at least what they use."""
     shape = {"hidden_size": 2048, "intermediate_size": 5632}
@@ -774,7 +779,7 @@ def test_memory_of_loading_on_two_processes(tmp_path, tokenizer):
     two = sum(result["peak"] for result in load_with(2, tmp_path / "two", model=str(base)))
     (base / "model.safetensors").unlink()  # pytest keeps the folder
     assert size > 1e9 and 2 * size < one < 4 * size, "float32, and one copy in bf16 at most"
-    assert two < one + 1.5e9
+    assert two < one + 1.7e9
 
 
 if __name__ == "__main__":
