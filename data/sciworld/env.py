@@ -309,9 +309,8 @@ class GeneralNames:
     that depends on a result is `the box for the result`. Wires and light bulbs that the task does
     not name lose their colour.
 
-    Of the plans to find a thing, some (by a hash) are more concrete: half, or as many of four as the
-    variable SCIWORLD_CONCRETE says. They add what the expert saw
-    of the kind that it chose: "focus on the animal, such as the dove egg or the frog egg"; if it
+    Of the plans to find a thing, half (by a hash) are more concrete, or as many of four as the
+    variable SCIWORLD_CONCRETE says. They add what the expert saw of the kind that it chose: "focus on the animal, such as the dove egg or the frog egg"; if it
     saw one only, that is the one it chose. That is on purpose: seed plans differ in kind, so the
     planner's plans do, and MPO has something to choose from (data/EXPERIMENTS.md)."""
 
