@@ -310,9 +310,10 @@ class GeneralNames:
     not name lose their colour.
 
     Of the plans to find a thing, half (by a hash) are more concrete, or as many of four as the
-    variable SCIWORLD_CONCRETE says. They add what the expert saw of the kind that it chose: "focus on the animal, such as the dove egg or the frog egg"; if it
-    saw one only, that is the one it chose. That is on purpose: seed plans differ in kind, so the
-    planner's plans do, and MPO has something to choose from (data/EXPERIMENTS.md)."""
+    variable SCIWORLD_CONCRETE says. They add what the expert saw of the kind that it chose: "focus
+    on the animal, such as the dove egg or the frog egg"; if it saw one only, that is the one it
+    chose. That is on purpose: seed plans differ in kind, so the planner's plans do, and MPO has
+    something to choose from (data/EXPERIMENTS.md)."""
 
     # words in the name of an object that do not tell it from others
     VAGUE = {
