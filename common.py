@@ -3943,8 +3943,24 @@ def freeze_unused(model, examples: list[Example]) -> None:
     """Freeze weights that never get a gradient: of modules that text does not reach, such as a
     vision tower, and those that a layer uses without one, such as the biases of some routers.
 
-    They are found by a forward pass of a few tokens. An expert that none of them is sent to is not
-    frozen."""
+    They are found by a forward pass of a few tokens, and if that leaves out weights of the decoder
+    layers, of more. An expert that none of the tokens is sent to is not frozen."""
+    longest = max(examples, key=lambda example: sum(lengths([example]))).sequences[0].ids
+    layers = set(decoder_layers(model).modules())
+    for tokens in (8, 256):
+        try:
+            unused = unused_weights(model, longest[:tokens], layers)
+        except Exception:  # `choose_packing` will say it, or these layers only run on a GPU
+            return
+        if not any(module in layers for module, _ in unused):
+            break
+    for _, p in unused:
+        p.requires_grad = False
+
+
+def unused_weights(model, ids: list[int], layers: set) -> list:
+    """[(module, weight)] of all weights that get no gradient from these tokens, without those of
+    modules of the decoder `layers` that were not called."""
     import torch
 
     called = set()
@@ -3953,22 +3969,19 @@ def freeze_unused(model, examples: list[Example]) -> None:
         called.add(module)
 
     hooks = [module.register_forward_hook(note) for module in model.modules()]
-    ids = torch.tensor([examples[0].sequences[0].ids[:8]], device=model.device)
+    inputs = torch.tensor([ids], device=model.device)
     try:
-        reached = weights_behind(model(input_ids=ids, use_cache=False).logits.sum())
-    except Exception:  # `choose_packing` will say it, or these layers only run on a GPU
-        return
+        reached = weights_behind(model(input_ids=inputs, use_cache=False).logits.sum())
     finally:
         for hook in hooks:
             hook.remove()
-    in_layers = set()
-    for layer in decoder_layers(model):
-        in_layers.update(layer.modules())
+    unused = []
     for module in model.modules():
-        for p in module.parameters(recurse=False):
-            is_expert = module in in_layers and module not in called
-            if id(p) not in reached and not is_expert:
-                p.requires_grad = False
+        if module in called or module not in layers:
+            for p in module.parameters(recurse=False):
+                if id(p) not in reached:
+                    unused.append((module, p))
+    return unused
 
 
 def weights_behind(value) -> set[int]:

@@ -29,6 +29,7 @@ for name in ("alfworld", "sciworld", "webshop"):
 
 # two files run at a time; the longest start first
 LONGEST = (
+    "test_families",
     "test_sciworld",
     "test_check",
     "test_stages",

@@ -92,6 +92,47 @@ MROPE = {**ROPE, "mrope_section": [1, 1, 2]}
 REFUSED = {"llama dynamic": r"talks.jsonl:1: 64 tokens, and the model has 40 positions"}
 # their linear layers are of a class of their own
 WITHOUT_ADAPTERS = ("falcon", "falcon alibi", "falcon new")
+# each row needs a pass of its own: states, convolutions, a choice of tokens, chunks, ALiBi, ...
+SINGLE = (
+    "axk2",
+    "bamba",
+    "bloom",
+    "deepseek_v32",
+    "deepseek_v4",
+    "doge",
+    "falcon alibi",
+    "falcon_h1",
+    "falcon_mamba",
+    "glm_moe_dsa",
+    "granitemoehybrid",
+    "hy_v4",
+    "inkling_text",
+    "jamba",
+    "kimi_linear",
+    "lfm2",
+    "lfm2_moe",
+    "llama4_text",
+    "llama4",
+    "mamba",
+    "mamba2",
+    "minimax",
+    "minimax_m3_vl_text",
+    "nemotron_h",
+    "olmo_hybrid",
+    "phi3 longrope",
+    "qwen3_next",
+    "qwen3_5_text",
+    "qwen3_5_moe_text",
+    "qwen3_5",
+    "qwen3_5_moe",
+    "qwen4_exp_text",
+    "recurrent_gemma",
+    "rwkv",
+    "xlstm",
+    "zamba",
+    "zamba2",
+    "zaya",
+)
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 FAMILIES = {
     "afmoe": WINDOWS,

@@ -243,7 +243,7 @@ def as_flags(settings: dict) -> list[str]:
     return flags
 
 
-@pytest.mark.parametrize("script", ["02_sft.py", "04_dpo.py"])
+@pytest.mark.parametrize("script", [pytest.param("02_sft.py", marks=pytest.mark.slow), "04_dpo.py"])
 def test_killed_training_resumes(tmp_path, tiny_model, talks, preferences, script, capsys):
     """Killed in the middle and run again, it ends bit for bit as if it had not been."""
     module, data = (sft, talks) if script == "02_sft.py" else (dpo, preferences)
