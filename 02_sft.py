@@ -65,8 +65,8 @@ def load_rows(a: Args, tokenizer, say=print) -> list[Example]:
     examples = []
     too_long = 0
     reply_by_reply = 0
-    rows = common.read_rows(a.data, ("messages",))[: a.limit]
-    for line, row in enumerate(rows, 1):
+    rows = common.numbered_rows(a.data, ("messages",))
+    for line, row in itertools.islice(rows.items(), a.limit):
         sequences = common.tokenize_replies(row["messages"], tokenizer, f"{a.data}:{line}")
         if not any(sequences[0].mask):
             raise InputError(f"{a.data}:{line}: no assistant message, nothing to learn from")

@@ -275,12 +275,17 @@ def read_rows(path, required: tuple = (), missing_ok: bool = False) -> list[dict
 
     An incomplete last line, left by a kill, is dropped. Any other line that is not a JSON object
     with the `required` fields raises `InputError` with file and line."""
+    if missing_ok and not Path(path).exists():
+        return []
+    return list(numbered_rows(path, required).values())
+
+
+def numbered_rows(path, required: tuple = ()) -> dict[int, dict]:
+    """{line number: row} of a JSONL file, as `read_rows` reads it."""
     path = Path(path)
     if not path.exists():
-        if missing_ok:
-            return []
         raise InputError(f"{path} does not exist: run the stage that writes it first (`make help`)")
-    rows = []
+    rows = {}
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -298,7 +303,7 @@ def read_rows(path, required: tuple = (), missing_ok: bool = False) -> list[dict
                     f"{path}:{number}: each line must be a JSON object with the "
                     f"fields {', '.join(required)}"
                 )
-            rows.append(row)
+            rows[number] = row
     return rows
 
 
@@ -3077,7 +3082,6 @@ def load_model(name: str):
 
     Only safetensors are read: the processes of a machine share their pages in memory, unless
     transformers has to convert them."""
-    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoTokenizer
 
     try:
@@ -3085,12 +3089,17 @@ def load_model(name: str):
         reason = why_not_trained(name, config)
         if reason:
             raise InputError(reason)
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        # not Mistral's own tokenizer, which has no chat template
+        tokenizer = AutoTokenizer.from_pretrained(name, mistral_format=False)
         if not tokenizer.chat_template:
             raise InputError(f"the tokenizer of {name} has no chat template: training needs one")
         loader = model_class(config)
         model = loader.from_pretrained(name, dtype="auto", use_safetensors=True)
-    except (OSError, ValueError, TypeError, ImportError, RuntimeError, SafetensorError) as e:
+    except InputError:
+        raise
+    except (
+        Exception
+    ) as e:  # of files that are not whole, or that their own class does not understand
         raise InputError(
             f"cannot load {name}, as a model directory or from the Hub: {first_line(e)}"
         ) from None
@@ -3111,8 +3120,8 @@ def model_class(config):
 
 
 def decoder_layers(model):
-    """The decoder layers, a ModuleList: of a model's lists of modules one as long as its
-    configuration says, and of these the one with the most weights."""
+    """The ModuleList of decoder layers: as long as `num_hidden_layers` if there is such a list; of
+    several, the one with the most weights."""
     import torch
 
     count = getattr(model.config.get_text_config(), "num_hidden_layers", 0)
@@ -3433,10 +3442,9 @@ def check_rows(model, examples: list[Example], data_path: str) -> None:
 
 
 def position_limit(model) -> float:
-    """The longest row, in tokens, that a model can be trained on; infinity if there is no limit.
-
-    GPT-2 and OPT look positions up in a table (OPT's has two more rows). Rotary embeddings of the
-    type "dynamic" change with the longest row so far, from this length on."""
+    """The longest row, in tokens, that a model can be trained on: `max_position_embeddings` if
+    positions are looked up in a table (GPT-2, OPT) or rotary embeddings are "dynamic" (they change
+    with the longest row so far), else infinity."""
     import torch
 
     config = model.config.get_text_config()
@@ -3451,6 +3459,7 @@ def position_limit(model) -> float:
     for module in decoder.modules():
         if isinstance(module, torch.nn.Embedding) and module is not model.get_input_embeddings():
             tables.append(module.weight)
+    # some tables have a few more rows than positions, OPT's two
     if any(table.dim() == 2 and limit <= len(table) < limit + 8 for table in tables):
         return limit
     return math.inf
@@ -3475,10 +3484,15 @@ def hold_out(examples: list[Example], a) -> tuple[list[Example], list[Example]]:
 
 
 def lengths(examples: list[Example], share_prefix: bool = False) -> list[int]:
-    """Tokens of each example; with `share_prefix`, what its sequences share counts once."""
-    if not share_prefix:
-        return [sum(len(s.ids) for s in example.sequences) for example in examples]
-    return [len(pack([example], share_prefix).ids) for example in examples]
+    """Tokens of each example; with `share_prefix`, without those that its later sequences share
+    with its first."""
+    tokens = []
+    for first, *later in (example.sequences for example in examples):
+        count = len(first.ids) + sum(len(sequence.ids) for sequence in later)
+        if share_prefix:
+            count -= sum(shared_length(first.ids, sequence.ids) for sequence in later)
+        tokens.append(count)
+    return tokens
 
 
 def batch_schedule(tokens: list[int], a, processes: int) -> list[list[list[int]]]:
@@ -3508,11 +3522,12 @@ def epoch_schedule(
 
 
 def my_micro_batches(tokens: list[int], a, accelerator) -> list[list[int]]:
-    """The micro-batches of this process where all examples are one batch, as in a pass without
-    gradient."""
+    """The micro-batches of this process in a pass without gradient, over large batches."""
     world = accelerator.num_processes
-    [micros] = epoch_schedule(tokens, len(tokens), a.micro_tokens, world, seed=0, epoch=0)
-    return micros[accelerator.process_index :: world]
+    mine = []
+    for micros in epoch_schedule(tokens, 1024, a.micro_tokens, world, seed=0, epoch=0):
+        mine += micros[accelerator.process_index :: world]
+    return mine
 
 
 def micro_batches(
@@ -3522,7 +3537,8 @@ def micro_batches(
     or one example. Their number is a multiple of `processes`, so that all have as many; some may be
     empty."""
     longest_first = sorted(batch, key=lambda i: -tokens[i])
-    count = processes
+    least = sum(min(tokens[i], micro_tokens) for i in batch) / max(1, micro_tokens)
+    count = processes * max(1, math.ceil(least / processes))
     while True:
         micros: list[list[int]] = [[] for _ in range(count)]
         filled = [0] * count
@@ -3601,7 +3617,10 @@ def choose_packing(model, examples: list[Example], a, say=print) -> None:
 
     That is measured with rows of the data, before the first step: attention of another kind,
     convolutions and states may mix the rows of a pack, and rotary embeddings may depend on its
-    length. All processes measure the same."""
+    length."""
+    import torch
+    import torch.distributed as dist
+
     config = model.config.get_text_config()
     if getattr(config, "attn_logit_softcapping", None):
         model.set_attn_implementation("eager")  # SDPA ignores the soft cap
@@ -3622,12 +3641,17 @@ def choose_packing(model, examples: list[Example], a, say=print) -> None:
             set_packing(model, "single")
             row_means(model, rows[:1])  # sharded modules need a pass that ends
         reshard(model)
+        if dist.is_initialized():  # no process may go another way than the others
+            failed = torch.tensor(int(bool(reason)), device=model.device)
+            dist.all_reduce(failed, dist.ReduceOp.MAX)
+            if failed and not reason:
+                reason = "another process cannot"
         if not reason:
             return
         reasons.append(f"{packing}: {reason}")
     set_packing(model, "single")
     passes = sum(len(example.sequences) for example in examples)
-    packs = len(micro_batches(range(len(examples)), lengths(examples), a.micro_tokens, 1))
+    packs = math.ceil(sum(lengths(examples)) / a.micro_tokens)
     say(
         f"{a.model} cannot compute several rows at once ({'; '.join(reasons)}): each is computed "
         f"alone, about {passes} forward passes an epoch in place of {packs}"
@@ -3656,7 +3680,8 @@ def set_packing(model, packing: str) -> None:
 
 
 def rows_to_measure(examples: list[Example], a) -> list[Example]:
-    """A pack as long as those of the run: the longest row, the shortest, and the next longest."""
+    """The rows of a pack as long as those of the run: the longest, the shortest, the next
+    longest."""
     tokens = lengths(examples)
     order = sorted(range(len(examples)), key=lambda i: tokens[i])
     rows = [examples[order.pop()]]
@@ -3689,6 +3714,7 @@ def why_dependent(model, rows: list[Example], alone, rounding: float) -> str:
     difference = float((packed[: len(alone)] - alone).abs().max())
     if not difference < rounding:
         return f"a row's log-probability is {difference:.2g} off"
+    # whether layers mix rows does not depend on their length, and a gradient needs memory
     shortest = sorted(rows, key=lambda row: sum(lengths([row])))[:2]
     if sees_first(model, shortest):
         return "a row sees another"
@@ -3717,7 +3743,9 @@ def sees_first(model, rows: list[Example]) -> bool:
     return bool(gradient[0, : lengths(rows, share_prefix)[0]].any())
 
 
-def row_attention(module, query, key, value, attention_mask, *, layout=None, scaling=None, **_):
+def row_attention(
+    module, query, key, value, attention_mask, *, layout=None, scaling=None, **others
+):
     """Causal attention, one sequence of a pack after the other: fused kernels run, and nothing is
     computed across sequences (a dense mask takes three times as long). An attention function of
     transformers.
@@ -3729,6 +3757,12 @@ def row_attention(module, query, key, value, attention_mask, *, layout=None, sca
 
     if layout is None:
         raise TypeError("the layers do not pass arguments on to the attention")
+    window = others.get("sliding_window") or math.inf
+    if any(shared + own > window for shared, own in layout.segments):
+        raise TypeError("rows are longer than the window")
+    for name in ("softcap", "s_aux"):
+        if others.get(name) is not None:
+            raise TypeError(f"the attention has a {name}")
     repeats = query.shape[1] // key.shape[1]  # grouped-query attention
     own_lengths = [own for _, own in layout.segments]
     queries = query.split(own_lengths, dim=2)
@@ -3859,6 +3893,9 @@ def set_learning_rate(optimizer, step: int, total: int, a) -> float:
 def check_training_settings(a) -> None:
     """Raise `InputError` for settings that no training can have."""
     learning_rate(0, 1, a.lr, a.warmup_ratio, a.lr_scheduler)
+    for name in ("batch_size", "epochs", "micro_tokens", "max_length"):
+        if getattr(a, name) < 1:
+            raise InputError(f"--{name} {getattr(a, name)} must be at least 1")
     if a.precision not in ("bf16", "fp32"):
         raise InputError(f"unknown --precision {a.precision!r}: bf16 or fp32")
     for kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
@@ -3890,10 +3927,11 @@ def make_accelerator(a):
 
 
 def prepare_model(model, accelerator, a, examples: list[Example]):
-    """(model, optimizer), ready to train on `examples` with the settings `a`."""
+    """(model, optimizer), ready to train on `examples` with the settings `a`. Freezes weights that
+    get no gradient, adds adapters, shards the model, and sets `model.packing` (see PACKINGS)."""
     import torch
 
-    freeze_unused(model, examples)
+    freeze_unused(model, examples, accelerator.print)
     if a.lora_rank:
         model = add_adapters(model, a)
     shard(model, accelerator, a.precision)
@@ -3901,7 +3939,7 @@ def prepare_model(model, accelerator, a, examples: list[Example]):
     wrap_layers(model, a)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=a.lr, weight_decay=a.weight_decay, fused=True)
-    return model.eval(), optimizer
+    return model, optimizer
 
 
 def wrap_layers(model, a) -> None:
@@ -3939,9 +3977,9 @@ def begin_averages(optimizer) -> None:
         averages["step"].zero_()
 
 
-def freeze_unused(model, examples: list[Example]) -> None:
-    """Freeze weights that never get a gradient: of modules that text does not reach, such as a
-    vision tower, and those that a layer uses without one, such as the biases of some routers.
+def freeze_unused(model, examples: list[Example], say=print) -> None:
+    """Freeze weights that get no gradient: of modules that text does not reach, such as a vision
+    tower, and those that a layer uses without one, such as the biases of some routers.
 
     They are found by a forward pass of a few tokens, and if that leaves out weights of the decoder
     layers, of more. An expert that none of the tokens is sent to is not frozen."""
@@ -3956,6 +3994,9 @@ def freeze_unused(model, examples: list[Example]) -> None:
             break
     for _, p in unused:
         p.requires_grad = False
+    if unused:
+        names = [name for name, p in model.named_parameters() if not p.requires_grad]
+        say(f"{len(names)} weights get no gradient and are not trained: {names[0]}, ...")
 
 
 def unused_weights(model, ids: list[int], layers: set) -> list:
@@ -4024,7 +4065,7 @@ def add_adapters(model, a):
     config = LoraConfig(
         r=a.lora_rank, lora_alpha=2 * a.lora_rank, target_modules=targets, task_type="CAUSAL_LM"
     )
-    return get_peft_model(model, config)
+    return get_peft_model(model, config).eval()
 
 
 def shard(model, accelerator, precision: str) -> None:
@@ -4848,10 +4889,13 @@ def check_serving_memory(sizes: ModelSizes, max_model_len: int, parallel: int) -
     length = min(max_model_len, sizes.context)
     what = f"serving {sizes.name}"
     if gpus:
-        if parallel > len(gpus) or sizes.heads % parallel:
+        if parallel > len(gpus):
             raise InputError(
-                f"{what}: --tensor_parallel {parallel} does not divide {sizes.heads} heads "
-                f"among {len(gpus)} GPUs"
+                f"{what}: --tensor_parallel {parallel}, and there are {len(gpus)} GPUs"
+            )
+        if sizes.heads % parallel:
+            raise InputError(
+                f"{what}: --tensor_parallel {parallel} does not divide its {sizes.heads} heads"
             )
         free = min(min(free, 0.9 * total) for free, total in gpus)
         advice = "raise --tensor_parallel or lower --max_model_len"
@@ -4919,6 +4963,6 @@ def check_training_memory(
     # while it is loaded: the weights as they were saved, once, and the processes' shares in float32
     loading = 6 * sizes.parameters + 1e9 * processes
     enough(f"{what}, on the host,", loading, host, "use more memory")
-    free = min(free for free, _ in gpus)
+    free = min(free for free, _ in gpus[:local_processes])
     need = shared / processes + each
     return enough(f"{what}, on each of {processes} GPUs,", need, free, f"take more GPUs, {less}")

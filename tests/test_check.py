@@ -362,7 +362,7 @@ def test_memory(eight_billion, monkeypatch):
     on(8, 24)
     with pytest.raises(InputError, match="raise --tensor_parallel or lower --max_model_len"):
         serve()
-    with pytest.raises(InputError, match="--tensor_parallel 3 does not divide 32 heads"):
+    with pytest.raises(InputError, match="--tensor_parallel 3 does not divide its 32 heads"):
         serve(parallel=3)
 
 

@@ -539,12 +539,29 @@ def test_a_configuration_of_ones_own_is_refused(tmp_path, tiny_model, talks, mon
 
 
 @pytest.mark.parametrize(
-    "setting, value", [("precision", "fp8"), ("lr_scheduler", "triangle"), ("log_with", "x")]
+    "setting, value",
+    [
+        ("precision", "fp8"),
+        ("lr_scheduler", "triangle"),
+        ("log_with", "x"),
+        ("batch_size", 0),
+        ("epochs", -1),
+    ],
 )
 def test_settings_are_checked(tmp_path, tiny_model, talks, setting, value):
     args = {"model": tiny_model, "data": talks, "out": str(tmp_path / "sft"), setting: value}
     with pytest.raises(InputError, match=f"--{setting}.*{value}"):
         sft.main(sft.Args(**args))
+
+
+def test_a_line_is_named_as_it_is_in_the_file(tmp_path, tokenizer):
+    """Blank lines count."""
+    data = tmp_path / "rows.jsonl"
+    data.write_text(
+        '{"messages": []}\n'.replace("[]", json.dumps(TALKS[0])) + '\n\n{"messages": 1}\n'
+    )
+    with pytest.raises(InputError, match=r"rows.jsonl:4: "):
+        sft.load_rows(sft.Args(data=str(data)), tokenizer)
 
 
 # ---- more options --------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import itertools
 import math
 import random
 import shutil
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -652,6 +653,27 @@ def test_dpo_loss_equals_reference(tokenizer, micros, share, nll):
     assert_same(gradients(model, total), expected_grads, atol=1e-6 if share else 1e-9)
 
 
+def test_replies_in_the_prompt_are_no_targets(tokenizer):
+    """log pi(p|u) is of the plan alone."""
+    prompt = [*TURNS[:2], user("And now?")]
+    row = {"prompt": prompt, "chosen": [assistant("wait")], "rejected": prompt[:1]}
+    ids, mask = dpo.tokenize_side(row, "chosen", tokenizer, "")
+    written = tokenizer.decode([i for i, target in zip(ids, mask, strict=True) if target])
+    assert written == "wait<|im_end|>"
+    with pytest.raises(InputError, match="`rejected` has no assistant message"):
+        dpo.tokenize_side(row, "rejected", tokenizer, "")
+
+
+@pytest.mark.parametrize(
+    "more", [{"softcap": 50.0}, {"s_aux": torch.zeros(1)}, {"sliding_window": 3}]
+)
+def test_attention_that_rows_do_not_have(more):
+    layout = SimpleNamespace(segments=[(0, 4)])
+    states = torch.zeros(1, 1, 4, 2)
+    with pytest.raises(TypeError):
+        common.row_attention(None, states, states, states, None, layout=layout, **more)
+
+
 def test_dpo_loss_by_hand():
     four = [torch.tensor([v], dtype=torch.float64) for v in (-10.0, -12.0, -11.0, -9.0)]
     loss, chosen, rejected = dpo.dpo_loss(*four, beta=0.5)
@@ -742,6 +764,15 @@ def test_batches_do_not_depend_on_the_machine(budget, processes):
     schedule = epoch_schedule(LENGTHS, 8, budget, processes, 0, 0)
     expected = epoch_schedule(LENGTHS, 8, 100, 1, 0, 0)
     assert [indices(step) for step in schedule] == [indices(step) for step in expected]
+
+
+def test_many_rows_are_spread_quickly():
+    lengths = [100] * 30_000
+    began = time.perf_counter()
+    a = SimpleNamespace(micro_tokens=8192)
+    mine = common.my_micro_batches(lengths, a, SimpleNamespace(num_processes=1, process_index=0))
+    assert sorted(itertools.chain(*mine)) == list(range(30_000)) and len(mine) < 400
+    assert time.perf_counter() - began < 5
 
 
 def test_a_row_above_the_budget_is_alone():
