@@ -22,8 +22,9 @@ seed_plans.rejected.jsonl     the plan, if it failed quality control
 teacher_plans.jsonl           every plan of the teacher, also those of earlier runs with other tasks
     task, plan, teacher
     reason                    why the plan failed quality control, null if it passed; earlier plans
-                              are checked again in each run
-    fingerprint               hash of teacher, prompt, step limit and --explored
+                              are checked again in each run. "refused: ..." if the teacher's server
+                              refused the request: plan is null
+    fingerprint               hash of teacher, prompt, step limit, --explored and --thinking
     asked                     hash of temperatures and token limit
 
 edited_plans.jsonl            plans that you edited by hand; this stage only reads them
@@ -32,7 +33,8 @@ edited_plans.jsonl            plans that you edited by hand; this stage only rea
 thoughts.jsonl                with --thoughts: the teacher's thoughts for the expert's actions
     task
     thoughts                  one for each step; null if no reply had that many
-    fingerprint               hash of teacher, prompt and temperatures
+    reason                    only if the request was refused: "refused: ..."
+    fingerprint               hash of teacher, prompt, temperatures and --thinking
 
 agent_sft.jsonl               the trajectory in the agent's prompt format, for 02_sft.py
     task, messages
@@ -76,6 +78,7 @@ class Args:
         "a plan that fails quality control is asked for again at the next of these temperatures",
     )
     max_tokens: int = arg(512, "token limit of a teacher's reply")
+    thinking: Optional[str] = common.thinking_arg("the teacher", "the token limit")
     max_plan_steps: int = arg(20, "step limit of a plan")
     thoughts: bool = arg(
         False,
@@ -199,6 +202,7 @@ KNOWLEDGE = {"when", "before", "after", "if", "never", "always", "do"}  # first 
 # reasons to reject a reply that is no plan
 NO_STEPS = "format: no numbered steps between <meta_plan> and </meta_plan>"
 TOO_LONG = "the trajectory is longer than the teacher's context"
+CUT_OFF = "the reply ended while the teacher was thinking (--max_tokens is too small)"
 
 
 def with_synonyms(verbs: set[str]) -> set[str]:
@@ -312,7 +316,8 @@ def earlier_plans(
     for row in common.read_rows(path, fields, missing_ok=True):
         same_teacher = row.pop("fingerprint") == fingerprint
         same_request = row.pop("asked") == request
-        if row["reason"] not in (NO_STEPS, TOO_LONG):  # else it is a reply without a plan
+        no_plan = row["reason"] in (NO_STEPS, TOO_LONG, CUT_OFF) or common.is_refused(row)
+        if not no_plan:
             row["reason"] = check_plan(row["plan"], verbs, a.max_plan_steps)
         if same_teacher and (same_request or row["reason"] is None):
             plans[row["task"]] = row
@@ -321,20 +326,21 @@ def earlier_plans(
 
 async def extraction(teacher, messages: list[dict], text: str, a: Args) -> str:
     """The teacher's reply when it is asked to take the plan out of its reply `text`; `text` if that
-    request is longer than its context."""
+    request is longer than its context, or refused."""
     said = {"role": "assistant", "content": text}
     request = {"role": "user", "content": EXTRACT}
     try:
         reply = await teacher.ask([*messages, said, request], 0.0, a.max_tokens, a.seed)
-    except common.ContextOverflow:
+    except (common.ContextOverflow, common.RequestRefused):
         return text
     return reply.text
 
 
 async def ask_teacher(
     teacher, messages: list[dict], task: str, verbs: set[str], a: Args
-) -> tuple[str, str | None]:
-    """(plan, None), or (last plan or reply, why quality control rejects it).
+) -> tuple[str | None, str | None]:
+    """(plan, None), or (last plan or reply, why quality control rejects it), or (None, why the
+    request was refused).
 
     Appendix C: a rejected plan is asked for again at another temperature. If a reply has the wrong
     format, the teacher is first asked to extract the plan from it."""
@@ -344,6 +350,8 @@ async def ask_teacher(
             reply = await teacher.ask(messages, temperature, a.max_tokens, seed)
         except common.ContextOverflow:
             return "", TOO_LONG
+        except common.RequestRefused as e:
+            return None, common.refusal_reason(e)
         text = reply.text
         plan = common.parse_plan(text)
         if plan is None and text.strip():
@@ -352,6 +360,8 @@ async def ask_teacher(
         reason = check_plan(plan, verbs, a.max_plan_steps)
         if reason is None:
             break
+        if plan is None and reply.cut_off:
+            reason = CUT_OFF
     return plan or text, reason
 
 
@@ -378,8 +388,13 @@ async def teacher_plans(
     for those that teacher_plans.jsonl does not have."""
     path = Path(a.out) / "teacher_plans.jsonl"
     teacher_id = common.model_fingerprint(a.teacher, a.teacher_url)
-    fingerprint = common.fingerprint(teacher_id, prompts.teacher_text, a.max_plan_steps, explored)
-    request = common.fingerprint(a.temperatures, a.max_tokens)
+    name, _ = common.name_and_url(a.teacher)
+    thinking = common.parse_thinking(a.thinking)
+    parts = [teacher_id, prompts.teacher_text, a.max_plan_steps, explored]
+    if thinking.effort is not None:
+        parts.append(thinking.effort)
+    fingerprint = common.fingerprint(*parts)
+    request = common.fingerprint(a.temperatures, a.max_tokens + thinking.tokens)
     plans = earlier_plans(path, fingerprint, request, verbs, a)
     requests = {}
     for e in trajectories:
@@ -392,18 +407,24 @@ async def teacher_plans(
     print_cost(a, requests)
     with (
         common.Appender(path) as append,
-        common.open_model(a.teacher, a.teacher_url, a) as teacher,
+        common.open_model(a.teacher, a.teacher_url, a, a.thinking) as teacher,
         tqdm(total=len(requests), desc="seed plans") as bar,
     ):
+        teacher.answers = len(plans)
+        keep = common.Refusals(append, teacher, requests)
 
         async def work(task):
             plan, reason = await ask_teacher(teacher, requests[task], task, verbs, a)
-            row = {"task": task, "plan": plan, "teacher": Path(a.teacher).name, "reason": reason}
+            row = {"task": task, "plan": plan, "teacher": Path(name).name, "reason": reason}
             plans[task] = row
-            append(row | {"fingerprint": fingerprint, "asked": request})
+            keep(row | {"fingerprint": fingerprint, "asked": request})
             bar.update()
 
         await asyncio.gather(*[work(task) for task in requests])
+        keep.finish()
+    common.print_cut_off(
+        teacher.cut_off_replies, "the teacher", f"--max_tokens {a.max_tokens}", "--thinking"
+    )
     return plans
 
 
@@ -435,6 +456,8 @@ async def seed_plans(
     path = Path(a.out) / "seed_plans.rejected.jsonl"
     common.write_rows(path, rejected)
     print_quality_control(trajectories, rejected, path)
+    checked = [plans[e["task"]] for e in trajectories]
+    common.print_refused("plans", checked, path.with_name("teacher_plans.jsonl"))
     return kept
 
 
@@ -528,32 +551,52 @@ async def teacher_thoughts(a: Args, trajectories: list[dict]) -> dict[str, list[
     those that thoughts.jsonl does not have."""
     path = Path(a.out) / "thoughts.jsonl"
     teacher_id = common.model_fingerprint(a.teacher, a.teacher_url)
-    fingerprint = common.fingerprint(teacher_id, THOUGHTS, a.temperatures)
+    parts = [teacher_id, THOUGHTS, a.temperatures]
+    if a.thinking is not None:
+        parts.append(a.thinking)
+    fingerprint = common.fingerprint(*parts)
     found = {}
     for row in common.read_rows(path, ("task", "thoughts", "fingerprint"), missing_ok=True):
         if row["fingerprint"] == fingerprint:
-            found[row["task"]] = row["thoughts"]
+            found[row["task"]] = row
     todo = [e for e in trajectories if e["task"] not in found]
     if todo:
         with (
             common.Appender(path) as append,
-            common.open_model(a.teacher, a.teacher_url, a) as teacher,
+            common.open_model(a.teacher, a.teacher_url, a, a.thinking) as teacher,
             tqdm(total=len(todo), desc="thoughts") as bar,
         ):
+            teacher.answers = len(found)
+            keep = common.Refusals(append, teacher, [e["task"] for e in todo])
 
             async def work(e):
-                thoughts = await ask_for_thoughts(teacher, e, a)
-                found[e["task"]] = thoughts
-                append({"task": e["task"], "thoughts": thoughts, "fingerprint": fingerprint})
+                row = {"task": e["task"], "thoughts": None, "fingerprint": fingerprint}
+                try:
+                    row["thoughts"] = await ask_for_thoughts(teacher, e, a)
+                except common.RequestRefused as error:
+                    row["reason"] = common.refusal_reason(error)
+                found[e["task"]] = row
+                keep(row)
                 bar.update()
 
             await asyncio.gather(*[work(e) for e in todo])
-    missing = [e for e in trajectories if found[e["task"]] is None]
+            keep.finish()
+        limit = f"the limit of {TOKENS_OF_A_THOUGHT} tokens a thought"
+        common.print_cut_off(teacher.cut_off_replies, "the teacher", limit, "--thinking")
+    rows = [found[e["task"]] for e in trajectories]
+    print_thoughts(rows, path)
+    return {row["task"]: row["thoughts"] for row in rows}
+
+
+def print_thoughts(rows: list[dict], path: Path) -> None:
+    """Say how many of the rows of thoughts.jsonl have thoughts, and how many were refused."""
+    missing = [row for row in rows if row["thoughts"] is None and not common.is_refused(row)]
+    have = [row for row in rows if row["thoughts"] is not None]
     print(
-        f"thoughts: {len(trajectories) - len(missing)} trajectories have them, {len(missing)} have "
+        f"thoughts: {len(have)} trajectories have them, {len(missing)} have "
         "not: no reply had as many thoughts as actions"
     )
-    return found
+    common.print_refused("requests for thoughts", rows, path)
 
 
 def agent_conversations(
@@ -618,6 +661,7 @@ def check(a: Args) -> None:
 
 
 def main(a: Args) -> None:
+    common.check_thinking(a)
     prompts = common.Prompts(a.env, a.prompts, a.examples)
     if a.teacher == "rules" and a.thoughts:
         raise InputError("--thoughts needs a model as --teacher")

@@ -64,33 +64,41 @@ def load_rows(a: Args, tokenizer, say=print) -> list[Example]:
     """The rows of --data that have at most --max_length tokens, as tokens."""
     examples = []
     too_long = 0
-    rows = common.read_rows(a.data, ("messages",))[: a.limit]
-    for line, row in enumerate(rows, 1):
-        conversation = common.tokenize(row["messages"], tokenizer, f"{a.data}:{line}")
-        if not any(conversation.mask):
+    reply_by_reply = 0
+    rows = common.numbered_rows(a.data, ("messages",))
+    for line, row in itertools.islice(rows.items(), a.limit):
+        sequences = common.tokenize_replies(row["messages"], tokenizer, f"{a.data}:{line}")
+        if not any(sequences[0].mask):
             raise InputError(f"{a.data}:{line}: no assistant message, nothing to learn from")
-        if len(conversation.ids) > a.max_length:
+        if max(len(sequence.ids) for sequence in sequences) > a.max_length:
             too_long += 1
             continue
-        examples.append(Example([conversation], row.get("task", line), line))
+        if len(sequences) > 1:
+            reply_by_reply += 1
+        examples.append(Example(sequences, row.get("task", line), line))
     if too_long:
         say(f"skipped {too_long} rows longer than --max_length {a.max_length}")
+    if reply_by_reply:
+        say(f"{reply_by_reply} rows are a sequence per reply: the template rewrites earlier turns")
     return examples
 
 
 def count_targets(examples: list[Example]) -> int:
-    return sum(common.target_count(example.sequences[0]) for example in examples)
+    sequences = itertools.chain(*[example.sequences for example in examples])
+    return sum(common.target_count(sequence) for sequence in sequences)
 
 
-def held_out_loss(run, examples: list[Example]) -> float:
+def held_out_loss(run, examples: list[Example], share_prefix: bool) -> float:
     """Equation 4 on the held-out rows; every process computes its share."""
     import torch
 
     target_tokens = count_targets(examples)
     total = torch.zeros((), device=run.accelerator.device)
-    for micro in common.my_micro_batches(common.lengths(examples), run.a, run.accelerator):
+    tokens = common.lengths(examples, share_prefix)
+    for micro in common.my_micro_batches(tokens, run.a, run.accelerator):
+        rows = [examples[i] for i in micro]
         with torch.no_grad():
-            log_probs, _ = common.target_log_probs(run.model, [examples[i] for i in micro])
+            log_probs, _ = common.target_log_probs(run.model, rows, share_prefix)
         total += sft_loss(log_probs, target_tokens)
     return run.accelerator.reduce(total, "sum").item()
 
@@ -104,9 +112,11 @@ def main(a: Args) -> None:
     rank = accelerator.process_index
     model, tokenizer = common.load_model(a.model)
     train, held_out = common.hold_out(load_rows(a, tokenizer, accelerator.print), a)
+    common.check_rows(model, train + held_out, a.data)
+    model, optimizer = common.prepare_model(model, accelerator, a, train + held_out)
+    share_prefix = model.packing == "rows"  # compute what a row's sequences share once
     # schedule[optimizer step][micro-batch]: indices of training rows
-    schedule = common.batch_schedule(common.lengths(train), a, world)
-    model, optimizer = common.prepare_model(model, accelerator, a)
+    schedule = common.batch_schedule(common.lengths(train, share_prefix), a, world)
     run = common.Training(a, accelerator, model, optimizer, tokenizer, len(schedule))  # may resume
 
     bar = run.progress_bar("sft")
@@ -119,7 +129,7 @@ def main(a: Args) -> None:
         target_tokens = count_targets(batch)
         loss = 0.0
         for micro in schedule[step][rank::world]:
-            log_probs, _ = common.target_log_probs(model, [train[i] for i in micro])
+            log_probs, _ = common.target_log_probs(model, [train[i] for i in micro], share_prefix)
             micro_loss = sft_loss(log_probs, target_tokens)  # equation 4
             (micro_loss * world).backward()  # FSDP averages over processes, we need the sum
             loss += micro_loss.detach()
@@ -135,7 +145,7 @@ def main(a: Args) -> None:
         metrics = {"loss": loss, "lr": lr, "grad_norm": norm}
         metrics["tokens_per_second"] = sum(common.lengths(batch)) / (time.time() - began)
         if held_out and run.ends_epoch(step + 1):
-            metrics["eval_loss"] = held_out_loss(run, held_out)
+            metrics["eval_loss"] = held_out_loss(run, held_out, share_prefix)
         bar.set_postfix_str(run.end_step(step + 1, metrics))
 
     run.finish("supervised fine-tuning (MPO, equation 4)")

@@ -6,20 +6,24 @@ Files in --out:
 
 plans.jsonl                   M sampled plans of each task
     task, m                   TYPE/VARIATION, and the number of the plan from 0 to M - 1
-    plan                      null if none of three replies had a plan
+    plan                      null if none of three replies had a plan, or if the request was
+                              refused: then there is a `reason`, "refused: ..."
+    thinking_cut_off          replies that ended while the planner was thinking
     instruction               u
     planner                   the model that was asked
-    fingerprint               hash of model, prompt, temperature, token limit and seed
+    fingerprint               hash of model, prompt, temperature, token limit, thinking and seed
 
 rollouts.jsonl                N rollouts of each plan (equation 5)
     task, plan, rollout       the rollout's number from 0 to N - 1
     agent                     the model that played
-    fingerprint               hash of model, prompts, temperature, context length, seed, ...
+    fingerprint               hash of model, prompts, temperature, thinking, seed, ...
     instruction, reward       u and r(u, e)
-    success, end              whether the task was solved, and why the episode ended
+    success, end              whether the task was solved, and why the episode ended; "crash" and
+                              "refused" have an `error` and do not count in a plan's score
     steps                     [[reply up to its action, observation], ...]
     format_errors             replies without an action
-    prompt_tokens, completion_tokens, seconds
+    thinking_cut_off          replies that ended while the agent was thinking
+    prompt_tokens, completion_tokens, seconds   tokens: null if the server does not count
 
 pairs.jsonl                   for 04_dpo.py: the best and the worst plan of each task (equation 7)
     task, prompt              u as the messages that the planner is asked with
@@ -70,6 +74,7 @@ class AgentArgs:
     agent_url: Optional[str] = arg(None, "OpenAI-compatible servers of the agent, with commas")
     agent_temperature: float = arg(0.7, "temperature of the agent (paper: 0.7)")
     agent_tokens: int = arg(512, "token limit of an agent's reply")
+    agent_thinking: Optional[str] = common.thinking_arg("the agent", "the token limit")
     prompts: Optional[str] = arg(
         None, "prompt folder: one of the environment's, or a path (default: the environment's own)"
     )
@@ -101,6 +106,9 @@ class Args(AgentArgs):
     m: int = arg(5, "M, plans per task (paper: 5)")
     plan_temperature: float = arg(0.7, "temperature of the planner (paper: 0.7)")
     plan_tokens: int = arg(512, "token limit of a plan")
+    plan_thinking: Optional[str] = common.thinking_arg(
+        "the planner (trained without)", "the token limit", "off"
+    )
     tasks: List[str] = arg(
         [], "JSON file of tasks, [[type, variation], ...], or train=FILE (default: the train split)"
     )
@@ -124,16 +132,21 @@ class ExploreArgs(AgentArgs):
 PLAN_ATTEMPTS = 3  # replies that are asked for, if they have no plan
 
 
-async def sample_plan(planner, messages: list[dict], task: str, m: int, a: Args) -> str | None:
-    """p_m ~ pi_g(p|u). After a reply without a plan the planner is asked again with another seed;
-    None if no reply has one."""
+async def sample_plan(
+    planner, messages: list[dict], task: str, m: int, a: Args
+) -> tuple[str | None, int]:
+    """(p_m ~ pi_g(p|u), how many replies ended while the planner was thinking). After a reply
+    without a plan the planner is asked again with another seed; None if no reply has one."""
+    cut_off = 0
     for attempt in range(PLAN_ATTEMPTS):
         seed = common.seed_of(a.seed, task, m, attempt)
         reply = await planner.ask(messages, a.plan_temperature, a.plan_tokens, seed)
+        if reply.cut_off:
+            cut_off += 1
         plan = common.parse_plan(reply.text)
         if plan is not None:
-            return plan
-    return None
+            return plan, cut_off
+    return None, cut_off
 
 
 async def sample_plans(a: Args, tasks: list[str], prompts, pool) -> list[dict]:
@@ -141,9 +154,10 @@ async def sample_plans(a: Args, tasks: list[str], prompts, pool) -> list[dict]:
     for plans that the file does not have."""
     path = Path(a.out) / "plans.jsonl"
     planner_id = common.model_fingerprint(a.planner, a.planner_url)
-    fingerprint = common.fingerprint(
-        planner_id, prompts.planner_text, a.plan_temperature, a.plan_tokens, a.seed
-    )
+    parts = [planner_id, prompts.planner_text, a.plan_temperature, a.plan_tokens, a.seed]
+    if a.plan_thinking != Args.plan_thinking:
+        parts.append(a.plan_thinking)
+    fingerprint = common.fingerprint(*parts)
     sampled = {}
     for row in common.read_rows(path, ("task", "m", "plan", "fingerprint"), missing_ok=True):
         if row["fingerprint"] == fingerprint:
@@ -151,31 +165,59 @@ async def sample_plans(a: Args, tasks: list[str], prompts, pool) -> list[dict]:
     wanted = list(itertools.product(tasks, range(a.m)))
     todo = [key for key in wanted if key not in sampled]
     if todo:
-        tasks_todo = list(dict.fromkeys(task for task, _ in todo))
-        instructions = await pool.each(tasks_todo, "reset")
-        with (
-            common.Appender(path) as append,
-            common.open_model(a.planner, a.planner_url, a) as planner,
-            tqdm(total=len(todo), desc="sample plans") as bar,
-        ):
-
-            async def work(task, m):
-                u = instructions[task]
-                plan = await sample_plan(planner, prompts.planner(u), task, m, a)
-                row = {"task": task, "m": m, "plan": plan, "instruction": u, "planner": planner_id}
-                sampled[task, m] = row | {"fingerprint": fingerprint}
-                append(sampled[task, m])
-                bar.update()
-
-            await asyncio.gather(*[work(task, m) for task, m in todo])
+        ids = {"planner": planner_id, "fingerprint": fingerprint}
+        await sample_missing_plans(a, todo, sampled, ids, prompts, pool, path)
     plans = [sampled[key] for key in wanted]
-    missing = [row for row in plans if row["plan"] is None]
+    print_missing(plans, path, a)
+    return plans
+
+
+def print_missing(plans: list[dict], path: Path, a: Args) -> None:
+    """Say how many plans are missing, how many were refused, and how many replies ended while the
+    planner was thinking."""
+    missing = [row for row in plans if row["plan"] is None and not common.is_refused(row)]
     if missing:
         print(
             f"{len(missing)} of {len(plans)} plans are missing: {PLAN_ATTEMPTS} replies in a row "
             "had none"
         )
-    return plans
+    common.print_refused("plans", plans, path)
+    cut_off = sum(row.get("thinking_cut_off", 0) for row in plans)
+    limit = f"--plan_tokens {a.plan_tokens}"
+    common.print_cut_off(cut_off, "the planner", limit, "--plan_thinking")
+
+
+async def sample_missing_plans(
+    a: Args, todo: list[tuple], sampled: dict[tuple, dict], ids: dict, prompts, pool, path: Path
+) -> None:
+    """Add the rows of all (task, m) in `todo` to the file and to `sampled`. `ids`: fields of every
+    row."""
+    tasks = list(dict.fromkeys(task for task, _ in todo))
+    instructions = await pool.each(tasks, "reset")
+    with (
+        common.Appender(path) as append,
+        common.open_model(a.planner, a.planner_url, a, a.plan_thinking) as planner,
+        tqdm(total=len(todo), desc="sample plans") as bar,
+    ):
+        planner.answers = len(sampled)
+        keep = common.Refusals(append, planner, tasks)
+
+        async def work(task, m):
+            u = instructions[task]
+            row = {"task": task, "m": m, "plan": None, "instruction": u, **ids}
+            try:
+                plan, cut_off = await sample_plan(planner, prompts.planner(u), task, m, a)
+            except common.RequestRefused as e:
+                row["reason"] = common.refusal_reason(e)
+            else:
+                row["plan"] = plan
+                row["thinking_cut_off"] = cut_off
+            sampled[task, m] = row
+            keep(row)
+            bar.update()
+
+        await asyncio.gather(*[work(task, m) for task, m in todo])
+        keep.finish()
 
 
 # ---- N rollouts of each plan ---------------------------------------------------------------------
@@ -301,7 +343,7 @@ async def play(
 ) -> dict[tuple, list[dict]]:
     """{(task, plan): its rollouts} for all `task_plans` (equation 5): N each or, if `adaptive`, as
     many as it takes to find the best and the worst plan of each task. Rollouts that are in the file
-    `path` are not played again, unless they failed."""
+    `path` are not played again, unless they crashed."""
     agent_id = common.model_fingerprint(a.agent, a.agent_url)
     fingerprint = common.agent_fingerprint(a, agent_id, prompts)
     finished = FinishedRollouts(task_plans, a.n)
@@ -322,7 +364,9 @@ async def play(
         max_steps=a.max_steps,
     )
     retries = 0
-    with common.Appender(path) as append, common.open_model(a.agent, a.agent_url, a) as agent:
+    opened = common.open_model(a.agent, a.agent_url, a, a.agent_thinking)
+    with common.Appender(path) as append, opened as agent:
+        agent.answers = sum(map(len, finished.rows.values()))
 
         def keep(row):
             append(row)
@@ -355,12 +399,22 @@ async def score_plans(a: Args, plans: list[dict], prompts, pool) -> dict[tuple, 
     ends = Counter(row["end"] for row in rows)
     counts = ", ".join(f"{end} {count}" for end, count in ends.most_common())
     print(f"{line}, mean reward {mean_reward(rows):.3f}; ends: {counts}")
+    common.print_refused("rollouts", rows, path)
+    print_agent_cut_off(rows, a)
     return scored
 
 
+def print_agent_cut_off(rollouts: list[dict], a: AgentArgs) -> None:
+    """Say how many replies of the agent ended while it was thinking."""
+    cut_off = sum(row.get("thinking_cut_off", 0) for row in rollouts)
+    limit = f"--agent_tokens {a.agent_tokens}"
+    common.print_cut_off(cut_off, "the agent", limit, "--agent_thinking")
+
+
 def not_failed(rollouts: list[dict]) -> list[dict]:
-    """The rollouts without those that failed three times, such as by a worker that died."""
-    return [row for row in rollouts if row["end"] != "crash"]
+    """The rollouts without those that failed three times, such as by a worker that died, and
+    without those that the agent's server refused."""
+    return [row for row in rollouts if row["end"] not in common.FAILED_ENDS]
 
 
 def mean_reward(rollouts: list[dict]) -> float:
@@ -391,7 +445,7 @@ def qualities(scored: dict[tuple, list[dict]]) -> dict[tuple, float]:
                 failed += 1
             else:
                 partial += 1
-    why = 'failed three times (see "error" in their rows)'
+    why = 'failed or were refused (see "error" in their rows)'
     if partial:
         print(f"{partial} plans have rollouts that {why}: they are scored by their other rollouts")
     if failed:
@@ -483,12 +537,15 @@ def trajectory_pairs(
         u = expert["instruction"] or episodes[0]["instruction"]
         for better, worse in better_and_worse(expert, episodes):
             cut = worse["steps"][: len(better["steps"]) + EXTRA_TURNS]
+            rejected = common.turns(cut, observation_chars)
+            if not rejected:
+                continue  # all replies are empty
             pairs.append(
                 {
                     "task": task,
                     "prompt": prompts.agent(u, None, task),
                     "chosen": common.turns(better["steps"], observation_chars),
-                    "rejected": common.turns(cut, observation_chars),
+                    "rejected": rejected,
                     "q_chosen": better["reward"],
                     "q_rejected": worse["reward"],
                 }
@@ -537,6 +594,7 @@ def won_conversations(episodes: list[dict], prompts, observation_chars: int) -> 
 
 def explore(a: ExploreArgs) -> None:
     """Play the experts' tasks with the agent; write its successes and its pairs with the expert."""
+    common.check_thinking(a)
     prompts = common.Prompts(a.env, a.prompts, a.examples)
     if a.check:
         check(a, [(a.agent, a.agent_url)], a.n)
@@ -554,6 +612,8 @@ def explore(a: ExploreArgs) -> None:
         f"exploration: {len(episodes)} episodes, mean reward {mean_reward(episodes):.3f}, "
         f"{len(won)} successful; {len(pairs)} pairs"
     )
+    common.print_refused("episodes", episodes, Path(a.out) / "explore.jsonl")
+    print_agent_cut_off(episodes, a)
     if not pairs:
         raise InputError(
             "the agent did as well as the expert on every task, so it has no failure "
@@ -588,6 +648,7 @@ def check(a: AgentArgs, models: list[tuple], times: int) -> None:
 def main(a: Args) -> None:
     if a.m < 2 or a.n < 1:
         raise InputError("--m must be at least 2 (a best and a worst plan) and --n at least 1")
+    common.check_thinking(a)
     prompts = common.Prompts(a.env, a.prompts, a.examples)
     if a.check:
         check(a, [(a.planner, a.planner_url), (a.agent, a.agent_url)], a.m * a.n)

@@ -83,8 +83,8 @@ def load_pairs(a: Args, tokenizer, say=print) -> list[Example]:
     rejected], each of the prompt and its reply."""
     pairs = []
     too_long = 0
-    rows = common.read_rows(a.data, ("prompt", "chosen", "rejected"))[: a.limit]
-    for line, row in enumerate(rows, 1):
+    rows = common.numbered_rows(a.data, ("prompt", "chosen", "rejected"))
+    for line, row in itertools.islice(rows.items(), a.limit):
         where = f"{a.data}:{line}"
         sides = [tokenize_side(row, side, tokenizer, where) for side in ("chosen", "rejected")]
         if max(len(side.ids) for side in sides) > a.max_length:
@@ -100,9 +100,28 @@ def tokenize_side(row: dict, side: str, tokenizer, where: str) -> common.Sequenc
     if not isinstance(row["prompt"], list) or not isinstance(row[side], list):
         raise InputError(f"{where}: `prompt` and `{side}` must be lists of messages")
     sequence = common.tokenize(row["prompt"] + row[side], tokenizer, where)
+    sequence = without_first_replies(sequence, len(replies_in(row["prompt"])))
     if not any(sequence.mask):
         raise InputError(f"{where}: `{side}` has no assistant message")
     return sequence
+
+
+def replies_in(messages: list[dict]) -> list[dict]:
+    return [message for message in messages if message["role"] == "assistant"]
+
+
+def without_first_replies(sequence: common.Sequence, count: int) -> common.Sequence:
+    """The sequence with the targets of all but its first `count` replies: those are in the
+    prompt."""
+    mask = []
+    begun = 0  # replies so far; each is a run of targets
+    before = False
+    for target in sequence.mask:
+        if target and not before:
+            begun += 1
+        mask.append(target and begun > count)
+        before = target
+    return common.Sequence(sequence.ids, mask)
 
 
 def pair_log_probs(model, pairs: list[Example], share_prefix: bool):
@@ -135,6 +154,8 @@ def reference_log_probs(run, pairs: list[Example], share_prefix: bool):
 
     file = run.partial / "reference.pt"
     if run.start > 0:
+        if not file.exists():
+            raise InputError(f"{file} is missing: delete {run.partial} to start over")
         return torch.load(file, weights_only=True).to(run.accelerator.device)
     log_probs = log_probs_without_gradient(run, pairs, share_prefix)
     if run.accelerator.is_main_process:
@@ -183,11 +204,12 @@ def main(a: Args) -> None:
     world = accelerator.num_processes
     rank = accelerator.process_index
     model, tokenizer = common.load_model(a.model)
-    share_prefix = model.packing == "rows"  # compute the prompt of a pair once
     train, held_out = common.hold_out(load_pairs(a, tokenizer, accelerator.print), a)
+    common.check_rows(model, train + held_out, a.data)
+    model, optimizer = common.prepare_model(model, accelerator, a, train + held_out)
+    share_prefix = model.packing == "rows"  # compute the prompt of a pair once
     # schedule[optimizer step][micro-batch]: indices of training pairs
     schedule = common.batch_schedule(common.lengths(train, share_prefix), a, world)
-    model, optimizer = common.prepare_model(model, accelerator, a)
     run = common.Training(a, accelerator, model, optimizer, tokenizer, len(schedule))  # may resume
     reference = reference_log_probs(run, train + held_out, share_prefix)
 

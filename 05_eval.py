@@ -19,11 +19,16 @@ Files in --out, and the fields of their rows
     eval/plans.jsonl         a row for each plan
         setting, task, instruction, plan, plans_id
         untagged             true: the reply had no tags, and all of it is the plan
+        thinking_cut_off     true: no plan, the reply ended while the planner was thinking
+        reason               only if the request was refused: "refused: ...", and plan is null
     eval/rollouts.jsonl      a row for each episode
-        plan_position, agent_id, and the fields of stage 3's rollouts.jsonl
+        plan_position, agent_id, and the fields of stage 3's rollouts.jsonl; an episode that was
+        refused counts, with reward 0
     eval/judgements.jsonl    a row for each answer of the judge
         task, plans (the two settings), first (the one shown first), reply, judge
-        answer               first, second or tie in each dimension; null: not understood
+        answer               first, second or tie in each dimension; null: not understood, or the
+                             request was refused: then there is a `reason`, "refused: ..."
+        thinking_cut_off     replies that ended while the judge was thinking
         judge_id             fingerprint of the judge, its prompt and the two settings
         question             fingerprint of the task and its two plans; both orders have the same
     results.md, results.json, report.html
@@ -43,7 +48,7 @@ import re
 import sys
 import tempfile
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import List, NamedTuple, Optional
@@ -66,8 +71,8 @@ class Args:
     out: str = arg("runs/sciworld", "run folder")
     agents: List[str] = arg(
         ["meta-llama/Llama-3.1-8B-Instruct"],
-        "local models, models of an OpenAI-compatible API, or URLs of servers (http://...; several "
-        "of one model with commas)",
+        "local models, models of an OpenAI-compatible API, or servers: http://..., with several of "
+        "one model with commas, NAME@http://... if they have other models, too",
     )
     plans: List[str] = arg(
         ["none", "sft", "mpo"],
@@ -86,7 +91,12 @@ class Args:
     )
     agent_temperature: float = arg(0.0, "temperature of the agent (paper: 0, as of the planner)")
     plan_tokens: int = arg(512, "token limit of a plan")
+    plan_thinking: Optional[str] = common.thinking_arg(
+        "our planners (trained without)", "the token limit", "off"
+    )
+    teacher_thinking: Optional[str] = common.thinking_arg("--teacher", "the token limit")
     agent_tokens: int = arg(512, "token limit of an agent's reply")
+    agent_thinking: Optional[str] = common.thinking_arg("an agent", "the token limit")
     prompts: Optional[str] = arg(
         None, "prompt folder: one of the environment's, or a path (default: the environment's own)"
     )
@@ -129,11 +139,12 @@ class JudgeArgs:
     out: str = arg("runs/sciworld", "run folder")
     judge: str = arg(
         "gpt-4o",
-        "who compares the plans: a model of an API (paper: gpt-4o), a local model, or a server's "
-        "URL",
+        "who compares the plans: a model of an API (paper: gpt-4o), a local model, or a server, "
+        "http://... or NAME@http://...",
     )
     plans: List[str] = arg(["sft", "mpo"], "the two plan settings to compare, evaluated before")
     tokens: int = arg(1024, "token limit of a judgement")
+    thinking: Optional[str] = common.thinking_arg("the judge", "the token limit")
     concurrency: int = arg(32, "requests in flight")
     tensor_parallel: int = arg(1, "GPUs of one replica of a served model")
     max_model_len: int = arg(32768, "context of a served model, tokens, at most its own")
@@ -153,11 +164,17 @@ class ReportArgs:
 
 @dataclass
 class PlanArgs:
-    planner: str = arg("runs/sciworld/mpo", "a local model, a model of an API, or a server's URL")
+    planner: str = arg(
+        "runs/sciworld/mpo",
+        "a local model, a model of an API, or a server, http://... or NAME@http://...",
+    )
     env: str = arg("sciworld", "environment: a folder of data/, or a path")
     text: str = arg("", "the task, as the environment words it; or the positional argument")
     prompts: Optional[str] = arg(None, "prompt folder: one of the environment's, or a path")
     plan_tokens: int = arg(512, "token limit of the plan")
+    plan_thinking: Optional[str] = common.thinking_arg(
+        "the planner (trained without)", "the token limit", "off"
+    )
     max_model_len: int = arg(32768, "context of a served model, tokens, at most its own")
 
 
@@ -185,6 +202,11 @@ def planner_prompts(a: Args, setting: str) -> common.Prompts:
     return common.Prompts(a.env, None if setting == "gpt" else a.prompts)
 
 
+def planner_thinking(a: Args, setting: str) -> str | None:
+    """How much a setting's planner may think."""
+    return a.teacher_thinking if setting == "gpt" else a.plan_thinking
+
+
 def plans_fingerprint(a: Args, setting: str) -> str | None:
     """`plans_id`: the fingerprint of what makes a setting's plans; None without plans."""
     if setting == "none":
@@ -196,9 +218,13 @@ def plans_fingerprint(a: Args, setting: str) -> str | None:
     name, url = common.name_and_url(planner_of(a, setting))
     model = common.model_fingerprint(name, url)
     prompt = planner_prompts(a, setting).planner_text
+    parts = [model, prompt, a.plan_tokens]
     if setting == "mismatched":
-        return common.fingerprint(model, prompt, a.plan_tokens, setting, a.seed)
-    return common.fingerprint(model, prompt, a.plan_tokens)
+        parts += [setting, a.seed]
+    thinking = planner_thinking(a, setting)
+    if thinking != planner_thinking(Args(), setting):
+        parts.append(thinking)
+    return common.fingerprint(*parts)
 
 
 @dataclass
@@ -264,7 +290,7 @@ async def make_missing_plans(a: Args, tasks: list[str], pool) -> dict[str, str |
             keeper = PlanKeeper(ids, instructions, done, append, bar)
             for setting, without_plan in missing.items():
                 await make_plans_of_setting(a, setting, without_plan, tasks, pool, keeper)
-    print_untagged(ids, tasks, done)
+    print_plan_problems(a, ids, tasks, done, path)
     return ids
 
 
@@ -296,26 +322,36 @@ async def ask_planner(a: Args, setting: str, tasks: list[str], keeper: PlanKeepe
     """Ask a setting's planner for a plan of each task."""
     prompts = planner_prompts(a, setting)
     name, url = common.name_and_url(planner_of(a, setting))
-    with common.open_model(name, url, a) as model:
+    with common.open_model(name, url, a, planner_thinking(a, setting)) as model:
+        earlier = [key for key in keeper.done if key[0] == keeper.ids[setting]]
+        model.answers = len(earlier)
+        refusals = common.Refusals(keeper.append, model, tasks)
+        keeper = replace(keeper, append=refusals)
 
         async def ask(task: str) -> None:
             messages = prompts.planner(keeper.instructions[task])
-            plan, untagged = await ask_for_plan(model, messages, a.plan_tokens)
-            keeper.keep(setting, task, plan, untagged=untagged)
+            try:
+                answer = await ask_for_plan(model, messages, a.plan_tokens)
+            except common.RequestRefused as e:
+                answer = {"plan": None, "reason": common.refusal_reason(e)}
+            keeper.keep(setting, task, **answer)
 
         await asyncio.gather(*[ask(task) for task in tasks])
+        refusals.finish()
 
 
-async def ask_for_plan(
-    model: common.Model, messages: list[dict], tokens: int
-) -> tuple[str | None, bool]:
-    """(plan, untagged): the planner's most likely reply. A reply without tags is the plan itself
-    (`untagged`); an empty reply is no plan."""
-    reply = (await model.ask(messages, 0.0, tokens)).text.strip()
-    plan = common.parse_plan(reply)
-    if plan is None and reply:
-        return reply, True
-    return plan, False
+async def ask_for_plan(model: common.Model, messages: list[dict], tokens: int) -> dict:
+    """{"plan", "untagged", "thinking_cut_off"} of the planner's most likely reply. A reply without
+    tags is the plan itself (`untagged`). One that is empty or that ended while the planner was
+    thinking is no plan."""
+    reply = await model.ask(messages, 0.0, tokens)
+    text = reply.text.strip()
+    plan = common.parse_plan(text)
+    cut_off = plan is None and reply.cut_off
+    untagged = plan is None and text != "" and not cut_off
+    if untagged:
+        plan = text
+    return {"plan": plan, "untagged": untagged, "thinking_cut_off": cut_off}
 
 
 def plans_in_file(path: str, tasks: list[str]) -> dict[str, str | None]:
@@ -360,15 +396,24 @@ def task_of_another_type(a: Args, task: str, tasks: list[str]) -> str:
     return others[common.seed_of(a.seed, "wrong", task) % len(others)]
 
 
-def print_untagged(ids: dict[str, str | None], tasks: list[str], done: dict[tuple, dict]) -> None:
-    """Say how many plans of each setting are replies without tags."""
+def print_plan_problems(
+    a: Args, ids: dict[str, str | None], tasks: list[str], done: dict[tuple, dict], path: Path
+) -> None:
+    """Say how many plans of each setting are replies without tags, how many were refused, and how
+    many are missing because the planner was still thinking."""
     for setting, plans_id in ids.items():
         if setting == "none":
             continue
-        untagged = [t for t in tasks if done[plans_id, t].get("untagged")]
+        rows = [done[plans_id, t] for t in tasks]
+        untagged = [row for row in rows if row.get("untagged")]
         if untagged:
             replies = f"{len(untagged)} of {len(tasks)} replies"
             print(f"{setting}: {replies} have no tags; their text is the plan")
+        common.print_refused(f"plans of {setting}", rows, path)
+        cut_off = [row for row in rows if row.get("thinking_cut_off")]
+        flag = "--teacher_thinking" if setting == "gpt" else "--plan_thinking"
+        who = f"the planner of {setting}"
+        common.print_cut_off(len(cut_off), who, f"--plan_tokens {a.plan_tokens}", flag)
 
 
 # ---- episodes ------------------------------------------------------------------------------------
@@ -427,7 +472,9 @@ async def play_missing(a: Args, conditions: list[dict], pool) -> None:
         own = [job for job in jobs if job["agent"] == name]
         if not own:
             continue
-        with common.Appender(path) as append, common.open_model(name, url, a) as model:
+        opened = common.open_model(name, url, a, a.agent_thinking)
+        with common.Appender(path) as append, opened as model:
+            model.answers = len(complete_episodes(a.out, own[0]["agent_id"]))
             for plan_position in tables.unique(own, "plan_position"):
                 config = common.RolloutConfig(
                     prompts,
@@ -448,6 +495,21 @@ async def play_missing(a: Args, conditions: list[dict], pool) -> None:
                     append,
                     desc=f"evaluation, {Path(name).name}, {plan_position}",
                 )
+        limit = f"--agent_tokens {a.agent_tokens}"
+        common.print_cut_off(model.cut_off_replies, name, limit, "--agent_thinking")
+    for agent_id in tables.unique(conditions, "agent_id"):
+        common.print_refused("episodes", complete_episodes(a.out, agent_id), path)
+
+
+def complete_episodes(out: str, agent_id: str | None = None) -> list[dict]:
+    """The rows of eval/rollouts.jsonl, of one agent or of all, that are not crashed."""
+    path = Path(out) / "eval" / "rollouts.jsonl"
+    fields = ("task", "plan", "reward", "agent_id", "plan_position", "end")
+    found = []
+    for row in common.read_rows(path, fields, missing_ok=True):
+        if row["end"] != "crash" and agent_id in (None, row["agent_id"]):
+            found.append(row)
+    return found
 
 
 def missing_episodes(out: str, conditions: list[dict]) -> list[dict]:
@@ -473,22 +535,22 @@ def missing_episodes(out: str, conditions: list[dict]) -> list[dict]:
 
 def load_episodes(out: str, conditions: list[dict]) -> list[dict]:
     """The conditions of a run folder with their plans and episodes. Each gets "texts", {task: its
-    plan or None}; "untagged", how many of the plans are replies without tags; "episodes", {task:
-    its row, or None if it is missing or crashed}; and "run", the run folder."""
+    plan or None}; "untagged", how many of the plans are replies without tags; "cut_off", how many
+    are missing because the planner was still thinking; "refused_plans", how many were refused;
+    "episodes", {task: its row, or None if it is missing or crashed}; and "run", the run folder."""
     folder = Path(out) / "eval"
     fields = ("plans_id", "task", "plan")
     rows = common.read_rows(folder / "plans.jsonl", fields, missing_ok=True)
     plan_rows = common.finished(rows, "plans_id", "task")
-    fields = ("task", "plan", "reward", "agent_id", "plan_position", "end")
-    rollouts = common.read_rows(folder / "rollouts.jsonl", fields, missing_ok=True)
-    complete = [r for r in rollouts if r["end"] != "crash"]
-    played = common.finished(complete, "agent_id", "plan_position", "task", "plan")
+    played = common.finished(complete_episodes(out), "agent_id", "plan_position", "task", "plan")
 
     found = []
     for condition in conditions:
         texts = {}
         episodes = {}
         untagged = 0
+        cut_off = 0
+        refused = 0
         for task in condition["tasks"]:
             episodes[task] = None
             plan_row = plan_rows.get((condition["plans_id"], task))
@@ -496,10 +558,15 @@ def load_episodes(out: str, conditions: list[dict]) -> list[dict]:
                 texts[task] = plan_row["plan"]
                 if plan_row.get("untagged"):
                     untagged += 1
+                if plan_row.get("thinking_cut_off"):
+                    cut_off += 1
+                if common.is_refused(plan_row):
+                    refused += 1
             if plan_row or condition["plans"] == "none":
                 key = condition["agent_id"], condition["plan_position"], task, texts.get(task)
                 episodes[task] = played.get(key)
-        more = {"texts": texts, "episodes": episodes, "run": out, "untagged": untagged}
+        more = {"texts": texts, "episodes": episodes, "run": out}
+        more |= {"untagged": untagged, "cut_off": cut_off, "refused_plans": refused}
         found.append({**condition, **more})
     return found
 
@@ -654,10 +721,14 @@ def result_of(entry: dict, seed: int) -> dict:
         "missing": len(episodes) - len(played),
         "ends": dict(ends),
         "format_errors": sum(e.get("format_errors", 0) for e in played),
+        "thinking_cut_off": sum(e.get("thinking_cut_off", 0) for e in played),
         "context_overflows": ends["context"],
+        "refused": ends[common.REFUSED],
         "continued": len(continued),
         "own_turn": len(own_turn),
         "untagged": sum(c["untagged"] for c in entry["conditions"]),
+        "plans_cut_off": sum(c["cut_off"] for c in entry["conditions"]),
+        "refused_plans": sum(c["refused_plans"] for c in entry["conditions"]),
         "notes": list(dict.fromkeys(notes)),
         "steps": mean(len(e["steps"]) for e in played),
     }
@@ -715,6 +786,7 @@ def difference_of(entry: dict, base: dict, seed: int) -> dict | None:
 
 def judge(a: JudgeArgs) -> None:
     """Compare the plans of two settings on every task that has both, in both orders."""
+    common.check_thinking(a)
     if a.check:
         checks = common.Checks(a.out)
         checks.asks(a.judge, None, a)
@@ -725,10 +797,16 @@ def judge(a: JudgeArgs) -> None:
     common.check_model(name, url)
     prompt = (common.DATA / "report" / "judge.txt").read_text().strip()
     model_id = common.model_fingerprint(name, url)
-    judge_id = common.fingerprint(model_id, prompt, a.tokens, DIMENSIONS, a.plans)
+    parts = [model_id, prompt, a.tokens, DIMENSIONS, a.plans]
+    if a.thinking is not None:
+        parts.append(a.thinking)
+    judge_id = common.fingerprint(*parts)
     questions = open_questions(a, by_setting, prompt, judge_id)
     if questions:
         asyncio.run(ask_judge(a, name, url, judge_id, questions))
+    path = Path(a.out) / "eval" / "judgements.jsonl"
+    rows = common.read_rows(path, ("judge_id",), missing_ok=True)
+    common.print_refused("judgements", [r for r in rows if r["judge_id"] == judge_id], path)
     write_report(ReportArgs([a.out], a.seed))
 
 
@@ -804,48 +882,65 @@ async def ask_judge(
 ) -> None:
     """Ask all questions and keep the answers in eval/judgements.jsonl."""
     path = Path(a.out) / "eval" / "judgements.jsonl"
+    rows = common.read_rows(path, ("judge_id",), missing_ok=True)
     with (
         common.Appender(path) as append,
         tqdm(total=len(questions), desc="judgements") as bar,
-        common.open_model(name, url, a) as model,
+        common.open_model(name, url, a, a.thinking) as model,
     ):
+        model.answers = len([row for row in rows if row["judge_id"] == judge_id])
+        keep = common.Refusals(append, model, [question.task for question in questions])
 
         async def ask(question: Question) -> None:
-            answer, reply = await judgement_of(model, question, a.tokens)
             row = {
                 "task": question.task,
                 "plans": a.plans,
                 "first": question.first,
-                "answer": answer,
-                "reply": reply,
+                "answer": None,
+                "reply": "",
+                "thinking_cut_off": 0,
                 "judge": name,
                 "judge_id": judge_id,
                 "question": question.id,
             }
-            append(row)
+            try:
+                answer, reply, cut_off = await judgement_of(model, question, a.tokens)
+            except common.RequestRefused as e:
+                row["reason"] = common.refusal_reason(e)
+            else:
+                row.update(answer=answer, reply=reply, thinking_cut_off=cut_off)
+            keep(row)
             bar.update()
 
         await asyncio.gather(*[ask(question) for question in questions])
+        keep.finish()
+    common.print_cut_off(model.cut_off_replies, name, f"--tokens {a.tokens}", "--thinking")
 
 
 async def judgement_of(
     model: common.Model, question: Question, tokens: int
-) -> tuple[dict | None, str]:
-    """(answer, reply); the last of several invalid replies, with None."""
+) -> tuple[dict | None, str, int]:
+    """(answer, reply, how many replies ended while the judge was thinking); the last of several
+    invalid replies, with None."""
     messages = [{"role": "user", "content": question.text}]
+    cut_off = 0
     for attempt, temperature in enumerate(JUDGE_TEMPERATURES):
         seed = common.seed_of(question.task, question.first, attempt)
-        reply = (await model.ask(messages, temperature, tokens, seed)).text
-        answer = parse_judgement(reply)
+        reply = await model.ask(messages, temperature, tokens, seed)
+        if reply.cut_off:
+            cut_off += 1
+        answer = parse_judgement(reply.text)
         if answer:
             break
-    return answer, reply
+    return answer, reply.text, cut_off
 
 
 def parse_judgement(reply: str) -> dict | None:
     """{dimension: "first", "second" or "tie"} for the three dimensions and "overall", from the JSON
-    object in a reply; None if there is none, or if an answer is none of these."""
-    said = first_json_object(reply)
+    object in a reply, after any thinking; None if there is none, or if an answer is none of
+    these."""
+    text, _ = common.split_thinking(reply)
+    said = first_json_object(text)
     if said is None:
         return None
     answer = {}
@@ -971,6 +1066,7 @@ def write_plan(a: PlanArgs) -> None:
     """Print the plan for one task in words."""
     if not a.text:
         raise InputError('name the task: python 05_eval.py plan --planner MODEL "Your task is ..."')
+    common.check_thinking(a)
     messages = common.Prompts(a.env, a.prompts).planner(a.text)
     name, url = common.name_and_url(a.planner)
     common.check_model(name, url)
@@ -979,18 +1075,23 @@ def write_plan(a: PlanArgs) -> None:
         serving = SimpleNamespace(
             out=logs, concurrency=1, tensor_parallel=1, max_model_len=a.max_model_len
         )
-        with common.open_model(name, url, serving) as model:
-            plan, _ = asyncio.run(ask_for_plan(model, messages, a.plan_tokens))
-    if not plan:
+        with common.open_model(name, url, serving, a.plan_thinking) as model:
+            answer = asyncio.run(ask_for_plan(model, messages, a.plan_tokens))
+    if answer["thinking_cut_off"]:
+        raise InputError(
+            f"{a.planner} wrote no plan, it was still thinking: raise --plan_tokens {a.plan_tokens}"
+        )
+    if not answer["plan"]:
         raise InputError(f"{a.planner} wrote no plan: its reply is empty")
-    print(plan)
+    print(answer["plan"])
 
 
 def split_commas(values: list[str]) -> list[str]:
     """'a,b' 'c' -> a, b, c, without duplicates; a URL may have commas of its own."""
     parts = []
     for value in values:
-        if value.startswith("http"):
+        _, url = common.split_url(value)
+        if url:
             parts.append(value)
         else:
             parts.extend(filter(None, value.split(",")))
@@ -999,6 +1100,7 @@ def split_commas(values: list[str]) -> list[str]:
 
 def check_settings(a: Args) -> None:
     """Raise `InputError` for settings that cannot work."""
+    common.check_thinking(a)
     for plan_position in a.plan_positions:
         if plan_position not in common.PLAN_POSITIONS:
             known = ", ".join(common.PLAN_POSITIONS)

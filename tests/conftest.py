@@ -29,6 +29,7 @@ for name in ("alfworld", "sciworld", "webshop"):
 
 # two files run at a time; the longest start first
 LONGEST = (
+    "test_families",
     "test_sciworld",
     "test_check",
     "test_stages",
@@ -308,11 +309,14 @@ def fresh_accelerate():
 
 class ChatServer(ThreadingHTTPServer):
     """An OpenAI-compatible server on loopback that answers chats with `reply(messages, body)`: a
-    text, or (status, text[, headers]), where an error's text is its message and a 200's is the
-    whole body.
+    text, or (status, text[, headers]), where an error's text is its message or a body in JSON, and
+    a 200's is the whole body.
 
-    `requests`: the bodies of all chats so far. `keys`: the Authorization headers that were seen.
-    `owner`: who owns the model, by its list of models; "vllm": it says that it is vLLM."""
+    `down`: it closes all connections without an answer, as if it were not there.
+    `requests`: the bodies of all chats so far. `headers`: those of all requests; `keys`: the
+    Authorization headers among them. `owner`: who owns the model, by its list of models; "vllm": it
+    says that it is vLLM. `models`: what it answers when it is asked for its models, if not with
+    one: (status, text[, headers])."""
 
     daemon_threads = True
     request_queue_size = 256
@@ -322,10 +326,13 @@ class ChatServer(ThreadingHTTPServer):
         self.reply = reply
         self.requests = []
         self.keys = set()
+        self.headers = []
         self.owner = "test"
+        self.models = None
+        self.down = False
         self.lock = threading.Lock()
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
-        options = {"poll_interval": 0.05}
+        options = {"poll_interval": 0.01}
         threading.Thread(target=self.serve_forever, kwargs=options, daemon=True).start()
 
     def handle_error(self, request, client_address):
@@ -336,21 +343,35 @@ class ChatHandler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     wbufsize = -1  # an answer is sent in one piece
 
+    def parse_request(self):
+        if self.server.down:
+            self.close_connection = True
+            return False
+        return super().parse_request()
+
+    def note_headers(self):
+        with self.server.lock:
+            self.server.headers.append(dict(self.headers))
+            self.server.keys.add(self.headers.get("Authorization"))
+
     def do_GET(self):
+        self.note_headers()
+        if self.server.models:
+            return self.answer(*self.server.models)
         model = {"id": "scripted", "object": "model", "created": 0, "owned_by": self.server.owner}
-        self.answer(200, json.dumps({"object": "list", "data": [model]}))
+        return self.answer(200, json.dumps({"object": "list", "data": [model]}))
 
     def do_POST(self):
+        self.note_headers()
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with self.server.lock:
             self.server.requests.append(body)
-            self.server.keys.add(self.headers.get("Authorization"))
         reply = self.server.reply(body["messages"], body)
         if not isinstance(reply, tuple):
             chat = completion(reply, prompt_tokens=7, completion_tokens=3)
             return self.answer(200, json.dumps(chat))
         status, text, *headers = reply
-        if status != 200:
+        if status != 200 and not text.startswith(("{", "[")):
             text = json.dumps({"error": {"message": text, "type": "scripted", "code": status}})
         return self.answer(status, text, *headers)
 

@@ -225,7 +225,7 @@ def test_knowledge_from_expert_against_failure(seeded, tmp_path, chat_server):
     out = tmp_path / "wkm-seed"
     a = {"env": CORRIDOR, "workers": 1, "out": str(out), "limit": 3, "plan_share": 1.0}
     a["explored"] = str(failed)
-    seed.main(seed.Args(**a, prompts=str(prompts), teacher="t", teacher_url=server.url))
+    seed.main(seed.Args(**a, prompts=str(prompts), teacher=f"t@{server.url}"))
     assert len(server.requests) == 2
     for body in server.requests:
         [message] = body["messages"]

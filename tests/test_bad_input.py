@@ -5,9 +5,13 @@ import errno
 import json
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
-from conftest import CORRIDOR, ROOT, stage, write_jsonl
+from conftest import CORRIDOR, ROOT, script_env, stage, write_jsonl
 
 import common
 from common import InputError, fingerprint, plan_reply, read_rows
@@ -105,6 +109,163 @@ def test_settings_of_the_environment(tmp_path, more, says):
 def test_no_episode_in_flight(tmp_path):
     with pytest.raises(InputError, match="--concurrency must be at least 1"):
         run_score(tmp_path, "http://127.0.0.1:9/v1", concurrency=0)
+
+
+# ---- signals -------------------------------------------------------------------------------------
+
+# a stage script whose main function starts with `prelude` and ends with what it is given
+SCRIPT = """
+import asyncio, ctypes, pathlib, sys, time
+import common
+from tqdm import tqdm
+
+common.parse_arguments = lambda *_: (None, None)
+common.StopSignals.PATIENCE = 1.0
+common.server_command = lambda *_: ["sleep", "100"]
+
+def waits():
+    bar = tqdm(range(1000), mininterval=100)
+    print("started", flush=True)
+    for _ in bar:
+        time.sleep(0.1)
+
+async def lane(_=None):
+    print("started", flush=True)
+    while True:
+        await asyncio.sleep(PAUSE)
+
+async def lanes():
+    try:
+        await common.run_concurrently(lane, range(4), 2)
+    finally:
+        print("cleaned up")
+
+async def starts_server():
+    server = common._start_server("m", [], 9, pathlib.Path(sys.argv[1]))
+    print("started", flush=True)
+    try:
+        common._wait_healthy(server, 100)
+    finally:
+        server.process.stdin.close()
+        server.process.wait()
+        print("cleaned up")
+
+async def never_ends():
+    print("started", flush=True)
+    while True:
+        try:
+            await asyncio.sleep(0.1)
+        except BaseException:
+            pass
+
+def is_outside_python():
+    print("started", flush=True)
+    while True:
+        ctypes.CDLL(None).sleep(100)
+
+async def fails():
+    try:
+        await lane()
+    finally:
+        raise common.InputError("a server is gone")
+
+def main(_):
+    MAIN
+
+common.run_stage(main, None, training=TRAINING)
+"""
+STAGES = {
+    "waits": "waits()",
+    "episodes": "asyncio.run(lanes())",
+    "a server starts": "asyncio.run(starts_server())",
+    "fails": "asyncio.run(fails())",
+    "never ends": "asyncio.run(never_ends())",
+}
+TERM, HUP, INT = signal.SIGTERM, signal.SIGHUP, signal.SIGINT
+
+
+def start_signalled(tmp_path, main: str, pause: float, training: bool, ignored=None):
+    values = {"MAIN": main, "PAUSE": str(pause), "TRAINING": str(training)}
+    code = re.sub("|".join(values), lambda match: values[match[0]], SCRIPT)
+    file = tmp_path / "stage.py"
+    file.write_text(code)
+
+    def ignore():
+        if ignored is not None:
+            signal.signal(ignored, signal.SIG_IGN)
+
+    process = subprocess.Popen(
+        [sys.executable, file, tmp_path],
+        env=script_env(PYTHONPATH=str(ROOT)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=ignore,
+    )
+    assert process.stdout.readline() == "started\n"
+    return process
+
+
+def end_of(process, status: int) -> str:
+    """What a process printed that must end, and say so in one line, with this status."""
+    out, err = process.communicate(timeout=10)
+    *_, last = re.split("[\n\r]", err.rstrip("\n"))
+    by = {130: "Ctrl-C", 129: "SIGHUP", 143: "SIGTERM"}[status]
+    assert last.startswith("interrupted: finished rows are kept, run the same command to resume")
+    assert last.endswith(f"({by})") and err.count("interrupted") == 1 and "Traceback" not in err
+    assert process.returncode == status
+    return out
+
+
+@pytest.mark.parametrize(
+    "stage, number, pause, ignored",
+    [
+        ("waits", HUP, 0, None),
+        ("episodes", TERM, 1, None),
+        ("episodes", TERM, 0, INT),  # in the background of a shell script
+        ("episodes", INT, 1, None),
+        ("a server starts", TERM, 0, None),
+        ("fails", HUP, 1, None),  # the server, too, got the signal
+        ("never ends", TERM, 0, None),
+    ],
+)
+def test_a_stage_that_is_told_to_end(tmp_path, stage, number, pause, ignored):
+    process = start_signalled(tmp_path, STAGES[stage], pause, False, ignored)
+    process.send_signal(number)
+    said = end_of(process, 128 + number)
+    assert ("cleaned up" in said) == (stage in ("episodes", "a server starts"))
+
+
+@pytest.mark.parametrize("main", ["waits()", "is_outside_python()"])
+def test_a_training_that_is_told_to_end(tmp_path, main):
+    """At once, also while the main thread waits for another process."""
+    process = start_signalled(tmp_path, main, 0, True)
+    for _ in range(2):  # a second signal changes nothing
+        process.send_signal(TERM)
+    end_of(process, 143)
+
+
+def test_signals_that_come_twice(tmp_path):
+    """From make and from the terminal: as one. Later: the stage ends at once."""
+    process = start_signalled(tmp_path, STAGES["episodes"], 1, False)
+    process.send_signal(HUP)
+    process.send_signal(HUP)
+    assert "cleaned up" in end_of(process, 129)
+    process = start_signalled(tmp_path, "common.StopSignals.SAME = 0.1; waits()", 0, False)
+    process.send_signal(TERM)
+    time.sleep(0.2)
+    process.send_signal(TERM)
+    end_of(process, 143)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_nohup(tmp_path, training):
+    process = start_signalled(tmp_path, "waits()", 0, training, ignored=HUP)
+    process.send_signal(HUP)
+    time.sleep(0.2)
+    assert process.poll() is None
+    process.send_signal(TERM)
+    end_of(process, 143)
 
 
 # ---- files ---------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ def make_check(out, model, *settings, **env):
     return run_make("check", "PROCESSES=2", *settings, timeout=300, **env)
 
 
+@pytest.mark.slow
 def test_a_run_that_can_be_done(tmp_path, tiny_model, chat_server):
     server = chat_server(lambda messages, body: "Hello")
     done = make_check(tmp_path, tiny_model, OPENAI_API_KEY="k", OPENAI_BASE_URL=server.url)
@@ -41,6 +42,7 @@ def test_a_run_that_can_be_done(tmp_path, tiny_model, chat_server):
     assert about == {
         "settings": 1,
         "packages": 1,
+        "GPUs": 1,
         "environment": 1,
         "model": 2,
         "memory": 2,
@@ -164,12 +166,26 @@ def test_a_model_directory_without_weights(tmp_path, tiny_model):
         common.model_sizes(str(tmp_path))
 
 
+def sizes_of(folder: Path, tiny_model: str, kind: str, **config) -> common.ModelSizes:
+    """The sizes of a model with this configuration, whose file has 1,000 bytes."""
+    from transformers import AutoConfig
+
+    AutoConfig.for_model(kind, **config).save_pretrained(folder)
+    for file in ("tokenizer_config.json", "chat_template.jinja"):
+        (folder / file).write_text((Path(tiny_model) / file).read_text())
+    (folder / "model.safetensors").write_bytes(bytes(1000))
+    sizes, download = common.model_sizes(str(folder))
+    assert download == 0
+    return sizes
+
+
 @pytest.fixture
 def eight_billion(tmp_path, tiny_model) -> common.ModelSizes:
     """The sizes of an 8B model, from its configuration."""
-    from transformers import LlamaConfig
-
-    LlamaConfig(
+    sizes = sizes_of(
+        tmp_path,
+        tiny_model,
+        "llama",
         hidden_size=4096,
         intermediate_size=14336,
         num_hidden_layers=32,
@@ -178,14 +194,138 @@ def eight_billion(tmp_path, tiny_model) -> common.ModelSizes:
         num_key_value_heads=8,
         tie_word_embeddings=False,
         max_position_embeddings=131072,
-    ).save_pretrained(tmp_path)
-    for file in ("tokenizer_config.json", "chat_template.jinja"):
-        (tmp_path / file).write_text((Path(tiny_model) / file).read_text())
-    (tmp_path / "model.safetensors").touch()
-    sizes, download = common.model_sizes(str(tmp_path))
+    )
     sizes.name = "eight"
-    assert download == 0
     return sizes
+
+
+MPT_7B = {"d_model": 4096, "n_layers": 32, "n_heads": 32, "vocab_size": 50432}
+BLOOM_7B1 = {"hidden_size": 4096, "n_layer": 30, "n_head": 32, "vocab_size": 250880}
+DBRX = {
+    "d_model": 6144,
+    "n_heads": 48,
+    "n_layers": 4,
+    "vocab_size": 100352,
+    "attn_config": {"kv_n_heads": 8, "clip_qkv": 8, "rope_theta": 5e5},
+    "ffn_config": {"ffn_hidden_size": 10752, "moe_num_experts": 16, "moe_top_k": 4},
+}
+FOUR = {"num_hidden_layers": 4}
+SIX = {"num_hidden_layers": 6}
+OPT = {"num_hidden_layers": 2, "layerdrop": 0.9}  # which is off
+MAMBA = {"num_hidden_layers": 2, "hidden_size": 64, "num_heads": 8, "head_dim": 16}
+
+
+@pytest.mark.parametrize(
+    "kind, config, billions, layers, heads, token, window",
+    [
+        # the released models; keys and values of 2 bytes
+        ("gpt2", {}, 0.124, 12, 12, 12 * 4 * 768, 0),
+        ("gptj", {}, 6.051, 28, 16, 28 * 4 * 4096, 0),
+        ("falcon", {}, 6.922, 32, 71, 32 * 4 * 64, 0),  # one head of keys
+        ("bloom", BLOOM_7B1, 7.069, 30, 32, 30 * 4 * 4096, 0),
+        ("mpt", MPT_7B, 6.649, 32, 32, 32 * 4 * 4096, 0),
+        # 35 layers, of which 20 have keys of their own, and 4 of these attend to all tokens
+        ("gemma3n_text", {}, 6.835, 35, 8, 4 * 4 * 512, 512 * 16 * 4 * 512),
+        # the first layers
+        ("dbrx", DBRX, 14.269, 4, 48, 4 * 4 * 1024, 0),
+        ("opt", OPT, 0.054, 2, 12, 2 * 4 * 768, 0),
+        ("llama4_text", FOUR, 10.877, 4, 40, 4 * 1024, 8192 * 3 * 4 * 1024),
+        # latent attention keeps 512 and 64 numbers of a token
+        ("deepseek_v3", {**FOUR, "first_k_dense_replace": 1}, 36.959, 4, 128, 4 * 2 * 576, 0),
+        # wrappers with a vision tower: the sixth layer attends to all tokens
+        ("gemma3", {"text_config": SIX}, 1.166, 6, 8, 4 * 1024, 4096 * 5 * 4 * 1024),
+        ("gemma4", {"text_config": SIX}, 1.499, 6, 8, 4 * 2048, 512 * 5 * 4 * 1024),
+        # linear attention or a state space instead of keys and values
+        ("qwen3_5_text", FOUR, 2.899, 4, 16, 4 * 1024, 0),
+        ("mamba2", MAMBA, 0.0045, 2, 0, 0, 0),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_sizes_of_models_of_all_kinds(
+    tmp_path, tiny_model, kind, config, billions, layers, heads, token, window
+):
+    sizes = sizes_of(tmp_path, tiny_model, kind, **config)
+    assert sizes.parameters / 1e9 == pytest.approx(billions, abs=6e-4)
+    assert (sizes.layers, sizes.heads) == (layers, heads)
+    assert (sizes.cache_bytes, sizes.window_bytes) == (token, window)
+    assert 0 < sizes.gathered_parameters < sizes.parameters
+    assert sizes.adapter_parameters and sizes.activation_bytes
+    assert sizes.serving_bytes == 2 * sizes.parameters
+    assert sizes.why_not_trained == ""
+
+
+SMALL = {"hidden_size": 32, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 9}
+
+
+@pytest.mark.parametrize(
+    "settings, says",
+    [
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8"),
+        ({"quant_method": "mxfp4"}, "mxfp4"),
+        ({"load_in_4bit": True}, "bitsandbytes"),
+        ({"quant_method": "gptq", "bits": 4}, "gptq"),
+        ({"quant_method": "awq", "bits": 4}, "awq"),
+        ({"quant_method": "hqq"}, "hqq"),
+        ({"quant_method": "torchao"}, "torchao"),
+        ({"quant_method": "compressed-tensors"}, "compressed-tensors"),
+        ({"quant_method": "of next year"}, "of next year"),
+        ("hf_quant_config.json", "modelopt"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_quantized_weights_are_served_and_not_trained(tmp_path, tiny_model, settings, says):
+    config = dict(SMALL)
+    if isinstance(settings, dict):
+        config["quantization_config"] = settings
+    else:
+        (tmp_path / settings).write_text("{}")
+    sizes = sizes_of(tmp_path, tiny_model, "llama", **config)
+    assert sizes.serving_bytes == 1000, "those of the file"
+    assert "serving" in common.check_serving_memory(sizes, 32768, 1)
+    refused = rf"weights of {tmp_path} are quantized \({says}\).* such as the model's BF16 version"
+    with pytest.raises(InputError, match=refused):
+        common.check_training_memory(sizes, 1, 8192, True, 0)
+    with pytest.raises(InputError, match=refused):  # before the file, which is none, is read
+        common.load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "kind, config, token",
+    [("qwen3_5_text", FOUR, 4 * 4 * 4 * 256), ("gpt2", {}, 12 * 4 * 768)],
+)
+def test_sizes_of_a_model_that_runs_on_a_gpu_alone(
+    tmp_path, tiny_model, monkeypatch, kind, config, token
+):
+    """Every layer counts then, as attention to all tokens."""
+
+    def needs_a_gpu():
+        raise RuntimeError("Pointer argument cannot be accessed from Triton (cpu tensor?)")
+
+    monkeypatch.setattr(common, "made_up_values", needs_a_gpu)
+    sizes = sizes_of(tmp_path, tiny_model, kind, **config)
+    assert (sizes.cache_bytes, sizes.window_bytes) == (token, 0)
+
+
+def test_quantized_weights_inside_a_wrapper(tmp_path):
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model("gemma3", text_config={"quantization_config": {"bits": 4}})
+    assert "are quantized (bitsandbytes)" in common.why_not_trained(str(tmp_path), config)
+
+
+def test_a_package_that_a_model_needs(tmp_path, tiny_model, monkeypatch):
+    """What transformers says begins with an empty line."""
+    from transformers import AutoModelForCausalLM
+
+    def missing(*_, **__):
+        raise ImportError("\nThe vision tower requires the timm library\nInstall it")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_config", missing)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", missing)
+    with pytest.raises(InputError, match="^The vision tower requires the timm library$"):
+        sizes_of(tmp_path, tiny_model, "llama", **SMALL)
+    with pytest.raises(InputError, match=f"cannot load {tiny_model}.*the timm library$"):
+        common.load_model(tiny_model)
 
 
 def test_memory(eight_billion, monkeypatch):
@@ -222,7 +362,7 @@ def test_memory(eight_billion, monkeypatch):
     on(8, 24)
     with pytest.raises(InputError, match="raise --tensor_parallel or lower --max_model_len"):
         serve()
-    with pytest.raises(InputError, match="--tensor_parallel 3 does not divide 32 heads"):
+    with pytest.raises(InputError, match="--tensor_parallel 3 does not divide its 32 heads"):
         serve(parallel=3)
 
 
@@ -270,3 +410,30 @@ def test_the_check_of_a_launched_stage_is_one_process(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(AssertionError, match="it checks"):
         common.run_stage(main, sft.Args)
+
+
+@pytest.mark.parametrize(
+    "cuda, usable, says",
+    [
+        (None, 0, r"\.venv was set up without GPUs, and this machine has 2: delete .venv and run"),
+        ("12.8", 0, "torch, with CUDA 12.8, can use 0 of 2 GPUs: update the NVIDIA driver"),
+        ("12.8", 2, None),
+    ],
+)
+def test_a_check_of_the_gpus(monkeypatch, tmp_path, cuda, usable, says):
+    import torch
+
+    fake_nvidia_smi = tmp_path / "nvidia-smi"
+    fake_nvidia_smi.write_text("#!/bin/sh\necho GPU 0: A; echo GPU 1: B\n")
+    fake_nvidia_smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert common.check_gpus() == "none"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: usable)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    if says:
+        with pytest.raises(InputError, match=says):
+            common.check_gpus()
+    else:
+        assert common.check_gpus() == "2"

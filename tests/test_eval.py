@@ -391,6 +391,8 @@ def test_parse_judgement():
         '{"correctness_better": "first"}',
         judgement("both", "tie", "tie", "tie"),
         TIES[:-5],
+        f"<think>{TIES}</think>",
+        f"<think>\n{TIES}",
     ],
 )
 def test_replies_that_are_no_judgement(reply):
@@ -398,8 +400,9 @@ def test_replies_that_are_no_judgement(reply):
 
 
 def test_judge(tmp_path, chat_server):
-    """boil/0 prefers mpo in either order, boil/1 the first plan; boil/2 has no answer in one order;
-    boil/3 is first invalid, then a tie; boil/4 prefers sft, except for followability."""
+    """boil/0 prefers mpo in either order, after some thinking, boil/1 the first plan; boil/2 has no
+    answer in one order; boil/3 is first invalid, then a tie; boil/4 prefers sft, except for
+    followability."""
     tasks = [f"boil/{i}" for i in range(5)]
     plans = {}
     for setting in ("sft", "mpo"):
@@ -419,7 +422,8 @@ def test_judge(tmp_path, chat_server):
         asked[task, shown_first] += 1
         again = TIES if asked[task, shown_first] > 1 else '{"correctness_better": "mpo"}'
         return {
-            "boil/0": "I think:\n" + judgement(mpo, mpo, mpo, mpo),
+            "boil/0": f"<think>{judgement(sft, sft, sft, sft)}</think>\nI think:\n"
+            + judgement(mpo, mpo, mpo, mpo),
             "boil/1": judgement("first", "first", "first", "first"),
             "boil/2": TIES if shown_first == "mpo" else "They are both fine.",
             "boil/3": again,
@@ -660,6 +664,18 @@ def test_an_agent_that_is_given_twice(evaluate, chat_server):
     urls = [chat_server(lambda messages, body: "Action: walk on").url for _ in range(2)]
     with pytest.raises(InputError, match=f"--agents {urls[0]} {urls[1]}: both are .*with commas"):
         evaluate(agents=urls, plans=["none"])
+
+
+def test_agents_of_a_server_with_several_models(tmp_path, evaluate, chat_server):
+    server = chat_server(lambda messages, body: "Action: walk on")
+    server.models = (200, '{"data": [{"id": "qwen:7b"}, {"id": "llama3.1:latest"}]}')
+    usual = {"limit": 1, "max_steps": 1, "plans": ["none"]}
+    evaluate(**usual, agents=[f"llama3.1@{server.url}", f"qwen:7b@{server.url}"])
+    rows = read_rows(tmp_path / "run" / "eval" / "rollouts.jsonl")
+    assert [row["agent"] for row in rows] == ["llama3.1:latest", "qwen:7b"]
+    assert [body["model"] for body in server.requests] == ["llama3.1:latest", "qwen:7b"]
+    evaluate(**usual, agents=[f"llama3.1:latest@{server.url}"])
+    assert len(server.requests) == 2, "the same agent"
 
 
 def test_a_plan_for_a_task_in_words(chat_server, monkeypatch, capsys):

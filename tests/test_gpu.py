@@ -28,6 +28,7 @@ from test_training import (
     TALKS,
     as_pairs,
     as_rows,
+    choose,
     gradients,
     log_prob_alone,
     sides_alone,
@@ -57,7 +58,7 @@ def two_models(tokenizer, kind, config):
     exact = make_model(tokenizer, "float64", kind=kind, **SHAPE, **config)
     exact.set_attn_implementation("eager" if kind == "gemma2" else "sdpa")
     model = make_model(tokenizer, kind=kind, **SHAPE, **config).to(DEVICE)
-    common.choose_packing(model)
+    choose(model, as_pairs(PAIRS, tokenizer))
     return exact, model
 
 

@@ -2,22 +2,46 @@
 models that load."""
 
 import errno
+import itertools
 import json
 import math
 import os
 import re
+import shutil
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import check_run, save_model, stage, start_script, write_jsonl
+from conftest import (
+    ROOT,
+    check_run,
+    make_model,
+    run_script,
+    save_model,
+    script_env,
+    stage,
+    start_script,
+    write_jsonl,
+)
 from safetensors.torch import load_file, save_file
-from test_training import PAIRS, TALKS, assistant, log_prob_alone, user
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from test_training import (
+    PAIRS,
+    QWEN3,
+    TALKS,
+    as_rows,
+    assistant,
+    log_prob_alone,
+    user,
+    with_template,
+)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import common
 from common import InputError, read_rows, tokenize
@@ -101,6 +125,107 @@ def test_long_rows_are_counted_and_left_out(tmp_path, tokenizer, capsys):
         common.hold_out(sft.load_rows(a, tokenizer), a)
 
 
+# ---- what is saved -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "kind, kept",
+    [
+        ("gemma3", ["preprocessor_config.json", "processor_config.json"]),
+        ("gemma3_text", []),
+    ],
+)
+def test_processors_of_images_are_kept(tmp_path, kind, kept):
+    """Of a model with a vision tower: servers need them. Also before the first step, so that they
+    are downloaded then."""
+    base = tmp_path / "base"
+    out = tmp_path / "out"
+    for folder in (base, out):
+        folder.mkdir()
+    for name in ("preprocessor_config.json", "processor_config.json", "other_config.json"):
+        (base / name).write_text(json.dumps({"of": name}))
+    model = SimpleNamespace(config=AutoConfig.for_model(kind))
+    common.copy_processors(model, str(base), out)
+    assert sorted(file.name for file in out.iterdir()) == kept
+    for name in kept:
+        assert json.loads((out / name).read_text()) == {"of": name}
+
+
+def generation_settings(folder) -> dict:
+    settings = json.loads((Path(folder) / "generation_config.json").read_text())
+    settings.pop("transformers_version", None)
+    return settings
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 0.9, "top_p": 0.6},
+        {"do_sample": False, "top_k": 20, "min_p": 0.1},
+        {"pad_token_id": -1, "eos_token_id": [1, 2]},
+        {"early_stopping": True, "length_penalty": 0.8},
+        {"output_scores": True},
+        {"temperature": "0.6", "do_sample": True},
+        {"do_sample": True, "temperature": 0.6, "top_p": 0.9},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_settings_of_generation_are_kept(tmp_path, tokenizer, settings):
+    """Also those that `save_pretrained` refuses: what serves the model reads them."""
+    model = make_model(tokenizer)
+    model.generation_config = GenerationConfig(**settings)
+    common.save_model(model, tmp_path / "saved")
+    assert generation_settings(tmp_path / "saved") == settings
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    common.save_model(loaded, tmp_path / "again")
+    assert generation_settings(tmp_path / "again") == settings
+    assert same_weights(weights_of(tmp_path / "saved"), weights_of(tmp_path / "again"))
+
+
+def test_training_of_a_model_with_settings_that_are_refused(
+    tmp_path, tokenizer, talks, preferences
+):
+    base = save_model(tmp_path / "base", tokenizer)
+    settings = {"temperature": 0.9, "top_p": 0.6, "eos_token_id": 2}
+    (base / "generation_config.json").write_text(json.dumps(settings))
+    out = tmp_path / "sft"
+    sft.main(sft.Args(model=str(base), data=talks, out=str(out), epochs=1, lora_rank=2))
+    AcceleratorState._reset_state(True)
+    dpo.main(dpo.Args(model=str(out), data=preferences, out=f"{out}/mpo", epochs=1))
+    assert generation_settings(out) == generation_settings(out / "mpo") == settings
+
+
+def test_what_cannot_be_saved_is_said_before_training(tmp_path, tiny_model, talks, monkeypatch):
+    def refuse(*_):
+        raise ValueError("dtype is not allowed\nSecond line")
+
+    monkeypatch.setattr("transformers.LlamaConfig.save_pretrained", refuse)
+    args = sft.Args(model=tiny_model, data=talks, out=str(tmp_path / "sft"))
+    with pytest.raises(
+        InputError, match=f"{tiny_model} could not be saved .*: dtype is not allowed$"
+    ):
+        sft.main(args)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_trained_model_is_asked_as_it_was_trained(tmp_path, tokenizer, talks, capsys):
+    """Thinking is off in training. In the saved chat template it is off, too, unless a request
+    turns it on; a template without a switch stays as it is."""
+    base = save_model(tmp_path / "base", with_template(tokenizer, QWEN3))
+    out = tmp_path / "sft"
+    sft.main(sft.Args(model=str(base), data=talks, out=str(out), epochs=1))
+    assert "2 rows are a sequence per reply" in capsys.readouterr().out
+    ask = {"conversation": TALKS[0][:3], "tokenize": False, "add_generation_prompt": True}
+    before = AutoTokenizer.from_pretrained(base).apply_chat_template
+    after = AutoTokenizer.from_pretrained(out).apply_chat_template
+    assert after(**ask) == before(**ask, enable_thinking=False) != before(**ask)
+    assert after(**ask, enable_thinking=True) == before(**ask, enable_thinking=True)
+    for text in (AutoTokenizer.from_pretrained(out).chat_template, tokenizer.chat_template):
+        same = with_template(tokenizer, text)
+        common.turn_thinking_off(same)
+        assert same.chat_template == text
+
+
 # ---- resuming ------------------------------------------------------------------------------------
 
 
@@ -118,8 +243,8 @@ def as_flags(settings: dict) -> list[str]:
     return flags
 
 
-@pytest.mark.parametrize("script", ["02_sft.py", "04_dpo.py"])
-def test_killed_training_resumes(tmp_path, tiny_model, talks, preferences, script):
+@pytest.mark.parametrize("script", [pytest.param("02_sft.py", marks=pytest.mark.slow), "04_dpo.py"])
+def test_killed_training_resumes(tmp_path, tiny_model, talks, preferences, script, capsys):
     """Killed in the middle and run again, it ends bit for bit as if it had not been."""
     module, data = (sft, talks) if script == "02_sft.py" else (dpo, preferences)
     settings = {"model": tiny_model, "data": data, "batch_size": 1, "lr": 1e-3, "epochs": 6}
@@ -134,7 +259,8 @@ def test_killed_training_resumes(tmp_path, tiny_model, talks, preferences, scrip
         process.kill()
         process.wait()
     assert not out.exists()
-    assert "resuming from step " in check_run(*command) and not partial.exists()
+    module.main(module.Args(**settings, save_steps=1, out=str(out)))
+    assert "resuming from step " in capsys.readouterr().out and not partial.exists()
     whole = tmp_path / "whole"
     module.main(module.Args(**settings, save_steps=0, out=str(whole)))
     assert same_weights(weights_of(whole), weights_of(out))
@@ -183,6 +309,167 @@ def test_what_starts_over(tmp_path, tokenizer, talks, monkeypatch, capsys, chang
     said = "resuming from step 3 of 6" if resumes else "starting over"
     assert said in capsys.readouterr().out
     assert len(losses(out)) == total
+
+
+class Killed(BaseException):
+    """A kill."""
+
+
+class FakeModel:
+    config = SimpleNamespace(sub_configs={})
+    generation_config = GenerationConfig()
+
+    def save_pretrained(self, folder: Path) -> None:
+        folder.mkdir()
+        (folder / "config.json").write_text("new")
+        (folder / "model.safetensors").write_text("new")
+
+
+class FakeTraining(common.Training):
+    """A training of nothing. Its checkpoints are copies of `checkpoint`."""
+
+    def __init__(self, folder: Path, data: Path, settings: str):
+        accelerator = SimpleNamespace(
+            is_main_process=True,
+            wait_for_everyone=lambda: None,
+            end_training=lambda: None,
+            print=print,
+            log_with=None,
+            device=torch.device("cpu"),
+        )
+        tokenizer = SimpleNamespace(chat_template=settings, save_pretrained=lambda folder: None)
+        a = sft.Args(model="gpt-4o", data=str(data), out=str(folder / "sft"), save_steps=1)
+        optimizer = torch.optim.AdamW([torch.zeros(1)])
+        super().__init__(a, accelerator, None, optimizer, tokenizer, 3)
+
+    def _state(self):
+        return None
+
+    def _load(self, folder):
+        pass
+
+    def _final_model(self):
+        return FakeModel()
+
+    def train(self) -> None:
+        for step in range(self.start + 1, 4):
+            self.end_step(step, {"loss": 1.0, "lr": 1.0, "tokens_per_second": 1.0})
+        self.finish("nothing")
+
+
+@pytest.fixture
+def fake_run(tmp_path, talks, monkeypatch):
+    """A folder with an old model `sft` and a run of other settings, killed after its second step;
+    and a function that trains once in such a folder."""
+    import torch.distributed.checkpoint as dcp
+
+    checkpoint = tmp_path / "checkpoint"
+    dcp.save({"w": torch.zeros(3)}, checkpoint_id=checkpoint)
+    monkeypatch.setattr(dcp, "save", lambda _, checkpoint_id: copy_files(checkpoint, checkpoint_id))
+
+    def train(folder: Path, settings: str = "new") -> None:
+        run = FakeTraining(folder, talks, settings)
+        if run.start == 0:
+            (run.partial / "reference.pt").touch()
+        run.train()
+
+    folder = tmp_path / "before"
+    (folder / "sft").mkdir(parents=True)
+    for file in ("config.json", "model.safetensors"):
+        (folder / "sft" / file).write_text("old")
+    with monkeypatch.context() as patch:
+        patch.setattr(FakeTraining, "finish", lambda *_: None)
+        train(folder, "old")
+    return SimpleNamespace(folder=folder, train=train)
+
+
+def copy_files(source: Path, to: Path) -> None:
+    to.mkdir()
+    for file in source.iterdir():
+        (to / file.name).write_bytes(file.read_bytes())
+
+
+def kill_at(patch, count: int) -> None:
+    """From the count-th change of the file system on, there are no more."""
+    calls = itertools.count(1)
+
+    def dying(change):
+        def call(*args, **options):
+            if next(calls) >= count:
+                raise Killed
+            return change(*args, **options)
+
+        return call
+
+    for name in ("mkdir", "rename", "replace", "rmdir", "unlink"):
+        patch.setattr(os, name, dying(getattr(os, name)))
+
+
+def assert_whole(folder: Path) -> None:
+    """A model folder is the old model or the new one; every checkpoint is complete."""
+    partial = folder / "sft.partial"
+    out = folder / "sft"
+    if not os.path.lexists(out):
+        out = partial / "replaced"
+    if out.is_symlink():  # the old model
+        assert os.readlink(out) == "../elsewhere"
+    else:
+        content = {path.name: path.read_text() for path in out.glob("[cm]*[ns]")}
+        assert content in [dict.fromkeys(content, "old"), dict.fromkeys(content, "new")]
+        assert content.keys() == {"config.json", "model.safetensors"}
+    for checkpoint in partial.glob("step-*[0-9]"):
+        assert common.is_checkpoint(checkpoint) and (partial / "reference.pt").exists()
+
+
+@pytest.mark.parametrize("old_model", ["folder", "link"])
+def test_a_kill_at_any_moment(tmp_path, fake_run, monkeypatch, old_model):
+    """A training starts over in a folder that has another run's checkpoint and an old model. It is
+    killed at each change that it makes to the file system, and run again."""
+    if old_model == "link":
+        (fake_run.folder / "sft").rename(tmp_path / "elsewhere")
+        (fake_run.folder / "sft").symlink_to("../elsewhere")
+    for count in itertools.count(1):
+        folder = tmp_path / f"killed-{count}"
+        shutil.copytree(fake_run.folder, folder, symlinks=True)
+        killed = False
+        with monkeypatch.context() as patch:
+            kill_at(patch, count)
+            try:
+                fake_run.train(folder)
+            except Killed:
+                killed = True
+        assert_whole(folder)
+        fake_run.train(folder)
+        assert [path.name for path in folder.iterdir()] == ["sft"]
+        assert (folder / "sft" / "model.safetensors").read_text() == "new"
+        assert len(losses(folder / "sft")) == 3
+        if not killed:
+            break
+    assert count > 30
+    if old_model == "link":
+        assert (tmp_path / "elsewhere" / "config.json").read_text() == "old"
+
+
+@pytest.mark.parametrize("damage", ["settings", ".metadata", "__0_0.distcp", "truncated", "empty"])
+def test_half_a_checkpoint_is_none(fake_run, capsys, damage):
+    """Such as a kill or a scratch file system that deletes old files leaves."""
+    checkpoint = fake_run.folder / "sft.partial" / "step-2"
+    if damage == "truncated":
+        file = checkpoint / "__0_0.distcp"
+        file.write_bytes(file.read_bytes()[:-1])
+    elif damage == "empty":
+        (checkpoint / ".metadata").write_text("")
+    else:
+        (checkpoint / damage).unlink()
+    fake_run.train(fake_run.folder, "old")
+    assert f"{checkpoint} lacks files: it is not used" in capsys.readouterr().out
+    assert (fake_run.folder / "sft" / "config.json").read_text() == "new"
+
+
+def test_a_checkpoint_without_its_reference(tmp_path):
+    run = SimpleNamespace(partial=tmp_path / "mpo.partial", start=2)
+    with pytest.raises(InputError, match="reference.pt is missing: delete .*mpo.partial to start"):
+        dpo.reference_log_probs(run, [], False)
 
 
 def test_out_is_a_model_or_nothing(tmp_path, tiny_model, talks):
@@ -252,12 +539,29 @@ def test_a_configuration_of_ones_own_is_refused(tmp_path, tiny_model, talks, mon
 
 
 @pytest.mark.parametrize(
-    "setting, value", [("precision", "fp8"), ("lr_scheduler", "triangle"), ("log_with", "x")]
+    "setting, value",
+    [
+        ("precision", "fp8"),
+        ("lr_scheduler", "triangle"),
+        ("log_with", "x"),
+        ("batch_size", 0),
+        ("epochs", -1),
+    ],
 )
 def test_settings_are_checked(tmp_path, tiny_model, talks, setting, value):
     args = {"model": tiny_model, "data": talks, "out": str(tmp_path / "sft"), setting: value}
     with pytest.raises(InputError, match=f"--{setting}.*{value}"):
         sft.main(sft.Args(**args))
+
+
+def test_a_line_is_named_as_it_is_in_the_file(tmp_path, tokenizer):
+    """Blank lines count."""
+    data = tmp_path / "rows.jsonl"
+    data.write_text(
+        '{"messages": []}\n'.replace("[]", json.dumps(TALKS[0])) + '\n\n{"messages": 1}\n'
+    )
+    with pytest.raises(InputError, match=r"rows.jsonl:4: "):
+        sft.load_rows(sft.Args(data=str(data)), tokenizer)
 
 
 # ---- more options --------------------------------------------------------------------------------
@@ -324,12 +628,13 @@ def test_held_out_tasks_and_tracker(tmp_path, tiny_model, tokenizer):
 
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+LAUNCH = ["-m", "data.tools.launch", "--multi_gpu", "--num_processes"]  # as make does
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["02_sft.py", "04_dpo.py"])
 def test_accelerate_launch(tmp_path, tiny_model, talks, preferences, script):
-    """The command that make uses; on a CPU it starts one process."""
+    """The command of the scripts' docstrings; on a CPU it starts one process."""
     data = talks if script == "02_sft.py" else preferences
     launch = ["-m", "accelerate.commands.launch", "--num_processes", 2, "--cpu"]
     settings = {"model": tiny_model, "data": data, "out": tmp_path / "out", "epochs": 1}
@@ -337,9 +642,47 @@ def test_accelerate_launch(tmp_path, tiny_model, talks, preferences, script):
     assert losses(tmp_path / "out")
 
 
+@pytest.mark.slow
+def test_preempted_processes_end(tmp_path, tiny_model, talks):
+    """SIGTERM to the launcher, twice: all processes end soon, and one of them says so. The exit
+    status is that of SIGTERM."""
+    settings = {"model": tiny_model, "data": talks, "batch_size": 2, "epochs": 500, "save_steps": 1}
+    command = [*LAUNCH, 2, "02_sft.py", *as_flags(settings), "--out", tmp_path / "sft"]
+    process = subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        cwd=ROOT,
+        env=script_env(ACCELERATE_USE_CPU="true"),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for_checkpoint(tmp_path / "sft.partial", process, 100)
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=20)
+    _, alive = psutil.wait_procs(children, 5)
+    assert children and not alive
+    assert err.count("interrupted: finished rows are kept") == 1
+    # the second signal may come when the launcher has ended its processes, and end it
+    assert process.returncode in (143, -signal.SIGTERM) and "Traceback" not in err
+
+
+@pytest.mark.slow
+def test_an_error_of_several_processes(tmp_path, tiny_model):
+    """The launcher adds nothing to what they say."""
+    settings = {"model": tiny_model, "data": tmp_path / "no.jsonl", "out": tmp_path / "sft"}
+    command = [*LAUNCH, 2, "02_sft.py", *as_flags(settings)]
+    env = {"ACCELERATE_USE_CPU": "true"}
+    done = run_script(*command, env=env)
+    assert done.returncode == 2 and "no.jsonl does not exist" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 PRECISIONS = {
     "fp32": {"precision": "fp32"},
     "bf16": {"precision": "bf16", "gradient_checkpointing": True},
+    "alone": {"precision": "fp32"},  # layers that would mix the rows of a pack
 }
 
 
@@ -347,12 +690,15 @@ PRECISIONS = {
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("script", ["02_sft.py", "04_dpo.py"])
 def test_two_processes_train_as_one_does(
-    tmp_path, tiny_model, talks, preferences, script, precision
+    tmp_path, tokenizer, tiny_model, talks, preferences, script, precision
 ):
     """Sharded over two processes (FSDP2 on gloo), also when killed in the middle. With small
     micro-batches and an odd number of rows, one process has less to do, at times nothing."""
     module, data = (sft, talks) if script == "02_sft.py" else (dpo, preferences)
-    settings = {"model": tiny_model, "data": data, **PRECISIONS[precision]}
+    base = tiny_model
+    if precision == "alone":
+        base = save_model(tmp_path / "mamba", tokenizer, kind="mamba", state_size=4)
+    settings = {"model": str(base), "data": data, **PRECISIONS[precision]}
     settings |= {"batch_size": 3, "micro_tokens": 64, "lr": 1e-3, "epochs": 4, "save_steps": 1}
     one = tmp_path / "one"
     module.main(module.Args(**settings, out=str(one)))
@@ -369,14 +715,14 @@ def test_two_processes_train_as_one_does(
         p.kill()
     process.wait()
     assert "shut down" not in check_run(*command, env=env)
-    atol = 1e-4 if precision == "fp32" else 0.02
+    atol = 0.02 if precision == "bf16" else 1e-4
     assert losses(out) == pytest.approx(losses(one), abs=atol)
     expected = weights_of(one)
     found = weights_of(out)
     assert found.keys() == expected.keys()
     for name in found:
         assert (found[name] - expected[name]).abs().max() < atol, name
-    assert json.loads((out / "config.json").read_text())["model_type"] == "llama"
+    assert (out / "config.json").read_text() == (one / "config.json").read_text()
 
 
 def load_and_check(folder: str, settings: str) -> None:
@@ -385,7 +731,9 @@ def load_and_check(folder: str, settings: str) -> None:
     resident memory in bytes, and the fingerprint of the rest: adapters and buffers."""
     args = sft.Args(**json.loads(settings))
     accelerator = common.make_accelerator(args)
-    model, _ = common.prepare_model(common.load_model(args.model)[0], accelerator, args)
+    model, tokenizer = common.load_model(args.model)
+    rows = as_rows(TALKS, tokenizer)
+    model, _ = common.prepare_model(model, accelerator, args, rows)
     [peak] = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     assert tied == model.config.tie_word_embeddings
@@ -435,7 +783,8 @@ def test_two_processes_load_the_checkpoint(tmp_path, tokenizer, tied, settings):
 
 @pytest.mark.slow
 def test_memory_of_loading_on_two_processes(tmp_path, tokenizer):
-    """Two processes need less than 1.5 GB more than one to load 1 GB of bf16 weights. Peaks are of
+    """Two processes need less than 1.7 GB more than one to load 1 GB of bf16 weights, and to
+    measure how rows are computed. Peaks are of
     resident memory, as the kernel keeps them: pages of the file that both have mapped count twice,
     so the sum is at least what they use."""
     shape = {"hidden_size": 2048, "intermediate_size": 5632}
@@ -447,7 +796,7 @@ def test_memory_of_loading_on_two_processes(tmp_path, tokenizer):
     two = sum(result["peak"] for result in load_with(2, tmp_path / "two", model=str(base)))
     (base / "model.safetensors").unlink()  # pytest keeps the folder
     assert size > 1e9 and 2 * size < one < 4 * size, "float32, and one copy in bf16 at most"
-    assert two < one + 1.5e9
+    assert two < one + 1.7e9
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -226,6 +227,120 @@ def test_prompts_are_prerequisites_of_the_stages_that_read_them(tmp_path):
     os.utime(run / "seed_plans.jsonl", (now + 90, now + 90))
     os.utime(run / "sft" / "config.json", (now + 91, now + 91))
     assert scripts("agent.txt") == {"03", "04", "05"}
+
+
+MIG = """\
+GPU 0: NVIDIA A100-SXM4-40GB (UUID: GPU-5c89852c)
+  MIG 3g.20gb     Device  0: (UUID: MIG-c7384736)
+  MIG 3g.20gb     Device  1: (UUID: MIG-a28ad590)
+GPU 1: NVIDIA A100-SXM4-40GB (UUID: GPU-77a1)
+"""
+EIGHT = "".join(f"GPU {i}: NVIDIA H100 80GB HBM3 (UUID: GPU-{i}a)\n" for i in range(8))
+BROKEN = (
+    "Failed to initialize NVML: Driver/library version mismatch\nNVML library version: 550.54\n"
+)
+COMMUNICATION = (
+    "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver. Make\n"
+)
+
+
+@pytest.fixture
+def nvidia_smi(tmp_path):
+    """nvidia_smi(text, variable) puts an nvidia-smi that prints the text on the PATH (None: none),
+    and sets CUDA_VISIBLE_DEVICES (None: not set); the variables of a process."""
+
+    def install(text: str | None, variable: str | None) -> dict:
+        file = tmp_path / "nvidia-smi"
+        (tmp_path / "text").write_text(text or "")
+        file.write_text(
+            f"#!/bin/sh\ncat {tmp_path}/text\nexit {int('GPU 0' not in (text or ''))}\n"
+        )
+        file.chmod(0o755 if text is not None else 0o644)
+        path = f"{ROOT}/tests/bin:{tmp_path}:{os.environ['PATH']}"
+        env = {"PATH": path}
+        if variable is not None:
+            env["CUDA_VISIBLE_DEVICES"] = variable
+        return env
+
+    return install
+
+
+@pytest.mark.parametrize(
+    "text, variable, count",
+    [
+        (None, None, 0),
+        (None, "0,1", 0),
+        ("No devices were found\n", None, 0),
+        (BROKEN, None, 0),
+        (COMMUNICATION, "0", 0),
+        ("Unable to determine the device handle for GPU 0000:3F:00.0\n" + EIGHT, None, 8),
+        (EIGHT, None, 8),
+        (EIGHT, "", 0),
+        (EIGHT, "2,5", 2),
+        (EIGHT, "2, 5,", 2),
+        (EIGHT, "GPU-3a,GPU-5a", 2),
+        (EIGHT, "GPU-9a", 0),
+        (EIGHT, "0,-1,2", 1),
+        (EIGHT, "NoDevFiles", 0),
+        (MIG, None, 2),
+        (MIG, "MIG-c7384736", 1),
+        (MIG, "MIG-c7384736,MIG-a28ad590", 1),
+        (MIG, "MIG-GPU-5c89852c/1/0", 1),
+    ],
+)
+def test_how_many_gpus(nvidia_smi, text, variable, count):
+    env = nvidia_smi(text, variable)
+    counted = subprocess.run(
+        ["bash", "data/tools/gpus.sh"], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+    assert counted.stdout == f"{count}\n"
+
+
+@pytest.mark.parametrize(
+    "text, variable, settings, processes",
+    [
+        (EIGHT, "0,1,2,3,4,5,6,7", [], 8),
+        (EIGHT, "2,5", [], 2),
+        (EIGHT, "2,5", ["GPUS=8"], 8),
+        (EIGHT, "2", [], 1),
+        ("No devices were found\n", "0", [], 1),
+        ("No devices were found\n", "0", ["GPUS=4"], 4),
+    ],
+)
+def test_make_trains_on_the_gpus_there_are(nvidia_smi, text, variable, settings, processes):
+    env = nvidia_smi(text, variable)
+    done = run_make("-n", "-B", "sft", "RUN=q", *settings, **env)
+    launched = re.findall(r"data.tools.launch --num_processes (\d) 02_sft.py", done.stdout)
+    assert launched == ([str(processes)] if processes > 1 else []), done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("settings, gpus", [([], 2), (["GPUS=8"], 8), (["GPUS= 0"], 0)])
+def test_make_setup_installs_for_the_gpus_it_is_told(nvidia_smi, settings, gpus):
+    """GPUS=8 is for a login node, which has none itself."""
+    env = {**os.environ, **nvidia_smi(EIGHT, "2,5")}
+    make = [shutil.which("make"), "-n", "-B", "setup", *settings]
+    done = subprocess.run(make, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert f'bash data/tools/setup.sh python3 "{gpus}"' in done.stdout, done.stderr
+
+
+@pytest.mark.skipif(not (ROOT / ".venv" / "lib").exists(), reason="needs make setup")
+def test_make_setup_says_that_the_packages_are_for_cpus():
+    import torch
+
+    done = run_make("setup", "GPUS=8")
+    says = ".venv is there, and was set up without GPUs: delete it"
+    assert (says in done.stderr) == (torch.version.cuda is None)
+    assert run_make("setup", "GPUS=0").returncode == 0
+
+
+def test_a_number_of_gpus_that_is_none():
+    done = subprocess.run(
+        ["bash", "data/tools/setup.sh", sys.executable, "all"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and done.stderr == "error: GPUS=all must be a number\n"
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import time
 
 import pytest
 from conftest import CHATML, CORRIDOR, make_tokenizer, stage
@@ -16,6 +17,7 @@ from common import (
     parse_reply,
     plan_reply,
     plan_steps,
+    split_thinking,
     tokenize,
 )
 
@@ -41,10 +43,53 @@ VERBS = {"look", "go", "open", "focus", "move", "use", "repeat", "wait"}
             "Action: connect wire terminal 1 to bulb cathode",
             "connect wire terminal 1 to bulb cathode",
         ),
+        # the first at the beginning of a line, else the first anywhere
+        ("Thought: I go. Action: go to cabinet 1", "go to cabinet 1"),
+        ("Thought: I go. Action: go to cabinet 1\nAction: wait", "wait"),
+        ("I go.  **Action:** go  Observation: You went.", "go"),
+        ("Thought: one Action: Action: wait", "wait"),
+        # on the next line
+        ("Thought: on.\nAction:\nlook around", "look around"),
+        ("Action:  \n\n  look around  \nmore", "look around"),
+        ("I choose this Action:\nlook around", "look around"),
+        ("Action:\r\nlook around\r\nmore", "look around"),
+        ("Action:\nThought: hm.\nAction: wait", "wait"),
+        ("Action:\nObservation: You wait.", None),
+        # Markdown
+        ("**Action:**\nlook around", "look around"),
+        ("**Action**: look around", "look around"),
+        ("**Action**\n**look around**", "look around"),
+        ("### Action: look around", "look around"),
+        ("## Action\nlook around", "look around"),
+        ("- Action: look around", "look around"),
+        ("1. __Action:__ look around", "look around"),
+        ("> *Action*: `look around`", "look around"),
+        ("Action:\n- look around", "look around"),
+        ("Action:\n1. look around", "look around"),
+        ("Action:\n```\nlook around\n```", "look around"),
+        ("Action: ```text\nlook around\n```", "look around"),
+        ("```\nAction: look around\n```", "look around"),
+        # other ways to write it
+        ("Action 1: look around", "look around"),
+        ("Action #1: look around", "look around"),
+        ("Action (1): look around", "look around"),
+        ("Action:\u00a0look around\u200b", "look around"),
+        ("THOUGHT: x ACTION: look around THOUGHT: y", "look around"),
+        ("Action: look around<end_of_turn>", "look around"),
+        ("Action: <|begin_of_box|>look around<|end_of_box|>", "look around"),
+        ("Action：look around", "look around"),
+        ("ACTION: click[buy now]", "click[buy now]"),
+        ('"Action: look around"', "look around"),
+        ("Action: look around<|im_end|>\nuser", "look around"),
+        # none
         ("I would look around.", None),
         ("Thought: my last action was bad.", None),
+        ("A reaction: none.", None),
+        ('I write a line that starts with "Action:" now.', None),
         ("Action:", None),
         ("Action: ``", None),
+        ("**Action:**", None),
+        ("Action: **", None),
         ("", None),
     ],
 )
@@ -62,10 +107,128 @@ def test_parse_action(reply, action):
         ("Action: look\n", "Action: look"),
         ("I wonder.\n", "I wonder."),
         ("Action: ``\nmore", "Action: ``\nmore"),
+        ("Action:\nlook\nIt shines.\nAction: wait", "Action:\nlook"),
+        ("I go. Action: look Observation: It shines.", "I go. Action: look"),
+        ("<think>Hm.</think>\nThought: a.\nAction: look\nmore", "Thought: a.\nAction: look"),
+        ("Action: look\n<think>\nAction: wait", "Action: look"),
+        ("<think>\nAction: wait", ""),
     ],
 )
 def test_a_reply_is_kept_up_to_its_action(reply, kept):
     assert parse_reply(reply)[0] == kept
+
+
+ANSWER = "Thought: I look.\nAction: look around\n<meta_plan>\nStep 1: go\n</meta_plan>"
+THOUGHTS = """I write "Action: wait" or between <meta_plan> and </meta_plan>, such as
+Action: wait
+<meta_plan>
+Step 1: wait
+</meta_plan>
+"""
+HARMONY = "<|start|>assistant<|channel|>final<|message|>"
+TAGS = [
+    ("<think>", "</think>"),
+    ("<THINK>\n", "</THINK>"),
+    ("<thinking>", "</thinking>"),
+    ("<thought>", "</thought>"),
+    ("<reasoning>", "</reasoning>"),
+    ("<seed:think>", "</seed:think>"),
+    ("<think:x>", "</think:x>"),
+    ("<think >", "</think >"),
+    ('<details type="reasoning" done="true">', "</details>"),
+    ("<chain_of_thought>", "</chain_of_thought>"),
+    ("<|think|>", "<|/think|>"),
+    ("[REASONING]", "[/REASONING]"),
+    ("Here are my reasoning steps:\n", "[BEGIN FINAL RESPONSE]"),
+    ("<|begin_of_thought|>", "<|end_of_thought|>"),
+    ("<|START_THINKING|>", "<|END_THINKING|><|START_RESPONSE|>"),
+    ("[THINK]", "[/THINK]"),
+    ("◁think▷", "◁/think▷"),
+    ("<|channel|>analysis<|message|>", f"<|end|>{HARMONY}"),
+    ("<|channel|>analysis<|message|>", f"<|end|><|channel|>commentary<|message|>Hm.{HARMONY}"),
+    ("<|channel>thought\n", "<channel|>"),
+    ("analysisWe look. ", "assistantfinal"),
+    ("Here is my thought process:\n", "Here is my response:\n"),
+    # thinking that mentions a tag
+    ("<think>I close it with </think>, then I ", "</think>"),
+    ("<think>I am in <think> still. ", "</think>"),
+    ("<think>\n</think>\nNo, wait. ", "</think>"),
+    ("Thought: <think>", "</think>"),
+    # the chat template opened it
+    ("", "</think>"),
+    ("Okay.\n", "\n</think>\n\n"),
+    ("Okay.\n", "◁/think▷"),
+    ("Okay.\n", "[/THINK]"),
+]
+
+
+@pytest.mark.parametrize("opening, closing", TAGS)
+def test_thinking_is_neither_plan_nor_action(opening, closing):
+    for answer in (ANSWER, f"<answer>{ANSWER}</answer>"):
+        reply = f"{opening}{THOUGHTS}{closing}\n{answer}"
+        said, action = parse_reply(reply)
+        assert said.endswith("I look.\nAction: look around") and "wait" not in said
+        assert action == "look around"
+        assert parse_plan(reply) == "Step 1: go"
+        assert not split_thinking(reply)[1]
+
+
+@pytest.mark.parametrize("opening", sorted({opening for opening, _ in TAGS[:22]}))
+def test_a_reply_that_ends_while_the_model_thinks(opening):
+    reply = f"{opening}{THOUGHTS}"
+    assert parse_reply(reply) == ("", None) and parse_plan(reply) is None
+    assert split_thinking(reply) == ("", True)
+
+
+@pytest.mark.parametrize(
+    "reply, action",
+    [
+        ("<think>\n\n</think>\n\nAction: look", "look"),
+        ("</think>\n\nAction: look", "look"),
+        ("<think>Hm.</think>Action: look\n</think>", "look"),  # closed once too often
+        ("Thought: I write no <think> here.\nAction: look", "look"),  # a mention
+        ("Action: look\n<details>more</details>", "look"),  # nothing was opened
+        ("Action: wait\n</think>", None),
+        ("<think>Action: wait</think>", None),
+    ],
+)
+def test_what_is_left_of_a_reply_with_thinking(reply, action):
+    assert parse_reply(reply)[1] == action
+    assert not split_thinking(reply)[1]
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        " ",
+        "\n",
+        " \n",
+        "*",
+        "`",
+        "action ",
+        "Action: ",
+        "Action:\n",
+        "Action: ```\n",
+        "<",
+        "<|",
+        "<think>",
+        "<think>\n",
+        "<think a=",
+        "</think>",
+        "<think></think>x",
+        "<|channel|>final",
+        "<meta_plan>",
+        "step 1",
+    ],
+)
+def test_parsing_takes_linear_time(part):
+    """A long reply of one repeated part, behind what may have to be looked at again for each."""
+    start = time.time()
+    for before in ("", "Action:", "Action: a", "<meta_plan>"):
+        reply = before + part * (10_000 // len(part)) + "!"
+        parse_reply(reply)
+        parse_plan(reply)
+    assert time.time() - start < 1
 
 
 @pytest.mark.parametrize(
@@ -82,7 +245,10 @@ def test_a_reply_is_kept_up_to_its_action(reply, kept):
             "Step 2: go\n\nGood luck!\n</meta_plan>",
             "Step 1: look around, then wait\nStep 2: go",
         ),
+        ("<meta_plan>\n**Step 1:** go\n- Step 2: wait\n</meta_plan>", "Step 1: go\nStep 2: wait"),
+        ("<meta_plan>\nStep 1: go\n</meta_plan>\nHere is my response: done", "Step 1: go"),
         ("Step 1: look around", None),
+        ("I write <meta_plan></meta_plan>:\n<meta_plan>\n1. go\n</meta_plan>", "Step 1: go"),
         ("<meta_plan>\nlook around, then wait\n</meta_plan>", None),
         ("<meta_plan></meta_plan>", None),
         ("", None),

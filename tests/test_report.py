@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import stage, write_jsonl
+from conftest import CORRIDOR, stage, write_jsonl
 from test_eval import (  # noqa: F401
     SEEN,
     TASKS,
@@ -345,6 +345,25 @@ def test_replies_without_tags_are_plans_and_files_are_splits(
     assert {s for _, s in by_setting(tmp_path / "run")} == {"seen", "later", "all"}
     agents = [b for b in server.requests if "stop" in b]
     assert {b["max_tokens"] for b in agents} == {512} and len(agents) == 2
+
+
+def test_replies_that_end_while_the_model_thinks(tmp_path, evaluate, chat_server, capsys):
+    """A plan and an action that were thought and not written are none, and the report says so."""
+    server = chat_server(lambda m, body: "<think>\n<meta_plan>\nStep 1: go\nAction: walk on")
+    evaluate(agents=[server.url], plans=["none", "gpt"], teacher=server.url, max_steps=2)
+    printed = capsys.readouterr().out
+    out = tmp_path / "run"
+    for row in read_rows(out / "eval" / "plans.jsonl"):
+        assert row["plan"] is None and row["thinking_cut_off"] and not row["untagged"]
+    for row in read_rows(out / "eval" / "rollouts.jsonl"):
+        assert row["thinking_cut_off"] == row["format_errors"] == 2
+    assert "3 replies of the planner of gpt ended while it was still thinking" in printed
+    assert "--plan_tokens 512 is too small, set --teacher_thinking on:4096" in printed
+    assert "6 replies of scripted ended while it was still thinking" in printed
+    assert "12 replies of agents ended while they were thinking: --agent_tokens was" in printed
+    assert "3 plans are missing because planners were still thinking: --plan_tokens" in printed
+    with pytest.raises(InputError, match="still thinking: raise --plan_tokens 512"):
+        ev.write_plan(ev.PlanArgs(planner=server.url, env=CORRIDOR, text="Wait."))
 
 
 # ---- curves --------------------------------------------------------------------------------------

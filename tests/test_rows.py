@@ -1,7 +1,9 @@
 """Rows: every file between stages is JSONL, one complete row a line."""
 
+import errno
 import itertools
 import json
+import os
 import random
 import shutil
 
@@ -112,6 +114,36 @@ def test_second_appender_is_refused(tmp_path):
     with Appender(path) as append:
         append({"a": 2})
     assert len(read_rows(path)) == 2
+
+
+def flock_fails(monkeypatch, name: str) -> None:
+    def fail(*_):
+        raise OSError(getattr(errno, name), os.strerror(getattr(errno, name)))
+
+    monkeypatch.setattr(common.fcntl, "flock", fail)
+
+
+@pytest.mark.parametrize("name", ["EWOULDBLOCK", "EAGAIN", "EACCES"])
+def test_a_lock_that_is_held(tmp_path, monkeypatch, name):
+    flock_fails(monkeypatch, name)
+    with pytest.raises(InputError, match=r"rows\.jsonl is being written by another run"):
+        Appender(tmp_path / "rows.jsonl")
+
+
+NO_LOCKS = ["ENOSYS", "ENOTSUP", "EOPNOTSUPP", "ENOLCK", "EINVAL", "EPERM", "EIO", "ENOTTY"]
+
+
+@pytest.mark.parametrize("name", NO_LOCKS)
+def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys, name):
+    """It is said, once for each file, and the rows are written."""
+    flock_fails(monkeypatch, name)
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"a": 1}])
+    for a in (2, 3):
+        with Appender(path) as append:
+            append({"a": a})
+    assert read_rows(path) == [{"a": 1}, {"a": 2}, {"a": 3}]
+    [said] = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"warning: {path} cannot be locked on this file system (")
 
 
 def test_write_rows_is_atomic(tmp_path):

@@ -188,6 +188,7 @@ def test_public_names_of_tasks():
         World.check(World.named(public, 3))
 
 
+@pytest.mark.slow
 def test_interleaved_sessions_equal_sessions_alone(experts):
     """Sessions of one JVM must not affect each other: animals that move, genes that mix, the names
     of new objects."""

@@ -374,6 +374,7 @@ def test_pairs_by_hand():
 WORKED = {"reward": 1.0, "end": "success"}
 HALF = {"reward": 0.5, "end": "steps"}
 CRASH = {"reward": 0.0, "end": "crash"}
+REFUSED = {"reward": 0.0, "end": "refused"}
 
 
 @pytest.mark.parametrize(
@@ -382,6 +383,7 @@ CRASH = {"reward": 0.0, "end": "crash"}
         ([WORKED, HALF], 0.75, ""),
         ([WORKED, HALF, CRASH], 0.75, "1 plans have rollouts that failed"),
         ([CRASH, CRASH], None, "1 plans are not compared: all their rollouts failed"),
+        ([HALF, REFUSED], 0.5, "1 plans have rollouts that failed or were refused"),
         ([], None, ""),
     ],
 )

@@ -4,6 +4,8 @@ import asyncio
 import contextlib
 import importlib
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -153,6 +155,144 @@ def test_a_server_that_ends_early_shows_its_log(tiny_model, tmp_path, monkeypatc
     start_fails(r"(?s)ended; the end of .*\.log:\nline 1\nout of memory", tiny_model, tmp_path)
 
 
+# what vLLM printed at these failures (0.6 to 0.32), cut to what matters
+KV_CACHE = """\
+(APIServer pid=9) INFO 11-29 08:00:00 [utils.py:9] non-default args: {'max_model_len': 32768}
+(EngineCore pid=10) WARNING 11-29 08:00:01 [vllm.py:9] Error: no cutlass, ImportError: not found
+(EngineCore pid=10) ERROR 11-29 08:00:09 [core.py:1344] EngineCore failed to start.
+(EngineCore pid=10) ERROR 11-29 08:00:09 [core.py:1344] Traceback (most recent call last):
+(EngineCore pid=10) ERROR 11-29 08:00:09 [core.py:1344]   File "/x/core.py", line 9, in run
+(EngineCore pid=10) ERROR 11-29 08:00:09 [core.py:1344]     raise ValueError("... is larger than \
+the available KV cache memory"
+(EngineCore pid=10) ERROR 11-29 08:00:09 [core.py:1344] ValueError: To serve at least one request \
+with the model's max seq len (32768), (4.0 GiB KV cache is needed, which is larger than the \
+available KV cache memory (1.5 GiB). Based on the available memory, the estimated maximum model \
+length is 12288.
+(EngineCore pid=10) Process EngineCore:
+(EngineCore pid=10) Traceback (most recent call last):
+(APIServer pid=9) Traceback (most recent call last):
+(APIServer pid=9)   File "/x/utils.py", line 9, in wait_for_engine_startup
+(APIServer pid=9) RuntimeError: Engine core initialization failed. See root cause above. Failed \
+core proc(s): {'EngineCore': 1}
+the server ended with exit status 1
+"""
+OLD_KV_CACHE = """\
+ERROR 04-17 15:10:09 [engine.py:448] ValueError: The model's max seq len (8192) is larger than the \
+maximum number of tokens that can be stored in KV cache (2400). Try increasing
+Process SpawnProcess-1:
+"""
+OUT_OF_MEMORY = """\
+(Worker_TP1 pid=3) \x1b[31mERROR\x1b[0m 11-29 08:00:09 [multiproc_executor.py:9] Traceback (most \
+recent call last):
+(Worker_TP1 pid=3) \x1b[31mERROR\x1b[0m 11-29 08:00:09 [multiproc_executor.py:9] \
+torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.50 GiB. GPU 1 has 79.25 GiB
+(EngineCore pid=2) ERROR 11-29 08:00:10 [core.py:9] Exception: WorkerProc initialization failed \
+due to an exception in a background process. See stack trace for root cause.
+"""
+ARCHITECTURE = """\
+(APIServer pid=9) Traceback (most recent call last):
+(APIServer pid=9) pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig
+(APIServer pid=9)   Value error, Model architectures ['FooForCausalLM'] are not supported for now. \
+Supported architectures: dict_keys(['LlamaForCausalLM'])
+(APIServer pid=9)     For further information visit https://errors.pydantic.dev/2.11/v/value_error
+"""
+VALIDATION = """\
+pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig
+  Value error, the moon is full [type=value_error]
+    For further information visit https://errors.pydantic.dev/2.11/v/value_error
+"""
+POINTER = """\
+RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}
+"""
+CHAIN = """\
+INFO 11-29 08:00:00 [__init__.py:9] RuntimeError: is no error in a line of information
+Traceback (most recent call last):
+  File "/x/a.py", line 9, in f
+    raise KeyError("not this: ValueError: x")
+zmq.error.ZMQError: the first reason
+
+During handling of the above exception, another exception occurred:
+
+RuntimeError: the second
+"""
+
+
+@pytest.mark.parametrize(
+    "log, reason, advice",
+    [
+        (KV_CACHE, "ValueError: To serve at least one .* length is 12288", "lower --max_model_len"),
+        (OLD_KV_CACHE, "ValueError: The model's max seq len", "VLLM_CPU_KVCACHE_SPACE"),
+        (OUT_OF_MEMORY, "torch.OutOfMemoryError: CUDA out of .* 79.25 GiB", "--tensor_parallel"),
+        (ARCHITECTURE, r"Value error, Model architectures \['FooForCausalLM'\]", "MPO_SERVER="),
+        (VALIDATION, "1 validation error for ModelConfig Value error, the moon is full", ""),
+        (CHAIN, "^zmq.error.ZMQError: the first reason$", ""),
+        (POINTER, r"^RuntimeError: Engine core .* \{\}$", ""),
+        (POINTER + "ValueError: the reason", "^ValueError: the reason$", ""),
+        (POINTER.replace("{}", "{'EngineCore': -9}"), "Engine core", "host has too little memory"),
+        ("[rank0]: ValueError: the reason", "^ValueError: the reason$", ""),
+        ("ValueError: first\nOSError: [Errno 98] Address already in use", "first$", ""),
+        ("ValueError: first\nthe server ended with exit status -9", "first$", ""),
+        (
+            "/bin/sh: 1: nvcc: not found\nValueError: Free memory on device",
+            "Free mem",
+            "nvidia-smi",
+        ),
+        ("usage: x\nserver.py: error: unrecognized arguments: --block", "unrecognized", ""),
+        ("loading\nthe server ended with exit status 1\n", "", ""),
+        ("", "", ""),
+    ],
+)
+def test_the_reason_of_a_server_that_does_not_start(log, reason, advice):
+    """The first error of its log, and what to change if that is known."""
+    found, change = common.start_reason(log)
+    assert bool(found) == bool(reason) and bool(change) == bool(advice)
+    assert "\x1b" not in found and "\n" not in found
+    assert re.search(reason, found)
+    assert advice in change
+
+
+@pytest.mark.parametrize(
+    "log, advice",
+    [
+        ("ValueError: No available memory for the cache blocks. Try", "lower --max_model_len"),
+        ("ValueError: Free memory on device cuda:0 (9.1/79.0 GiB)", "CUDA_VISIBLE_DEVICES"),
+        ("RuntimeError: DefaultCPUAllocator: can't allocate memory", "host has too little memory"),
+        ("loading\nthe server ended with exit status -9", "host has too little memory"),
+        ("OSError: [Errno 98] Address already in use", "another program has taken the port"),
+        ("ERROR:    [Errno 98] ('127.0.0.1', 9): address already in use", "run the same command"),
+        ("RuntimeError: The server socket has failed. name: EADDRINUSE", "has taken the port"),
+        ("huggingface_hub.errors.GatedRepoError: 403 Client Error.", "set HF_TOKEN"),
+        (
+            "ValueError: Transformers does not recognize this architecture.",
+            "a newer vLLM, or serve",
+        ),
+        (
+            "ValueError: heads (14) must be divisible by tensor parallel size (4).",
+            "another --tensor",
+        ),
+        ("RuntimeError: Failed to find C compiler. Please specify via CC", "install gcc"),
+        ("OSError: [Errno 28] No space left on device", "/dev/shm"),
+    ],
+)
+def test_what_to_change_for_a_server_that_does_not_start(log, advice):
+    found, change = common.start_reason(log)
+    assert found == log.splitlines()[-1] and advice in change
+
+
+def test_a_model_whose_files_are_not_whole(tiny_model, tmp_path):
+    """An architecture that only the server may know is left to the server."""
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    (model / "config.json").write_text('{"model_type": "unheard-of"}')
+    assert common.context_of(str(model)) == float("inf")
+    (model / "config.json").write_text("{")
+    start_fails("model cannot be served: .*valid JSON", str(model), tmp_path)
+
+
+def test_a_local_server_asks_for_no_key(monkeypatch):
+    monkeypatch.setenv("VLLM_API_KEY", "k")
+    assert "VLLM_API_KEY" not in common._server_environment([])
+
+
 def test_gpus_are_divided_among_replicas(tiny_model, tmp_path, monkeypatch):
     """Each replica has its own GPUs and address; all are started before the first is awaited, and
     after the model was downloaded, once."""
@@ -171,6 +311,31 @@ def test_gpus_are_divided_among_replicas(tiny_model, tmp_path, monkeypatch):
     assert waited == [2, 2]
     says = "--tensor_parallel 6: must be between 1 and .* GPUs, 5"
     start_fails(says, tiny_model, tmp_path, tensor_parallel=6)
+
+
+@pytest.mark.parametrize(
+    "variable, count, names",
+    [
+        (None, 2, ["0", "1"]),
+        ("2,5", 2, ["2", "5"]),
+        ("2, 5", 2, ["2", "5"]),
+        ("5", 1, ["5"]),
+        ("2,5,-1,3", 2, ["2", "5"]),
+        ("GPU-5c,GPU-77", 2, ["GPU-5c", "GPU-77"]),
+        ("MIG-1,MIG-2", 1, ["MIG-1"]),
+        ("", 0, []),
+        ("NoDevFiles", 0, []),
+    ],
+)
+def test_gpus_of_servers(monkeypatch, variable, count, names):
+    """`count`: those that torch finds."""
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", variable)
+    assert common.visible_gpus() == names
 
 
 @pytest.mark.parametrize("gpus, parallel", [(1, 1), (2, 1), (2, 2), (8, 1), (8, 2), (8, 8)])
@@ -195,12 +360,13 @@ def test_the_whole_command_on_gpus(tiny_model, tmp_path, monkeypatch, gpus, para
 
 
 def test_four_replicas_of_which_one_dies(tiny_model, tmp_path, monkeypatch, capfd):
-    """While loading: an error with the end of its log, and the others end. While serving: its
-    episodes go on with the others, and all end as they would have."""
+    """While loading: an error with the reason, and the others end. While serving: its episodes go
+    on with the others, and all end as they would have."""
     servers = use(monkeypatch, REPLICA)
     monkeypatch.setattr(common, "visible_gpus", lambda: ["0", "1", "2", "3"])
     monkeypatch.setenv("DIES", "loading")
-    start_fails(r"(?s)ended; the end of .*loading on GPU 1\nCUDA out of", tiny_model, tmp_path)
+    says = "ended: CUDA out of memory. What to do: end other .* Its log: .*server-tiny-"
+    start_fails(says, tiny_model, tmp_path)
     assert len(servers) == 4
     for server in servers:
         wait_until_gone(server.process.pid)

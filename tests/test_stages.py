@@ -6,13 +6,25 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 
 import psutil
 import pytest
-from conftest import CORRIDOR, check_run, run_script, stage, start_script, write_jsonl
+from bench.stub_server import completion
+from conftest import (
+    CORRIDOR,
+    ROOT,
+    check_run,
+    run_script,
+    script_env,
+    stage,
+    start_script,
+    write_jsonl,
+)
 
 from common import Appender, InputError, parse_plan, plan_reply, read_rows
 
@@ -151,7 +163,7 @@ def test_the_whole_chain(run_folder, script, tiny_model, chat_server):
         assert roles == ["user", "assistant", "assistant"]
     assert {body["temperature"] for body in script.planned + script.acted} == {0.7}
     asked = len(server.requests)
-    check_run("03_sample_score.py", *scoring)
+    run_score(out, server.url)
     assert len(server.requests) == asked, "all is finished: nothing is asked again"
 
     dpo = flags(model=out / "sft", data=out / "pairs.jsonl", out=out / "mpo")
@@ -166,10 +178,7 @@ def test_the_whole_chain(run_folder, script, tiny_model, chat_server):
     [result] = json.loads((out / "results.json").read_text())["results"]
     assert result["tasks"] >= 4 and result["missing"] == 0
     assert result["ends"].keys() <= {"errors", "steps"} and result["reward"]["mean"] == 0.0
-    asked = len(server.requests)
     assert server.requests[-1]["temperature"] == 0.0
-    check_run("05_eval.py", *evaluation)
-    assert len(server.requests) == asked
 
 
 def test_more_rollouts_play_only_the_missing(run_folder, script, chat_server):
@@ -236,6 +245,38 @@ def test_killed_scoring_resumes(run_folder, script, chat_server):
     assert len(read_rows(run_folder / "pairs.jsonl")) == 4
 
 
+@pytest.mark.parametrize(
+    "number, status",
+    [pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow), (signal.SIGHUP, 129)],
+)
+def test_a_preempted_stage_ends_its_workers(run_folder, script, chat_server, number, status):
+    """A signal to a stage and its process group, in the middle of its episodes."""
+    script.pause = 0.1
+    words = flags(**settings(run_folder, chat_server(script).url, n=4, concurrency=4))
+    process = subprocess.Popen(
+        [sys.executable, "03_sample_score.py", *words],
+        cwd=ROOT,
+        env=script_env(),
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    rollouts = run_folder / "rollouts.jsonl"
+    end = time.time() + 60
+    while not rollouts.exists() or rollouts.read_bytes().count(b"\n") < 3:
+        assert time.time() < end and process.poll() is None
+        time.sleep(0.01)
+    children = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, number)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == status and "Traceback" not in err
+    assert err.splitlines()[-1].startswith("interrupted: finished rows are kept")
+    assert len(keys_of(run_folder)) >= 3 and rollouts.read_bytes().endswith(b"\n")
+    _, alive = psutil.wait_procs(children, 5)
+    assert children and not alive
+
+
+@pytest.mark.slow
 def test_killed_evaluation_resumes(run_folder, script, chat_server):
     rollouts = run_folder / "eval" / "rollouts.jsonl"
     evaluation = flags(env=CORRIDOR, out=run_folder, workers=1, concurrency=2, plans="none")
@@ -284,6 +325,39 @@ def test_replies_without_a_plan_are_ignored(run_folder, seeded, script, chat_ser
     assert "2 of 8 plans are missing" in printed and "pairs: 3 from 4 tasks" in printed
     rows = read_rows(run_folder / "plans.jsonl")
     assert [row["plan"] for row in rows if row["task"] == expert["task"]] == [None, None]
+
+
+def test_planner_and_agent_that_think(run_folder, script, chat_server, capsys):
+    """Their thinking is ignored; replies that end in it are counted, with the token limit."""
+
+    def reply(messages, body):
+        plans = "Action" not in messages[0]["content"]
+        if (plans and body["seed"] % 2) or len(messages) == 3:
+            chat = completion("Let me see.\n<think>\nHm. Action: wait", 7, 3)
+            chat["choices"][0]["finish_reason"] = "length"
+            return 200, json.dumps(chat)
+        if len(messages) > 3:
+            messages = [messages[0], *messages[3:]]
+        return f"<think>Action: wait</think>\n{script(messages, body)}"
+
+    server = chat_server(reply)
+    more = {"m": 3, "agent_thinking": "on:100", "plan_thinking": "low"}
+    run_score(run_folder, server.url, **more)
+    printed = capsys.readouterr().out
+    plans = read_rows(run_folder / "plans.jsonl")
+    cut_off = sum(row["thinking_cut_off"] for row in plans)
+    assert f"{cut_off} replies of the planner ended while it was still" in printed and cut_off
+    rows = read_rows(run_folder / "rollouts.jsonl")
+    assert sum(row["thinking_cut_off"] for row in rows) == len(rows)
+    assert f"{len(rows)} replies of the agent ended while it was still thinking" in printed
+    assert "--plan_tokens 512 is too small" in printed
+    assert "--agent_tokens 512 is too small" in printed
+    assert {body["max_tokens"] for body in script.acted} == {612}
+    assert {body["reasoning_effort"] for body in script.planned} == {"low"}
+    assert "Hm" not in json.dumps(rows + plans)
+    run_score(run_folder, server.url, **more | {"agent_thinking": "off"})
+    assert len(read_rows(run_folder / "rollouts.jsonl")) == 2 * len(rows)
+    assert len(read_rows(run_folder / "plans.jsonl")) == len(plans)
 
 
 # ---- the paid teacher ----------------------------------------------------------------------------

@@ -1,16 +1,18 @@
 """Training, without the scripts: packing, losses and gradients beside float64 references, schedule
 and micro-batches."""
 
+import copy
 import itertools
 import math
 import random
 import shutil
+import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import make_model, stage
+from conftest import make_model, stage, write_jsonl
 
 import common
 from common import (
@@ -133,6 +135,318 @@ def float64_model(tokenizer, seed=0, **config):
     return make_model(tokenizer, "float64", seed=seed, **config)
 
 
+def choose(model, rows: list[Example], **settings) -> str:
+    """The way of computing rows that is measured to be right for these."""
+    a = sft.Args(model="base", data="rows", **{"precision": "fp32", **settings})
+    common.choose_packing(model, rows, a)
+    return model.packing
+
+
+# ---- chat templates ------------------------------------------------------------------------------
+
+
+def template(user: str, assistant: str, ask: str, end: str = "") -> str:
+    """A chat template, from Jinja's text of a user's message, of an assistant's, of the generation
+    prompt, and of the end of a conversation that is not to be continued."""
+    return (
+        f"{{% for m in messages %}}{{% if m.role == 'user' %}}{user}{{% else %}}{assistant}"
+        f"{{% endif %}}{{% endfor %}}{{% if add_generation_prompt %}}{ask}{{% else %}}{end}"
+        "{% endif %}"
+    )
+
+
+USER = "<|im_start|>user{{ '\n' + m.content }}<|im_end|>{{ '\n' }}"
+ASK = "<|im_start|>assistant{{ '\n' }}"
+PHI = "<|user|>{{ '\n' + m.content }}<|end|>{{ '\n' }}"
+ASK_PHI = "<|assistant|>{{ '\n' }}"
+# of a reply <think>THOUGHT</think>ANSWER, or ANSWER alone
+THOUGHT = "{{ m.content.split('</think>')[0].split('<think>')[1] if '<think>' in m.content }}"
+ANSWER = "{{ m.content.split('</think>')[-1] }}"
+NO_SWITCH = "{% if enable_thinking is defined and enable_thinking is false %}"
+NO_THOUGHT = "<think>{{ '\n\n' }}</think>{{ '\n\n' }}"
+
+CHATML_LIKE = template(USER, f"{ASK}{{{{ m.content }}}}<|im_end|>{{{{ '\n' }}}}", ASK)
+QWEN3 = template(
+    USER,
+    f"{ASK}{{% if loop.last %}}<think>{{{{ '\n' }}}}{THOUGHT}{{{{ '\n' }}}}</think>{{{{ '\n\n' }}}}"
+    f"{{% endif %}}{ANSWER}<|im_end|>{{{{ '\n' }}}}",
+    f"{ASK}{NO_SWITCH}{NO_THOUGHT}{{% endif %}}",
+)
+R1 = template(
+    "<|user|>{{ m.content }}",
+    f"<|assistant|>{ANSWER}{{{{ eos_token }}}}",
+    "<|assistant|><think>{{ '\n' }}",
+)
+FORGETS_THOUGHTS = template(
+    USER,
+    f"{ASK}{{% if loop.last %}}{{{{ m.content }}}}{{% else %}}{ANSWER}{{% endif %}}<|im_end|>",
+    ASK,
+)
+ALTERNATES = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('No system role') }}"
+    "{% elif (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Roles must alternate') }}{% endif %}{% endfor %}" + CHATML_LIKE
+)
+PARTS = "{% for part in m.content %}{{ part.text }}{% endfor %}"  # content is a list of parts
+
+# name: (chat template, what the model writes before its answer, the end of the last reply, whether
+# an episode becomes a sequence per reply)
+TEMPLATES = {
+    "ChatML": (CHATML_LIKE, "", "<|im_end|>", False),
+    "Llama 3": (
+        "<s>" + CHATML_LIKE.replace("m.content", "m.content | trim"),
+        "",
+        "<|im_end|>",
+        False,
+    ),
+    "Mistral": (
+        template("[INST] {{ m.content }}[/INST]", " {{ m.content }}</s>", ""),
+        " ",
+        "</s>",
+        False,
+    ),
+    "date and tools": (
+        "{{ strftime_now('%Y') }}{% if tools is not none %}{{ tools | length }}{% endif %}"
+        + CHATML_LIKE,
+        "",
+        "<|im_end|>",
+        False,
+    ),
+    "Phi 3": (
+        template(
+            PHI, f"{ASK_PHI}{{{{ m.content }}}}<|end|>{{{{ '\n' }}}}", ASK_PHI, "{{ eos_token }}"
+        ),
+        "",
+        "<|end|>\n<|endoftext|>",
+        False,
+    ),
+    "end token at the end only": (
+        template(PHI, f"{ASK_PHI}{{{{ m.content + '\n' }}}}", ASK_PHI, "{{ eos_token }}"),
+        "",
+        "\n<|endoftext|>",
+        True,
+    ),
+    "no end token": (
+        template("User: {{ m.content }}{{ '\n' }}", "Bot: {{ m.content }}{{ '\n' }}", "Bot:"),
+        " ",
+        "<|endoftext|>",
+        True,
+    ),
+    "gpt-oss": (
+        template(
+            "<|start|>user<|message|>{{ m.content }}<|end|>",
+            "<|start|>assistant<|channel|>final<|message|>{{ m.content }}"
+            "{% if loop.last %}<|return|>{% else %}<|end|>{% endif %}",
+            "<|start|>assistant",
+        ),
+        "<|channel|>final<|message|>",
+        "<|return|>",
+        True,
+    ),
+    "R1": (R1, "</think>\n\n", "<|endoftext|>", True),
+    "Qwen 3": (QWEN3, "", "<|im_end|>", True),
+    "Qwen 3 without a switch": (
+        QWEN3.replace(NO_SWITCH, "{% if false %}"),
+        "<think>\n\n</think>\n\n",
+        "<|im_end|>",
+        True,
+    ),
+    "Nemotron 3": (
+        template(
+            USER,
+            f"{ASK}<think></think>{{{{ m.content }}}}<|im_end|>{{{{ '\n' }}}}",
+            f"{ASK}{NO_SWITCH}<think></think>{{% else %}}<think>{{{{ '\n' }}}}{{% endif %}}",
+        ),
+        "",
+        "<|im_end|>",
+        False,
+    ),
+    "DeepSeek V3.1": (
+        template(
+            "<|user|>{{ m.content }}",
+            "<|assistant|></think>{{ m.content }}<|im_end|>",
+            "<|assistant|>{% if thinking %}<think>{% else %}</think>{% endif %}",
+        ),
+        "",
+        "<|im_end|>",
+        False,
+    ),
+    "thought": (R1.replace("<think>", "<thought>"), "</thought>\n\n", "<|endoftext|>", True),
+    "forgets thoughts": (FORGETS_THOUGHTS, "", "<|im_end|>", False),
+}
+
+
+def with_template(tokenizer, text: str):
+    """The tokenizer with another chat template, and an EOS that ends no message of ChatML."""
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = text
+    other.eos_token = "<|endoftext|>"
+    return other
+
+
+def asked(messages, tokenizer) -> str:
+    """What the model reads when a server asks it for the next reply, thinking off."""
+    return tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True, enable_thinking=False, thinking=False
+    )
+
+
+def seen_and_written(sequences, tokenizer) -> list[tuple[str, str]]:
+    """(text before it, text) of each run of targets."""
+    found = []
+    for ids, mask in sequences:
+        place = 0
+        for target, run in itertools.groupby(mask):
+            end = place + len(list(run))
+            if target:
+                found.append((tokenizer.decode(ids[:place]), tokenizer.decode(ids[place:end])))
+            place = end
+    return sorted(found, key=lambda pair: len(pair[0]))
+
+
+@pytest.mark.parametrize("text, lead, end, apart", TEMPLATES.values(), ids=TEMPLATES)
+def test_what_is_trained_is_what_the_model_sees(tokenizer, text, lead, end, apart):
+    """The text before each reply is what the model is asked with, of a plan and of an episode."""
+    tokenizer = with_template(tokenizer, text)
+    plan = TALKS[1]
+    answer = plan[1]["content"]
+    sequence = tokenize(plan, tokenizer, "")
+    expected = [(asked(plan[:1], tokenizer), lead + answer + end)]
+    assert seen_and_written([sequence], tokenizer) == expected
+
+    episode = [*TALKS[0], *TALKS[1]]
+    sequences = common.tokenize_replies(episode, tokenizer, "")
+    assert len(sequences) == (3 if apart else 1)
+    found = seen_and_written(sequences, tokenizer)
+    assert len(found) == 3
+    for i, (before, written) in enumerate(found):
+        assert before == asked(episode[: 2 * i + 1], tokenizer)
+        assert written.startswith(lead + episode[2 * i + 1]["content"])
+        if apart or i == 2:
+            assert written.endswith(end)
+        else:
+            assert end.startswith(written.removeprefix(lead + episode[2 * i + 1]["content"]))
+            assert written.endswith(">")
+
+
+@pytest.mark.parametrize(
+    "name, says",
+    [
+        ("R1", r"at reply 1 the model has '<think>\\n</think>.*later reads 'Action: activate"),
+        ("Qwen 3", r"at reply 1 the model has '<think>\\n\\n</think>.*later reads 'Action: act"),
+        ("gpt-oss", r"at reply 1 the model has 'return\|>', and later reads 'end\|>"),
+        ("no end token", r"at reply 1 the model has '<\|endoftext\|>', and later reads '\\nUser"),
+    ],
+)
+def test_why_a_conversation_is_not_one_sequence(tokenizer, name, says):
+    with pytest.raises(InputError, match=f"rows.jsonl:3: the chat template rewrites .*{says}"):
+        tokenize(TALKS[0], with_template(tokenizer, TEMPLATES[name][0]), "rows.jsonl:3")
+
+
+def test_thinking_in_earlier_replies(tokenizer):
+    """It is trained where it was written, and later replies do not see it."""
+    tokenizer = with_template(tokenizer, FORGETS_THOUGHTS)
+    thought = "<think>Hm.</think>Action: look"
+    episode = [user("Boil."), assistant(thought), user("A pot."), assistant("Action: wait")]
+    found = seen_and_written(common.tokenize_replies(episode, tokenizer, ""), tokenizer)
+    assert [written for _, written in found] == [f"{thought}<|im_end|>", "Action: wait<|im_end|>"]
+    assert found[1][0] == asked(episode[:3], tokenizer) and "Hm." not in found[1][0]
+
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+THINKS = assistant("<think>Hm.</think>\n\nAction: look")
+
+
+@pytest.mark.parametrize(
+    "text, messages, says",
+    [
+        (ALTERNATES, [SYSTEM, *TALKS[1]], "refuses a conversation of system, user, assistant: No "),
+        (ALTERNATES, [user("a"), *TALKS[0]], r"of user, user, assistant, user, \.\.\.: Roles must"),
+        (ALTERNATES, TALKS[0][1:], "Roles must alternate"),
+        (CHATML_LIKE, TALKS[0][1:], "must not begin with the assistant"),
+        ("{{ tools | length }}" + CHATML_LIKE, TALKS[1], "refuses .*: object of type 'NoneType'"),
+        ("{{ messages[0].name.first }}", TALKS[1], "refuses .*has no attribute 'name'"),
+        (CHATML_LIKE.replace("{{ m.content }}", PARTS), TALKS[1], "leaves out .*'Action: teleport"),
+        (QWEN3, [user("a"), THINKS], "leaves out or changes .*remove <think>"),
+        (R1, [user("a"), THINKS], "leaves out or changes .*remove <think>"),
+    ],
+)
+def test_conversations_that_a_chat_template_refuses(tmp_path, tokenizer, text, messages, says):
+    data = write_jsonl(tmp_path / "rows.jsonl", [{"messages": messages}])
+    with pytest.raises(InputError, match=f"{data}:1: .*{says}"):
+        sft.load_rows(sft.Args(data=str(data)), with_template(tokenizer, text))
+
+
+@pytest.mark.parametrize("name", ["Qwen 3", "no end token"])
+def test_a_sequence_per_reply_equals_replies_alone(tokenizer, name):
+    """Log-probabilities of all replies of an episode, whose shared tokens are computed once, and
+    the loss's number of targets."""
+    tokenizer = with_template(tokenizer, TEMPLATES[name][0])
+    sequences = common.tokenize_replies([*TALKS[0], *TALKS[3]], tokenizer, "")
+    assert len(sequences) == 4
+    model = float64_model(tokenizer)
+    expected = []
+    for ids, mask in sequences:
+        log_probs = torch.log_softmax(model(torch.tensor([ids])).logits[0], -1)
+        own = [log_probs[i - 1, ids[i]] for i in range(1, len(ids)) if mask[i]]
+        expected.append(sum(own))
+    rows = [example(*sequences), example(*sequences[:2])]
+    assert choose(model, rows) == "rows"
+    log_probs, owners = target_log_probs(model, rows, share_prefix=True)
+    sums = torch.zeros(6, dtype=torch.float64).index_add(0, owners, log_probs)
+    expected = torch.stack([*expected, *expected[:2]])
+    torch.testing.assert_close(sums, expected, rtol=0, atol=1e-10)
+    assert sft.count_targets(rows) == len(log_probs)
+    together = sum(len(sequence.ids) for sequence in sequences)
+    assert common.lengths(rows[:1]) == [together]
+    assert common.lengths(rows[:1], True)[0] < 0.8 * together
+
+
+# ---- rows that a model cannot read ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "kind, config, tokens, highest, says",
+    [
+        ("gpt2", {}, 16, 59, None),
+        (
+            "gpt2",
+            {},
+            17,
+            0,
+            "rows.jsonl:7: 17 tokens, and the model has 16 positions: --max_length 16",
+        ),
+        ("opt", {"word_embed_proj_dim": 32}, 16, 59, None),
+        ("opt", {"word_embed_proj_dim": 32}, 17, 0, "rows.jsonl:7: 17 tokens.* 16 positions"),
+        ("gptj", {"rotary_dim": 4}, 16, 59, None),
+        ("gptj", {"rotary_dim": 4}, 17, 0, "rows.jsonl:7: 17 tokens.* 16 positions"),
+        ("llama", {}, 17, 59, None),  # positions are computed
+        ("mpt", {}, 17, 59, None),
+        ("llama", {}, 16, 60, "rows.jsonl:7: the tokenizer gives token 60, .* of 0 to 59: take"),
+        ("gpt2", {}, 16, 60, "rows.jsonl:7: the tokenizer gives token 60"),
+    ],
+)
+def test_rows_beyond_the_tables_of_a_model(tokenizer, kind, config, tokens, highest, says):
+    """It is refused where the model would fail, and nowhere else."""
+    config = {"max_position_embeddings": 16, "vocab_size": 60, "pad_token_id": 0, **config}
+    model = make_model(tokenizer, kind=kind, **config, eos_token_id=1)
+    ids = [highest] * tokens
+    row = Example([Sequence([1, 2], [False, True]), Sequence(ids, [True] * tokens)], "task", 7)
+    position_ids = torch.arange(tokens)[None]
+    if kind == "mpt":  # has none
+        inputs = {"input_ids": torch.tensor([ids])}
+    else:
+        inputs = {"input_ids": torch.tensor([ids]), "position_ids": position_ids}
+    if says is None:
+        common.check_rows(model, [row], "rows.jsonl")
+        model(**inputs)
+        return
+    with pytest.raises(InputError, match=says):
+        common.check_rows(model, [row], "rows.jsonl")
+    with pytest.raises((IndexError, RuntimeError)):
+        model(**inputs)
+
+
 # ---- packing -------------------------------------------------------------------------------------
 
 WINDOW = {"sliding_window": 16}
@@ -149,22 +463,20 @@ KINDS = [
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
 @pytest.mark.parametrize("kind, packing, config", KINDS, ids=[kind for kind, *_ in KINDS])
 def test_packed_rows_equal_rows_alone(tokenizer, kind, packing, config, checkpointing):
-    """Log-probabilities and gradients in float64, in eval mode and in train mode with gradient
-    checkpointing. The rows are longer than the window; a soft cap of 0.5 matters."""
+    """Log-probabilities and gradients in float64, with and without gradient checkpointing. The rows
+    are longer than the window; a soft cap of 0.5 matters."""
     model = float64_model(tokenizer, kind=kind, **config)
-    # SDPA ignores Gemma 2's soft cap; eager attention has a softmax in float32
-    eager = kind == "gemma2"
-    model.set_attn_implementation("eager" if eager else "sdpa")
+    if kind == "gemma2":
+        model.set_attn_implementation("eager")  # SDPA ignores its soft cap
+    eager = model.config._attn_implementation == "eager"  # which has a softmax in float32
     expected = torch.stack([log_prob_alone(model, talk, tokenizer)[0] for talk in TALKS])
     weights = torch.sin(1 + torch.arange(len(TALKS), dtype=torch.float64))
     expected_grads = gradients(model, expected @ weights)
 
-    common.choose_packing(model)
-    assert model.packing == packing
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.train()
-    log_probs, owners = target_log_probs(model, as_rows(TALKS, tokenizer))
+    rows = as_rows(TALKS, tokenizer)
+    assert choose(model, rows) == packing
+    common.wrap_layers(model, sft.Args(gradient_checkpointing=checkpointing))
+    log_probs, owners = target_log_probs(model, rows)
     assert log_probs.dtype == torch.float64
     together = torch.zeros_like(expected).index_add(0, owners, log_probs)
     torch.testing.assert_close(together, expected, rtol=0, atol=1e-10)
@@ -180,9 +492,8 @@ def test_packed_rows_in_bf16(tokenizer, kind, packing, config):
     talks = TALKS * 3
     exact = make_model(tokenizer, "bfloat16", kind=kind, **config).double()
     model = make_model(tokenizer, "bfloat16", kind=kind, **config)
-    common.choose_packing(exact)
-    common.choose_packing(model)
     rows = as_rows(talks, tokenizer)
+    assert choose(exact, rows) == choose(model, rows, precision="bf16")
     with torch.no_grad():
         expected, _ = target_log_probs(exact, rows)
         alone = torch.cat([target_log_probs(model, [row])[0] for row in rows])
@@ -191,10 +502,26 @@ def test_packed_rows_in_bf16(tokenizer, kind, packing, config):
     assert (packed - expected).abs().mean() < 1.2 * (alone - expected).abs().mean() < 0.1
 
 
-def test_models_without_attention_are_refused(tokenizer):
-    """State space layers would mix the rows of a pack."""
-    with pytest.raises(InputError, match="mamba models have layers that are not attention"):
-        common.choose_packing(make_model(tokenizer, kind="mamba", state_size=4))
+@pytest.mark.parametrize(
+    "kind, packing, config",
+    [
+        ("gpt_oss", "masks", {**WINDOW, "head_dim": 8, "num_local_experts": 4}),
+        ("mamba", "single", {"state_size": 4}),
+    ],
+)
+def test_rows_of_other_layers(tokenizer, capsys, kind, packing, config):
+    """Those that look at no position ids, and those that mix all tokens: in float32."""
+    model = make_model(tokenizer, kind=kind, **config)
+    expected = torch.stack([log_prob_alone(model, talk, tokenizer)[0] for talk in TALKS])
+    expected_grads = gradients(model, expected.sum())
+    rows = as_rows(TALKS, tokenizer)
+    assert choose(model, rows) == packing
+    said = capsys.readouterr().out
+    assert ("forward passes an epoch in place of 1" in said) == (packing == "single")
+    log_probs, owners = target_log_probs(model, rows)
+    together = torch.zeros_like(expected).index_add(0, owners, log_probs)
+    torch.testing.assert_close(together, expected, rtol=0, atol=1e-4)
+    assert_same(gradients(model, together.sum()), expected_grads, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
@@ -216,11 +543,9 @@ def test_a_shared_prompt_changes_nothing(tokenizer, kind):
     ]
     model = float64_model(tokenizer, seed=3, kind=kind)
     results = []
-    for packing, share in (("library", False), ("rows", False), ("rows", True)):
-        if packing == "rows":
-            common.choose_packing(model)
-        else:
-            model.packing = "mask"  # SDPA with the library's mask
+    assert choose(model, pairs) == "rows"
+    for packing, share in (("mask", False), ("rows", False), ("rows", True)):
+        common.set_packing(model, packing)
         values = dpo.pair_log_probs(model, pairs, share)
         grads = gradients(model, (values @ torch.tensor([0.7, -1.3], dtype=torch.float64)).sum())
         results.append((values.detach(), grads))
@@ -255,7 +580,7 @@ def test_pack():
 def test_a_process_without_rows_takes_part(tokenizer):
     """Zero loss and a zero gradient for every parameter, as collectives over processes need."""
     model = float64_model(tokenizer)
-    common.choose_packing(model)
+    choose(model, as_pairs(PAIRS, tokenizer))
     log_probs, _ = target_log_probs(model, [])
     policy = dpo.pair_log_probs(model, [], True)
     losses, _ = dpo.losses_and_metrics(policy, torch.zeros(0, 2), [], dpo.Args(nll=1.0))
@@ -283,8 +608,8 @@ def test_sft_loss_equals_reference(tokenizer, micros):
     expected = -sum(log_prob for log_prob, _ in alone) / sum(tokens for _, tokens in alone)
     expected_grads = gradients(model, expected)
 
-    common.choose_packing(model)
     rows = as_rows(TALKS, tokenizer)
+    choose(model, rows)
     total = 0
     for micro in in_micro_batches(common.lengths(rows), micros):
         log_probs, _ = target_log_probs(model, [rows[i] for i in micro])
@@ -310,9 +635,9 @@ def test_dpo_loss_equals_reference(tokenizer, micros, share, nll):
         expected += loss / len(PAIRS)
     expected_grads = gradients(model, expected)
 
-    common.choose_packing(model)
-    common.choose_packing(frozen)
     pairs = as_pairs(PAIRS, tokenizer)
+    choose(model, pairs)
+    choose(frozen, pairs)
     a = dpo.Args(beta=BETA, nll=nll)
     total = 0
     for micro in in_micro_batches(common.lengths(pairs, share), micros):
@@ -326,6 +651,27 @@ def test_dpo_loss_equals_reference(tokenizer, micros, share, nll):
     assert total.item() == pytest.approx(expected.item(), rel=1e-9)
     # with a mask, the CPU's attention keeps a float32 for its backward pass
     assert_same(gradients(model, total), expected_grads, atol=1e-6 if share else 1e-9)
+
+
+def test_replies_in_the_prompt_are_no_targets(tokenizer):
+    """log pi(p|u) is of the plan alone."""
+    prompt = [*TURNS[:2], user("And now?")]
+    row = {"prompt": prompt, "chosen": [assistant("wait")], "rejected": prompt[:1]}
+    ids, mask = dpo.tokenize_side(row, "chosen", tokenizer, "")
+    written = tokenizer.decode([i for i, target in zip(ids, mask, strict=True) if target])
+    assert written == "wait<|im_end|>"
+    with pytest.raises(InputError, match="`rejected` has no assistant message"):
+        dpo.tokenize_side(row, "rejected", tokenizer, "")
+
+
+@pytest.mark.parametrize(
+    "more", [{"softcap": 50.0}, {"s_aux": torch.zeros(1)}, {"sliding_window": 3}]
+)
+def test_attention_that_rows_do_not_have(more):
+    layout = SimpleNamespace(segments=[(0, 4)])
+    states = torch.zeros(1, 1, 4, 2)
+    with pytest.raises(TypeError):
+        common.row_attention(None, states, states, states, None, layout=layout, **more)
 
 
 def test_dpo_loss_by_hand():
@@ -343,8 +689,8 @@ def test_dpo_loss_by_hand():
 def test_reference_log_probs_are_those_of_the_model(tokenizer, micro_tokens, share):
     model = float64_model(tokenizer)
     expected = sides_alone(model, PAIRS, tokenizer).detach()
-    common.choose_packing(model)
     pairs = as_pairs(PAIRS, tokenizer)
+    choose(model, pairs)
     a = dpo.Args(micro_tokens=micro_tokens)
     run = SimpleNamespace(model=model, a=a, accelerator=Accelerator(cpu=True))
     found = dpo.log_probs_without_gradient(run, pairs, share)
@@ -420,6 +766,15 @@ def test_batches_do_not_depend_on_the_machine(budget, processes):
     assert [indices(step) for step in schedule] == [indices(step) for step in expected]
 
 
+def test_many_rows_are_spread_quickly():
+    lengths = [100] * 30_000
+    began = time.perf_counter()
+    a = SimpleNamespace(micro_tokens=8192)
+    mine = common.my_micro_batches(lengths, a, SimpleNamespace(num_processes=1, process_index=0))
+    assert sorted(itertools.chain(*mine)) == list(range(30_000)) and len(mine) < 400
+    assert time.perf_counter() - began < 5
+
+
 def test_a_row_above_the_budget_is_alone():
     assert epoch_schedule([500, 3, 3], 3, 10, 1, 0, 0) in ([[[0], [1, 2]]], [[[0], [2, 1]]])
     assert epoch_schedule([5, 4, 3], 3, 0, 1, 0, 0) == [[[0], [1], [2]]], (
@@ -441,11 +796,11 @@ def test_compiled_layers_are_the_same_and_compiled_twice(tokenizer):
 
     eager = make_model(tokenizer)
     compiled = make_model(tokenizer)
-    common.choose_packing(eager)
-    common.choose_packing(compiled)
-    args = sft.Args(compile=True, precision="fp32")
-    compiled, _ = common.prepare_model(compiled, Accelerator(cpu=True), args)
     draw = random.Random(0)
+    rows = [random_row(draw) for _ in range(4)]
+    choose(eager, rows)
+    args = sft.Args(compile=True, precision="fp32")
+    compiled, _ = common.prepare_model(compiled, Accelerator(cpu=True), args, rows)
     frames = []
     for count in (3, 2, 4, 1, 5, 2, 6, 7, 8, 9, 10):
         batch = [random_row(draw) for _ in range(count)]

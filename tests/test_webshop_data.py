@@ -1,8 +1,11 @@
 """WebShop: goals and splits, malformed data, the expert on real products, and the stages."""
 
+import errno
 import json
 import math
+import os
 import random
+import shutil
 import subprocess
 import sys
 
@@ -220,6 +223,41 @@ def test_bad_variables_are_named(monkeypatch, env):
     monkeypatch.delenv("WEBSHOP_DATA")
     with pytest.raises(InputError, match="WEBSHOP_DATA is not set"):
         SHOP.data_files()
+
+
+def test_what_a_kill_left_of_a_build_is_removed(tmp_path, monkeypatch):
+    folder = tmp_path / "webshop-x"
+    for name in ("webshop-x.tmp", "webshop-x.node-1.tmp"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr(SHOP, "build", lambda _, temporary: (temporary / "built").touch())
+    SHOP.build_once({}, folder, locked=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["webshop-x"]
+    assert (folder / "built").exists()
+
+
+@pytest.mark.parametrize("name", ["ENOSYS", "EOPNOTSUPP", "ENOLCK", "EINVAL"])
+def test_a_cache_that_cannot_be_locked(tmp_path, monkeypatch, capsys, name):
+    """Another process builds it at the same time and is first: its files are used."""
+    use(tmp_path / "data", monkeypatch)
+    [built] = [p for p in (tmp_path / "data/cache/mpo").iterdir() if p.is_dir()]
+    shutil.rmtree(built)
+
+    def fail(*_):
+        raise OSError(getattr(errno, name), os.strerror(getattr(errno, name)))
+
+    def build(files, temporary):
+        real_build(files, temporary)
+        shutil.copytree(temporary, built)
+        (built / "first").touch()
+
+    real_build = SHOP.build
+    monkeypatch.setattr(common.fcntl, "flock", fail)
+    monkeypatch.setattr(SHOP, "build", build)
+    ENV.open_shop.cache_clear()
+    assert len(ENV.open_shop().goals) == 5
+    assert (built / "first").exists()
+    assert sorted(p.suffix for p in built.parent.iterdir()) == ["", ".lock"]
+    assert "cannot be locked" in capsys.readouterr().err
 
 
 @pytest.mark.slow

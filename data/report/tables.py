@@ -325,6 +325,8 @@ def notes(results: list[dict]) -> str:
     said += _notes_on_runs(conditions)
     said += _notes_on_thoughts(conditions)
     said += _notes_on_tags(conditions)
+    said += _notes_on_thinking(conditions)
+    said += _notes_on_refusals(conditions)
     for r in conditions:
         said += r["notes"]
     return "".join(f" {sentence}" for sentence in dict.fromkeys(said))
@@ -351,17 +353,55 @@ def _notes_on_thoughts(conditions: list[dict]) -> list[str]:
     return [f"Plan position thought: {', '.join(said)}."] if said else []
 
 
-def _notes_on_tags(conditions: list[dict]) -> list[str]:
-    untagged = {}
+def _count_plans(conditions: list[dict], name: str) -> dict[str, int]:
+    """{plan setting: the sum of the count `name` of its plans}, without those of 0."""
+    of_split = {}
     for r in conditions:  # all agents use the same plans: those of a split count once
-        untagged[r["plans"], r["split"]] = r["untagged"]
+        of_split[r["plans"], r["split"]] = r[name]
     counts = dict.fromkeys(unique(conditions, "plans"), 0)
-    for (plans, _), count in untagged.items():
+    for (plans, _), count in of_split.items():
         counts[plans] += count
+    return {plans: count for plans, count in counts.items() if count}
+
+
+def _notes_on_tags(conditions: list[dict]) -> list[str]:
     said = []
-    for plans, count in counts.items():
-        if count:
-            said.append(f"{count} plans of '{named(plans)}' are text without tags.")
+    for plans, count in _count_plans(conditions, "untagged").items():
+        said.append(f"{count} plans of '{named(plans)}' are text without tags.")
+    return said
+
+
+def _notes_on_refusals(conditions: list[dict]) -> list[str]:
+    said = []
+    refused = sum(column(conditions, "refused"))
+    if refused:
+        episodes = sum(column(conditions, "episodes"))
+        said.append(
+            f"{refused} of {episodes} episodes were refused by the agent's server and count with "
+            "reward 0."
+        )
+    for plans, count in _count_plans(conditions, "refused_plans").items():
+        said.append(
+            f"{count} plans of '{named(plans)}' were refused by the planner's server: their tasks "
+            "were played without a plan."
+        )
+    return said
+
+
+def _notes_on_thinking(conditions: list[dict]) -> list[str]:
+    cut_off = sum(column(conditions, "thinking_cut_off"))
+    missing = sum(_count_plans(conditions, "plans_cut_off").values())
+    said = []
+    if cut_off:
+        said.append(
+            f"{cut_off} replies of agents ended while they were thinking: --agent_tokens was too "
+            "small (these are format errors, too)."
+        )
+    if missing:
+        said.append(
+            f"{missing} plans are missing because planners were still thinking: --plan_tokens was "
+            "too small."
+        )
     return said
 
 

@@ -2,6 +2,10 @@
 # Install all packages into .venv (`make setup`): data/tools/setup.sh PYTHON NUMBER_OF_GPUS
 set -euo pipefail
 python=$1 gpus=$2
+if [[ ! $gpus =~ ^[0-9]+$ ]]; then
+  echo "error: GPUS=$gpus must be a number" >&2
+  exit 2
+fi
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11) and
 "error: Python 3.11 or later is needed: make PYTHON=python3.11")'
 "$python" -m venv .venv

@@ -14,7 +14,6 @@ words.npy        sorted 64-bit hashes of the words; word_ids.npy: their ids in b
 import array
 import collections
 import contextlib
-import fcntl
 import functools
 import hashlib
 import json
@@ -32,7 +31,7 @@ import Stemmer
 from bm25s.tokenization import Tokenizer
 from tqdm import tqdm
 
-from common import InputError, fingerprint
+from common import InputError, fingerprint, lock_file
 
 VERSION = 3  # of the cached files: a change of their content or format needs another number
 RESULTS = 50  # per search
@@ -52,17 +51,33 @@ def open_shop() -> "Shop":
         stat = path.stat()
         stats.append((kind, str(path.resolve()), stat.st_size, stat.st_mtime_ns))
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mpo"
-    cache.mkdir(parents=True, exist_ok=True)
     folder = cache / f"webshop-{fingerprint(VERSION, stats)}"
-    with open(f"{folder}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the other processes wait while one builds
-        if not folder.exists():
-            temporary = folder.with_name(f"{folder.name}.tmp")
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
-            build(files, temporary)
-            temporary.rename(folder)
+    if not folder.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        with open(f"{folder}.lock", "w") as lock:
+            locked = lock_file(lock, wait=True)  # the other processes wait while one builds
+            build_once(files, folder, locked)
     return Shop(folder)
+
+
+def build_once(files: dict[str, Path], folder: Path, locked: bool) -> None:
+    """Build the shop in `folder`, unless another process did. Processes that cannot lock may build
+    it at the same time, each in a folder of its own; the first one's is kept."""
+    if folder.exists():
+        return
+    if locked:
+        for left in folder.parent.glob(f"{folder.name}.*tmp"):  # by a kill
+            shutil.rmtree(left, ignore_errors=True)
+    temporary = folder.with_name(f"{folder.name}.{os.uname().nodename}-{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    build(files, temporary)
+    try:
+        temporary.rename(folder)
+    except OSError:
+        if not folder.exists():
+            raise
+        shutil.rmtree(temporary)
 
 
 def data_files() -> dict[str, Path]:

@@ -384,6 +384,7 @@ class WordyEnvPool:
 
 class WordyModel:
     completion_tokens = 0
+    answers = 0
     word = "well "
 
     async def ask(self, *args):
