@@ -11,6 +11,10 @@ A plan setting, such as `mpo`, says where the plans come from. Its plan for a ta
 temperature 0, and read by all agents. Then every agent plays every task with the plan of every
 setting. A condition is an agent, a plan setting, a plan position and a split.
 
+The setting `per_type` asks whether a planner has to be trained at all: every task of a type gets
+the same plan, the one of stage 3's that did best. Such a plan may name what its own task names, a
+box or a room. `per_type_adapted` replaces these words by those of the task that is played.
+
 Files in --out, and the fields of their rows
     eval/conditions.jsonl    a row for each condition; if one occurs twice, the last row counts
         env, agent, plans (the setting), plan_position, split, tasks
@@ -20,7 +24,8 @@ Files in --out, and the fields of their rows
         setting, task, instruction, plan, plans_id
         untagged             true: the reply had no tags, and all of it is the plan
         thinking_cut_off     true: no plan, the reply ended while the planner was thinking
-        reason               only if the request was refused: "refused: ...", and plan is null
+        reason               why plan is null: "refused: ..." if the request was refused, or
+                             "no plan of its type" (plan setting per_type)
     eval/rollouts.jsonl      a row for each episode
         plan_position, agent_id, and the fields of stage 3's rollouts.jsonl; an episode that was
         refused counts, with reward 0
@@ -42,6 +47,7 @@ columns: a task's value is its mean over them. Figure 6 is of a single run folde
 """
 
 import asyncio
+import difflib
 import itertools
 import json
 import re
@@ -78,8 +84,10 @@ class Args:
         ["none", "sft", "mpo"],
         "plan settings: none; the planner checkpoint of that name in --out (sft, rft, mpo); "
         "gpt: --teacher asked directly; a JSONL file with `task` and `plan`; "
-        "mismatched: mpo's plan for a task of another type (control); oracle: the plan that stage "
-        "1's rules make of the test task's own expert trajectory (control)",
+        "mismatched: mpo's plan for a task of another type (control); per_type: the best of stage "
+        "3's plans of the task's type; per_type_adapted: the same plan with what its own task "
+        "names replaced by the words of this one; oracle: the plan that stage 1's rules make of "
+        "the test task's own expert trajectory (control)",
     )
     splits: List[str] = arg([], "splits of the environment (default: its test splits)")
     plan_positions: List[str] = arg(
@@ -181,13 +189,15 @@ class PlanArgs:
 # ---- plans ---------------------------------------------------------------------------------------
 
 
+PER_TYPE = ("per_type", "per_type_adapted")  # the plan settings with one plan per task type
+
 # A new plan setting needs: planner_of, plans_fingerprint, make_plans_of_setting, and tables.ORDER
 # and NAMES.
 
 
 def planner_of(a: Args, setting: str) -> str | None:
     """The model (or a server's URL) that makes the plans of a setting; None if no model does."""
-    if setting in ("none", "oracle") or setting.endswith(".jsonl"):
+    if setting in ("none", "oracle", *PER_TYPE) or setting.endswith(".jsonl"):
         return None
     if setting == "gpt":
         return a.teacher
@@ -213,6 +223,8 @@ def plans_fingerprint(a: Args, setting: str) -> str | None:
         return None
     if setting == "oracle":
         return common.fingerprint(setting, a.env)
+    if setting in PER_TYPE:
+        return common.fingerprint(setting, best_of_types(a.out))
     if setting.endswith(".jsonl"):
         return common.fingerprint(Path(setting).read_text())
     name, url = common.name_and_url(planner_of(a, setting))
@@ -309,6 +321,8 @@ async def make_plans_of_setting(
             keeper.keep(setting, task, plan_of[task])
     elif setting == "oracle":
         await keep_oracle_plans(a, tasks, pool, keeper)
+    elif setting in PER_TYPE:
+        keep_plans_of_types(a, setting, tasks, keeper)
     elif setting == "mismatched":
         mpo = keeper.ids["mpo"]
         for task in tasks:
@@ -400,7 +414,8 @@ def print_plan_problems(
     a: Args, ids: dict[str, str | None], tasks: list[str], done: dict[tuple, dict], path: Path
 ) -> None:
     """Say how many plans of each setting are replies without tags, how many were refused, and how
-    many are missing because the planner was still thinking."""
+    many are missing because the planner was still thinking, or because no plan of the type was
+    scored."""
     for setting, plans_id in ids.items():
         if setting == "none":
             continue
@@ -409,11 +424,141 @@ def print_plan_problems(
         if untagged:
             replies = f"{len(untagged)} of {len(tasks)} replies"
             print(f"{setting}: {replies} have no tags; their text is the plan")
+        without = [row for row in rows if row.get("reason") == NO_PLAN_OF_TYPE]
+        if without:
+            print(
+                f"{setting}: {len(without)} of {len(tasks)} tasks are played without a plan: no "
+                "plan of their type was scored in stage 3"
+            )
         common.print_refused(f"plans of {setting}", rows, path)
         cut_off = [row for row in rows if row.get("thinking_cut_off")]
         flag = "--teacher_thinking" if setting == "gpt" else "--plan_thinking"
         who = f"the planner of {setting}"
         common.print_cut_off(len(cut_off), who, f"--plan_tokens {a.plan_tokens}", flag)
+
+
+# ---- one plan per task type ----------------------------------------------------------------------
+
+NO_PLAN_OF_TYPE = "no plan of its type"  # the `reason` of such a row
+FUNCTION_WORDS = {"a", "an", "the", "some", "it", "and", "in", "on"}
+GAP = "|"  # in place of a function word
+
+
+class TypePlan(NamedTuple):
+    """The plan of a task type."""
+
+    plan: str
+    instruction: str  # of the task of stage 3 from which it is taken
+
+
+def scored_plans(out: str) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
+    """({task: {plan: Q(p)}}, {task: instruction}) of the plans that stage 3 sampled and scored last
+    in a run folder. Q(p) is the mean reward of the rollouts that did not fail (equation 6)."""
+    sampled = newest_rows(Path(out) / "plans.jsonl", "task", "plan", "instruction")
+    played = newest_rows(Path(out) / "rollouts.jsonl", "task", "plan", "reward", "end")
+    rewards: dict[tuple, list[float]] = {}
+    for row in played:
+        if row["end"] not in common.FAILED_ENDS:
+            rewards.setdefault((row["task"], row["plan"]), []).append(row["reward"])
+    q: dict[str, dict[str, float]] = {}
+    for row in sampled:
+        task = row["task"]
+        plan = row["plan"]
+        if (task, plan) in rewards:
+            q.setdefault(task, {})[plan] = mean(rewards[task, plan])
+    return q, {row["task"]: row["instruction"] for row in sampled}
+
+
+def newest_rows(path: Path, *fields: str) -> list[dict]:
+    """The rows of a file of stage 3 that have the fingerprint of its last row."""
+    rows = common.read_rows(path, (*fields, "fingerprint"), missing_ok=True)
+    return [row for row in rows if row["fingerprint"] == rows[-1]["fingerprint"]]
+
+
+def best_of_types(out: str) -> dict[str, TypePlan]:
+    """{task type: its best plan of stage 3}, that with the highest mean over its tasks of Q(p)
+    minus the mean Q of the task's plans, among those sampled for two or more tasks if there are
+    any; of equals the last in the alphabet. It is taken from the task where it gained most. Raises
+    `InputError` if no plan is scored."""
+    q, instructions = scored_plans(out)
+    if not q:
+        raise InputError(
+            f"--plans per_type: {out} has no plans with scores; run stage 3 (make score), or leave "
+            "it out"
+        )
+    gains: dict[tuple, dict[str, float]] = {}  # {(task type, plan): {task: gain}}
+    for task in sorted(q):
+        for plan, quality in q[task].items():
+            gain = quality - mean(q[task].values())
+            gains.setdefault((common.task_type(task), plan), {})[task] = gain
+    ranked = []
+    for (kind, plan), of_tasks in gains.items():
+        several = len(of_tasks) > 1
+        average = round(mean(of_tasks.values()), 9)  # equal gains are equal, in any order
+        source = max(of_tasks, key=of_tasks.get)
+        ranked.append((several, average, plan, kind, instructions[source]))
+    best = {}
+    for _, _, plan, kind, instruction in sorted(ranked):  # a better one replaces the one before
+        best[kind] = TypePlan(plan, instruction)
+    return best
+
+
+def keep_plans_of_types(a: Args, setting: str, tasks: list[str], keeper: PlanKeeper) -> None:
+    """Give every task the plan of its type. A task of a type without one has no plan."""
+    best = best_of_types(a.out)
+    for task in tasks:
+        chosen = best.get(common.task_type(task))
+        if chosen is None:
+            keeper.keep(setting, task, None, reason=NO_PLAN_OF_TYPE)
+            continue
+        plan = chosen.plan
+        if setting == "per_type_adapted":
+            plan = adapted(plan, chosen.instruction, keeper.instructions[task])
+        keeper.keep(setting, task, plan)
+
+
+def adapted(plan: str, source: str, target: str) -> str:
+    """The plan for the task `source` with what this task names (box, room, object) replaced by what
+    the task `target` names: instructions of two tasks of one type. If one names more than the
+    other, it is not known which words correspond: the plan stays as it is."""
+    first = last_paragraph(source)
+    second = last_paragraph(target)
+    # words that only one of the two has, or has in another place
+    from_source = []
+    from_target = []
+    aligned = difflib.SequenceMatcher(None, first, second, autojunk=False)
+    for tag, i, j, k, m in aligned.get_opcodes():
+        if tag != "equal":
+            from_source += [*first[i:j], GAP]
+            from_target += [*second[k:m], GAP]
+    old = names_in(from_source)
+    new = names_in(from_target)
+    if len(old) != len(new):  # without words that only moved
+        old = names_in(from_source, from_target)
+        new = names_in(from_target, from_source)
+    if not old or len(old) != len(new):
+        return plan
+    replacement = dict(zip(old, new, strict=True))
+    longest_first = sorted(old, key=len, reverse=True)
+    pattern = "|".join(re.escape(name) for name in longest_first)
+    return re.sub(
+        rf"\b(?:{pattern})\b", lambda found: replacement[found[0].lower()], plan, flags=re.I
+    )
+
+
+def last_paragraph(instruction: str) -> list[str]:
+    """The words and marks of the last paragraph, which says the task: ALFWorld's first one lists
+    what is in the room. Function words are gaps: "put a cup in ..." is as "put some cup on ..."."""
+    text = instruction.strip().split("\n\n")[-1].lower()
+    words = re.findall(r"[\w-]+|[^\w\s]", text)
+    return [GAP if word in FUNCTION_WORDS else word for word in words]
+
+
+def names_in(words: list[str], others=()) -> list[str]:
+    """The runs of words between gaps, without words that `others` has, too."""
+    own = [word for word in words if word == GAP or word not in others]
+    runs = " ".join(own).split(GAP)
+    return [run.strip() for run in runs if run.strip()]
 
 
 # ---- episodes ------------------------------------------------------------------------------------
@@ -535,9 +680,8 @@ def missing_episodes(out: str, conditions: list[dict]) -> list[dict]:
 
 def load_episodes(out: str, conditions: list[dict]) -> list[dict]:
     """The conditions of a run folder with their plans and episodes. Each gets "texts", {task: its
-    plan or None}; "untagged", how many of the plans are replies without tags; "cut_off", how many
-    are missing because the planner was still thinking; "refused_plans", how many were refused;
-    "episodes", {task: its row, or None if it is missing or crashed}; and "run", the run folder."""
+    plan or None}; "episodes", {task: its row, or None if it is missing or crashed}; "run", the run
+    folder; and the counts of `plan_problems`."""
     folder = Path(out) / "eval"
     fields = ("plans_id", "task", "plan")
     rows = common.read_rows(folder / "plans.jsonl", fields, missing_ok=True)
@@ -548,27 +692,35 @@ def load_episodes(out: str, conditions: list[dict]) -> list[dict]:
     for condition in conditions:
         texts = {}
         episodes = {}
-        untagged = 0
-        cut_off = 0
-        refused = 0
         for task in condition["tasks"]:
             episodes[task] = None
             plan_row = plan_rows.get((condition["plans_id"], task))
             if plan_row:
                 texts[task] = plan_row["plan"]
-                if plan_row.get("untagged"):
-                    untagged += 1
-                if plan_row.get("thinking_cut_off"):
-                    cut_off += 1
-                if common.is_refused(plan_row):
-                    refused += 1
             if plan_row or condition["plans"] == "none":
                 key = condition["agent_id"], condition["plan_position"], task, texts.get(task)
                 episodes[task] = played.get(key)
+        problems = plan_problems([plan_rows[condition["plans_id"], task] for task in texts])
         more = {"texts": texts, "episodes": episodes, "run": out}
-        more |= {"untagged": untagged, "cut_off": cut_off, "refused_plans": refused}
-        found.append({**condition, **more})
+        found.append({**condition, **more, **problems})
     return found
+
+
+def plan_problems(rows: list[dict]) -> dict[str, int]:
+    """Of a condition's rows of eval/plans.jsonl: "untagged", how many are replies without tags;
+    "cut_off", how many have no plan because the planner was still thinking; "refused_plans", how
+    many were refused; "no_plan_of_type", how many have none because none of the type was scored."""
+    count = Counter({"untagged": 0, "cut_off": 0, "refused_plans": 0, "no_plan_of_type": 0})
+    for row in rows:
+        if row.get("untagged"):
+            count["untagged"] += 1
+        if row.get("thinking_cut_off"):
+            count["cut_off"] += 1
+        if common.is_refused(row):
+            count["refused_plans"] += 1
+        if row.get("reason") == NO_PLAN_OF_TYPE:
+            count["no_plan_of_type"] += 1
+    return dict(count)
 
 
 def current_conditions(out: str, folders=()) -> tuple[list[dict], int]:
@@ -729,6 +881,7 @@ def result_of(entry: dict, seed: int) -> dict:
         "untagged": sum(c["untagged"] for c in entry["conditions"]),
         "plans_cut_off": sum(c["cut_off"] for c in entry["conditions"]),
         "refused_plans": sum(c["refused_plans"] for c in entry["conditions"]),
+        "no_plan_of_type": sum(c["no_plan_of_type"] for c in entry["conditions"]),
         "notes": list(dict.fromkeys(notes)),
         "steps": mean(len(e["steps"]) for e in played),
     }
@@ -1037,7 +1190,8 @@ def last_comparison(out: str, conditions: list[dict]) -> dict | None:
 
 
 def write_report(a: ReportArgs) -> str:
-    """Write and print tables, figures and report of all that was played."""
+    """Write tables, figures and report of all that was played. Print the tables, then what MPO's
+    planner has learnt: a task's plans before and after, and the table of the planners."""
     by_path = {Path(out).resolve(): str(Path(out)) for out in a.out}
     folders = list(by_path.values())  # each once
     several = len(folders) > 1
@@ -1058,7 +1212,16 @@ def write_report(a: ReportArgs) -> str:
         judged = last_comparison(folders[0], conditions)
     results, differences = summarise(conditions, a.seed, several)
     text = report.write(folder, conditions, outdated, results, differences, judged)
-    print(f"\n{text}\nwritten to {folder}/results.md, results.json, results.png, report.html")
+    print(f"\n{text}")
+    learnt = report.what_was_learnt(conditions)
+    if learnt:
+        print(f"{learnt}\n")
+        table = tables.paper_tables(results, differences).get("table3")
+        if table:
+            print(table.markdown())
+    print(f"tables:  {folder}/results.md, results.json")
+    print(f"picture: {folder}/results.png")
+    print(f"report:  {folder}/report.html")
     return text
 
 
@@ -1112,9 +1275,11 @@ def check_settings(a: Args) -> None:
 
 
 def check_models(a: Args) -> None:
-    """Raise `InputError` before any work if a planner or an agent is missing, or if an agent is
-    given twice."""
+    """Raise `InputError` before any work if a planner, an agent or stage 3's plans are missing, or
+    if an agent is given twice."""
     for setting in a.plans:
+        if setting in PER_TYPE:
+            best_of_types(a.out)
         planner = planner_of(a, setting)
         if planner is None:
             continue

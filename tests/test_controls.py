@@ -2,9 +2,10 @@
 
 import contextlib
 import json
+from pathlib import Path
 
 import pytest
-from conftest import CORRIDOR, stage
+from conftest import CORRIDOR, stage, write_jsonl
 
 import common
 from common import InputError, plan_reply, read_rows, task_type
@@ -113,3 +114,158 @@ def test_the_headroom_between_sft_and_oracle(low, note):
         differences.append(difference)
     found = tables.gains([], differences).note
     assert note in found if note else "recovers" not in found
+
+
+# ---- one plan per task type ----------------------------------------------------------------------
+
+
+def write_scores(out: Path, scores: dict, rewritten: bool = False) -> None:
+    """plans.jsonl and rollouts.jsonl of stage 3 from {(task, plan): its rewards}, None for a
+    rollout that failed. `rewritten`: after rows of earlier models."""
+    plans = []
+    rollouts = []
+    for (task, plan), rewards in scores.items():
+        instruction = f"Find the lamp of corridor {task.split('/')[1]}."
+        plans.append({"task": task, "m": 0, "plan": plan, "instruction": instruction})
+        for number, reward in enumerate(rewards):
+            end = {"reward": reward, "end": "steps"}
+            if reward is None:
+                end = {"reward": 0.0, "end": common.REFUSED}
+            rollouts.append({"task": task, "plan": plan, "rollout": number, **end})
+    for name, rows in (("plans", plans), ("rollouts", rollouts)):
+        new = [row | {"fingerprint": "new"} for row in rows]
+        earlier = [row | {"fingerprint": "old", "reward": 1.0} for row in rows[::-1]]
+        write_jsonl(out / f"{name}.jsonl", earlier + new if rewritten else new)
+
+
+@pytest.mark.parametrize(
+    ("scores", "best", "source"),
+    [
+        ({("boil/1", "a"): [0.5], ("boil/1", "b"): [0.0]}, "a", 1),  # of one task, as all are
+        (  # a gains 1/4 over two tasks: of more than one, so 1/2 in one task does not count
+            {
+                ("boil/1", "a"): [1.0],
+                ("boil/1", "b"): [0.0],
+                ("boil/2", "a"): [0.0, 0.0],
+                ("boil/2", "c"): [0.0],
+                ("boil/3", "d"): [1.0],
+                ("boil/3", "e"): [0.0],
+            },
+            "a",
+            1,
+        ),
+        (  # b has the higher Q, but in an easy task; failed rollouts do not count
+            {
+                ("boil/1", "a"): [0.75, 0.75],
+                ("boil/1", "c"): [0.25],
+                ("boil/2", "b"): [1.0],
+                ("boil/2", "c"): [1.0],
+                ("boil/3", "a"): [None, 0.5],
+                ("boil/3", "c"): [0.0],
+                ("boil/4", "b"): [1.0],
+                ("boil/4", "d"): [1.0],
+                ("boil/5", "d"): [None],
+            },
+            "a",
+            1,
+        ),
+        (  # equals: 0.1 + 0.2 and 0.3 are the same; the last in the alphabet
+            {
+                ("boil/1", "a"): [0.6],
+                ("boil/1", "b"): [0.2],
+                ("boil/2", "b"): [0.8],
+                ("boil/2", "a"): [0.4],
+            },
+            "b",
+            2,
+        ),
+    ],
+)
+def test_the_best_plan_of_a_type(tmp_path, scores, best, source):
+    instruction = f"Find the lamp of corridor {source}."
+    for rewritten in (False, True):
+        write_scores(tmp_path, scores, rewritten)
+        assert ev.best_of_types(str(tmp_path)) == {"boil": (best, instruction)}
+    reordered = dict(reversed(list(scores.items())))
+    write_scores(tmp_path, reordered)
+    assert ev.best_of_types(str(tmp_path)) == {"boil": (best, instruction)}, "in any order"
+
+
+FIND = "Your task is to find a(n) living thing. Then, move it to the {} box in the {}."
+ROOM = "In the room are a {} 1, and a shelf 1.\n\nYour task is to: {}"
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "plan", "adapted"),
+    [
+        (
+            FIND.format("red", "kitchen"),
+            FIND.format("green", "living room"),
+            "Step 1: go to kitchen\nStep 2: move the living thing to red box",
+            "Step 1: go to living room\nStep 2: move the living thing to green box",
+        ),
+        (
+            FIND.format("red", "living room"),
+            FIND.format("red", "art studio"),
+            "Step 1: go to Living Room\nStep 2: move the living thing to red box",
+            "Step 1: go to art studio\nStep 2: move the living thing to red box",
+        ),
+        (  # the two names change places
+            FIND.format("red", "kitchen"),
+            FIND.format("kitchen", "red"),
+            "Step 1: go to kitchen, to the red box",
+            "Step 1: go to red, to the kitchen box",
+        ),
+        (  # another article, preposition and room
+            ROOM.format("desk", "put a cup in cabinet."),
+            ROOM.format("bed", "put some cd on safe."),
+            "Step 1: find a cup in the desk, not the cups\nStep 2: put it in cabinet",
+            "Step 1: find a cd in the desk, not the cups\nStep 2: put it in safe",
+        ),
+        (  # the same words in another order
+            ROOM.format("desk", "put a clean cup in cabinet."),
+            ROOM.format("bed", "clean some fork and put it in drawer."),
+            "Step 1: take the cup\nStep 2: clean the cup\nStep 3: put it in cabinet",
+            "Step 1: take the fork\nStep 2: clean the fork\nStep 3: put it in drawer",
+        ),
+        (FIND.format("red", "kitchen"), FIND.format("red", "kitchen"), "go to kitchen", None),
+        ("Find a red shoe.", "Find a shoe, and pay 30 dollars for it.", "Search red shoe", None),
+    ],
+)
+def test_a_plan_in_the_words_of_another_task(source, target, plan, adapted):
+    assert ev.adapted(plan, source, target) == (adapted or plan)
+
+
+def test_one_plan_per_type(tmp_path, settings):
+    """A type of which no plan was scored is played without one, which the report says. Other scores
+    are other plans. Without any score nothing is asked."""
+    usual = {**settings, "splits": ["seen"], "plans": ["none", "per_type,per_type_adapted"]}
+    with pytest.raises(InputError, match=f"--plans per_type: {tmp_path} has no plans with scores"):
+        ev.main(ev.Args(**usual))
+    assert not (tmp_path / "eval").exists()
+    plan = "Step 1: walk on in corridor 3"
+    scores = {("find-lamp/3", plan): [1.0], ("find-lamp/3", "Step 1: wait"): [0.0]}
+    write_scores(tmp_path, scores)
+    ev.main(ev.Args(**usual))
+    rows = read_rows(tmp_path / "eval" / "plans.jsonl")
+    assert len(rows) == 2 * 8
+    for row in rows:
+        kind, number = row["task"].split("/")
+        if kind == "find-key":
+            assert row["plan"] is None and row["reason"] == "no plan of its type"
+        elif row["setting"] == "per_type":
+            assert row["plan"] == plan and "reason" not in row
+        else:
+            assert row["plan"] == f"Step 1: walk on in corridor {number}"
+    note = "4 tasks were played without a plan of '{}': no plan of their type was sampled."
+    for name in ("one plan per type", "one per type, adapted"):
+        assert note.format(name) in (tmp_path / "table3.md").read_text()
+    played = read_rows(tmp_path / "eval" / "rollouts.jsonl")
+    assert len(played) == 8 + 2 * 4, "without a plan once"
+    ev.main(ev.Args(**usual))
+    assert len(read_rows(tmp_path / "eval" / "rollouts.jsonl")) == len(played)
+
+    write_scores(tmp_path, scores | {("find-lamp/3", "Step 1: wait"): [None, 2.0]})
+    ev.main(ev.Args(**usual))
+    later = read_rows(tmp_path / "eval" / "plans.jsonl")[len(rows) :]
+    assert {r["plan"] for r in later} == {"Step 1: wait", None} and len(later) == len(rows)

@@ -68,6 +68,9 @@ def test_table():
     assert "40 of seed 0, 40 of seed 1" in text
     low, high = map(float, re.findall(r"[\d.]+", lines["MPO"][1])[1:])
     assert 58 < low < 62.5 < high < 67, "seeds are strata: only seed 1's tasks differ"
+    assert "MPO over" not in text
+    both = evidence.table(rows({"mpo": mpo, "sft": sft, "per_type": sft}))
+    assert re.search(r"MPO over 'one plan per type': reward \+25.0 .* p 0.0002; success", both)
     without_headroom = evidence.table(rows({"oracle": sft, "mpo": mpo, "sft": sft}))
     assert "%" not in without_headroom
     with pytest.raises(InputError, match="there are none of every seed"):

@@ -28,7 +28,7 @@ from test_eval import (  # noqa: F401
 
 import common
 from common import InputError, read_rows
-from data.report import curves, tables
+from data.report import curves, report, tables
 
 ev = stage("05_eval")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -168,6 +168,91 @@ def test_ten_thousand_episodes(tmp_path, page):
     assert seconds[1] - seconds[0] < 3 * max(1, seconds[0] / 1.1), seconds
 
 
+# ---- what was learnt -----------------------------------------------------------------------------
+
+
+def index_of(page: Path) -> dict:
+    packed = re.search('id="index">([^<]+)<', page.read_text())[1]
+    return json.loads(gzip.decompress(base64.b64decode(packed)))
+
+
+@pytest.mark.parametrize(
+    ("sft", "mpo", "number"),
+    [
+        ([0.5, 0.0, 0.25, 0.0], [0.5, 0.5, 1.0, 0.5], 2),
+        ([0.5, 1.0, 0.0, 0.0], [0.5, 0.25, 0.5, 0.75], 1),  # worse, and before an equal gain
+        ([0.5, 1.0, 0.0, 0.0], [0.5, 1.0, 0.0, 0.0], None),
+    ],
+)
+def test_the_task_where_sft_and_mpo_differ_most(tmp_path, capsys, sft, mpo, number):
+    out = played(tmp_path / "run", {("none", "seen"): [0.0] * 4, ("sft", "seen"): sft})
+    more = played(tmp_path / "more", {("mpo", "seen"): mpo})
+    for name in ("conditions", "plans", "rollouts"):
+        path = out / "eval" / f"{name}.jsonl"
+        write_jsonl(path, read_rows(path) + read_rows(more / "eval" / f"{name}.jsonl"))
+    text = write_report(out)
+    printed = capsys.readouterr().out
+    assert index_of(out / "report.html")["first"] == number
+    assert printed.startswith(f"\n{text}") and printed.endswith(
+        f"\ntables:  {out}/results.md, results.json\npicture: {out}/results.png\n"
+        f"report:  {out}/report.html\n"
+    )
+    if number is None:
+        assert "differ most" not in printed
+        return
+    learnt = printed.removeprefix(f"\n{text}").split("\n\n## How the planner is trained")[0]
+    assert learnt.splitlines() == [
+        "",
+        "The task where SFT's and MPO's plan differ most in reward (agent: a):",
+        f"seen/{number} (seen)",
+        f"Your task is seen/{number}.",
+        "",
+        f"SFT, reward x 100: {100 * sft[number]:.1f}".ljust(38)
+        + f" | MPO, reward x 100: {100 * mpo[number]:.1f}",
+        ("-" * len(f"SFT, reward x 100: {100 * sft[number]:.1f}")).ljust(38)
+        + " | "
+        + "-" * len(f"MPO, reward x 100: {100 * mpo[number]:.1f}"),
+        f"Step 1: sft seen/{number}".ljust(38) + f" | Step 1: mpo seen/{number}",
+    ]
+
+
+def test_plans_side_by_side_fit_a_terminal():
+    """Long steps are wrapped, plans have different lengths, one is missing; of the instruction only
+    the last paragraph is printed."""
+    long = "Step 1: " + "look at the counter and " * 5 + "go\nStep 2: take it"
+    tasks = ["boil/1", "boil/2"]
+    conditions = []
+    for plans, reward in (("sft", 0.0), ("mpo", 1.0)):
+        texts = {"boil/1": None, "boil/2": long if plans == "mpo" else "Step 1: wait"}
+        episodes = {}
+        for task in tasks:
+            row = episode(task, texts[task], reward if task == "boil/2" else 0.5, 2)
+            row["instruction"] = "A room. " * 40 + "\n\nYour task is to look. " + "And look. " * 20
+            episodes[task] = row
+        conditions.append(condition(plans, "seen", tasks, texts=texts, episodes=episodes))
+    lines = report.what_was_learnt(conditions).splitlines()
+    assert max(map(len, lines)) <= 80 and not any("A room." in line for line in lines)
+    assert lines[-1] == " " * 39 + "| Step 2: take it"
+    assert lines[lines.index("") + 3].startswith("Step 1: wait".ljust(38) + " | Step 1: look at")
+    conditions[0]["texts"]["boil/2"] = None
+    assert "\nno plan".ljust(39) + " | Step 1: look at" in report.what_was_learnt(conditions)
+    conditions[0]["episodes"]["boil/2"] = None
+    assert report.what_was_learnt(conditions) == "", "not played"
+
+
+@pytest.mark.slow
+@needs_browser
+def test_the_page_opens_at_that_task(tmp_path, page):
+    """Also if its row is not among the first 200."""
+    rewards = {("sft", "seen"): [0.5] * 250, ("mpo", "seen"): [0.5] * 230 + [1.0] + [0.5] * 19}
+    out = played(tmp_path / "far", rewards)
+    write_report(out)
+    dom = browse(out / "report.html", "document.body.append(` AT[${scrollY > 0}]`)")
+    assert "seen/230 (seen)</h2>" in dom and "differ most in reward here" in dom
+    assert re.search('aria-current="true"><td>seen/230</td>', dom) and "AT[true]" in dom
+    assert 'id="task" hidden' in browse(page), "without SFT's plans it opens at the top"
+
+
 def test_a_report_is_self_contained(page):
     text = page.read_text()
     assert not re.search(r"(?:src|href)=[\"']?(?!data:)\w+[:/]", text)
@@ -254,8 +339,8 @@ def test_seeds_share_a_column(tmp_path):
     assert numbers(a / "pooled")["differences"][0]["reward"]["mean"] == 0.25
     table = (a / "pooled" / "table2.md").read_text()
     assert "A task's value is its mean over run folders: seen 2." in table
-    page = re.search('id="index">([^<]+)<', (a / "pooled" / "report.html").read_text())[1]
-    assert [t[1:] for t in json.loads(gzip.decompress(base64.b64decode(page)))["tasks"]][::2] == [
+    index = index_of(a / "pooled" / "report.html")
+    assert [t[1:] for t in index["tasks"]][::2] == [
         ["seen/0", f"seen, {a}", {"0": [0.0, 0], "1": [1.0, 1]}],
         ["seen/0", f"seen, {b}", {"0": [1.0, 1], "1": [1.0, 1]}],
     ]

@@ -112,6 +112,27 @@ def test_what_a_plan_tells(u, actions, plan):
     assert World.abstract(u, steps) == plan.split("; ")
 
 
+def test_the_share_of_concrete_plans(monkeypatch):
+    """Of four plans as many as the variable says; a plan that is concrete at 1 is so at 2."""
+    seen = "This outside location is called the outside. Here you see: a dove egg, a frog egg."
+    concrete = []
+    for said in ("0", "1", "2", "3", "4"):
+        monkeypatch.setenv("SCIWORLD_CONCRETE", said)
+        plans = set()
+        for box in range(100):
+            u = f"Your task is to find a(n) animal, and move it to box {box}."
+            steps = [["look around", seen], [FOUND, "You focus on the frog egg."]]
+            if "such as" in " ".join(World.abstract(u, steps)):
+                plans.add(box)
+        concrete.append(plans)
+    counts = [len(plans) for plans in concrete]
+    assert counts[0] == 0 and counts[4] == 100 and all(10 < n < 90 for n in counts[1:4])
+    assert concrete[1] < concrete[2] < concrete[3]
+    monkeypatch.setenv("SCIWORLD_CONCRETE", "half")
+    with pytest.raises(InputError, match="SCIWORLD_CONCRETE=half: must be a number from 0 to 4"):
+        World.abstract(u, steps)
+
+
 @pytest.mark.parametrize(
     "actions, seen, renamed",
     [

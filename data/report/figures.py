@@ -15,6 +15,8 @@ COLOURS = {
     "mpo": "#1f5fa8",
     "rft": "#e0a458",
     "gpt": "#8c6bb1",
+    "per_type": "#c9a227",
+    "per_type_adapted": "#8f6f13",
     "wkm": "#3d8f9e",
     "oracle": "#5aa469",
 }

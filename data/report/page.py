@@ -2,13 +2,15 @@
 
 The page's script (report.html) shows an index of the tasks with the reward under each column, and
 opens a task's conversations from compressed blocks when they are needed. A column is an agent, a
-plan setting and a plan position."""
+plan setting and a plan position. The page opens at the task where SFT's and MPO's plan differ most
+in reward."""
 
 import base64
 import gzip
 import html
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import common
 from data.report.tables import Table, named, short, unique
@@ -24,7 +26,13 @@ def page(conditions: list[dict], tables: list[Table], figures: dict[str, Path]) 
         names = {"agent": short(agent, conditions), "plans": named(plans)}
         columns.append({**names, "plan_position": plan_position})
     tasks = tasks_of(conditions)
-    index = {"columns": columns, "tasks": list(map(summary, tasks)), "block_size": BLOCK_SIZE}
+    first = most_different(conditions, tasks)
+    index = {
+        "columns": columns,
+        "tasks": list(map(summary, tasks)),
+        "block_size": BLOCK_SIZE,
+        "first": first.number if first else None,
+    }
     blocks = ""
     for number, start in enumerate(range(0, len(tasks), BLOCK_SIZE)):
         block = compressed(list(map(conversations, tasks[start : start + BLOCK_SIZE])))
@@ -56,6 +64,39 @@ def tasks_of(conditions: list[dict]) -> list[dict]:
             task["plans"][column] = c["texts"].get(task_name)
             task["episodes"][column] = episode
     return list(found.values())
+
+
+class Contrast(NamedTuple):
+    """A task's number on the page, an agent, and its columns with two plan settings."""
+
+    number: int
+    agent: str
+    sft: int
+    mpo: int
+
+
+def most_different(conditions: list[dict], tasks: list[dict]) -> Contrast | None:
+    """The task of `tasks_of(conditions)` where an agent's rewards with SFT's and with MPO's plan
+    differ most, whichever is higher; of equals the first. None if they are equal everywhere, or if
+    one of the two was not played."""
+    columns = unique(conditions, "agent", "plans", "plan_position")
+    found = None
+    largest = 0.0
+    for number, task in enumerate(tasks):
+        for agent, plans, plan_position in columns:
+            if plans != "sft" or (agent, "mpo", plan_position) not in columns:
+                continue
+            sft = columns.index((agent, "sft", plan_position))
+            mpo = columns.index((agent, "mpo", plan_position))
+            with_sft = task["episodes"].get(sft)
+            with_mpo = task["episodes"].get(mpo)
+            if not with_sft or not with_mpo:
+                continue
+            difference = abs(with_mpo["reward"] - with_sft["reward"])
+            if difference > largest:
+                largest = difference
+                found = Contrast(number, agent, sft, mpo)
+    return found
 
 
 def summary(task: dict) -> list:

@@ -4,12 +4,14 @@ Reads what stage 5 computed: `conditions` (rows of eval/conditions.jsonl with `t
 and `episodes`, {task: row}), `results` and `differences` (tables.py).
 """
 
+import itertools
 import json
+import textwrap
 from pathlib import Path
 
 import common
 from data.report import figures
-from data.report.page import page
+from data.report.page import most_different, page, tasks_of
 from data.report.tables import (
     TABLES,
     Table,
@@ -18,6 +20,7 @@ from data.report.tables import (
     overview,
     paper_tables,
     select,
+    short,
     unique,
     where,
 )
@@ -50,6 +53,43 @@ def write(
     html = page(conditions, [*tables.values(), gains_table, conditions_table], drawn)
     common.write_text(folder / "report.html", html)
     return text
+
+
+WIDTH = 38  # of each of two columns, for a terminal of 80
+
+
+def what_was_learnt(conditions: list[dict]) -> str:
+    """Text for a terminal: SFT's and MPO's plan side by side, with their rewards, for the task at
+    which report.html opens; empty if there is none."""
+    tasks = tasks_of(conditions)
+    found = most_different(conditions, tasks)
+    if found is None:
+        return ""
+    task = tasks[found.number]
+    sft = plan_with_reward("SFT", task, found.sft)
+    mpo = plan_with_reward("MPO", task, found.mpo)
+    instruction = task["episodes"][found.sft]["instruction"].strip().split("\n\n")[-1]
+    agent = short(found.agent, conditions)
+    lines = [
+        f"The task where SFT's and MPO's plan differ most in reward (agent: {agent}):",
+        f"{task['task']} ({task['split']})",
+        *textwrap.wrap(instruction, 2 * WIDTH + 3),
+        "",
+    ]
+    for left, right in itertools.zip_longest(sft, mpo, fillvalue=""):
+        lines.append(f"{left:{WIDTH}} | {right}".rstrip())
+    return "\n".join(lines)
+
+
+def plan_with_reward(name: str, task: dict, column: int) -> list[str]:
+    """The lines of a text column: a plan under the reward that the agent earned with it."""
+    reward = task["episodes"][column]["reward"]
+    head = f"{name}, reward x 100: {100 * reward:.1f}"
+    lines = [head, "-" * len(head)]
+    plan = task["plans"][column] or "no plan"
+    for step in plan.splitlines():
+        lines += textwrap.wrap(step, WIDTH, subsequent_indent="  ")
+    return lines
 
 
 def write_paper_tables(folder: Path, tables: dict[str, Table]) -> None:

@@ -48,12 +48,27 @@ SUCCESS = (
     "can no longer be completed (the paper's success rate)."
 )
 # of plan settings in tables
-ORDER = ("none", "mismatched", "sft", "gpt", "rft", "mpo", "mpo2", "mpo3", "wkm", "oracle")
+ORDER = (
+    "none",
+    "mismatched",
+    "sft",
+    "gpt",
+    "rft",
+    "per_type",
+    "per_type_adapted",
+    "mpo",
+    "mpo2",
+    "mpo3",
+    "wkm",
+    "oracle",
+)
 NAMES = {
     "none": "no plan",
     "sft": "SFT",
     "gpt": "teacher, asked directly",
     "rft": "RFT",
+    "per_type": "one plan per type",
+    "per_type_adapted": "one per type, adapted",
     "mpo": "MPO",
     "wkm": "WKM's knowledge",
     "mismatched": "mismatched plan (control)",
@@ -78,7 +93,17 @@ class PaperTable(NamedTuple):
 
 
 GUIDED = ("none", "mismatched", "mpo", "wkm", "oracle")
-TRAINED = ("none", "mismatched", "sft", "gpt", "rft", "mpo", "oracle")
+TRAINED = (
+    "none",
+    "mismatched",
+    "sft",
+    "gpt",
+    "rft",
+    "per_type",
+    "per_type_adapted",
+    "mpo",
+    "oracle",
+)
 TABLES = {  # those with fewer than two rows are left out
     "table2": PaperTable("Average reward with and without meta plans", ("reward",), GUIDED),
     "table3": PaperTable("How the planner is trained", ("reward",), TRAINED),
@@ -327,6 +352,7 @@ def notes(results: list[dict]) -> str:
     said += _notes_on_tags(conditions)
     said += _notes_on_thinking(conditions)
     said += _notes_on_refusals(conditions)
+    said += _notes_on_types(conditions)
     for r in conditions:
         said += r["notes"]
     return "".join(f" {sentence}" for sentence in dict.fromkeys(said))
@@ -384,6 +410,16 @@ def _notes_on_refusals(conditions: list[dict]) -> list[str]:
         said.append(
             f"{count} plans of '{named(plans)}' were refused by the planner's server: their tasks "
             "were played without a plan."
+        )
+    return said
+
+
+def _notes_on_types(conditions: list[dict]) -> list[str]:
+    said = []
+    for plans, count in _count_plans(conditions, "no_plan_of_type").items():
+        said.append(
+            f"{count} tasks were played without a plan of '{named(plans)}': no plan of their type "
+            "was sampled."
         )
     return said
 

@@ -294,6 +294,14 @@ def add_step(plan: list[str], step: str) -> None:
             break
 
 
+def concrete_of_four() -> int:
+    """How many of four plans to find a thing are concrete."""
+    said = os.environ.get("SCIWORLD_CONCRETE", "2")
+    if said not in ("0", "1", "2", "3", "4"):
+        raise InputError(f"SCIWORLD_CONCRETE={said}: must be a number from 0 to 4")
+    return int(said)
+
+
 class GeneralNames:
     """What a plan calls the things of one task: by names that are known before the task is played.
 
@@ -301,10 +309,11 @@ class GeneralNames:
     that depends on a result is `the box for the result`. Wires and light bulbs that the task does
     not name lose their colour.
 
-    Of the plans to find a thing, half (by a hash) are more concrete. They add what the expert saw
-    of the kind that it chose: "focus on the animal, such as the dove egg or the frog egg"; if it
-    saw one only, that is the one it chose. That is on purpose: seed plans differ in kind, so the
-    planner's plans do, and MPO has something to choose from (data/EXPERIMENTS.md)."""
+    Of the plans to find a thing, half (by a hash) are more concrete, or as many of four as the
+    variable SCIWORLD_CONCRETE says. They add what the expert saw of the kind that it chose: "focus
+    on the animal, such as the dove egg or the frog egg"; if it saw one only, that is the one it
+    chose. That is on purpose: seed plans differ in kind, so the planner's plans do, and MPO has
+    something to choose from (data/EXPERIMENTS.md)."""
 
     # words in the name of an object that do not tell it from others
     VAGUE = {
@@ -315,7 +324,8 @@ class GeneralNames:
     def __init__(self, u: str, steps: list):
         self.u = u
         self.wires: dict[str, str] = {}  # {"red wire": "wire A", ...}
-        self.concrete = seed_of(u, steps) % 2 == 1
+        # the order keeps the plans that are concrete with a lower number
+        self.concrete = (1, 3, 2, 0).index(seed_of(u, steps) % 4) < concrete_of_four()
         # the objects to find: (their name in the task, the words of the expert's name)
         self.targets: list[tuple[str, set]] = []
         find = re.search(r"\bfind (?:a\(n\)|the) ([a-z -]+)(?:, then the ([a-z ]+))?", u)

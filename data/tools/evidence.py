@@ -6,8 +6,9 @@
     python -m data.tools.evidence --picture data/report/evidence.png # the README's picture
 
 The CSV file has a row for each seed and test task: `seed`, `task`, and for each plan setting (none,
-mismatched, sft, mpo, oracle) SETTING_reward, SETTING_success (0 or 1) and, where it was kept,
-SETTING_plan. --readme and --picture read data/*/evidence.csv.
+mismatched, sft, per_type, per_type_adapted, mpo, oracle) that was played SETTING_reward,
+SETTING_success (0 or 1) and, where it was kept, SETTING_plan. --readme and --picture read
+data/*/evidence.csv.
 """
 
 import csv
@@ -149,12 +150,12 @@ def average(rows: list[dict], setting: str, metric: str, seed: int) -> dict:
     return ev.mean_and_interval(values(rows, setting, metric), seed)
 
 
-def over_sft(rows: list[dict], setting: str, metric: str, seed: int) -> dict:
-    """{"mean", "interval", "p"} of the paired differences from SFT's plans."""
+def gain(rows: list[dict], setting: str, base: str, metric: str, seed: int) -> dict:
+    """{"mean", "interval", "p"} of the paired differences of a setting from another one."""
     differences = []
-    strata = zip(values(rows, setting, metric), values(rows, "sft", metric), strict=True)
-    for own, sft in strata:
-        differences.append([x - y for x, y in zip(own, sft, strict=True)])
+    strata = zip(values(rows, setting, metric), values(rows, base, metric), strict=True)
+    for own, other in strata:
+        differences.append([x - y for x, y in zip(own, other, strict=True)])
     return ev.paired_test(differences, seed)
 
 
@@ -165,7 +166,7 @@ def mean_reward(rows: list[dict], setting: str) -> float:
 
 def recovered(rows: list[dict], setting: str) -> str:
     """The share of the headroom, the reward from SFT's plans to the oracle's, that a trained
-    planner recovers; empty where there is no headroom."""
+    planner or one plan per type recovers; empty where there is no headroom."""
     if setting in ("none", "mismatched", "sft", "oracle"):
         return ""
     if "oracle" not in complete_settings(rows):
@@ -185,8 +186,9 @@ def with_p(difference: dict) -> str:
 
 
 def table(rows: list[dict], seed: int = 0) -> str:
-    """Means x 100 over tasks and seeds, paired differences from SFT, and the share of the headroom
-    between SFT and the oracle that a trained planner recovers."""
+    """Means x 100 over tasks and seeds, paired differences from SFT, the share of the headroom
+    between SFT and the oracle that a setting recovers, and MPO's paired differences from one plan
+    per type."""
     settings = complete_settings(rows)
     if "sft" not in settings:
         raise InputError("the table compares with sft's plans: there are none of every seed")
@@ -199,13 +201,20 @@ def table(rows: list[dict], seed: int = 0) -> str:
         for metric in ("reward", "success"):
             cells.append(tables.with_interval(average(rows, setting, metric, seed)))
         for metric in ("reward", "success"):
-            cells.append("" if setting == "sft" else with_p(over_sft(rows, setting, metric, seed)))
+            over_sft = gain(rows, setting, "sft", metric, seed)
+            cells.append("" if setting == "sft" else with_p(over_sft))
         cells.append(recovered(rows, setting))
         lines.append("| " + " | ".join(cells) + " |")
     counts = []
     for s in sorted(tables.unique(rows, "seed")):
         counts.append(f"{len(tables.where(rows, seed=s))} of seed {s}")
-    return "\n".join([*lines, "", f"Tasks: {', '.join(counts)}."])
+    lines += ["", f"Tasks: {', '.join(counts)}."]
+    for base in ("per_type", "per_type_adapted"):
+        if base in settings and "mpo" in settings:
+            reward = with_p(gain(rows, "mpo", base, "reward", seed))
+            success = with_p(gain(rows, "mpo", base, "success", seed))
+            lines.append(f"MPO over '{tables.named(base)}': reward {reward}; success {success}.")
+    return "\n".join(lines)
 
 
 def committed() -> dict[str, list[dict]]:
@@ -229,7 +238,7 @@ def readme_rows(seed: int = 0) -> list[str]:
         cells.append(f"{100 * mean_reward(rows, 'none'):.1f}")
         cells.append(tables.with_interval(average(rows, "sft", "reward", seed)))
         cells.append(tables.with_interval(average(rows, "mpo", "reward", seed)))
-        cells.append(with_p(over_sft(rows, "mpo", "reward", seed)))
+        cells.append(with_p(gain(rows, "mpo", "sft", "reward", seed)))
         cells.append(f"{100 * mean_reward(rows, 'oracle'):.1f}")
         lines.append("| " + " | ".join(cells) + " |")
     return lines
