@@ -125,6 +125,9 @@ class ExploreArgs(AgentArgs):
     agent: str = arg("runs/sciworld/agent", "the agent that explores, and will be trained")
     experts: str = arg("runs/sciworld/trajectories.jsonl", "the expert's trajectories of the tasks")
     n: int = arg(1, "rollouts per task (ETO: 1)")
+    agent_temperature: float = arg(
+        0.0, "temperature of the agent (ETO: 0); above 0 for --n above 1"
+    )
 
 
 # ---- M plans of each task ------------------------------------------------------------------------
@@ -594,6 +597,11 @@ def won_conversations(episodes: list[dict], prompts, observation_chars: int) -> 
 
 def explore(a: ExploreArgs) -> None:
     """Play the experts' tasks with the agent; write its successes and its pairs with the expert."""
+    if a.n > 1 and a.agent_temperature == 0:
+        raise InputError(
+            f"--n {a.n}: at temperature 0 all rollouts of a task are the same: use "
+            "--agent_temperature 0.7 as well, or leave out --n"
+        )
     common.check_thinking(a)
     prompts = common.Prompts(a.env, a.prompts, a.examples)
     if a.check:

@@ -76,7 +76,7 @@ $(error ROUNDS=$(ROUNDS) must be 1, 2 or 3)
 endif
 
 # The stages' commands. data/tools/check.py, which is `make check`, runs make with CHECKING=1: then a
-# stage only looks at what it needs, and TOOL and TOUCH do nothing, so that nothing is written.
+# stage only looks at what it needs, and TOOL, TOUCH and COPY do nothing, so that nothing is written.
 PROCESSES ?= $(if $(filter-out 0 1,$(GPUS)),$(GPUS),1)
 LAUNCH ?= $(if $(filter-out 1,$(PROCESSES)),python -m data.tools.launch --num_processes $(PROCESSES),python)
 # With nohup SIGHUP is ignored, but torch's launcher would heed it, unless it is told which to heed.
@@ -88,11 +88,13 @@ STAGE := $(VENV) python -m data.tools.check stage
 TRAIN := $(VENV) WORLD_SIZE=$(PROCESSES) python -m data.tools.check stage
 TOOL := :
 TOUCH := :
+COPY := :
 else
 STAGE := $(VENV) python
 TRAIN := $(VENV) $(LAUNCH)
 TOOL := $(VENV) python
 TOUCH := touch
+COPY := install -m 644 -D -t
 endif
 ENV_FLAGS := --env $(ENV) $(ENV_ARGS) $(if $(PROMPTS),--prompts $(PROMPTS))
 TASK_FLAGS := $(if $(TASKS),--tasks train=$(TASKS)/train.json seen=$(TASKS)/dev.json unseen=$(TASKS)/test.json)

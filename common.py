@@ -765,7 +765,8 @@ class Environment:
     MAX_STEPS: dict[str, int]  # step limit of an episode, by task type
     VERBS: set[str]  # first words that quality control allows in a plan step
     FAILED: tuple[str, ...]  # prefixes of observations of invalid actions
-    MAX_FAILURES: int | None = None  # invalid actions in a row that end an episode
+    COUNTED: tuple[str, ...] = ()  # prefixes of observations that end an episode if there are
+    MAX_COUNTED = 10  # so many in a row
     VARIABLES: tuple[str, ...] = ()  # environment variables that workers on other machines need
     SECONDS = {"expert": 1.0, "reset": 0.1, "step": 0.02}  # core-seconds, for `make estimate`
     shares_tasks = False  # whether sessions of one process share work on the same task
@@ -873,12 +874,9 @@ def environment(name: str) -> type[Environment]:
 
 
 def check_data(env: str, out) -> None:
-    """Refuse a run folder whose rows come from other data of the environment.
-
-    The folder's data_version.txt says from which; an environment without a version has none."""
+    """Refuse a run folder whose rows come from other data of the environment. The folder's
+    data_version.txt says from which."""
     version = environment(env).version()
-    if not version:
-        return
     path = Path(out) / "data_version.txt"
     if path.exists() and path.read_text() != version:
         raise InputError(
@@ -2870,7 +2868,7 @@ class Episode:
         self.messages: list[dict] = []
         self.opening = ""  # the text that every reply starts with
         self.home: dict = {}  # which model server has this conversation in its cache
-        self.failures = 0  # failed steps in a row
+        self.counted = 0  # observations in a row that begin as in `cls.COUNTED`
         self.row = {
             "instruction": None,
             "reward": 0.0,
@@ -2889,8 +2887,9 @@ class Episode:
         "completion_tokens"}, and "continued" if the plan is in the thought.
 
         `end` is success, failure (the task can no longer be completed), steps (the step limit),
-        errors (`MAX_FAILURES` failed steps in a row), context (the prompt became too long) or
-        refused (by the model's server: there is an "error", and the reward is 0)."""
+        errors (`MAX_COUNTED` invalid actions in a row of a kind that the environment counts),
+        context (the prompt became too long) or refused (by the model's server: there is an "error",
+        and the reward is 0)."""
         self.begin(await self.env("reset", self.task))
         for step in range(self.c.max_steps or self.cls.max_steps(self.task)):
             try:
@@ -2908,7 +2907,7 @@ class Episode:
             if done:
                 self.row["end"] = "success" if self.row["success"] else "failure"
                 break
-            if self.failures == self.cls.MAX_FAILURES:
+            if self.counted == self.cls.MAX_COUNTED:
                 self.row["end"] = "errors"
                 break
             self.append(said, observation)
@@ -2951,19 +2950,19 @@ class Episode:
             self.row[name] += tokens
 
     async def execute(self, action: str | None) -> tuple[str, bool]:
-        """(observation, whether the episode is over). A reply without an action is a failed step,
-        whose observation says so."""
+        """(observation, whether the episode is over). After a reply without an action nothing is
+        executed, and the observation says so."""
         if action is None:
             self.row["format_errors"] += 1
-            self.failures += 1
+            self.counted = 0
             return NO_ACTION, False
         observation, reward, done, success = await self.env("step", action)
         self.row["reward"] = reward
         self.row["success"] = success
-        if self.cls.failed(observation):
-            self.failures += 1
+        if observation.startswith(self.cls.COUNTED):
+            self.counted += 1
         else:
-            self.failures = 0
+            self.counted = 0
         return observation, done
 
     def append(self, said: str, observation: str) -> None:

@@ -166,7 +166,7 @@ def test_explore(seeded, tmp_path, tokenizer, chat_server, capsys):
     score.explore(a)
     printed = capsys.readouterr().out
     assert "exploration: 3 episodes, " in printed and "1 successful; 2 pairs" in printed
-    assert {b["temperature"] for b in server.requests} == {0.7}
+    assert {b["temperature"] for b in server.requests} == {0.0}
     assert not any("meta plan" in b["messages"][0]["content"] for b in server.requests)
     pairs = read_rows(out / "pairs.jsonl", ("task", "prompt", "chosen", "rejected"))
     assert [p["task"] for p in pairs] == [e["task"] for e in others]
@@ -185,6 +185,8 @@ def test_explore(seeded, tmp_path, tokenizer, chat_server, capsys):
     wins.update(e["task"] for e in others)
     with pytest.raises(InputError, match="no failure to learn from"):
         score.explore(score.ExploreArgs(**{**vars(a), "out": str(tmp_path / "eto2")}))
+    with pytest.raises(InputError, match="--n 2: at temperature 0 .* --agent_temperature 0.7"):
+        score.explore(score.ExploreArgs(**{**vars(a), "n": 2}))
 
 
 @pytest.mark.parametrize("env", sorted(p.parent.name for p in common.DATA.glob("*/knowagent")))

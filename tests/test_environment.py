@@ -60,15 +60,16 @@ def test_the_protocol():
 
 
 def test_a_run_folder_is_of_one_version_of_the_data(tmp_path, monkeypatch):
+    """Also of none."""
     cls = common.environment(CORRIDOR)
-    common.check_data(CORRIDOR, tmp_path)
-    assert not list(tmp_path.iterdir()), "no version, no file"
-    monkeypatch.setattr(cls, "version", classmethod(lambda cls: "one"))
-    common.check_data(CORRIDOR, tmp_path)
-    common.check_data(CORRIDOR, tmp_path)
-    monkeypatch.setattr(cls, "version", classmethod(lambda cls: "two"))
-    with pytest.raises(InputError, match="rows of other .* data.*another run folder"):
-        common.check_data(CORRIDOR, tmp_path)
+    for old, new in [("", "one"), ("one", "two"), ("two", "")]:
+        out = tmp_path / f"run{old}"
+        monkeypatch.setattr(cls, "version", classmethod(lambda cls, said=old: said))
+        common.check_data(CORRIDOR, out)
+        common.check_data(CORRIDOR, out)
+        monkeypatch.setattr(cls, "version", classmethod(lambda cls, said=new: said))
+        with pytest.raises(InputError, match="rows of other .* data.*another run folder"):
+            common.check_data(CORRIDOR, out)
 
 
 def reply(messages, body):

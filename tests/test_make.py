@@ -124,7 +124,7 @@ def test_make_demo_trains_the_agent_first(env):
         ("agent-sft", "--out runs/q --thoughts true"),
         ("agent-eto ETO_ROUNDS=2", "--model runs/q/agent-eto1 --data runs/q/eto2/pairs.jsonl"),
         ("agent-knowagent", "--prompts knowagent"),
-        ("agent-wkm", "--explored runs/q/eto1/explore.jsonl"),
+        ("agent-wkm", "--explored runs/q/eto1/explore.jsonl --plan_share 1 --thoughts true"),
     ],
 )
 def test_make_tables_and_agents(target, said):

@@ -15,6 +15,7 @@ from common import EnvPool, InputError, Prompts, RolloutConfig, rollouts, task_t
 
 pytest.importorskip("scienceworld")
 World = common.environment("sciworld")
+sciworld = sys.modules[World.__module__]
 TASKS = ["find-animal/0", "find-plant/0", "lifespan-longest-lived/0", "chemistry-mix/0"]
 MORE = [
     "find-animal/1", "find-living-thing/0", "find-living-thing/1", "find-plant/1",
@@ -110,6 +111,44 @@ def test_what_a_plan_tells(u, actions, plan):
     for action in actions.split("; "):
         steps.append([action, "You focus on the frog egg." if action == FOUND else seen])
     assert World.abstract(u, steps) == plan.split("; ")
+
+
+ALL = "openContainers,teleportAction,openDoors,selfWateringFlowerPots"
+
+
+@pytest.mark.parametrize(
+    "said, kind, told",
+    [
+        ("easy", "boil", "easy"),
+        ("easy,openContainers", "boil", f"{ALL},noElectricalAction"),
+        ("openContainers, easy", "power-component", ALL),
+        ("openContainers,easy", "test-conductivity", ALL),
+        ("openContainers,teleportAction", "boil", "openContainers,teleportAction"),
+    ],
+)
+def test_what_the_simulator_is_told(monkeypatch, said, kind, told):
+    monkeypatch.setenv("SCIWORLD_SIMPLIFICATION", said)
+    assert sciworld.simplification_of(kind) == told
+    assert bool(World.version()) == bool(World.note()) == (said != "easy")
+
+
+def test_an_unknown_simplification(monkeypatch):
+    monkeypatch.setenv("SCIWORLD_SIMPLIFICATION", "easy,open")
+    with pytest.raises(InputError, match="SCIWORLD_SIMPLIFICATION: 'open' must be one of easy, op"):
+        World.version()
+
+
+@pytest.mark.slow
+def test_open_containers(monkeypatch):
+    """What a room looks like at first, in a session of its own."""
+    closed = {}
+    for said in ("easy", "easy,openContainers"):
+        monkeypatch.setenv("SCIWORLD_SIMPLIFICATION", said)
+        world = World(sessions=1)
+        world.reset("boil/0")
+        world.step("teleport to kitchen")
+        closed[said] = world.step("look around")[0].count("is closed")
+    assert closed["easy"] > 0 and closed["easy,openContainers"] == 0
 
 
 def test_the_share_of_concrete_plans(monkeypatch):

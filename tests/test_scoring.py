@@ -114,16 +114,26 @@ def test_a_reply_without_an_action_is_a_step_that_says_so(chat_server):
     assert server.requests[1]["messages"][-1]["content"] == f"Observation: {NO_ACTION}"
 
 
-@pytest.mark.parametrize("text, format_errors", [("Action: dance", 0), ("I do not know.", 10)])
-def test_ten_invalid_actions_in_a_row_end_an_episode(chat_server, monkeypatch, text, format_errors):
-    """Where the environment says so."""
-    url = chat_server(lambda messages, body: text).url
+@pytest.mark.parametrize(
+    "counted, replies, steps",
+    [
+        (["You cannot"], ["Action: dance"], 10),
+        (["You cannot"], ["Action: dance"] * 9 + ["Action: walk on", "I do not know."], 30),
+        (["You cannot"], ["Action: dance"] * 9 + ["I do not know."], 30),
+        (["You cannot"], ["I do not know."], 30),
+        ([], ["Action: dance"], 30),
+    ],
+    ids=["ten", "a valid action between", "no action between", "no actions", "not counted"],
+)
+def test_ten_invalid_actions_in_a_row_end_an_episode(
+    chat_server, monkeypatch, counted, replies, steps
+):
+    """Where the environment counts them. The replies are repeated from the first one on."""
+    monkeypatch.setattr(common.environment(CORRIDOR), "COUNTED", tuple(counted))
+    url = chat_server(lambda messages, body: replies[len(messages) // 2 % len(replies)]).url
     [[row], _] = play(url, jobs_of(tasks_of()[:1]), max_steps=30)
-    assert (row["end"], row["success"], row["reward"]) == ("errors", False, 0.0)
-    assert len(row["steps"]) == 10 and row["format_errors"] == format_errors
-    monkeypatch.setattr(common.environment(CORRIDOR), "MAX_FAILURES", None)
-    [[row], _] = play(url, jobs_of(tasks_of()[:1]), max_steps=30)
-    assert row["end"] == "steps" and len(row["steps"]) == 30
+    assert row["end"] == ("errors" if steps == 10 else "steps")
+    assert len(row["steps"]) == steps and row["reward"] < 1
 
 
 def test_what_an_agent_is_asked(chat_server):

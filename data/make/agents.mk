@@ -61,10 +61,13 @@ $(R)/agent-knowagent/config.json: 02_sft.py $(R)/knowagent/won.jsonl
 	$(CURVES) $(@D)
 
 # ---- WKM: the teacher compares the expert's trajectories with the agent's failures. One model learns
-# to write such task knowledge, the agent learns to act with it in its prompt. ---------------------
+# to write such task knowledge, the agent learns to act with it in its prompt. The trajectories and
+# their thoughts are the run's. --------------------------------------------------------------------
 
-$(R)/wkm-seed/seed_plans.jsonl: 01_seed_plans.py $(R)/eto1/pairs.jsonl
-	$(SEED_PLANS) --prompts wkm --out $(R)/wkm-seed --explored $(R)/eto1/explore.jsonl --plan_share 1
+$(R)/wkm-seed/seed_plans.jsonl: 01_seed_plans.py $(R)/eto1/pairs.jsonl $(R)/thoughts.done
+	$(COPY) $(@D) $(R)/trajectories.jsonl $(R)/thoughts.jsonl
+	$(SEED_PLANS) --prompts wkm --out $(@D) \
+	  --explored $(R)/eto1/explore.jsonl --plan_share 1 --thoughts true
 $(R)/wkm/config.json: 02_sft.py $(R)/wkm-seed/seed_plans.jsonl
 	$(SFT) --model $(PLANNER) --data $(R)/wkm-seed/seed_plans.jsonl --out $(@D) $(SFT_ARGS)
 	$(CURVES) $(@D)

@@ -14,6 +14,36 @@ from types import SimpleNamespace
 
 from common import Environment, InputError, seed_of, task_type
 
+EASY = ("teleportAction", "openDoors", "selfWateringFlowerPots", "noElectricalAction")
+
+
+def simplifications() -> list[str]:
+    """What makes the simulator easier: SCIWORLD_SIMPLIFICATION, names with commas between them. By
+    default `easy`, which stands for all of `EASY`."""
+    names = os.environ.get("SCIWORLD_SIMPLIFICATION", "easy").replace(" ", "").split(",")
+    for name in names:
+        if name not in ("easy", "openContainers", *EASY):
+            raise InputError(
+                f"SCIWORLD_SIMPLIFICATION: {name!r} must be one of easy, openContainers, "
+                f"{', '.join(EASY)}"
+            )
+    return names
+
+
+def simplification_of(kind: str) -> str:
+    """What the simulator is told for a task type. It takes `easy` only alone: beside other names it
+    is written out here, as the simulator would, without electrical simplifications for tasks about
+    electricity."""
+    names = simplifications()
+    if "easy" not in names or names == ["easy"]:
+        return ",".join(names)
+    written = [name for name in names if name != "easy"]
+    for name in EASY:
+        electrical = "power-component" in kind or "conductivity" in kind
+        if name not in names and not (electrical and name == "noElectricalAction"):
+            written.append(name)
+    return ",".join(written)
+
 
 class ScienceWorld(Environment):
     """ScienceWorld; all sessions of a process share one JVM.
@@ -21,7 +51,6 @@ class ScienceWorld(Environment):
     Reward: the highest raw score of the episode so far, clipped to [0, 1]. Success: the task is
     completed, and the score is not negative (paper appendix B)."""
 
-    SIMPLIFICATION = "easy"  # teleport, self-watering pots, open doors, fewer electrical actions
     SPLITS = {"train": 120, "seen": 10, "unseen": 10}  # maximum number of tasks per type
     MAX_STEPS: dict[str, int] = json.loads((Path(__file__).parent / "max_steps.json").read_text())
     # the simulator's verbs, and those that a plan uses to say where to search
@@ -31,8 +60,9 @@ class ScienceWorld(Environment):
         "flush", "dunk", "put", "take", "get", "find", "locate", "choose", "repeat", "drop",
     }  # fmt: skip
     FAILED = ("No known action matches that input", "Ambiguous request", "Unknown action")
-    MAX_FAILURES = 10
+    COUNTED = FAILED[:1]  # as in the authors' experiment: the other two do not count
     SECONDS = {"expert": 0.4, "reset": 0.067, "step": 0.022}
+    VARIABLES = ("SCIWORLD_SIMPLIFICATION",)
     jvm = None
 
     def __init__(self, sessions: int = 8):
@@ -120,6 +150,16 @@ class ScienceWorld(Environment):
 
     # -- the protocol ------------------------------------------------------------------------------
 
+    @classmethod
+    def version(cls) -> str:
+        said = ",".join(simplifications())
+        return "" if said == "easy" else f"SCIWORLD_SIMPLIFICATION={said}"
+
+    @classmethod
+    def note(cls) -> str:
+        version = cls.version()
+        return f"Played with {version}." if version else ""
+
     def columns(self, split: str) -> list[list[str]]:
         """A seeded sample of each type's variations in the simulator's own train, dev ("seen" in
         the paper) or test ("unseen") split."""
@@ -127,7 +167,7 @@ class ScienceWorld(Environment):
         columns = []
         for kind in self.MAX_STEPS:
             with self._own_state():
-                self.api.load(kind, 0, self.SIMPLIFICATION, False)
+                self.api.load(kind, 0, simplification_of(kind), False)
             numbers = list(getattr(self.api, f"getVariations{name}")())
             random.Random(f"{kind} {split}").shuffle(numbers)
             columns.append([f"{kind}/{n}" for n in numbers[: self.SPLITS[split]]])
@@ -155,7 +195,7 @@ class ScienceWorld(Environment):
         if int(variation) >= count:
             raise InputError(f"unknown ScienceWorld task {task!r}: {kind} has {count} variations")
         with self._own_state():
-            self.api.load(kind, int(variation), self.SIMPLIFICATION, gold)
+            self.api.load(kind, int(variation), simplification_of(kind), gold)
         self.best = 0.0
         return " ".join(self.api.getTaskDescription().split())
 

@@ -19,7 +19,7 @@ class Corridor(Environment):
     MAX_STEPS = {"find-lamp": 6, "find-key": 8}  # {task type: step limit of an episode}
     VERBS = {"walk", "take", "go"}  # the first words that quality control allows in a plan step
     FAILED = ("You cannot",)  # how an observation begins that says: invalid action
-    MAX_FAILURES = 10  # so many invalid actions in a row end an episode
+    COUNTED = ("You cannot",)  # optional: ten such observations in a row end an episode
     SECONDS = {"expert": 0.001, "reset": 0.001, "step": 0.001}  # measured, for `make estimate`
 
     def columns(self, split):
