@@ -2868,7 +2868,7 @@ class Episode:
         self.messages: list[dict] = []
         self.opening = ""  # the text that every reply starts with
         self.home: dict = {}  # which model server has this conversation in its cache
-        self.counted = 0  # observations in a row that begin as in `cls.COUNTED`
+        self.counted = 0  # of the last actions: how many observations begin as in `cls.COUNTED`
         self.row = {
             "instruction": None,
             "reward": 0.0,
@@ -2954,7 +2954,6 @@ class Episode:
         executed, and the observation says so."""
         if action is None:
             self.row["format_errors"] += 1
-            self.counted = 0
             return NO_ACTION, False
         observation, reward, done, success = await self.env("step", action)
         self.row["reward"] = reward
