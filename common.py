@@ -1246,7 +1246,8 @@ def lists_in(cls: type[Environment], folder: Path) -> dict[str, str]:
         if found:
             files[split] = found[0]
     if "train" not in files:
-        known = ", ".join(f"{stem}.json" for stems in names.values() for stem in stems)
+        stems = sum(names.values(), [])
+        known = ", ".join(f"{stem}.json" for stem in dict.fromkeys(stems))
         raise InputError(
             f"--tasks {folder}: there is no train.json. A folder must have that list, and may have "
             f"others: {known}. For a test split alone, write --tasks SPLIT=FILE"

@@ -9,7 +9,6 @@ folder tasks/, from where `make all` takes them: all of them, or nothing if one 
 import http.client
 import json
 import shutil
-import urllib.error
 import urllib.request
 from dataclasses import dataclass
 
