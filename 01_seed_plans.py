@@ -69,7 +69,9 @@ class Args:
         None, "prompt folder: one of the environment's, or a path (default: the environment's own)"
     )
     tasks: List[str] = arg(
-        [], "JSON file of tasks, [[type, variation], ...], or train=FILE (default: the train split)"
+        [],
+        "list of tasks: a JSON file, train=FILE, or a folder with train.json (data/README.md; "
+        "default: the environment's train split)",
     )
     types: Optional[List[str]] = arg(None, "only tasks of these types")
     limit: Optional[int] = arg(None, "only the first N tasks")

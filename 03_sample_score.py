@@ -110,7 +110,9 @@ class Args(AgentArgs):
         "the planner (trained without)", "the token limit", "off"
     )
     tasks: List[str] = arg(
-        [], "JSON file of tasks, [[type, variation], ...], or train=FILE (default: the train split)"
+        [],
+        "list of tasks: a JSON file, train=FILE, or a folder with train.json (data/README.md; "
+        "default: the environment's train split)",
     )
     pairs: Optional[str] = arg(
         None,

@@ -117,8 +117,8 @@ class Args:
     max_steps: Optional[int] = arg(None, "step limit of an episode (default: the environment's)")
     tasks: List[str] = arg(
         [],
-        "JSON files of tasks, [[type, variation], ...], SPLIT=FILE each, in place of the "
-        "environment's splits",
+        "lists of tasks in place of the environment's splits: SPLIT=FILE each, or a folder of "
+        "them (data/README.md)",
     )
     types: Optional[List[str]] = arg(None, "only tasks of these types")
     limit: Optional[int] = arg(None, "only the first N tasks of each split")
@@ -1312,7 +1312,7 @@ def check(a: Args) -> None:
     for agent in a.agents:
         checks.asks(agent, None, a)
     conditions = len(a.agents) * len(a.plans) * len(a.plan_positions)
-    checks.episodes(a, a.splits or common.environment(a.env).tests(), conditions)
+    checks.episodes(a, a.splits or common.evaluated_splits(a.env, a.tasks), conditions)
     checks.finish()
 
 
@@ -1322,12 +1322,7 @@ async def list_splits(a: Args, pool) -> dict[str, list[str]]:
         raise InputError(f"--skip {a.skip} is negative")
     if a.limit is not None and a.limit < 1:
         raise InputError("--limit must be at least 1")
-    names = a.splits
-    if not names:
-        # `make TASKS=FOLDER` passes --tasks train=... to every stage; only others are test tasks
-        names = [split for split in common.task_files(a.tasks) if split != "train"]
-    if not names:
-        names = common.environment(a.env).tests()
+    names = a.splits or common.evaluated_splits(a.env, a.tasks)
     end = None
     if a.limit is not None:
         end = a.skip + a.limit

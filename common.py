@@ -793,6 +793,10 @@ class Environment:
         """The task of a row [kind, variation] of a task file."""
         return f"{kind}/{variation}"
 
+    def check_variations(self, tasks: list[str]) -> None:
+        """Raise `InputError` if a variation of these tasks does not exist, where `check` cannot
+        know that without a session."""
+
     def tasks(self, split: str) -> list[str]:
         """The tasks of a split in a fixed order. Types alternate: any first n are a fair sample."""
         if split not in self.SPLITS:
@@ -1190,30 +1194,144 @@ async def run_concurrently(work, items, limit: int) -> None:
             running.cancel()
 
 
-def task_files(values: list[str]) -> dict[str, str]:
-    """--tasks as {split: file}; a file without `SPLIT=` is under "tasks"."""
+def task_files(env: str, values: list[str]) -> dict[str, str]:
+    """--tasks as {split: file}: of each SPLIT=FILE, or of the lists in a folder. A file without
+    `SPLIT=` is under "tasks"."""
+    cls = environment(env)
     files = {}
     for value in values:
         split, separator, file = value.partition("=")
-        if separator:
-            files[split] = file
+        if Path(value).is_dir():
+            found = lists_in(cls, Path(value))
+        elif not separator:
+            found = {"tasks": value}
+        elif split in cls.SPLITS:
+            found = {split: file}
         else:
-            files["tasks"] = value
+            raise InputError(
+                f"--tasks {value}: {env} has no split {split!r}; write SPLIT=FILE, with SPLIT one "
+                f"of {', '.join(cls.SPLITS)}"
+            )
+        for split, file in found.items():
+            if split in files:
+                whose = "without SPLIT=" if split == "tasks" else f"of the {split} split"
+                raise InputError(f"--tasks {files[split]} {file}: two files {whose}, give one")
+            files[split] = file
     return files
 
 
-def read_task_file(cls: type[Environment], file: str) -> list[str]:
-    """The tasks of a JSON file [[type, variation], ...]; all exist in the environment."""
-    try:
-        rows = json.loads(Path(file).read_text())
-        tasks = [cls.named(kind, variation) for kind, variation in rows]
-    except (OSError, ValueError, TypeError) as e:
+def lists_in(cls: type[Environment], folder: Path) -> dict[str, str]:
+    """The lists of tasks in a folder, {split: file}. A list is called SPLIT.json. Published lists
+    are called train, dev and test, with .json or _indices.json: dev is the first of the
+    environment's test splits, test the last one."""
+    names = {split: [split] for split in cls.SPLITS}
+    tests = cls.tests()
+    if tests:
+        names[tests[-1]].append("test")
+    if len(tests) > 1:
+        names[tests[0]].append("dev")
+    files = {}
+    for split, stems in names.items():
+        paths = []
+        for stem in dict.fromkeys(stems):
+            paths += [folder / f"{stem}.json", folder / f"{stem}_indices.json"]
+        found = [str(path) for path in paths if path.exists()]
+        if len(found) > 1:
+            raise InputError(
+                f"--tasks {folder}: {' and '.join(found)} are lists of the same split, {split}: "
+                "delete one"
+            )
+        if found:
+            files[split] = found[0]
+    if "train" not in files:
+        stems = sum(names.values(), [])
+        known = ", ".join(f"{stem}.json" for stem in dict.fromkeys(stems))
         raise InputError(
-            f'--tasks {file}: must be a JSON file of the form [["TYPE", VARIATION], ...] ({e})'
-        ) from None
-    for task in tasks:
-        cls.check(task)
+            f"--tasks {folder}: there is no train.json. A folder must have that list, and may have "
+            f"others: {known}. For a test split alone, write --tasks SPLIT=FILE"
+        )
+    return files
+
+
+def evaluated_splits(env: str, tasks: list[str]) -> list[str]:
+    """The splits that are evaluated: those of the files in --tasks, or else the environment's test
+    splits."""
+    # `make TASKS=FOLDER` gives every stage the train tasks, too; only the others are test tasks
+    names = [split for split in task_files(env, tasks) if split != "train"]
+    if names:
+        return names
+    return environment(env).tests()
+
+
+def read_task_file(cls: type[Environment], file: str) -> list[str]:
+    """The tasks of a file of --tasks."""
+    try:
+        content = Path(file).read_bytes()
+    except OSError as e:
+        raise InputError(f"--tasks {file}: must be {task_list_form(cls)} ({e})") from None
+    return parse_task_list(cls, content, f"--tasks {file}")
+
+
+def task_list_form(cls: type[Environment]) -> str:
+    form = 'a JSON list of tasks, [["TYPE", VARIATION], ...]'
+    if len(cls.MAX_STEPS) == 1:
+        form += " or [NUMBER, ...]"
+    return form
+
+
+def parse_task_list(cls: type[Environment], content: bytes, where: str) -> list[str]:
+    """The tasks of a JSON list [[type, variation], ...], or [variation, ...] if the environment has
+    one task type. `where`: what an error begins with."""
+    wrong = f"{where}: must be {task_list_form(cls)}"
+    try:
+        rows = json.loads(content.decode("utf-8-sig"))
+    except ValueError as e:
+        raise InputError(f"{wrong} ({e})") from None
+    if not isinstance(rows, list):
+        raise InputError(f"{wrong}, not {json.dumps(rows)[:60]}")
+    if not rows:
+        raise InputError(f"{where}: the list has no tasks")
+    tasks = []
+    for number, row in enumerate(rows, 1):
+        task = task_of_row(cls, row)
+        if task is None:
+            raise InputError(f"{wrong}, but its entry {number} is {json.dumps(row)[:60]}")
+        tasks.append(task)
     return tasks
+
+
+def task_of_row(cls: type[Environment], row) -> str | None:
+    """The task of an entry of a task file; None if it has not the form of one."""
+    if type(row) is int and len(cls.MAX_STEPS) == 1:
+        [kind] = cls.MAX_STEPS
+        return cls.named(kind, row)
+    if not isinstance(row, list) or len(row) != 2:
+        return None
+    kind, variation = row
+    if not isinstance(kind, str) or type(variation) not in (int, str):
+        return None
+    return cls.named(kind, variation)
+
+
+def check_listed(cls: type[Environment], file: str, tasks: list[str]) -> None:
+    """Raise `InputError` that names the file if the environment lacks one of its tasks."""
+    unknown = []
+    for task in tasks:
+        try:
+            cls.check(task)
+        except InputError as e:
+            unknown.append(e)
+    if unknown:
+        raise InputError(
+            f"--tasks {file}: {len(unknown):,} of its {len(tasks):,} tasks do not exist here: "
+            f"{unknown[0]}. {OTHER_TASKS}"
+        )
+
+
+OTHER_TASKS = (
+    "Install the data that the list is of, correct the list, or take others: make TASKS=FOLDER, or "
+    "TASKS= for the environment's own"
+)
 
 
 async def list_tasks(
@@ -1234,10 +1352,16 @@ async def list_tasks(
         )
     if limit is not None and limit < 1:
         raise InputError("--limit must be at least 1")
-    files = task_files(tasks)
+    files = task_files(env, tasks)
     file = files.get(split) or files.get("tasks")
     if file:
         listed = read_task_file(cls, file)
+        check_listed(cls, file, listed)
+        try:
+            async with pool.session() as session:
+                await session("check_variations", listed, deadline=600)
+        except InputError as e:
+            raise InputError(f"--tasks {file}: {e}. {OTHER_TASKS}") from None
     else:
         async with pool.session() as session:
             listed = await session("tasks", split, deadline=600)
@@ -4423,6 +4547,25 @@ def is_checkpoint(folder: Path) -> bool:
 # ---- 7. checks: what `--check true` looks at before a stage would start --------------------------
 
 
+def describe_tasks(found: dict[str, list[str]], env: str, tasks: list[str]) -> str:
+    """How many tasks the train split and the evaluated splits have, from which files of --tasks
+    `tasks`, and how many test tasks are train tasks, too. `found`: {split: its tasks}."""
+    files = task_files(env, tasks)
+    parts = []
+    both = set()
+    for split in ("train", *evaluated_splits(env, tasks)):
+        part = f"{len(found[split]):,} {split} tasks"
+        file = files.get(split) or files.get("tasks")
+        if file:
+            part += f" of {file}"
+        parts.append(part)
+        if split != "train":
+            both |= set(found[split]) & set(found["train"])
+    if both:
+        parts.append(f"{len(both):,} test tasks are train tasks, too")
+    return ", ".join(parts)
+
+
 class Checks:
     """What a stage looks at with `--check true` before it would start: a line for each check, with
     "ok" or "WRONG", what it is about and what was found.
@@ -4475,18 +4618,20 @@ class Checks:
     def _play_one_step(self, env: str, tasks: list[str], types: list[str] | None) -> str:
         async def play():
             async with EnvPool(env, 1) as pool:
-                counts = {}
-                for split in (*environment(env).tests(), "train"):
-                    found = await list_tasks(pool, env, split, tasks, types, None)
-                    counts[split] = len(found)
+                found = {}
+                tests = environment(env).tests()
+                for split in dict.fromkeys(("train", *tests, *evaluated_splits(env, tasks))):
+                    found[split] = await list_tasks(pool, env, split, tasks, types, None)
+                first = found["train"][0]
                 async with pool.session() as session:
-                    await session("reset", found[0], deadline=600)
+                    await session("reset", first, deadline=600)
                     observation, *_ = await session("step", "look")
-                    return counts, found[0], observation
+                    return found, f"{first} says {observation[:30]!r} ..."
 
-        counts, task, observation = asyncio.run(play())
+        found, played = asyncio.run(play())
+        counts = {split: len(listed) for split, listed in found.items()}
         self._note(env=env, tasks_arg=tasks, types=types, tasks=counts)
-        return f"{env}, {counts['train']:,} train tasks; {task} says {observation[:30]!r} ..."
+        return f"{env}, {describe_tasks(found, env, tasks)}; {played}"
 
     def episodes(self, a, splits: list[str], times: int) -> None:
         """The stage keeps the episodes of the tasks of these splits, each played `times` times."""

@@ -58,6 +58,15 @@ def table(monkeypatch, capsys) -> dict[str, list[str]]:
     return lines
 
 
+@pytest.mark.slow
+def test_the_tasks_of_a_list(monkeypatch, capsys, tmp_path):
+    (tmp_path / "train.json").write_text('[["find-lamp", 1], ["find-key", 1], ["find-key", 2]]')
+    (tmp_path / "dev.json").write_text('[["find-key", 11]]')
+    monkeypatch.setattr(sys, "argv", ["estimate", *SETTINGS, "--tasks", str(tmp_path)])
+    estimate.main()
+    assert f"{CORRIDOR}: 3 train tasks, 1 seen tasks; M = 2" in capsys.readouterr().out
+
+
 def test_estimate(table):
     stages = ("1 seed plans", "2 SFT", "3 sample and score", "4 DPO", "5 evaluation", "all")
     calls, steps, _, generated, env, gpu, hours, _ = zip(*[table[s] for s in stages], strict=True)

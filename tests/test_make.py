@@ -353,6 +353,8 @@ def test_a_number_of_gpus_that_is_none():
         (["fig4", "RUN=q"], "fig4 compares agents: make fig4 AGENTS="),
         (["demo", "ENV=nowhere"], "there is no demo of nowhere"),
         (["demo", "ENV=make"], "there is no demo of make"),
+        (["all", "TASKS=no/such"], "TASKS=no/such must be a folder of lists of tasks"),
+        (["all", "TASKS=Makefile"], "TASKS=Makefile must be a folder of lists of tasks"),
     ],
 )
 def test_make_refuses_in_one_line(args, says):

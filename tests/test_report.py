@@ -414,7 +414,7 @@ def test_replies_without_tags_are_plans_and_files_are_splits(
     monkeypatch.setenv("OPENAI_API_KEY", "k")
     monkeypatch.setenv("OPENAI_BASE_URL", server.url)
     files = {}
-    for name, task in zip(("train", "seen", "later"), TASKS, strict=True):
+    for name, task in zip(("train", "seen", "unseen"), TASKS, strict=True):
         files[name] = tmp_path / f"{name}.json"
         files[name].write_text(json.dumps([task.split("/")]))
     evaluate(
@@ -427,7 +427,7 @@ def test_replies_without_tags_are_plans_and_files_are_splits(
     assert {(r["task"], r["plan"], r["untagged"]) for r in rows} == {
         (t, "Take it.", True) for t in TASKS[1:]
     }
-    assert {s for _, s in by_setting(tmp_path / "run")} == {"seen", "later", "all"}
+    assert {s for _, s in by_setting(tmp_path / "run")} == {"seen", "unseen", "all"}
     agents = [b for b in server.requests if "stop" in b]
     assert {b["max_tokens"] for b in agents} == {512} and len(agents) == 2
 

@@ -12,6 +12,7 @@ from test_examples import examples_of, turns
 
 import common
 from common import EnvPool, InputError, Prompts, RolloutConfig, rollouts, task_type
+from data.tools.tasks import addresses
 
 pytest.importorskip("scienceworld")
 World = common.environment("sciworld")
@@ -237,6 +238,7 @@ def test_the_expert_and_its_actions_as_an_agent(chat_server):
 
 def test_public_names_of_tasks():
     """In lists made with earlier versions of the simulator."""
+    assert list(addresses("sciworld")) == list(World.SPLITS)
     for public, name in (
         ("task-1-boil", "boil"),
         ("task-2a-test-conductivity", "test-conductivity"),
@@ -331,9 +333,16 @@ def test_reward_and_a_wrong_focus(experts):
     assert lost[-1][1] == lost[-2][1] and lost[-1][2:] == (True, False)
 
 
-def test_splits():
+def test_splits(tmp_path):
+    """Also that a list of tasks may not name more variations than there are."""
+    file = tmp_path / "list.json"
+    file.write_text('[["task-1-boil", 29], ["task-1-boil", 30]]')
+    says = f"{file}: unknown ScienceWorld task 'boil/30': boil has 30 variations. .*TASKS="
+
     async def main():
         async with EnvPool("sciworld", 1) as pool, pool.session() as env:
+            with pytest.raises(InputError, match=says):
+                await common.list_tasks(pool, "sciworld", "seen", [f"seen={file}"], None, None)
             first = {s: await env("tasks", s, deadline=300) for s in World.SPLITS}
             return first, await env("tasks", "train", deadline=300)
 

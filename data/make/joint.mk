@@ -7,7 +7,7 @@ PLANNER_OF_ALL = $(MAKE) ENV=$(firstword $(ENV)) RUN=$(RUN) AGENT_SFT_ARGS=
 SEED_PLANS_OF_ALL := $(ENV:%=$(R)/%/seed_plans.jsonl)
 PAIRS_OF_ALL := $(ENV:%=$(R)/%/pairs.jsonl)
 
-.PHONY: all demo check seed sft score dpo eval
+.PHONY: all demo check seed sft score dpo eval tasks
 demo:
 	$(MAKE) all DEMO=1
 all: eval
@@ -32,3 +32,5 @@ dpo: score
 	for env in $(ENV); do ln -sfn ../mpo $(R)/$$env/mpo; done
 eval: dpo
 	for env in $(ENV); do $(MAKE) ENV=$$env RUN=$(RUN)/$$env eval || exit; done
+tasks:
+	for env in $(ENV); do $(MAKE) ENV=$$env tasks || exit; done

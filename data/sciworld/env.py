@@ -186,14 +186,23 @@ class ScienceWorld(Environment):
                 f"TYPE one of {', '.join(cls.MAX_STEPS)}"
             )
 
+    def check_variations(self, tasks: list[str]) -> None:
+        counts = {}
+        for task in tasks:
+            kind, variation = task.rsplit("/", 1)
+            if kind not in counts:
+                with self._own_state():
+                    counts[kind] = self.api.getTaskMaxVariations(kind)
+            if int(variation) >= counts[kind]:
+                raise InputError(
+                    f"unknown ScienceWorld task {task!r}: {kind} has {counts[kind]} variations"
+                )
+
     def reset(self, task: str, gold: bool = False) -> str:
         """Start `task`; returns its instruction u. `gold`: also plan the simulator's gold path."""
         self.check(task)
+        self.check_variations([task])
         kind, variation = task.rsplit("/", 1)
-        with self._own_state():
-            count = self.api.getTaskMaxVariations(kind)
-        if int(variation) >= count:
-            raise InputError(f"unknown ScienceWorld task {task!r}: {kind} has {count} variations")
         with self._own_state():
             self.api.load(kind, int(variation), simplification_of(kind), gold)
         self.best = 0.0

@@ -76,8 +76,8 @@ async def measure(a) -> Shape:
     tasks = {}
     found = {}
     async with common.EnvPool(a.env, 2) as pool:
-        for split in ("train", *cls.tests()):
-            tasks[split] = await common.list_tasks(pool, a.env, split, [], a.types, None)
+        for split in ("train", *common.evaluated_splits(a.env, a.tasks)):
+            tasks[split] = await common.list_tasks(pool, a.env, split, a.tasks, a.types, None)
         found = await pool.each(tasks["train"][: a.sample], "expert")
     solved = {task: e for task, e in found.items() if e}
     trajectories = []
@@ -273,6 +273,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed_limit", type=int, help="train tasks of stage 1 at most")
     parser.add_argument("--sft_limit", type=int, help="seed plans of stage 2 at most")
     parser.add_argument("--eval_limit", type=int, help="tasks of each test split at most")
+    parser.add_argument("--tasks", nargs="+", default=[], help="lists of tasks, as of the stages")
     parser.add_argument("--types", nargs="+")
     parser.add_argument("--prompts")
     parser.add_argument("--sample", type=int, default=24, help="expert trajectories to measure")

@@ -30,7 +30,7 @@ class WebShop(Environment):
     SPLITS = {"train": (1500, 1624), "seen": (0, 200)}
     VARIABLES = ("WEBSHOP_DATA", "WEBSHOP_GOALS", "XDG_CACHE_HOME")
     SECONDS = {"expert": 0.002, "reset": 0.00015, "step": 0.0025}  # step: of 1,180,000 products
-    SUBPAGES = ("description", "features", "reviews", "attributes")
+    SUBPAGES = ("description", "features", "reviews")
 
     def __init__(self, sessions: int = 8):
         self.shop = open_shop()
@@ -106,7 +106,7 @@ class WebShop(Environment):
         verb = verb.lower()
         value = " ".join(value.lower().split())
         confirmation = ""
-        if verb == "search" and value and self.page == "search":
+        if verb == "search" and value:
             self.hits = self.shop.search(value)
             self.results_page = 1
             self.show("results")
@@ -188,8 +188,10 @@ class WebShop(Environment):
         return values
 
     def available(self) -> str:
-        clicks = ", ".join(f"click[{value}]" for value in self.clickable())
-        return f"Available actions: {clicks or 'search[keywords]'}"
+        """The actions of this page. A search is possible on every page, as in the benchmark."""
+        actions = ["search[keywords]"]
+        actions += [f"click[{value}]" for value in self.clickable()]
+        return f"Available actions: {', '.join(actions)}"
 
     def text(self) -> str:
         """The page in the benchmark's text mode: its visible texts, joined by [SEP]."""
@@ -220,9 +222,9 @@ class WebShop(Environment):
         parts += [
             product["name"],
             f"Price: {price_tag(product)}",
-            f"Rating: {product['rating']}",
+            "Rating: N.A.",  # as in the benchmark, if it has no file of reviews
         ]
-        return [*parts, "Description", "Features", "Reviews", "Attributes", "Buy Now"]
+        return [*parts, "Description", "Features", "Reviews", "Buy Now"]
 
     def _subpage(self) -> list[str]:
         product = self.shop.product(self.item)
@@ -230,11 +232,8 @@ class WebShop(Environment):
             parts = [product["description"]]
         elif self.page == "features":
             parts = product["features"] or ["No Features"]
-        elif self.page == "reviews":
-            parts = ["No reviews found"]
         else:
-            groups = [product["category"], product["query"], product["product_category"]]
-            parts = product["attributes"] + groups
+            parts = ["No reviews found"]
         return [part for part in parts if part]
 
     # ---- expert ---------------------------------------------------------------------------------

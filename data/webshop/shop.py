@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from common import InputError, fingerprint, lock_file
 
-VERSION = 3  # of the cached files: a change of their content or format needs another number
+VERSION = 4  # of the cached files: a change of their content or format needs another number
 RESULTS = 50  # per search
 WORDS = json.loads(Path(__file__).with_name("words.json").read_text(encoding="utf-8"))
 WORD = r"\w+"
@@ -202,9 +202,7 @@ def clean_product(row: dict) -> dict:
         "features": list(filter(None, map(clean_text, bullets))),
         "prices": clean_prices(row.get("pricing")),
         "options": clean_options(row.get("customization_options")),
-        "rating": clean_text(row.get("average_rating")) or "N.A.",
         "query": clean_text(row.get("query")).lower(),
-        "category": clean_text(row.get("category")),
         "product_category": clean_text(row.get("product_category")),
     }
 

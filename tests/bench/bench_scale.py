@@ -176,7 +176,7 @@ async def estimated_seconds(env: Path, run: Path, load: float) -> float:
     prompts = [estimate.tokens(row["messages"][0]["content"]) for row in seed_plans]
 
     shape = await estimate.measure(
-        SimpleNamespace(env=str(env), prompts=None, types=None, sample=8)
+        SimpleNamespace(env=str(env), prompts=None, tasks=[], types=None, sample=8)
     )
     shape.observation = mean(observations)
     shape.planner_prompt = mean(prompts)
