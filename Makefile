@@ -52,7 +52,7 @@ AGENTS ?= $(AGENT_MODEL)
 JUDGE ?= gpt-4o
 # ROUNDS=2 or 3: the plans of MPO's planner are scored again, and DPO goes on from it to mpo2, mpo3
 ROUNDS ?= 1
-# PROMPTS=NAME: a prompt folder of the environment, or a path
+# PROMPTS=NAME: a prompt folder of the environment (hints, brief), or a path
 PROMPTS ?=
 # TASKS=FOLDER: lists of tasks (data/README.md). Default: those of `make tasks`, if they were fetched,
 # but not in the demo and the evidence; TASKS= for the environment's own
@@ -64,10 +64,12 @@ TASKS ?= $(if $(DEMO),,$(patsubst %/.,%,$(wildcard $(ENV_FOLDER)/tasks/.)))
 # ---- what follows from them ----------------------------------------------------------------------
 
 ENV_FOLDER := $(if $(findstring /,$(ENV)),$(ENV),data/$(ENV))
-PROMPT_FOLDERS := $(ENV_FOLDER) $(if $(findstring /,$(PROMPTS)),$(PROMPTS),$(PROMPTS:%=$(ENV_FOLDER)/%))
-TEACHER_PROMPT := $(wildcard $(PROMPT_FOLDERS:%=%/teacher.txt))
-PLANNER_PROMPT := $(wildcard $(PROMPT_FOLDERS:%=%/planner.txt))
-AGENT_PROMPT := $(wildcard $(PROMPT_FOLDERS:%=%/agent.txt) $(PROMPT_FOLDERS:%=%/examples.json))
+# The stages read a prompt file from the first folder that has it. The rules teacher reads none.
+PROMPT_FOLDERS := $(if $(findstring /,$(PROMPTS)),$(PROMPTS),$(PROMPTS:%=$(ENV_FOLDER)/%)) $(ENV_FOLDER)
+TEACHER_PROMPT := $(if $(filter-out rules,$(TEACHER)),$(firstword $(wildcard $(PROMPT_FOLDERS:%=%/teacher.txt))))
+PLANNER_PROMPT := $(firstword $(wildcard $(PROMPT_FOLDERS:%=%/planner.txt)))
+AGENT_PROMPT := $(firstword $(wildcard $(PROMPT_FOLDERS:%=%/agent.txt))) \
+  $(firstword $(wildcard $(PROMPT_FOLDERS:%=%/examples.json)))
 
 FINE_TUNED := $(if $(AGENT_SFT_ARGS),$(R)/agent/config.json)
 AGENT_MODEL := $(if $(AGENT_SFT_ARGS),$(R)/agent,$(AGENT))

@@ -430,6 +430,7 @@ def seed_of(*parts) -> int:
 # where the agent reads the plan (paper 5.2)
 PLAN_POSITIONS = ("instruction", "thought", "observation")
 PLAN_LINE = "\n\nThis meta plan may help you with the task:\n{plan}"
+THOUGHT = "Thought:"
 STOP = ["\nObservation:", "\nTask:", "\n---"]  # where an agent's reply ends at the latest
 NO_ACTION = 'Your reply holds no action. Write a line that starts with "Action:".'
 
@@ -448,7 +449,7 @@ class Prompts:
     """The prompt texts of an environment.
 
     They are read from the environment's folder or from the prompt folder `name`: a subfolder of it
-    (`brief`) or a path. Files that a prompt folder lacks are the environment's.
+    (`hints`, `brief`) or a path. Files that a prompt folder lacks are the environment's.
 
     planner.txt   {task} -> plan, zero-shot (paper 4.1 Evaluation; figures 7-9, no trajectory)
     teacher.txt   {task}, {conversation} -> plan (figures 7-9)
@@ -502,25 +503,32 @@ class Prompts:
     def agent(
         self, u: str, plan: str | None, task: str, plan_position: str = "instruction"
     ) -> list[dict]:
-        """The first messages of an episode, a ~ pi_theta(.|u, p) (paper 5.2).
-
-        The plan is part of the task instruction, or it is the agent's first thought. At the plan
-        position "observation" these messages are without it: the observations hold it."""
+        """The first message of an episode, a ~ pi_theta(.|u, p). It holds the plan at the plan
+        position "instruction" only (paper 5.2): at the others `planned_thought` or
+        `observation_message` shows it."""
         plan_line = ""
         if plan and plan_position == "instruction":
             plan_line = PLAN_LINE.format(plan=plan)
         example = self._example(task_type(task))
         content = fill(self.agent_text, example=example, task=u, plan_line=plan_line)
-        messages = [{"role": "user", "content": content}]
-        if plan and plan_position == "thought":
-            thought = f"Thought: I will go about the task by this meta plan:\n{plan}"
-            messages.append({"role": "assistant", "content": thought})
-            messages.append({"role": "user", "content": "Observation: OK."})
-        return messages
+        return [{"role": "user", "content": content}]
 
     def _example(self, kind: str) -> str:
         first = next(iter(self.examples.values()), "")
         return self.examples.get(kind, first)
+
+
+def planned_thought(plan: str, continues: bool) -> list[dict]:
+    """The plan as the agent's thought (paper 5.2): what each request ends with, behind the episode
+    so far. If the server `continues` a message that was started, that is the beginning of the
+    reply; else it is a turn of its own."""
+    if continues:
+        return [{"role": "assistant", "content": f"{plan}\n{THOUGHT}"}]
+    thought = f"{THOUGHT} I will go about the task by this meta plan:\n{plan}"
+    return [
+        {"role": "assistant", "content": thought},
+        {"role": "user", "content": "Observation: OK."},
+    ]
 
 
 def plan_reply(plan: str) -> str:
@@ -2990,7 +2998,7 @@ class Episode:
         self.rollout = job["rollout"]
         self.c = c
         self.messages: list[dict] = []
-        self.opening = ""  # the text that every reply starts with
+        self.thought: list[dict] = []  # a plan in the thought, at the end of every request
         self.home: dict = {}  # which model server has this conversation in its cache
         self.counted = 0  # of the last actions: how many observations begin as in `cls.COUNTED`
         self.row = {
@@ -3026,6 +3034,8 @@ class Episode:
                 self.row.update(refused)
                 break
             said, action = parse_reply(reply)
+            if said and self.row.get("continued"):
+                said = f"{THOUGHT} {said}"  # the label is in the request, before the reply
             observation, done = await self.execute(action)
             self.row["steps"].append([said, observation])
             if done:
@@ -3040,22 +3050,18 @@ class Episode:
     def begin(self, u: str) -> None:
         """The first messages: the prompt, with the plan where it belongs.
 
-        A plan in the thought (paper 5.2) starts every reply if the server can continue a message
-        that was started; else it is a turn of its own."""
+        A plan in the thought (paper 5.2) stands before the reply in each request. It is not in
+        `messages`, so no later turn shows it again."""
         self.row["instruction"] = u
-        plan = self.plan
-        if plan and self.c.plan_position == "thought":
-            if self.model.continues:
-                self.opening = f"{plan}\nThought:"
-                plan = None
+        if self.plan and self.c.plan_position == "thought":
+            self.thought = planned_thought(self.plan, self.model.continues)
             self.row["continued"] = self.model.continues
-        self.messages = self.c.prompts.agent(u, plan, self.task, self.c.plan_position)
+        self.messages = self.c.prompts.agent(u, self.plan, self.task, self.c.plan_position)
 
     async def query(self, step: int) -> str:
-        """The agent's reply, with its opening."""
-        messages = self.messages
-        if self.opening:
-            messages = [*messages, {"role": "assistant", "content": self.opening}]
+        """What the agent writes. A plan before it is not part of it: an action that the plan names
+        is none of the agent's."""
+        messages = self.messages + self.thought
         seed = seed_of(self.c.seed, self.task, self.plan, self.rollout, step)
         reply = await self.model.ask(
             messages, self.c.temperature, self.c.max_tokens, seed, self.home, STOP
@@ -3064,7 +3070,7 @@ class Episode:
         self.count("completion_tokens", reply.completion_tokens)
         if reply.cut_off:
             self.row["thinking_cut_off"] += 1
-        return self.opening + reply.text
+        return reply.text
 
     def count(self, name: str, tokens: int | None) -> None:
         """Add to the row's sum `name`, which is null if any part of it is unknown."""

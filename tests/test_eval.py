@@ -554,7 +554,7 @@ def position_of(messages: list[dict], plan: str) -> str:
     """The plan position of a conversation, from the messages in which the plan stands."""
     if plan in messages[0]["content"]:
         return "instruction"
-    return "thought" if len(messages) > 1 and plan in messages[1]["content"] else "observation"
+    return "thought" if messages[-1]["content"] == "Observation: OK." else "observation"
 
 
 def test_the_plan_positions_differ_where_they_should(tmp_path, evaluate, chat_server):
@@ -586,9 +586,11 @@ def test_the_plan_positions_differ_where_they_should(tmp_path, evaluate, chat_se
         plain = [m | {"content": m["content"].replace(line, "")} for m in instruction]
         assert sum(plan in m["content"] for m in instruction) == 1
         assert instruction[0]["content"] == plain[0]["content"] + line
-        assert thought[1]["role"] == "assistant" and thought[1]["content"].endswith(plan)
-        assert thought[2] == {"role": "user", "content": "Observation: OK."}
-        assert len(thought) == len(plain) + 2 and thought[0] == plain[0]
+        *before, own_turn, answer = thought  # each request ends with the plan, in a turn of its own
+        assert own_turn["role"] == "assistant" and own_turn["content"].endswith(plan)
+        assert answer == {"role": "user", "content": "Observation: OK."}
+        assert before[::2] == plain[::2] and len(before) == len(plain)
+        assert not any(plan in message["content"] for message in before)
         assert [m | {"content": m["content"].removesuffix(line)} for m in observation] == plain
         assert observation[0] == plain[0]
         for message in observation[1:]:

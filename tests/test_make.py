@@ -230,6 +230,27 @@ def test_prompts_are_prerequisites_of_the_stages_that_read_them(tmp_path):
     assert scripts("agent.txt") == {"03", "04", "05"}
 
 
+@pytest.mark.parametrize(
+    "settings, teacher, others",
+    [
+        ("ENV=sciworld", "data/sciworld", "data/sciworld"),
+        ("ENV=alfworld PROMPTS=hints", "data/alfworld/hints", "data/alfworld/hints"),
+        ("ENV=webshop PROMPTS=brief", "data/webshop", "data/webshop/brief"),
+        ("ENV=sciworld DEMO=1", None, "data/sciworld/brief"),
+    ],
+)
+def test_prompt_files_are_those_that_the_stages_read(tmp_path, settings, teacher, others):
+    """A file that a prompt folder has in its place is no prerequisite, and the rules teacher reads
+    no prompt."""
+    makefile = tmp_path / "Makefile"
+    shown = "$(TEACHER_PROMPT): $(PLANNER_PROMPT) $(AGENT_PROMPT)"
+    makefile.write_text(f"include {ROOT}/Makefile\nprompt-files:\n\t@echo {shown}\n")
+    said = make("-f", str(makefile), "prompt-files", *settings.split()).strip()
+    env = others.removesuffix("/hints").removesuffix("/brief")
+    first = f"{teacher}/teacher.txt" if teacher else ""
+    assert said == f"{first}: {others}/planner.txt {others}/agent.txt {env}/examples.json"
+
+
 MIG = """\
 GPU 0: NVIDIA A100-SXM4-40GB (UUID: GPU-5c89852c)
   MIG 3g.20gb     Device  0: (UUID: MIG-c7384736)

@@ -314,11 +314,13 @@ def test_number_of_steps_allowed():
     assert check_plan(number_steps(["look around"] * 21), VERBS, max_steps=21) is None
 
 
-ENVIRONMENTS = [CORRIDOR, *sorted(path.parent.name for path in DATA.glob("*/env.py"))]
+PROMPT_FOLDERS = [(CORRIDOR, None), (CORRIDOR, "brief")]
+for path in sorted(DATA.glob("*/env.py")):
+    for name in (None, "brief", "hints"):
+        PROMPT_FOLDERS.append((path.parent.name, name))
 
 
-@pytest.mark.parametrize("folder", [None, "brief"])
-@pytest.mark.parametrize("env", ENVIRONMENTS)
+@pytest.mark.parametrize("env, folder", PROMPT_FOLDERS)
 def test_the_plan_is_in_the_agents_message_only_if_given(env, folder):
     prompts = Prompts(env, folder)
     u = "Your task is to boil tin."
@@ -335,8 +337,7 @@ def test_the_plan_is_in_the_agents_message_only_if_given(env, folder):
     assert given["content"].replace(plan, "").startswith(without["content"])
 
 
-@pytest.mark.parametrize("folder", [None, "brief"])
-@pytest.mark.parametrize("env", ENVIRONMENTS)
+@pytest.mark.parametrize("env, folder", PROMPT_FOLDERS)
 def test_planner_sees_the_task_and_no_trajectory(env, folder):
     [message] = Prompts(env, folder).planner("Your task is to boil tin.")
     assert message["role"] == "user" and "Your task is to boil tin." in message["content"]

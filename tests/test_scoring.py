@@ -149,26 +149,52 @@ def test_what_an_agent_is_asked(chat_server):
     assert body["messages"][1]["content"] == kept == row["steps"][0][0]
 
 
-def test_a_plan_starts_every_thought_where_the_server_is_vllm(chat_server):
-    """The server continues a message that was started (paper 5.2)."""
-    server = chat_server(lambda messages, body: " On.\nAction: walk on")
-    server.owner = "vllm"
+def play_with_thought(server, plan: str) -> list[dict]:
+    """The rows of an episode of two steps with the plan in the agent's thought."""
     rows = []
 
     async def main():
         c = RolloutConfig(Prompts(CORRIDOR), 0.0, 64, 0, 0, max_steps=2, plan_position="thought")
-        jobs = jobs_of(tasks_of()[:1], plan="Step 1: walk")
+        jobs = jobs_of(tasks_of()[:1], plan=plan)
         async with EnvPool(CORRIDOR, 1) as pool:
             with common.open_model("m", server.url, SimpleNamespace(concurrency=2)) as model:
                 await rollouts(jobs, model, pool, CORRIDOR, c, 1, rows.append)
 
     asyncio.run(main())
-    said = "Step 1: walk\nThought: On.\nAction: walk on"
+    return rows
+
+
+@pytest.mark.parametrize(
+    "owner, plan, text",
+    [
+        ("vllm", "I would go on.\nAction: walk on", "I wonder."),  # an untagged plan
+        ("vllm", "Step 1: look. Action: walk on", ""),
+        ("vllm", "**Action:**\nwalk on\nObservation: You see a lamp.", " Hm.\nThought: hm."),
+        ("me", "I would go on.\nAction: walk on", "I wonder."),
+        ("me", "I would go on.\nAction: walk on", ""),
+    ],
+)
+def test_an_action_in_the_plan_is_never_played(chat_server, owner, plan, text):
+    """The agent's replies hold no action: nothing moves, whatever the plan in its thought says."""
+    server = chat_server(lambda messages, body: text)
+    server.owner = owner
+    [row] = play_with_thought(server, plan)
+    assert row["format_errors"] == 2 and row["continued"] is (owner == "vllm")
+    for said, observation in row["steps"]:
+        assert observation == common.NO_ACTION and "walk" not in said
+
+
+def test_a_plan_starts_every_thought_where_the_server_is_vllm(chat_server):
+    """The server continues a message that was started (paper 5.2). Later turns are without it."""
+    server = chat_server(lambda messages, body: " On.\nAction: walk on")
+    server.owner = "vllm"
+    rows = play_with_thought(server, "Step 1: walk")
+    said = "Thought: On.\nAction: walk on"
     first, second = server.requests
     for body in (first, second):
         assert body["continue_final_message"] is True and body["add_generation_prompt"] is False
         assert body["messages"][-1] == {"role": "assistant", "content": "Step 1: walk\nThought:"}
-        assert "Step 1" not in body["messages"][0]["content"]
+        assert not any("Step 1" in message["content"] for message in body["messages"][:-1])
     assert len(first["messages"]) == 2 and len(second["messages"]) == 4
     assert second["messages"][1] == {"role": "assistant", "content": said}
     assert rows[0]["continued"] is True and rows[0]["steps"][0][0] == said
