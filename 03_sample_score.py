@@ -513,13 +513,17 @@ EXTRA_TURNS = 5  # of a worse trajectory, beyond the length of the better one
 
 
 def better_and_worse(expert: dict, episodes: list[dict]) -> list[tuple[dict, dict]]:
-    """(better, worse) trajectories of one task: the expert's with every episode of lower reward,
+    """(better, worse) trajectories of one task: the expert's with every episode of another reward,
     and the best episode with the worst if they differ in reward."""
     couples = []
     if expert["solved"]:
         steps = common.expert_steps(expert["steps"], expert.get("thoughts"))
-        better = {"reward": expert["reward"], "steps": steps}
-        couples += [(better, row) for row in episodes if row["reward"] < expert["reward"]]
+        own = {"reward": expert["reward"], "steps": steps}
+        for row in episodes:
+            if row["reward"] < expert["reward"]:
+                couples.append((own, row))
+            elif row["reward"] > expert["reward"]:
+                couples.append((row, own))
     best = max(episodes, key=lambda row: row["reward"])
     worst = min(episodes, key=lambda row: row["reward"])
     if best["reward"] > worst["reward"]:

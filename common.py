@@ -523,7 +523,8 @@ def planned_thought(plan: str, continues: bool) -> list[dict]:
     so far. If the server `continues` a message that was started, that is the beginning of the
     reply; else it is a turn of its own."""
     if continues:
-        return [{"role": "assistant", "content": f"{plan}\n{THOUGHT}"}]
+        begun = f"{PLAN_LINE.format(plan=plan).strip()}\n{THOUGHT}"
+        return [{"role": "assistant", "content": begun}]
     thought = f"{THOUGHT} I will go about the task by this meta plan:\n{plan}"
     return [
         {"role": "assistant", "content": thought},

@@ -45,6 +45,15 @@ def go(*words):
     return [[f"Action: {word}", f"{word} done"] for word in words]
 
 
+def test_an_episode_can_beat_the_expert():
+    """Then it is the better one of a pair, as in ETO."""
+    own = expert("a/0", [["open", "open done"]], 0.8)
+    better, worse = tried("a/0", 1.0, go("win")), tried("a/0", 0.2, go("look"))
+    couples = score.better_and_worse(own, [better, worse])
+    rewards = [(chosen["reward"], rejected["reward"]) for chosen, rejected in couples]
+    assert rewards == [(1.0, 0.8), (0.8, 0.2), (1.0, 0.2)]
+
+
 WON = ["open", "win"]
 
 

@@ -190,10 +190,11 @@ def test_a_plan_starts_every_thought_where_the_server_is_vllm(chat_server):
     server.owner = "vllm"
     rows = play_with_thought(server, "Step 1: walk")
     said = "Thought: On.\nAction: walk on"
+    begun = "This meta plan may help you with the task:\nStep 1: walk\nThought:"
     first, second = server.requests
     for body in (first, second):
         assert body["continue_final_message"] is True and body["add_generation_prompt"] is False
-        assert body["messages"][-1] == {"role": "assistant", "content": "Step 1: walk\nThought:"}
+        assert body["messages"][-1] == {"role": "assistant", "content": begun}
         assert not any("Step 1" in message["content"] for message in body["messages"][:-1])
     assert len(first["messages"]) == 2 and len(second["messages"]) == 4
     assert second["messages"][1] == {"role": "assistant", "content": said}

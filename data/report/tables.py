@@ -45,7 +45,7 @@ METRICS = {  # name: (label, value of an episode)
 }
 SUCCESS = (
     " Solved: the goal state was reached. Ended: the episode is done, also when the task "
-    "can no longer be completed (the paper's success rate)."
+    "can no longer be completed (what the paper's authors counted)."
 )
 # of plan settings in tables
 ORDER = (
