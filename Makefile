@@ -37,6 +37,8 @@ endif
 PLANNER ?= meta-llama/Llama-3.1-8B-Instruct
 AGENT ?= meta-llama/Llama-3.1-8B-Instruct
 TEACHER ?= gpt-4o
+# EXPERT=MODEL: it plays the train tasks for demonstrations, in place of the environment's own expert
+EXPERT ?=
 # M plans of a task, N rollouts of a plan
 M ?= 5
 N ?= 5
@@ -97,7 +99,7 @@ endif
 ENV_FLAGS := --env $(ENV) $(ENV_ARGS) $(if $(PROMPTS),--prompts $(PROMPTS))
 TASK_FLAGS := $(if $(TASKS),--tasks train=$(TASKS)/train.json seen=$(TASKS)/dev.json unseen=$(TASKS)/test.json)
 SEED_PLANS = $(STAGE) 01_seed_plans.py $(ENV_FLAGS) $(TASK_FLAGS) --teacher $(TEACHER) --seed $(SEED) \
-  $(SEED_PLANS_ARGS)
+  $(if $(EXPERT),--expert $(EXPERT)) $(SEED_PLANS_ARGS)
 SFT = $(TRAIN) 02_sft.py --seed $(SEED) $(TRAIN_ARGS)
 SCORE = $(STAGE) 03_sample_score.py $(ENV_FLAGS) $(TASK_FLAGS) --agent $(AGENT_MODEL) --seed $(SEED) \
   $(SCORE_ARGS)
@@ -132,8 +134,8 @@ help:
 	@echo "make data ENV=NAME     download the environment's data, if it has any to download"
 	@echo "make test | test-slow | test-all | lint         fast tests, the slow rest, both; style"
 	@echo "make bench-env | bench-rollout | bench-scale | bench-train    speed, beside others'"
-	@echo "NAME: $(patsubst data/%/env.py,%,$(wildcard data/*/env.py)). Settings: PLANNER AGENT TEACHER M N SEED,"
-	@echo "ENV_ARGS, TRAIN_ARGS, and SEED_PLANS_ARGS ... EVAL_ARGS of the scripts. make -n all prints the"
+	@echo "NAME: $(patsubst data/%/env.py,%,$(wildcard data/*/env.py)). Settings: PLANNER AGENT TEACHER EXPERT"
+	@echo "M N SEED, ENV_ARGS, TRAIN_ARGS, and SEED_PLANS_ARGS ... EVAL_ARGS of the scripts. make -n all prints the"
 	@echo "commands."
 
 # ---- set-up --------------------------------------------------------------------------------------
@@ -259,7 +261,7 @@ demo:
 # what `make all` costs on GPUS GPUs, 8 without any
 estimate: | .venv/ready
 	$(VENV) python -m data.tools.estimate --env $(ENV) --gpus $(if $(filter-out 0,$(GPUS)),$(GPUS),8) \
-	  --m $(M) --n $(N) $(ESTIMATE_ARGS)
+	  --m $(M) --n $(N) $(if $(EXPERT),--expert $(EXPERT)) $(ESTIMATE_ARGS)
 
 # two test files at a time, in the order of tests/conftest.py: the longest first
 PYTEST := $(VENV) python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder

@@ -64,7 +64,8 @@ $(R)/agent-knowagent/config.json: 02_sft.py $(R)/knowagent/won.jsonl
 # to write such task knowledge, the agent learns to act with it in its prompt. ---------------------
 
 $(R)/wkm-seed/seed_plans.jsonl: 01_seed_plans.py $(R)/eto1/pairs.jsonl
-	$(SEED_PLANS) --prompts wkm --out $(R)/wkm-seed --explored $(R)/eto1/explore.jsonl --plan_share 1
+	$(SEED_PLANS) --prompts wkm --out $(R)/wkm-seed --explored $(R)/eto1/explore.jsonl --plan_share 1 \
+	  $(if $(EXPERT),--expert $(R)/trajectories.jsonl)
 $(R)/wkm/config.json: 02_sft.py $(R)/wkm-seed/seed_plans.jsonl
 	$(SFT) --model $(PLANNER) --data $(R)/wkm-seed/seed_plans.jsonl --out $(@D) $(SFT_ARGS)
 	$(CURVES) $(@D)
