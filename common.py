@@ -906,7 +906,7 @@ def require(env: str, methods: tuple, what: str, advice: str) -> None:
     """Raise `InputError` if the environment lacks one of these methods, which `what` needs."""
     for method in methods:
         if not hasattr(environment(env), method):
-            raise InputError(f"{what} needs `{method}` in the env.py of --env {env}: {advice}")
+            raise InputError(f"{what} needs `{method}` in the env.py of --env {env}, {advice}")
 
 
 def check_data(env: str, out) -> None:
