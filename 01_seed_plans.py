@@ -1,6 +1,7 @@
 """Stage 1 (paper 3.1, appendix C): expert trajectories of the train tasks, and their seed plans.
 
     python 01_seed_plans.py --env NAME --out runs/NAME --teacher gpt-4o
+    python 01_seed_plans.py --env NAME --out runs/NAME --expert gpt-4o  # no expert of its own
 
 Files in --out, each with one row a task:
 

@@ -37,7 +37,8 @@ endif
 PLANNER ?= meta-llama/Llama-3.1-8B-Instruct
 AGENT ?= meta-llama/Llama-3.1-8B-Instruct
 TEACHER ?= gpt-4o
-# EXPERT=MODEL: it plays the train tasks for demonstrations, in place of the environment's own expert
+# EXPERT=MODEL plays the train tasks for demonstrations, in place of the environment's own expert;
+# EXPERT=FILE.jsonl has them already
 EXPERT ?=
 # M plans of a task, N rollouts of a plan
 M ?= 5

@@ -288,8 +288,12 @@ def test_the_estimate_with_a_model_as_expert():
     expert, seeds, *_ = estimate.Estimate(shape, rate, a).rows()
     assert expert.stage == "1 expert" and expert.calls == 240 * (4 + 20) / 2 and expert.gpu == 0
     assert seeds.stage == "1 seed plans" and seeds.calls == 40 and seeds.env == 0
+    a.expert = "http://gpu:8000/v1"
+    assert estimate.Estimate(shape, rate, a).rows()[0].gpu == 0
     a.expert = "owner/model"
     assert estimate.Estimate(shape, rate, a).rows()[0].gpu > 0
+    a.expert = "runs/x/trajectories.jsonl"
+    assert estimate.Estimate(shape, rate, a).rows()[0].stage == "1 seed plans"
 
 
 @pytest.mark.slow

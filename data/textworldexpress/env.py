@@ -60,7 +60,10 @@ class TextWorldExpress(Environment):
 
     def columns(self, split: str) -> list[list[str]]:
         first, count = self.SPLITS[split]
-        return [[f"{game}/{seed}" for seed in range(first, first + count)] for game in self.GAMES]
+        columns = []
+        for game in self.GAMES:
+            columns.append([f"{game}/{seed}" for seed in range(first, first + count)])
+        return columns
 
     @classmethod
     def check(cls, task: str) -> None:

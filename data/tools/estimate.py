@@ -104,7 +104,7 @@ async def measure(a, rate: dict[str, float]) -> Shape:
             prompt_lengths[who].append(tokens(messages[0]["content"]))
     return Shape(
         tasks={split: len(names) for split, names in tasks.items()},
-        solved=rate["success"] if a.expert else len(solved) / max(1, len(found)),
+        solved=rate["success"] if is_played(a.expert) else len(solved) / max(1, len(found)),
         trajectory=mean(trajectories),
         expert_steps=mean(len(e["steps"]) for e in solved.values()),
         step_limit=mean(cls.max_steps(task) for task in found),
@@ -113,6 +113,17 @@ async def measure(a, rate: dict[str, float]) -> Shape:
         teacher_prompt=mean(prompt_lengths["teacher"]),
         agent_prompt=mean(prompt_lengths["agent"]),
     )
+
+
+def is_played(expert: str | None) -> bool:
+    """Whether the expert is a model, which plays the tasks, not a file or the environment's own."""
+    return expert is not None and not expert.endswith(".jsonl")
+
+
+def is_served(model: str) -> bool:
+    """Whether a model is served on this machine, not behind an API or a server's URL."""
+    name, url = common.split_url(model)
+    return not url and common.is_local(name)
 
 
 def assumed_steps(limit: int, rate: dict[str, float]) -> list:
@@ -137,7 +148,7 @@ class Estimate:
 
     def rows(self) -> list[Row]:
         rows = [self.seed_stage(), self.sft(), self.scoring(), self.dpo(), self.evaluation()]
-        if self.a.expert:
+        if is_played(self.a.expert):
             rows.insert(0, self.expert())
         for row in rows:
             # of the GPUs or of the environment's cores, whichever takes longer
@@ -148,8 +159,8 @@ class Estimate:
         """The episodes of the model --expert, --expert_tries of each task."""
         tries = self.a.expert_tries
         row = self._playing("1 expert", 0, 0, self.expert_tasks * tries, tries)
-        if not common.is_local(self.a.expert):
-            row.gpu = 0.0  # it is behind an API or on a server of its own
+        if not is_served(self.a.expert):
+            row.gpu = 0.0
         return row
 
     def seed_stage(self) -> Row:
@@ -247,7 +258,7 @@ def show(rows: list[Row], shape: Shape, rate: dict, sources: dict, a) -> None:
     checkpoints = max(row.meanwhile for row in rows)
     bills = {row.stage: dollars(row, rate) for row in rows}
     print(f"\nteacher: about ${bills['1 seed plans']:,.0f}, with one call a plan", end="; ")
-    if a.expert and not common.is_local(a.expert) and not common.split_url(a.expert)[1]:
+    if is_played(a.expert) and not is_served(a.expert):
         print(f"expert: about ${bills['1 expert']:,.0f}", end="; ")
     print(f"disk: at most {most / 1e9:,.0f} GB at once, in training,", end=" ")
     print(f"of which {checkpoints / 1e9:,.0f} GB are two checkpoints", end="; ")
