@@ -1,6 +1,7 @@
 """Stage 1 (paper 3.1, appendix C): expert trajectories of the train tasks, and their seed plans.
 
     python 01_seed_plans.py --env NAME --out runs/NAME --teacher gpt-4o
+    python 01_seed_plans.py --env NAME --out runs/NAME --expert gpt-4o  # no expert of its own
 
 Files in --out, each with one row a task:
 
@@ -10,6 +11,11 @@ trajectories.jsonl            the expert's trajectory e
     instruction, reward       u and r(u, e)
     steps                     [[action, observation], ...]
     ...                       what else the environment's expert says, such as `by`
+    expert, by, thoughts      only with --expert: the model, which of its tries this is, and what it
+                              thought before each action
+
+expert_rollouts.jsonl         with --expert MODEL: its episodes, --expert_tries of each task, with
+                              the fields of rollouts.jsonl, see 03_sample_score.py
 
 seed_plans.jsonl              the seed plan p, on which 02_sft.py trains the planner (equation 3)
     task, plan, teacher
@@ -42,11 +48,13 @@ agent_sft.jsonl               the trajectory in the agent's prompt format, for 0
 """
 
 import asyncio
+import itertools
 import random
 import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import List, Optional
 
 from tqdm import tqdm
@@ -65,6 +73,17 @@ class Args:
         "a model of an OpenAI-compatible API, a local model, or `rules`, no model",
     )
     teacher_url: Optional[str] = arg(None, "OpenAI-compatible server of the teacher")
+    expert: Optional[str] = arg(
+        None,
+        "where the trajectories come from: a model, which plays the train tasks, or a file with "
+        "the fields of trajectories.jsonl (default: the environment's own expert)",
+    )
+    expert_tries: int = arg(
+        4, "episodes of each task by the model in --expert; the shortest successful one is kept"
+    )
+    expert_tokens: int = arg(512, "token limit of its replies")
+    expert_thinking: Optional[str] = common.thinking_arg("it", "that limit")
+    max_steps: Optional[int] = arg(None, "step limit of its episodes (default: the environment's)")
     prompts: Optional[str] = arg(
         None, "prompt folder: one of the environment's, or a path (default: the environment's own)"
     )
@@ -102,11 +121,15 @@ class Args:
         "type: a one-shot example of each task's type, also where "
         "the environment has one for all (paper)",
     )
-    observation_chars: int = arg(0, "cut observations in agent_sft.jsonl to this length, 0: never")
+    observation_chars: int = arg(
+        0,
+        "cut observations to this length in agent_sft.jsonl and for the model in --expert, "
+        "0: never",
+    )
     workers: int = arg(2, "environment worker processes")
-    concurrency: int = arg(32, "teacher requests in flight")
-    tensor_parallel: int = arg(1, "GPUs of one replica of a served teacher")
-    max_model_len: int = arg(32768, "context of a served teacher, tokens, at most its own")
+    concurrency: int = arg(32, "requests in flight, to the teacher and to the expert")
+    tensor_parallel: int = arg(1, "GPUs of one replica of a served model")
+    max_model_len: int = arg(32768, "context of a served model, tokens, at most its own")
     seed: int = arg(0, "random seed")
     check: bool = arg(False, "say whether this command can run here, a line each, and stop")
 
@@ -114,27 +137,21 @@ class Args:
 # ---- expert trajectories -------------------------------------------------------------------------
 
 
-async def expert_trajectories(a: Args) -> list[dict]:
-    """The trajectories e of the tasks that the environment's expert solves, in the order of the
-    tasks. The expert plays only tasks that are not yet in trajectories.jsonl."""
-    path = Path(a.out) / "trajectories.jsonl"
-    found = {}
-    for row in common.read_rows(path, ("task", "instruction", "steps"), missing_ok=True):
-        found[row["task"]] = row
-    with common.Appender(path) as append:
-        async with common.EnvPool(a.env, a.workers) as pool:
-            tasks = await common.list_tasks(pool, a.env, "train", a.tasks, a.types, a.limit)
-            todo = [task for task in tasks if task not in found]
-            done = len(tasks) - len(todo)
-            with tqdm(total=len(tasks), initial=done, desc="expert trajectories") as bar:
+TRAJECTORY_FIELDS = ("task", "instruction", "steps")
 
-                def keep(task, trajectory):
-                    found[task] = trajectory_row(task, trajectory)
-                    append(found[task])
-                    bar.update()
 
-                await pool.each(todo, "expert", keep)
-    rows = [found[task] for task in tasks]
+async def expert_trajectories(a: Args, prompts) -> list[dict]:
+    """The trajectories e of the tasks that the expert solves, in the order of the tasks."""
+    async with common.EnvPool(a.env, a.workers, a.concurrency) as pool:
+        tasks = await common.list_tasks(pool, a.env, "train", a.tasks, a.types, a.limit)
+        if a.expert is None:
+            rows = await environments_trajectories(a, tasks, pool)
+        else:
+            if is_played(a):
+                rows = await models_trajectories(a, tasks, prompts, pool)
+            else:
+                rows = trajectories_in_file(a, tasks)
+            common.write_rows(Path(a.out) / "trajectories.jsonl", rows)
     print_solved(rows)
     return [row for row in rows if row["solved"]]
 
@@ -144,6 +161,182 @@ def trajectory_row(task: str, trajectory: dict | None) -> dict:
     if trajectory is None:
         trajectory = {"instruction": "", "steps": [], "reward": 0.0}
     return {"task": task, "solved": bool(trajectory["steps"]), **trajectory}
+
+
+async def environments_trajectories(a: Args, tasks: list[str], pool) -> list[dict]:
+    """A row for each task: the trajectory of the environment's own expert. It plays only tasks that
+    are not yet in trajectories.jsonl."""
+    path = Path(a.out) / "trajectories.jsonl"
+    rows = common.read_rows(path, TRAJECTORY_FIELDS, missing_ok=True)
+    if any("expert" in row for row in rows):  # a run with --expert made the file
+        rows = [row for row in rows if "expert" not in row]
+        common.write_rows(path, rows)
+    found = {row["task"]: row for row in rows}
+    with common.Appender(path) as append:
+        todo = [task for task in tasks if task not in found]
+        done = len(tasks) - len(todo)
+        with tqdm(total=len(tasks), initial=done, desc="expert trajectories") as bar:
+
+            def keep(task, trajectory):
+                found[task] = trajectory_row(task, trajectory)
+                append(found[task])
+                bar.update()
+
+            await pool.each(todo, "expert", keep)
+    return [found[task] for task in tasks]
+
+
+def trajectories_in_file(a: Args, tasks: list[str]) -> list[dict]:
+    """A row for each task: its trajectory in the file --expert; a task without one is not
+    solved."""
+    found = {}
+    for row in read_trajectories(a.expert):
+        given = {"reward": 1.0, "expert": a.expert, **row}
+        found[row["task"]] = trajectory_row(row["task"], given)
+    nothing = {"expert": a.expert}
+    return [found.get(task) or trajectory_row(task, None) | nothing for task in tasks]
+
+
+def read_trajectories(path: str) -> list[dict]:
+    """The rows of a file of trajectories. Raises `InputError` if one is malformed."""
+    rows = common.numbered_rows(path, TRAJECTORY_FIELDS)
+    for number, row in rows.items():
+        steps = row["steps"]
+        thoughts = row.get("thoughts")
+        try:
+            well_formed = all(isinstance(action + seen, str) for action, seen in steps)
+        except (TypeError, ValueError):
+            well_formed = False
+        if not well_formed or (thoughts and len(thoughts) != len(steps)):
+            raise InputError(
+                f'{path}:{number}: "steps" must be [[action, observation], ...], all text, and '
+                '"thoughts", if any, one for each step'
+            )
+    return list(rows.values())
+
+
+# -- a model as the expert: rejection sampling
+
+
+def try_temperature(number: int) -> float:
+    """The temperature of a try, counted from 0: 0, 0.3, 0.6, 0.9, then 1."""
+    return min(1.0, round(0.3 * number, 1))
+
+
+async def models_trajectories(a: Args, tasks: list[str], prompts, pool) -> list[dict]:
+    """A row for each task: of the tries of the model --expert, the successful one with the fewest
+    steps."""
+    expert = common.model_fingerprint(a.expert)
+    episodes = await expert_episodes(a, expert, tasks, prompts, pool)
+    rows = []
+    for task in tasks:
+        trajectories = []
+        for episode in episodes[task]:
+            if episode["success"]:
+                trajectories.append(episode_trajectory(episode))
+        e = min(trajectories, key=lambda e: len(e["steps"]), default=None)
+        rows.append(trajectory_row(task, e) | {"expert": expert})
+    return rows
+
+
+def episode_trajectory(episode: dict) -> dict:
+    """A successful episode as a trajectory, with its thoughts if there are any. A reply without an
+    action is left out: the environment did not see it."""
+    steps = []
+    thoughts = []
+    for said, observation in episode["steps"]:
+        _, action = common.parse_reply(said)
+        if action is not None:
+            steps.append([action, observation])
+            thoughts.append(common.parse_thought(said))
+    trajectory = {
+        "instruction": episode["instruction"],
+        "steps": steps,
+        "reward": episode["reward"],
+        "by": f"try {episode['rollout'] + 1}",
+    }
+    if any(thoughts):
+        trajectory["thoughts"] = thoughts
+    return trajectory
+
+
+async def expert_episodes(
+    a: Args, expert: str, tasks: list[str], prompts, pool
+) -> dict[str, list[dict]]:
+    """{task: its --expert_tries episodes}. Those in expert_rollouts.jsonl are not played again,
+    unless they crashed."""
+    path = Path(a.out) / "expert_rollouts.jsonl"
+    fingerprints = [try_fingerprint(a, expert, n, prompts) for n in range(a.expert_tries)]
+    found = {}
+    fields = ("task", "rollout", "fingerprint", "end", "success", "steps")
+    for row in common.read_rows(path, fields, missing_ok=True):
+        number = row["rollout"]
+        is_ours = number < a.expert_tries and row["fingerprint"] == fingerprints[number]
+        if is_ours and row["end"] != "crash":
+            found[row["task"], number] = row
+    wanted = list(itertools.product(tasks, range(a.expert_tries)))
+    todo = [key for key in wanted if key not in found]
+    if todo:
+        with (
+            common.Appender(path) as append,
+            common.open_model(a.expert, None, a, a.expert_thinking) as model,
+        ):
+            model.answers = len(found)
+
+            def keep(row):
+                append(row)
+                found[row["task"], row["rollout"]] = row
+
+            for number, fingerprint in enumerate(fingerprints):
+                ids = {"plan": None, "rollout": number, "agent": expert, "fingerprint": fingerprint}
+                jobs = [{"task": task, **ids} for task, n in todo if n == number]
+                if jobs:
+                    await play_try(a, number, jobs, model, prompts, pool, keep)
+    print_tries(a, [found[key] for key in wanted], path)
+    by_task = {task: [] for task in tasks}
+    for task, number in wanted:
+        by_task[task].append(found[task, number])
+    return by_task
+
+
+async def play_try(a: Args, number: int, jobs: list[dict], model, prompts, pool, keep) -> None:
+    """Play one try of each of several tasks."""
+    config = common.RolloutConfig(
+        prompts,
+        try_temperature(number),
+        a.expert_tokens,
+        a.observation_chars,
+        a.seed,
+        max_steps=a.max_steps,
+    )
+    name = f"expert, try {number + 1} of {a.expert_tries}"
+    await common.rollouts(jobs, model, pool, a.env, config, model.concurrency, keep, name)
+
+
+def try_fingerprint(a: Args, expert: str, number: int, prompts) -> str:
+    """The fingerprint of all that decides how the expert's episodes go."""
+    settings = SimpleNamespace(
+        agent_temperature=try_temperature(number),
+        agent_tokens=a.expert_tokens,
+        agent_thinking=a.expert_thinking,
+        observation_chars=a.observation_chars,
+        max_steps=a.max_steps,
+        max_model_len=a.max_model_len,
+        seed=a.seed,
+    )
+    return common.agent_fingerprint(settings, expert, prompts)
+
+
+def print_tries(a: Args, episodes: list[dict], path: Path) -> None:
+    """Say how many of the expert's episodes are successful, refused, or cut off in thinking."""
+    successes = sum(episode["success"] for episode in episodes)
+    ends = Counter(episode["end"] for episode in episodes)
+    counts = ", ".join(f"{end} {count}" for end, count in ends.most_common())
+    print(f"expert {a.expert}: {successes} of {len(episodes)} episodes successful; ends: {counts}")
+    common.print_refused("episodes", episodes, path)
+    cut_off = sum(episode.get("thinking_cut_off", 0) for episode in episodes)
+    limit = f"--expert_tokens {a.expert_tokens}"
+    common.print_cut_off(cut_off, "the expert", limit, "--expert_thinking")
 
 
 def print_solved(rows: list[dict]) -> None:
@@ -159,7 +352,10 @@ def print_solved(rows: list[dict]) -> None:
             if "by" in row:
                 ways[kind][row["by"]] += 1
     by_type = ", by type:" if len(rows) > 1 else ""
-    print(f"expert: {solved.total()} of {len(rows)} tasks solved{by_type}")
+    left_out = ""
+    if solved.total() < len(rows):
+        left_out = f", {len(rows) - solved.total()} left out"
+    print(f"expert: {solved.total()} of {len(rows)} tasks solved{left_out}{by_type}")
     for kind, total in totals.items():
         line = f"  {kind} {solved[kind]} of {total}"
         if ways[kind]:
@@ -228,7 +424,7 @@ def check_plan(plan: str | None, verbs: set[str], max_steps: int = 20) -> str | 
     steps = common.plan_steps(plan)
     if len(steps) > max_steps:
         return f"too long: {len(steps)} steps, at most {max_steps}"
-    allowed = with_synonyms(verbs)
+    allowed = with_synonyms(verbs)  # empty: the environment does not say which
     for step in steps:
         if len(step.split()) > MAX_STEP_WORDS:
             return f"too long: a step of more than {MAX_STEP_WORDS} words: {step[:80]!r}"
@@ -236,7 +432,7 @@ def check_plan(plan: str | None, verbs: set[str], max_steps: int = 20) -> str | 
         if instance:
             return f"instance detail: {instance[0]!r}"
         first_word = FIRST_WORD.match(step.lower())
-        if not first_word or first_word[1] not in allowed:
+        if allowed and (not first_word or first_word[1] not in allowed):
             return f"verb the environment does not have: {step[:60]!r}"
     return None
 
@@ -255,9 +451,18 @@ EXTRACT = (
 )
 
 
-def trajectory_text(steps: list) -> str:
+def trajectory_text(e: dict) -> str:
     """The expert's trajectory as the teacher reads it."""
-    return "\n".join(f"Action: {action}\nObservation: {seen}" for action, seen in steps)
+    steps = common.expert_steps(e["steps"], e.get("thoughts"))
+    return "\n".join(f"{reply}\nObservation: {seen}" for reply, seen in steps)
+
+
+def with_trajectory(e: dict, parts: list) -> str:
+    """The fingerprint of a request about the trajectory e: of `parts` and, if the expert is a model
+    or a file and may have another trajectory next time, of e."""
+    if "expert" in e:
+        parts = [*parts, trajectory_text(e)]
+    return common.fingerprint(*parts)
 
 
 def explored_trajectories(a: Args) -> dict[str, str]:
@@ -308,15 +513,16 @@ def rule_plans(a: Args, trajectories: list[dict], verbs: set[str]) -> dict[str, 
 
 
 def earlier_plans(
-    path: Path, fingerprint: str, request: str, verbs: set[str], a: Args
+    path: Path, fingerprints: dict[str, str], request: str, verbs: set[str], a: Args
 ) -> dict[str, dict]:
-    """{task: checked plan} of the plans that earlier runs asked the same teacher for. They are
+    """{task: checked plan} of the plans that earlier runs asked the same teacher for, from the same
+    trajectories; `fingerprints`: those of each task. The plans are
     checked again: the rules of quality control may have changed. A rejected plan is left out if it
     was asked for at other temperatures: it may pass at the new ones."""
     fields = ("task", "plan", "teacher", "reason", "fingerprint", "asked")
     plans = {}
     for row in common.read_rows(path, fields, missing_ok=True):
-        same_teacher = row.pop("fingerprint") == fingerprint
+        same_teacher = row.pop("fingerprint") == fingerprints.get(row["task"])
         same_request = row.pop("asked") == request
         no_plan = row["reason"] in (NO_STEPS, TOO_LONG, CUT_OFF) or common.is_refused(row)
         if not no_plan:
@@ -395,14 +601,14 @@ async def teacher_plans(
     parts = [teacher_id, prompts.teacher_text, a.max_plan_steps, explored]
     if thinking.effort is not None:
         parts.append(thinking.effort)
-    fingerprint = common.fingerprint(*parts)
+    fingerprints = {e["task"]: with_trajectory(e, parts) for e in trajectories}
     request = common.fingerprint(a.temperatures, a.max_tokens + thinking.tokens)
-    plans = earlier_plans(path, fingerprint, request, verbs, a)
+    plans = earlier_plans(path, fingerprints, request, verbs, a)
     requests = {}
     for e in trajectories:
         task = e["task"]
         if task not in plans:
-            text = trajectory_text(e["steps"])
+            text = trajectory_text(e)
             requests[task] = prompts.teacher(e["instruction"], text, explored.get(task, ""))
     if not requests:
         return plans
@@ -419,7 +625,7 @@ async def teacher_plans(
             plan, reason = await ask_teacher(teacher, requests[task], task, verbs, a)
             row = {"task": task, "plan": plan, "teacher": Path(name).name, "reason": reason}
             plans[task] = row
-            keep(row | {"fingerprint": fingerprint, "asked": request})
+            keep(row | {"fingerprint": fingerprints[task], "asked": request})
             bar.update()
 
         await asyncio.gather(*[work(task) for task in requests])
@@ -437,7 +643,7 @@ async def seed_plans(
     With --explored, only tasks that the agent failed at least once get a plan."""
     verbs = common.environment(a.env).VERBS
     if a.explored:
-        verbs = verbs | KNOWLEDGE
+        verbs = verbs | KNOWLEDGE if verbs else verbs
         trajectories = [e for e in trajectories if e["task"] in explored]
     edited = edited_plans(a, verbs)
     others = [e for e in trajectories if e["task"] not in edited]
@@ -550,16 +756,19 @@ async def ask_for_thoughts(teacher, e: dict, a: Args) -> list[str] | None:
 
 async def teacher_thoughts(a: Args, trajectories: list[dict]) -> dict[str, list[str] | None]:
     """{task: a thought for each action of its trajectory, or None}. The teacher is asked only for
-    those that thoughts.jsonl does not have."""
+    those that neither the trajectory nor thoughts.jsonl has."""
+    trajectories = [e for e in trajectories if "thoughts" not in e]
+    if not trajectories:
+        return {}
     path = Path(a.out) / "thoughts.jsonl"
     teacher_id = common.model_fingerprint(a.teacher, a.teacher_url)
     parts = [teacher_id, THOUGHTS, a.temperatures]
     if a.thinking is not None:
         parts.append(a.thinking)
-    fingerprint = common.fingerprint(*parts)
+    fingerprints = {e["task"]: with_trajectory(e, parts) for e in trajectories}
     found = {}
     for row in common.read_rows(path, ("task", "thoughts", "fingerprint"), missing_ok=True):
-        if row["fingerprint"] == fingerprint:
+        if row["fingerprint"] == fingerprints.get(row["task"]):
             found[row["task"]] = row
     todo = [e for e in trajectories if e["task"] not in found]
     if todo:
@@ -572,12 +781,13 @@ async def teacher_thoughts(a: Args, trajectories: list[dict]) -> dict[str, list[
             keep = common.Refusals(append, teacher, [e["task"] for e in todo])
 
             async def work(e):
-                row = {"task": e["task"], "thoughts": None, "fingerprint": fingerprint}
+                task = e["task"]
+                row = {"task": task, "thoughts": None, "fingerprint": fingerprints[task]}
                 try:
                     row["thoughts"] = await ask_for_thoughts(teacher, e, a)
                 except common.RequestRefused as error:
                     row["reason"] = common.refusal_reason(error)
-                found[e["task"]] = row
+                found[task] = row
                 keep(row)
                 bar.update()
 
@@ -616,7 +826,7 @@ def agent_conversations(
         draw = random.Random(f"{a.seed} {task}").random()
         with_plan = task in plans and draw < a.plan_share
         plan = plans[task] if with_plan else None
-        steps = common.expert_steps(e["steps"], thoughts.get(task))
+        steps = common.expert_steps(e["steps"], e.get("thoughts") or thoughts.get(task))
         messages = prompts.agent(e["instruction"], plan, task)
         messages += common.turns(steps, a.observation_chars)
         rows.append({"task": task, "with_plan": with_plan, "messages": messages})
@@ -628,7 +838,9 @@ def agent_conversations(
 
 async def write_files(a: Args, explored: dict[str, str], prompts) -> None:
     """Write the files of this stage. seed_plans.jsonl comes last: it is Make's target."""
-    trajectories = await expert_trajectories(a)
+    trajectories = await expert_trajectories(a, prompts)
+    if not trajectories:
+        raise InputError("the expert solved no task, so there is nothing to make plans of")
     rows = await seed_plans(a, trajectories, explored, prompts)
     if not rows:
         raise InputError("no seed plan passed quality control: see seed_plans.rejected.jsonl")
@@ -652,19 +864,43 @@ def check_teacher_prompt(a: Args, prompts) -> None:
         )
 
 
+def check_expert(a: Args) -> None:
+    """Raise `InputError` before any work if there is no expert, or none that can be asked."""
+    if a.expert_tries < 1:
+        raise InputError("--expert_tries must be at least 1")
+    if a.expert is None:
+        advice = "or give --expert MODEL, which plays the train tasks (make: EXPERT=MODEL)"
+        common.require(a.env, ("expert",), "without --expert this stage", advice)
+    elif not is_played(a):
+        read_trajectories(a.expert)
+    elif not a.check:
+        common.check_model(a.expert)
+
+
+def is_played(a: Args) -> bool:
+    """Whether --expert is a model, which plays the tasks, not a file."""
+    return a.expert is not None and not a.expert.endswith(".jsonl")
+
+
 def check(a: Args) -> None:
     """--check: what this stage needs, a line each."""
     checks = common.Checks(a.out)
     checks.environment(a)
     if a.teacher != "rules":
         checks.asks(a.teacher, a.teacher_url, a)
-    checks.episodes(a, ["train"], 1)
+    if is_played(a):
+        checks.asks(a.expert, None, a)
+    checks.episodes(a, ["train"], a.expert_tries if is_played(a) else 1)
     checks.finish()
 
 
 def main(a: Args) -> None:
     common.check_thinking(a)
     prompts = common.Prompts(a.env, a.prompts, a.examples)
+    check_expert(a)
+    if a.teacher == "rules":
+        advice = "or choose a model as --teacher"
+        common.require(a.env, ("abstract",), "--teacher rules", advice)
     if a.teacher == "rules" and a.thoughts:
         raise InputError("--thoughts needs a model as --teacher")
     if a.teacher == "rules" and a.explored:

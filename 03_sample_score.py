@@ -563,8 +563,8 @@ def trajectory_pairs(
 
 
 def load_experts(a: ExploreArgs) -> list[dict]:
-    """The rows of --experts, of --types, the first --limit of them, with the `thoughts` that the
-    teacher wrote for them, if it did."""
+    """The rows of --experts, of --types, the first --limit of them, with their own `thoughts` or
+    those that the teacher wrote for them, if it did."""
     experts = []
     fields = ("task", "instruction", "steps", "reward", "solved")
     for row in common.read_rows(a.experts, fields):
@@ -578,7 +578,7 @@ def load_experts(a: ExploreArgs) -> list[dict]:
     for row in common.read_rows(path, ("task", "thoughts"), missing_ok=True):
         thoughts[row["task"]] = row["thoughts"]
     for expert in experts:
-        expert["thoughts"] = thoughts.get(expert["task"])
+        expert.setdefault("thoughts", thoughts.get(expert["task"]))
     return experts
 
 

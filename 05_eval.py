@@ -1270,6 +1270,8 @@ def check_settings(a: Args) -> None:
             raise InputError(f"--plan_positions {plan_position}: one of {known}")
     common.Prompts(a.env, a.prompts, a.examples)  # raises InputError if there are none
     for setting in a.plans:
+        if setting == "oracle":
+            common.require(a.env, ("expert", "abstract"), "--plans oracle", "or leave it out")
         if setting.endswith(".jsonl"):
             common.read_rows(setting, ("task", "plan"))  # raises InputError if a row lacks these
 

@@ -37,6 +37,9 @@ endif
 PLANNER ?= meta-llama/Llama-3.1-8B-Instruct
 AGENT ?= meta-llama/Llama-3.1-8B-Instruct
 TEACHER ?= gpt-4o
+# EXPERT=MODEL plays the train tasks for demonstrations, in place of the environment's own expert;
+# EXPERT=FILE.jsonl has them already
+EXPERT ?=
 # M plans of a task, N rollouts of a plan
 M ?= 5
 N ?= 5
@@ -107,7 +110,7 @@ $(error TASKS=$(TASKS) must be a folder of lists of tasks, train.json and others
 endif
 endif
 SEED_PLANS = $(STAGE) 01_seed_plans.py $(ENV_FLAGS) $(TASK_FLAGS) --teacher $(TEACHER) --seed $(SEED) \
-  $(SEED_PLANS_ARGS)
+  $(if $(EXPERT),--expert $(EXPERT)) $(SEED_PLANS_ARGS)
 SFT = $(TRAIN) 02_sft.py --seed $(SEED) $(TRAIN_ARGS)
 SCORE = $(STAGE) 03_sample_score.py $(ENV_FLAGS) $(TASK_FLAGS) --agent $(AGENT_MODEL) --seed $(SEED) \
   $(SCORE_ARGS)
@@ -143,8 +146,8 @@ help:
 	@echo "make tasks ENV=NAME    download the public lists of tasks, which make all takes from then on"
 	@echo "make test | test-slow | test-all | lint         fast tests, the slow rest, both; style"
 	@echo "make bench-env | bench-rollout | bench-scale | bench-train    speed, beside others'"
-	@echo "NAME: $(patsubst data/%/env.py,%,$(wildcard data/*/env.py)). Settings: PLANNER AGENT TEACHER M N SEED,"
-	@echo "ENV_ARGS, TRAIN_ARGS, and SEED_PLANS_ARGS ... EVAL_ARGS of the scripts. make -n all prints the"
+	@echo "NAME: $(patsubst data/%/env.py,%,$(wildcard data/*/env.py)). Settings: PLANNER AGENT TEACHER EXPERT"
+	@echo "M N SEED, ENV_ARGS, TRAIN_ARGS, and SEED_PLANS_ARGS ... EVAL_ARGS of the scripts. make -n all prints the"
 	@echo "commands."
 
 # ---- set-up --------------------------------------------------------------------------------------
@@ -274,7 +277,7 @@ demo:
 # what `make all` costs on GPUS GPUs, 8 without any
 estimate: | .venv/ready
 	$(VENV) python -m data.tools.estimate --env $(ENV) --gpus $(if $(filter-out 0,$(GPUS)),$(GPUS),8) \
-	  --m $(M) --n $(N) $(TASK_FLAGS) $(ESTIMATE_ARGS)
+	  --m $(M) --n $(N) $(TASK_FLAGS) $(if $(EXPERT),--expert $(EXPERT)) $(ESTIMATE_ARGS)
 
 # two test files at a time, in the order of tests/conftest.py: the longest first
 PYTEST := $(VENV) python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder

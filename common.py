@@ -468,19 +468,33 @@ class Prompts:
             folder = base / name
         self.folders = (folder, base)  # in which a file is looked for, in this order
         self.agent_text = self._read("agent.txt")
-        if not folder.is_dir() or not self.agent_text:
+        self.planner_text = self._read("planner.txt")
+        if not folder.is_dir() or not self.agent_text or not self.planner_text:
             known = ", ".join(sorted({path.parent.name for path in base.glob("*/*.txt")}))
             raise InputError(
                 f"{f'--prompts {name}: ' if name else ''}{folder} has no prompts; it must be a "
                 f"folder with planner.txt and agent.txt (folders of {env}: {known})"
             )
-        self.planner_text = self._read("planner.txt")
         self.teacher_text = self._read("teacher.txt")
+        self._check_slots()
         if examples not in (None, "type"):
             raise InputError(f"--examples {examples}: the only value is `type`")
         self.examples = json.loads(self._read("examples.json") or "{}")
         if "*" in self.examples and examples is None:
             self.examples = {"*": self.examples["*"]}
+
+    def _check_slots(self) -> None:
+        """Raise `InputError` if a prompt has no place for what it is to tell."""
+        slots = {
+            "planner.txt": (self.planner_text, ("{task}",)),
+            "agent.txt": (self.agent_text, ("{task}", "{plan_line}")),
+            "teacher.txt": (self.teacher_text, ("{task}", "{conversation}")),
+        }
+        for file, (text, needed) in slots.items():
+            for slot in needed:
+                if text and slot not in text:
+                    where = " or ".join(str(folder) for folder in dict.fromkeys(self.folders))
+                    raise InputError(f"{file} of {where} has no {slot}: write it where it belongs")
 
     def _read(self, file: str) -> str:
         """The text of a prompt file, or "" if neither folder has it."""
@@ -737,14 +751,23 @@ def _action_span(text: str, position: int) -> tuple[int, int]:
     return position, end.start() if end else len(text)
 
 
+def parse_thought(said: str) -> str:
+    """What an agent's reply, which ends with its action, says before it; "" if that is nothing."""
+    labels = list(ACTION_LINE.finditer(said)) or list(ACTION_ANYWHERE.finditer(said))
+    before = said[: labels[-1].start()] if labels else ""
+    thought = " ".join(before.strip(SIGNS + "\n").split())
+    return re.sub(r"^thought[ *_]*:[ *_]*", "", thought, flags=re.I)
+
+
 def expert_steps(steps: list, thoughts: list[str] | None) -> list[list[str]]:
     """The expert's [[action, observation], ...] as [[reply, observation], ...] of an agent that
-    acts so. With `thoughts`, one for each step, the replies begin with them."""
-    if not thoughts:
-        return [[f"Action: {action}", observation] for action, observation in steps]
+    acts so. With `thoughts`, one for each step, the replies begin with those that are not empty."""
     said = []
-    for thought, (action, observation) in zip(thoughts, steps, strict=True):
-        said.append([f"Thought: {thought}\nAction: {action}", observation])
+    for thought, (action, observation) in zip(thoughts or [""] * len(steps), steps, strict=True):
+        reply = f"Action: {action}"
+        if thought:
+            reply = f"Thought: {thought}\n{reply}"
+        said.append([reply, observation])
     return said
 
 
@@ -757,23 +780,26 @@ def task_type(task: str) -> str:
 
 
 class Environment:
-    """What the pipeline needs of an environment. A subclass in data/NAME/env.py defines SPLITS,
-    MAX_STEPS, VERBS and FAILED, and these methods:
+    """What the pipeline needs of an environment. A subclass in data/NAME/env.py defines
 
     reset(task) -> u
     step(action) -> (observation, reward so far in [0, 1], done, success)
-    columns(split)       the tasks of a split, one list per task type
+    columns(split)       the tasks of a split, one list per task type; or `tasks(split)`, one list
+
+    What else it defines replaces a default; these two have none:
+
     expert(task)         {"instruction", "steps": [[action, observation], ...], "reward"}, or None
-                         if the expert fails (paper 3.1)
-    check(task)          class method: raises `InputError` if there is no such task
+                         if the expert fails (paper 3.1). Without it a model is the expert
+                         (01_seed_plans.py --expert)
     abstract(u, steps)   static method: expert steps -> plan steps, for `--teacher rules`
 
     One object is one session; a worker process holds many. A task is named 'TYPE/VARIATION'."""
 
-    SPLITS: dict  # names of train and the test splits (paper appendix A)
-    MAX_STEPS: dict[str, int]  # step limit of an episode, by task type
-    VERBS: set[str]  # first words that quality control allows in a plan step
-    FAILED: tuple[str, ...]  # prefixes of observations of invalid actions
+    SPLITS: dict = {"train": None, "seen": None}  # train and the test splits (paper appendix A)
+    MAX_STEPS: dict[str, int] = {}  # step limit of an episode, by task type
+    STEP_LIMIT = 30  # that of a type which is not in there
+    VERBS: set[str] = set()  # first words that quality control allows in a plan step; empty: any
+    FAILED: tuple[str, ...] = ()  # prefixes of observations of invalid actions
     COUNTED: tuple[str, ...] = ()  # prefixes of observations that end an episode if there are
     MAX_COUNTED = 10  # so many in a row
     VARIABLES: tuple[str, ...] = ()  # environment variables that workers on other machines need
@@ -802,6 +828,10 @@ class Environment:
         """The task of a row [kind, variation] of a task file."""
         return f"{kind}/{variation}"
 
+    @classmethod
+    def check(cls, task: str) -> None:
+        """Raises `InputError` if there is no such task; here nobody knows before `reset`."""
+
     def check_variations(self, tasks: list[str]) -> None:
         """Raise `InputError` if a variation of these tasks does not exist, where `check` cannot
         know that without a session."""
@@ -819,7 +849,7 @@ class Environment:
 
     @classmethod
     def max_steps(cls, task: str) -> int:
-        return cls.MAX_STEPS[task_type(task)]
+        return cls.MAX_STEPS.get(task_type(task), cls.STEP_LIMIT)
 
     @classmethod
     def failed(cls, observation: str) -> bool:
@@ -884,6 +914,13 @@ def environment(name: str) -> type[Environment]:
             f"{len(classes)}"
         )
     return classes[0]
+
+
+def require(env: str, methods: tuple, what: str, advice: str) -> None:
+    """Raise `InputError` if the environment lacks one of these methods, which `what` needs."""
+    for method in methods:
+        if not hasattr(environment(env), method):
+            raise InputError(f"{what} needs `{method}` in the env.py of --env {env}, {advice}")
 
 
 def check_data(env: str, out) -> None:
@@ -1355,7 +1392,7 @@ async def list_tasks(
     `types` only the tasks of these types, with `limit` only the first ones."""
     cls = environment(env)
     unknown = sorted(set(types or []) - set(cls.MAX_STEPS))
-    if unknown:
+    if unknown and cls.MAX_STEPS:
         raise InputError(
             f"unknown task type {unknown[0]!r}: --types takes {', '.join(sorted(cls.MAX_STEPS))}"
         )
@@ -4647,9 +4684,10 @@ class Checks:
             if wanted.items() <= row.items():
                 counts = [row["tasks"].get(split, 0) for split in splits]
                 number = times * sum(min(n, a.limit or n) for n in counts)
+                cls = environment(a.env)
                 steps = getattr(a, "max_steps", None)
                 if steps is None:
-                    steps = mean(environment(a.env).MAX_STEPS.values())
+                    steps = mean(cls.MAX_STEPS.values()) or cls.STEP_LIMIT
                 self._note(folder=a.out, kept=number * episode_bytes(steps), meanwhile=0)
                 return
 

@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 # the tests of an environment that was removed are not collected
 collect_ignore_glob = []
-for name in ("alfworld", "sciworld", "webshop"):
+for name in ("alfworld", "sciworld", "textworldexpress", "webshop"):
     if not (ROOT / "data" / name).is_dir():
         collect_ignore_glob.append(f"test_{name}*.py")
 

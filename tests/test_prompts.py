@@ -358,7 +358,7 @@ def test_text_in_a_slot_is_not_read_as_a_slot():
 
 def test_one_example_for_all_types_or_one_each(tmp_path):
     for name in ("planner.txt", "agent.txt"):
-        (tmp_path / name).write_text("{example} {task}")
+        (tmp_path / name).write_text("{example} {task}{plan_line}")
     common_one = {"*": "any", "boil": "boiling"}
     one_each = {"boil": "boiling", "melt": "melting"}
 

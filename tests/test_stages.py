@@ -512,7 +512,11 @@ def test_an_extraction_longer_than_the_context(run_folder, teach):
     "teacher_text, more, said",
     [
         (None, {}, "--env .*corridor --prompts .* has no teacher.txt"),
-        ("{task}", {"explored": "explore.jsonl"}, "--prompts .*{explored}, which --explored needs"),
+        (
+            "{task}{conversation}",
+            {"explored": "x.jsonl"},
+            "--prompts .*{explored}, which --explored needs",
+        ),
     ],
 )
 @pytest.mark.parametrize("check", [False, True])

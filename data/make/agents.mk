@@ -65,9 +65,11 @@ $(R)/agent-knowagent/config.json: 02_sft.py $(R)/knowagent/won.jsonl
 # their thoughts are the run's. --------------------------------------------------------------------
 
 $(R)/wkm-seed/seed_plans.jsonl: 01_seed_plans.py $(R)/eto1/pairs.jsonl $(R)/thoughts.done
-	$(COPY) $(@D) $(R)/trajectories.jsonl $(R)/thoughts.jsonl
+	for file in $(if $(EXPERT),,trajectories.jsonl) thoughts.jsonl; do \
+	  if [ -e $(R)/$$file ]; then $(COPY) $(@D) $(R)/$$file; fi; done
 	$(SEED_PLANS) --prompts wkm --out $(@D) \
-	  --explored $(R)/eto1/explore.jsonl --plan_share 1 --thoughts true
+	  --explored $(R)/eto1/explore.jsonl --plan_share 1 --thoughts true \
+	  $(if $(EXPERT),--expert $(R)/trajectories.jsonl)
 $(R)/wkm/config.json: 02_sft.py $(R)/wkm-seed/seed_plans.jsonl
 	$(SFT) --model $(PLANNER) --data $(R)/wkm-seed/seed_plans.jsonl --out $(@D) $(SFT_ARGS)
 	$(CURVES) $(@D)

@@ -3,8 +3,9 @@
     python -m data.tools.estimate --env NAME --gpus 8 --m 5 --n 5
 
 The numbers of tasks, plans and episodes are exact, except that equal plans of a task are scored
-once. Lengths (tokens and steps) are measured on the expert's trajectories of --sample tasks. The
-rest follows from these and from assumed rates, as printed; set your own.
+once. Lengths (tokens and steps) are measured on the trajectories of --sample tasks that the
+environment's own expert plays; without such an expert those of steps are assumed, too. The rest
+follows from these and from assumed rates, as printed; set your own.
 """
 
 import argparse
@@ -26,17 +27,18 @@ RATES = {
     "load": (120.0, "assumed", "seconds to start a server or load a model for training"),
     "success": (0.5, "assumed", "share of episodes that end early, with success"),
     "reply": (40.0, "assumed", "tokens of an agent's reply, thought and action"),
+    "observation": (60.0, "assumed", "tokens of an observation, if there is no expert to measure"),
     "plan": (100.0, "assumed", "tokens of a plan"),
     "pairs": (0.6, "assumed", "share of the tasks that give a pair"),
-    "teacher_in": (2.5, "assumed", "dollars for a million prompt tokens"),
-    "teacher_out": (10.0, "assumed", "dollars for a million generated tokens"),
+    "teacher_in": (2.5, "assumed", "dollars for a million prompt tokens of an API's model"),
+    "teacher_out": (10.0, "assumed", "dollars for a million generated tokens of it"),
     "parameters": (8.0, "the paper's model", "billion parameters of planner and agent"),
 }
 
 
 @dataclass
 class Shape:
-    """What the expert's trajectories of a few tasks look like; lengths in tokens, means."""
+    """What trajectories of a few tasks look like; lengths in tokens, means."""
 
     tasks: dict[str, int]  # of each split
     solved: float  # share of the tasks that the expert solves
@@ -69,16 +71,22 @@ def tokens(text: str) -> float:
     return len(text) / CHARACTERS
 
 
-async def measure(a) -> Shape:
-    """The shape of --sample tasks as the expert plays them."""
+async def measure(a, rate: dict[str, float]) -> Shape:
+    """The shape of --sample tasks as the environment's own expert plays them, or as `rate` says."""
     cls = common.environment(a.env)
     prompts = common.Prompts(a.env, a.prompts)
     tasks = {}
-    found = {}
     async with common.EnvPool(a.env, 2) as pool:
         for split in ("train", *common.evaluated_splits(a.env, a.tasks)):
             tasks[split] = await common.list_tasks(pool, a.env, split, a.tasks, a.types, None)
-        found = await pool.each(tasks["train"][: a.sample], "expert")
+        sample = tasks["train"][: a.sample]
+        if hasattr(cls, "expert"):
+            found = await pool.each(sample, "expert")
+        else:
+            instructions = await pool.each(sample, "reset")
+            found = {}
+            for task, u in instructions.items():
+                found[task] = {"instruction": u, "steps": assumed_steps(cls.max_steps(task), rate)}
     solved = {task: e for task, e in found.items() if e}
     trajectories = []
     observations = []
@@ -96,7 +104,7 @@ async def measure(a) -> Shape:
             prompt_lengths[who].append(tokens(messages[0]["content"]))
     return Shape(
         tasks={split: len(names) for split, names in tasks.items()},
-        solved=len(solved) / max(1, len(found)),
+        solved=rate["success"] if is_played(a.expert) else len(solved) / max(1, len(found)),
         trajectory=mean(trajectories),
         expert_steps=mean(len(e["steps"]) for e in solved.values()),
         step_limit=mean(cls.max_steps(task) for task in found),
@@ -105,6 +113,24 @@ async def measure(a) -> Shape:
         teacher_prompt=mean(prompt_lengths["teacher"]),
         agent_prompt=mean(prompt_lengths["agent"]),
     )
+
+
+def is_played(expert: str | None) -> bool:
+    """Whether the expert is a model, which plays the tasks, not a file or the environment's own."""
+    return expert is not None and not expert.endswith(".jsonl")
+
+
+def is_served(model: str) -> bool:
+    """Whether a model is served on this machine, not behind an API or a server's URL."""
+    name, url = common.split_url(model)
+    return not url and common.is_local(name)
+
+
+def assumed_steps(limit: int, rate: dict[str, float]) -> list:
+    """The steps of a trajectory in an environment without an expert: half of the limit."""
+    action = "x" * round(CHARACTERS * 4)
+    observation = "x" * round(CHARACTERS * max(0, rate["observation"] - 8))
+    return [[action, observation]] * max(1, limit // 2)
 
 
 class Estimate:
@@ -122,19 +148,30 @@ class Estimate:
 
     def rows(self) -> list[Row]:
         rows = [self.seed_stage(), self.sft(), self.scoring(), self.dpo(), self.evaluation()]
+        if is_played(self.a.expert):
+            rows.insert(0, self.expert())
         for row in rows:
             # of the GPUs or of the environment's cores, whichever takes longer
             row.hours = max(row.gpu / self.a.gpus, row.env / self.a.cores)
         return rows
 
+    def expert(self) -> Row:
+        """The episodes of the model --expert, --expert_tries of each task."""
+        tries = self.a.expert_tries
+        row = self._playing("1 expert", 0, 0, self.expert_tasks * tries, tries)
+        if not is_served(self.a.expert):
+            row.gpu = 0.0
+        return row
+
     def seed_stage(self) -> Row:
         shape = self.shape
+        seconds = 0.0 if self.a.expert else self.cpu["expert"]
         return Row(
             "1 seed plans",
             calls=self.seed_plans,
             prompt=self.seed_plans * (shape.teacher_prompt + shape.trajectory),
             generated=self.seed_plans * self.rate["plan"],
-            env=self.expert_tasks * self.cpu["expert"] / 3600,
+            env=self.expert_tasks * seconds / 3600,
             kept=self.expert_tasks * shape.trajectory * CHARACTERS * 3,
         )
 
@@ -217,17 +254,23 @@ def show(rows: list[Row], shape: Shape, rate: dict, sources: dict, a) -> None:
     tasks = ", ".join(f"{n:,} {split} tasks" for split, n in shape.tasks.items())
     print(f"{a.env}: {tasks}; M = {a.m}, N = {a.n}, {a.gpus} GPUs\n")
     print_table(rows)
-    seeds = rows[0]
-    bill = (seeds.prompt * rate["teacher_in"] + seeds.generated * rate["teacher_out"]) / 1e6
     most = common.most_disk([(row.kept, row.meanwhile) for row in rows])
     checkpoints = max(row.meanwhile for row in rows)
-    print(f"\nteacher: about ${bill:,.0f}, with one call a plan", end="; ")
+    bills = {row.stage: dollars(row, rate) for row in rows}
+    print(f"\nteacher: about ${bills['1 seed plans']:,.0f}, with one call a plan", end="; ")
+    if is_played(a.expert) and not is_served(a.expert):
+        print(f"expert: about ${bills['1 expert']:,.0f}", end="; ")
     print(f"disk: at most {most / 1e9:,.0f} GB at once, in training,", end=" ")
     print(f"of which {checkpoints / 1e9:,.0f} GB are two checkpoints", end="; ")
     print("the models to download are extra")
     print("rates: " + "; ".join(f"{name} {rate[name]:g} ({sources[name]})" for name in RATES))
     seconds = common.environment(a.env).SECONDS
     print("environment, core-seconds: " + ", ".join(f"{k} {v:g}" for k, v in seconds.items()))
+
+
+def dollars(row: Row, rate: dict[str, float]) -> float:
+    """What the tokens of a stage cost if they are those of an API's model."""
+    return (row.prompt * rate["teacher_in"] + row.generated * rate["teacher_out"]) / 1e6
 
 
 def print_table(rows: list[Row]) -> None:
@@ -274,6 +317,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--sft_limit", type=int, help="seed plans of stage 2 at most")
     parser.add_argument("--eval_limit", type=int, help="tasks of each test split at most")
     parser.add_argument("--tasks", nargs="+", default=[], help="lists of tasks, as of the stages")
+    parser.add_argument("--expert", help="the model that is the expert, see 01_seed_plans.py")
+    parser.add_argument("--expert_tries", type=int, default=4)
     parser.add_argument("--types", nargs="+")
     parser.add_argument("--prompts")
     parser.add_argument("--sample", type=int, default=24, help="expert trajectories to measure")
@@ -284,17 +329,17 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     a = parse_arguments()
-    try:
-        shape = asyncio.run(measure(a))
-    except common.InputError as e:
-        print(f"error: {e}", file=sys.stderr)
-        raise SystemExit(2) from None
     rate = {}
     sources = {}
     for name, (value, source, _) in RATES.items():
         given = getattr(a, name)
         rate[name] = value if given is None else given
         sources[name] = source if given is None else "given"
+    try:
+        shape = asyncio.run(measure(a, rate))
+    except common.InputError as e:
+        print(f"error: {e}", file=sys.stderr)
+        raise SystemExit(2) from None
     rows = Estimate(shape, rate, a).rows()
     show(rows, shape, rate, sources, a)
 

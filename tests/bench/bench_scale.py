@@ -175,13 +175,14 @@ async def estimated_seconds(env: Path, run: Path, load: float) -> float:
     conversation = growth * mean((len(row["steps"]) - 1) / 2 for row in episodes)
     prompts = [estimate.tokens(row["messages"][0]["content"]) for row in seed_plans]
 
+    rates = {name: value for name, (value, _, _) in estimate.RATES.items()}
     shape = await estimate.measure(
-        SimpleNamespace(env=str(env), prompts=None, tasks=[], types=None, sample=8)
+        SimpleNamespace(env=str(env), prompts=None, tasks=[], types=None, sample=8, expert=None),
+        rates,
     )
     shape.observation = mean(observations)
     shape.planner_prompt = mean(prompts)
     shape.agent_prompt = sum(row["prompt_tokens"] for row in episodes) / steps - conversation
-    rates = {name: value for name, (value, _, _) in estimate.RATES.items()}
     rates |= {"generate": SLOTS * SPEED, "prefill": SLOTS * PREFILL, "load": load, "reply": reply}
     rates["plan"] = mean(estimate.tokens(row["plan"]) + 20 for row in plans)
     settings = SimpleNamespace(

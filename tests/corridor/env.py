@@ -1,8 +1,8 @@
 """A toy environment: four rooms in a row, a thing to find in one of them.
 
-This is the smallest example of an environment. To make one of your own, copy this folder to
-data/NAME/ and change env.py and the prompts (agent.txt, planner.txt, teacher.txt). What is not
-defined here has a default in `common.Environment`.
+This is an example of an environment. To make one of your own, copy this folder to data/NAME/ and
+change env.py and the prompts (agent.txt, planner.txt, teacher.txt). What is not defined here has a
+default in `common.Environment`, and so has all that is not in README.md's smallest example.
 """
 
 from common import Environment, InputError, task_type

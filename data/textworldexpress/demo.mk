@@ -1,0 +1,14 @@
+# The demo: three games, SmolLM2-135M as planner and agent.
+M := 4
+N := 1
+PROMPTS := brief
+ENV_ARGS := --types cookingworld twc mapreader --observation_chars 300 --workers 2
+SEED_PLANS_ARGS := --limit 72 --plan_share 0.95
+AGENT_SFT_ARGS := --lr 3e-4 --epochs 2 --warmup_ratio 0.05
+SFT_ARGS := --lr 2e-4 --epochs 3 --warmup_ratio 0.05
+SERVE := --max_steps 14 --max_model_len 2048 --agent_tokens 24 --concurrency 48
+SCORE_ARGS := --limit 36 --plan_temperature 1.0 --plan_tokens 160 $(SERVE)
+DPO_ARGS := --beta 0.1 --lr 1e-4 --warmup_ratio 0.1 --epochs 3 --nll 1.0
+EXPLORE_ARGS := $(SERVE)
+ETO_ARGS := --beta 0.1 --lr 5e-5 --warmup_ratio 0.1 --epochs 3
+EVAL_ARGS := --limit 18 --plan_tokens 160 $(SERVE)
