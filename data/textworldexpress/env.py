@@ -28,7 +28,7 @@ class TextWorldExpress(Environment):
     VERBS = {"look", "read", "take", "put", "open", "close", "move", "slice", "dice", "chop"}
     VERBS |= {"cook", "prepare", "eat", "go", "find", "repeat"}
     FAILED = ("Unknown action", "That is not a command", "That is already")
-    MAX_FAILURES = 10
+    COUNTED = FAILED
     SECONDS = {"expert": 0.1, "reset": 0.01, "step": 0.001}
     simulator = None  # the class in the JVM
 
