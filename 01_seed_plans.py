@@ -117,9 +117,9 @@ async def expert_trajectories(a: Args) -> list[dict]:
     tasks. The expert plays only tasks that are not yet in trajectories.jsonl."""
     path = Path(a.out) / "trajectories.jsonl"
     found = {}
-    for row in common.read_rows(path, ("task", "instruction", "steps"), missing_ok=True):
-        found[row["task"]] = row
     with common.Appender(path) as append:
+        for row in common.read_rows(path, ("task", "solved", "instruction", "reward", "steps")):
+            found[row["task"]] = row
         async with common.EnvPool(a.env, a.workers) as pool:
             tasks = await common.list_tasks(pool, a.env, "train", a.tasks, a.types, a.limit)
             todo = [task for task in tasks if task not in found]
@@ -131,8 +131,8 @@ async def expert_trajectories(a: Args) -> list[dict]:
                     append(found[task])
                     bar.update()
 
-                await pool.each(todo, "expert", keep)
-    rows = [found[task] for task in tasks]
+                await pool.each(todo, "expert", keep, worked=done)
+    rows = [found[task] for task in tasks if task in found]
     print_solved(rows)
     return [row for row in rows if row["solved"]]
 
@@ -285,9 +285,13 @@ def explored_trajectories(a: Args) -> dict[str, str]:
 def edited_plans(a: Args, verbs: set[str]) -> dict[str, dict]:
     """{task: checked plan} of the plans that a user edited by hand."""
     path = Path(a.out) / "edited_plans.jsonl"
+    if not path.exists():
+        return {}
     checked = {}
-    for row in common.read_rows(path, ("task", "plan"), missing_ok=True):
+    for line, row in common.numbered_rows(path, ("task", "plan"), appended=False).items():
         task = row["task"]
+        if row["plan"] is None:
+            raise InputError(f"{path}:{line}: the plan is null: write one, or delete the line")
         plan = common.parse_plan(common.plan_reply(row["plan"]))
         checked[task] = checked_plan(task, plan, "edited", verbs, a)
         if plan is None:
@@ -313,7 +317,7 @@ def earlier_plans(
     was asked for at other temperatures: it may pass at the new ones."""
     fields = ("task", "plan", "teacher", "reason", "fingerprint", "asked")
     plans = {}
-    for row in common.read_rows(path, fields, missing_ok=True):
+    for row in common.read_rows(path, fields):
         same_teacher = row.pop("fingerprint") == fingerprint
         same_request = row.pop("asked") == request
         no_plan = row["reason"] in (NO_STEPS, TOO_LONG, CUT_OFF) or common.is_refused(row)
@@ -388,25 +392,34 @@ async def teacher_plans(
     for those that teacher_plans.jsonl does not have."""
     path = Path(a.out) / "teacher_plans.jsonl"
     teacher_id = common.model_fingerprint(a.teacher, a.teacher_url)
-    name, _ = common.name_and_url(a.teacher)
     thinking = common.parse_thinking(a.thinking)
     parts = [teacher_id, prompts.teacher_text, a.max_plan_steps, explored]
     if thinking.effort is not None:
         parts.append(thinking.effort)
     fingerprint = common.fingerprint(*parts)
     request = common.fingerprint(a.temperatures, a.max_tokens + thinking.tokens)
-    plans = earlier_plans(path, fingerprint, request, verbs, a)
-    requests = {}
-    for e in trajectories:
-        task = e["task"]
-        if task not in plans:
-            text = trajectory_text(e["steps"])
-            requests[task] = prompts.teacher(e["instruction"], text, explored.get(task, ""))
-    if not requests:
-        return plans
+    with common.Appender(path) as append:
+        plans = earlier_plans(path, fingerprint, request, verbs, a)
+        requests = {}
+        for e in trajectories:
+            task = e["task"]
+            if task not in plans:
+                text = trajectory_text(e["steps"])
+                requests[task] = prompts.teacher(e["instruction"], text, explored.get(task, ""))
+        if requests:
+            more = {"fingerprint": fingerprint, "asked": request}
+            await ask_for_plans(a, requests, plans, verbs, append, more)
+    return plans
+
+
+async def ask_for_plans(
+    a: Args, requests: dict[str, list[dict]], plans: dict[str, dict], verbs: set[str], append, more
+) -> None:
+    """Ask the teacher for a plan of each task in `requests`. It is appended, with the fields
+    `more`, and added to `plans`."""
     print_cost(a, requests)
+    name, _ = common.name_and_url(a.teacher)
     with (
-        common.Appender(path) as append,
         common.open_model(a.teacher, a.teacher_url, a, a.thinking) as teacher,
         tqdm(total=len(requests), desc="seed plans") as bar,
     ):
@@ -417,7 +430,7 @@ async def teacher_plans(
             plan, reason = await ask_teacher(teacher, requests[task], task, verbs, a)
             row = {"task": task, "plan": plan, "teacher": Path(name).name, "reason": reason}
             plans[task] = row
-            keep(row | {"fingerprint": fingerprint, "asked": request})
+            keep(row | more)
             bar.update()
 
         await asyncio.gather(*[work(task) for task in requests])
@@ -425,7 +438,6 @@ async def teacher_plans(
     common.print_cut_off(
         teacher.cut_off_replies, "the teacher", f"--max_tokens {a.max_tokens}", "--thinking"
     )
-    return plans
 
 
 async def seed_plans(
@@ -555,37 +567,45 @@ async def teacher_thoughts(a: Args, trajectories: list[dict]) -> dict[str, list[
     if a.thinking is not None:
         parts.append(a.thinking)
     fingerprint = common.fingerprint(*parts)
-    found = {}
-    for row in common.read_rows(path, ("task", "thoughts", "fingerprint"), missing_ok=True):
-        if row["fingerprint"] == fingerprint:
-            found[row["task"]] = row
-    todo = [e for e in trajectories if e["task"] not in found]
-    if todo:
-        with (
-            common.Appender(path) as append,
-            common.open_model(a.teacher, a.teacher_url, a, a.thinking) as teacher,
-            tqdm(total=len(todo), desc="thoughts") as bar,
-        ):
-            teacher.answers = len(found)
-            keep = common.Refusals(append, teacher, [e["task"] for e in todo])
-
-            async def work(e):
-                row = {"task": e["task"], "thoughts": None, "fingerprint": fingerprint}
-                try:
-                    row["thoughts"] = await ask_for_thoughts(teacher, e, a)
-                except common.RequestRefused as error:
-                    row["reason"] = common.refusal_reason(error)
-                found[e["task"]] = row
-                keep(row)
-                bar.update()
-
-            await asyncio.gather(*[work(e) for e in todo])
-            keep.finish()
-        limit = f"the limit of {TOKENS_OF_A_THOUGHT} tokens a thought"
-        common.print_cut_off(teacher.cut_off_replies, "the teacher", limit, "--thinking")
+    with common.Appender(path) as append:
+        found = {}
+        for row in common.read_rows(path, ("task", "thoughts", "fingerprint")):
+            if row["fingerprint"] == fingerprint:
+                found[row["task"]] = row
+        todo = [e for e in trajectories if e["task"] not in found]
+        if todo:
+            await ask_for_all_thoughts(a, todo, found, append, fingerprint)
     rows = [found[e["task"]] for e in trajectories]
     print_thoughts(rows, path)
     return {row["task"]: row["thoughts"] for row in rows}
+
+
+async def ask_for_all_thoughts(
+    a: Args, todo: list[dict], found: dict[str, dict], append, fingerprint: str
+) -> None:
+    """Ask the teacher for the thoughts of the trajectories `todo`. Their rows are appended, and
+    added to `found`."""
+    with (
+        common.open_model(a.teacher, a.teacher_url, a, a.thinking) as teacher,
+        tqdm(total=len(todo), desc="thoughts") as bar,
+    ):
+        teacher.answers = len(found)
+        keep = common.Refusals(append, teacher, [e["task"] for e in todo])
+
+        async def work(e):
+            row = {"task": e["task"], "thoughts": None, "fingerprint": fingerprint}
+            try:
+                row["thoughts"] = await ask_for_thoughts(teacher, e, a)
+            except common.RequestRefused as error:
+                row["reason"] = common.refusal_reason(error)
+            found[e["task"]] = row
+            keep(row)
+            bar.update()
+
+        await asyncio.gather(*[work(e) for e in todo])
+        keep.finish()
+    limit = f"the limit of {TOKENS_OF_A_THOUGHT} tokens a thought"
+    common.print_cut_off(teacher.cut_off_replies, "the teacher", limit, "--thinking")
 
 
 def print_thoughts(rows: list[dict], path: Path) -> None:
