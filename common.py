@@ -2357,7 +2357,7 @@ class Model:
         elif isinstance(e, self.malformed):
             what = f"sends answers without a completion: {said}"
         else:
-            in_vain = f"no whole answer within {3 * self.timeout:.0f} s, retries included"
+            in_vain = f"no whole answer within {3 * self.timeout:.3g} s, retries included"
             what = f"cannot be reached or does not answer ({said or in_vain})"
         hints = {
             401: self.key_advice,
@@ -2814,7 +2814,8 @@ def context_of(model: str) -> float:
     except (ValueError, KeyError):  # an architecture that the server may know
         return math.inf
     except Exception as e:  # of files that are not whole, or that their class does not understand
-        raise InputError(f"{model} cannot be served: {first_line(e)}") from None
+        said = " ".join(str(e).split()) or type(e).__name__
+        raise InputError(f"{model} cannot be served: {said[:300]}") from None
     length = getattr(config, "max_position_embeddings", None)
     return length if isinstance(length, int) and length > 0 else math.inf
 

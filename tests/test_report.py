@@ -28,7 +28,8 @@ from test_eval import (  # noqa: F401
 
 import common
 from common import InputError, read_rows
-from data.report import curves, report, tables
+from data.report import curves, figures, report, tables
+from data.report.page import page as page_of
 
 ev = stage("05_eval")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -85,6 +86,20 @@ def browse(
         return ""
     assert 'data-done="yes"' in done.stdout and "ERROR " not in done.stdout, done.stdout[-2000:]
     return done.stdout
+
+
+def test_the_judge_may_have_any_name(tmp_path):
+    """A server chooses it."""
+    verdicts = {"overall": {"win": 1, "tie": 0, "loss": 0, "invalid": 0}}
+    name = EVIL + "\n\\input{/etc/passwd} $x_1$ $^2$"
+    table = tables.judged_table(["sft", "mpo"], name, verdicts)
+    figure = tmp_path / "fig6.png"
+    figures.judged_bars({name: verdicts["overall"]}, figure)
+    html = page_of([], [table], {table.title: figure})
+    assert "gotcha" in html and "<img src=x" not in html and "<script>document" not in html
+    assert "\n" not in table.markdown().split("\n\n")[0] and "<img" not in table.markdown()
+    table.rows.append([name] * 5)
+    assert len(table.latex().split("\n")) == 10 and r" \input" not in table.latex()
 
 
 @pytest.fixture

@@ -38,10 +38,14 @@ class ScienceWorld(Environment):
     def __init__(self, sessions: int = 8):
         if ScienceWorld.jvm is None:
             ScienceWorld.jvm = self._start_jvm(sessions)
-        self.random = self.jvm.Random(0)
-        self.next_object_id = 0
+        self._begin_anew()
         with self._own_state():
             self.api = self.jvm.PythonInterface()
+
+    def _begin_anew(self) -> None:
+        """The random generator and the counter of a session that has played nothing."""
+        self.random = self.jvm.Random(0)
+        self.next_object_id = 0
 
     @contextlib.contextmanager
     def _own_state(self):
@@ -180,7 +184,11 @@ class ScienceWorld(Environment):
         list. Things get the names that observations give them, which an agent can read. So three
         versions are tried: the path with teleports; if that fails, the path as the simulator gives
         it; then the one that worked, with the names of observations, which is kept only if all its
-        actions work."""
+        actions work.
+
+        The simulator plans some paths by the numbers of objects: it begins anew, so that the path
+        does not depend on what the session played before."""
+        self._begin_anew()
         u = self.reset(task, gold=True)
         path = list(self.api.getGoldActionSequence())
         played = self._replay(task, self._teleport(path))
