@@ -186,10 +186,12 @@ class ScienceWorld(Environment):
         it; then the one that worked, with the names of observations, which is kept only if all its
         actions work.
 
-        The simulator plans some paths by the numbers of objects: it begins anew, so that the path
-        does not depend on what the session played before."""
-        self._begin_anew()
-        u = self.reset(task, gold=True)
+        Some paths are drawn by lot. So that they depend on the task alone, the session begins anew,
+        and the path is planned twice: at the first time, parts of the simulator may be loaded that
+        the JVM has not needed before, and they draw lots, too."""
+        for _ in range(2):
+            self._begin_anew()
+            u = self.reset(task, gold=True)
         path = list(self.api.getGoldActionSequence())
         played = self._replay(task, self._teleport(path))
         if played is None:
