@@ -5,16 +5,20 @@ import concurrent.futures
 import errno
 import math
 import os
+import shutil
 import signal
 from pathlib import Path
 
 import numpy
 import pytest
-from conftest import CORRIDOR, check_run, run_script, start_script
+from conftest import CORRIDOR, stage
 
 import common
 from common import EnvPool, InputError, WorkerDied, WorkerSessions, read_rows
 
+seed = stage("01_seed_plans")
+score = stage("03_sample_score")
+ev = stage("05_eval")
 TASK = "find-lamp/0"
 EXPERT = {"instruction": "Find it.", "steps": [["take", "You have it."]], "reward": 1.0}
 
@@ -242,42 +246,73 @@ def faulty(tmp_path) -> str:
     return str(folder)
 
 
+def reply(messages, body):
+    """A planner with two plans, and an agent for which one of them is better."""
+    if "Action" not in messages[0]["content"]:
+        return common.plan_reply(f"Step 1: walk on {body.get('seed', 0) % 2}")
+    return "Action: walk on" if "on 0" in messages[0]["content"] else "Action: touch the trap"
+
+
 @pytest.mark.slow
-def test_stages_go_on_without_such_a_task(tmp_path, faulty, chat_server):
+def test_stages_go_on_without_such_a_task(tmp_path, faulty, chat_server, monkeypatch, capsys):
     """Stage 1 without a trajectory of it, stages 3 and 5 without its plan; in the tables its
     episode is missing. Once the fault is mended, the same command does it, too."""
     run = tmp_path / "run"
-    common_flags = ["--env", faulty, "--out", run, "--workers", 2]
-    exits = {"EXPERT_EXITS": TASK}
-    seed = ("01_seed_plans.py", *common_flags, "--teacher", "rules", "--limit", 4)
+    usual = {"env": faulty, "out": str(run), "workers": 2}
+    seed_args = {**usual, "teacher": "rules", "limit": 4}
+    monkeypatch.setenv("EXPERT_EXITS", TASK)
     for _ in range(2):
-        said = check_run(*seed, env=exits)
-        assert "1 of " in said and f"expert of {TASK} failed three times: SystemExit: 0" in said
+        seed.main(seed.Args(**seed_args))
+        said = capsys.readouterr().out
+        assert f"expert of {TASK} failed three times: SystemExit: 0" in said
         assert len(read_rows(run / "seed_plans.jsonl")) == 3
-    check_run(*seed)
+    monkeypatch.delenv("EXPERT_EXITS")
+    seed.main(seed.Args(**seed_args))
     assert len(read_rows(run / "seed_plans.jsonl")) == 4
 
-    def reply(messages, body):
-        if "Action" not in messages[0]["content"]:
-            return common.plan_reply(f"Step 1: walk on {body['seed'] % 2}")
-        return "Action: walk on" if "on 0" in messages[0]["content"] else "Action: touch the trap"
-
     url = chat_server(reply).url
-    models = ["--planner", "p", "--agent", "a", "--planner_url", url, "--agent_url", url]
-    score = ("03_sample_score.py", *common_flags, *models, "--limit", 4, "--m", 6, "--n", 1)
-    said = check_run(*score, env={"RESET_FAILS": TASK})
-    assert f"reset of {TASK} failed three times: ValueError: no such game" in said
+    models = {"planner": "p", "agent": "a", "planner_url": url, "agent_url": url}
+    score_args = score.Args(**usual, **models, limit=4, m=6, n=1)
+    monkeypatch.setenv("RESET_FAILS", TASK)
+    score.main(score_args)
+    assert f"reset of {TASK} failed three times: ValueError: no such" in capsys.readouterr().out
     assert len(read_rows(run / "plans.jsonl")) == 3 * 6
-    check_run(*score)
+    monkeypatch.delenv("RESET_FAILS")
+    score.main(score_args)
     assert len(read_rows(run / "plans.jsonl")) == 4 * 6
 
-    evaluate = ("05_eval.py", *common_flags, "--agents", url, "--teacher", url)
-    evaluate += ("--plans", "none", "gpt", "--splits", "seen", "--limit", 2)
-    said = check_run(*evaluate, env={"RESET_FAILS": "find-lamp/10"})
-    assert "1 of 2 missing" in said
+    ev_args = {**usual, "teacher": url, "plans": ["none", "gpt"], "splits": ["seen"], "limit": 2}
+    monkeypatch.setenv("RESET_FAILS", "find-lamp/10")
+    ev.main(ev.Args(**ev_args, agents=[url]))
+    assert "1 of 2 missing" in capsys.readouterr().out
     episodes = read_rows(run / "eval" / "rollouts.jsonl")
     assert [row["end"] for row in episodes if row["task"] == "find-lamp/10"] == ["crash"]
-    assert "missing" not in check_run(*evaluate)
+    monkeypatch.delenv("RESET_FAILS")
+    ev.main(ev.Args(**ev_args, agents=[url]))
+    assert "of 2 missing" not in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_what_another_run_has_written_before_the_lock(tmp_path, chat_server, monkeypatch):
+    """It is read, and not done again: no key has two rows."""
+    server = chat_server(reply)
+    models = {"planner": "p", "agent": "a", "planner_url": server.url, "agent_url": server.url}
+    usual = {"env": CORRIDOR, "workers": 1, "limit": 2, "m": 6, "n": 1, **models}
+    first = tmp_path / "first"
+    second = tmp_path / "second"
+    score.main(score.Args(**usual, out=str(first)))
+    asked = len(server.requests)
+    lock = common.Appender._lock
+
+    def another_run_ends(self, path):
+        shutil.copy(first / path.name, path)
+        lock(self, path)
+
+    monkeypatch.setattr(common.Appender, "_lock", another_run_ends)
+    score.main(score.Args(**usual, out=str(second)))
+    assert len(server.requests) == asked
+    for name in ("plans.jsonl", "rollouts.jsonl", "pairs.jsonl"):
+        assert (first / name).read_bytes() == (second / name).read_bytes()
 
 
 @pytest.mark.slow
@@ -296,19 +331,3 @@ def test_a_worker_that_hangs_with_a_queue(monkeypatch):
             assert [type(error) for error in ended] == [WorkerDied] * 6, ended
 
     asyncio.run(main())
-
-
-@pytest.mark.slow
-def test_two_runs_that_begin_at_once(tmp_path, chat_server):
-    """No key has two rows: a run reads what is finished when no other can write."""
-    url = chat_server(lambda messages, body: common.plan_reply("Step 1: walk on")).url
-    models = ["--planner", "p", "--agent", "a", "--planner_url", url, "--agent_url", url]
-    command = ("03_sample_score.py", "--env", CORRIDOR, "--out", tmp_path, *models)
-    command += ("--m", 5, "--n", 1, "--workers", 1)
-    runs = [start_script(*command) for _ in range(4)]
-    for run in runs:
-        run.wait()
-    run_script(*command)
-    for name, fields in (("plans", ("task", "m")), ("rollouts", ("task", "plan", "rollout"))):
-        keys = [tuple(row[f] for f in fields) for row in read_rows(tmp_path / f"{name}.jsonl")]
-        assert len(keys) == len(set(keys)) > 0

@@ -528,7 +528,7 @@ def test_a_server_that_trickles(monkeypatch):
     threading.Thread(target=trickle, daemon=True).start()
     with listening, pytest.raises(InputError, match="no whole answer within 0.9 s") as error:
         ask(f"http://127.0.0.1:{listening.getsockname()[1]}/v1", timeout=0.3)
-    assert "in vain" not in str(error.value) and "tries" not in str(error.value)
+    assert "in vain" not in str(error.value)
 
 
 def test_an_answer_that_is_nested_too_deeply(chat_server, monkeypatch):

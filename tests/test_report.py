@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -94,12 +95,20 @@ def test_the_judge_may_have_any_name(tmp_path):
     name = EVIL + "\n\\input{/etc/passwd} $x_1$ $^2$"
     table = tables.judged_table(["sft", "mpo"], name, verdicts)
     figure = tmp_path / "fig6.png"
-    figures.judged_bars({name: verdicts["overall"]}, figure)
+    figure.write_bytes(b"a picture")
     html = page_of([], [table], {table.title: figure})
     assert "gotcha" in html and "<img src=x" not in html and "<script>document" not in html
     assert "\n" not in table.markdown().split("\n\n")[0] and "<img" not in table.markdown()
     table.rows.append([name] * 5)
-    assert len(table.latex().split("\n")) == 10 and r" \input" not in table.latex()
+    comment, *lines = table.latex().split("\n")
+    assert len(lines) == 9 and comment.startswith("% ") and "input" in comment
+    assert all(line.count(r"\input") == 0 for line in lines)
+
+
+@pytest.mark.slow
+def test_a_name_is_no_formula(tmp_path):
+    figures.judged_bars({r"$\no_formula{$": Counter(win=1)}, tmp_path / "fig6.png")
+    assert (tmp_path / "fig6.png").stat().st_size > 1000
 
 
 @pytest.fixture
