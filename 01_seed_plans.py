@@ -169,10 +169,11 @@ async def environments_trajectories(a: Args, tasks: list[str], pool) -> list[dic
     path = Path(a.out) / "trajectories.jsonl"
     rows = common.read_rows(path, TRAJECTORY_FIELDS, missing_ok=True)
     if any("expert" in row for row in rows):  # a run with --expert made the file
-        rows = [row for row in rows if "expert" not in row]
-        common.write_rows(path, rows)
-    found = {row["task"]: row for row in rows}
+        common.write_rows(path, [row for row in rows if "expert" not in row])
     with common.Appender(path) as append:
+        found = {}
+        for row in common.read_rows(path, (*TRAJECTORY_FIELDS, "solved", "reward")):
+            found[row["task"]] = row
         todo = [task for task in tasks if task not in found]
         done = len(tasks) - len(todo)
         with tqdm(total=len(tasks), initial=done, desc="expert trajectories") as bar:
@@ -182,8 +183,8 @@ async def environments_trajectories(a: Args, tasks: list[str], pool) -> list[dic
                 append(found[task])
                 bar.update()
 
-            await pool.each(todo, "expert", keep)
-    return [found[task] for task in tasks]
+            await pool.each(todo, "expert", keep, worked=done)
+    return [found[task] for task in tasks if task in found]
 
 
 def trajectories_in_file(a: Args, tasks: list[str]) -> list[dict]:
@@ -267,36 +268,57 @@ async def expert_episodes(
     unless they crashed."""
     path = Path(a.out) / "expert_rollouts.jsonl"
     fingerprints = [try_fingerprint(a, expert, n, prompts) for n in range(a.expert_tries)]
+    wanted = list(itertools.product(tasks, range(a.expert_tries)))
+    with common.Appender(path) as append:
+        found = earlier_tries(path, fingerprints)
+        todo = [key for key in wanted if key not in found]
+        if todo:
+            await play_tries(a, expert, todo, fingerprints, found, prompts, pool, append)
+    played = [found[key] for key in wanted if key in found]
+    print_tries(a, played, path)
+    by_task = {task: [] for task in tasks}
+    for row in played:
+        by_task[row["task"]].append(row)
+    return by_task
+
+
+def earlier_tries(path: Path, fingerprints: list[str]) -> dict[tuple, dict]:
+    """{(task, number of the try): its episode} of those in the file that need not be played
+    again."""
     found = {}
     fields = ("task", "rollout", "fingerprint", "end", "success", "steps")
-    for row in common.read_rows(path, fields, missing_ok=True):
+    for row in common.read_rows(path, fields):
         number = row["rollout"]
-        is_ours = number < a.expert_tries and row["fingerprint"] == fingerprints[number]
+        is_ours = number < len(fingerprints) and row["fingerprint"] == fingerprints[number]
         if is_ours and row["end"] != "crash":
             found[row["task"], number] = row
-    wanted = list(itertools.product(tasks, range(a.expert_tries)))
-    todo = [key for key in wanted if key not in found]
-    if todo:
-        with (
-            common.Appender(path) as append,
-            common.open_model(a.expert, None, a, a.expert_thinking) as model,
-        ):
-            model.answers = len(found)
+    return found
 
-            def keep(row):
-                append(row)
-                found[row["task"], row["rollout"]] = row
 
-            for number, fingerprint in enumerate(fingerprints):
-                ids = {"plan": None, "rollout": number, "agent": expert, "fingerprint": fingerprint}
-                jobs = [{"task": task, **ids} for task, n in todo if n == number]
-                if jobs:
-                    await play_try(a, number, jobs, model, prompts, pool, keep)
-    print_tries(a, [found[key] for key in wanted], path)
-    by_task = {task: [] for task in tasks}
-    for task, number in wanted:
-        by_task[task].append(found[task, number])
-    return by_task
+async def play_tries(
+    a: Args,
+    expert: str,
+    todo: list[tuple],
+    fingerprints: list[str],
+    found: dict[tuple, dict],
+    prompts,
+    pool,
+    append,
+) -> None:
+    """Play the tries `todo`, [(task, number), ...]. Their episodes are appended, and added to
+    `found`."""
+    with common.open_model(a.expert, None, a, a.expert_thinking) as model:
+        model.answers = len(found)
+
+        def keep(row):
+            append(row)
+            found[row["task"], row["rollout"]] = row
+
+        for number, fingerprint in enumerate(fingerprints):
+            ids = {"plan": None, "rollout": number, "agent": expert, "fingerprint": fingerprint}
+            jobs = [{"task": task, **ids} for task, n in todo if n == number]
+            if jobs:
+                await play_try(a, number, jobs, model, prompts, pool, keep)
 
 
 async def play_try(a: Args, number: int, jobs: list[dict], model, prompts, pool, keep) -> None:
@@ -492,9 +514,13 @@ def explored_trajectories(a: Args) -> dict[str, str]:
 def edited_plans(a: Args, verbs: set[str]) -> dict[str, dict]:
     """{task: checked plan} of the plans that a user edited by hand."""
     path = Path(a.out) / "edited_plans.jsonl"
+    if not path.exists():
+        return {}
     checked = {}
-    for row in common.read_rows(path, ("task", "plan"), missing_ok=True):
+    for line, row in common.numbered_rows(path, ("task", "plan"), appended=False).items():
         task = row["task"]
+        if row["plan"] is None:
+            raise InputError(f"{path}:{line}: the plan is null: write one, or delete the line")
         plan = common.parse_plan(common.plan_reply(row["plan"]))
         checked[task] = checked_plan(task, plan, "edited", verbs, a)
         if plan is None:
@@ -521,7 +547,7 @@ def earlier_plans(
     was asked for at other temperatures: it may pass at the new ones."""
     fields = ("task", "plan", "teacher", "reason", "fingerprint", "asked")
     plans = {}
-    for row in common.read_rows(path, fields, missing_ok=True):
+    for row in common.read_rows(path, fields):
         same_teacher = row.pop("fingerprint") == fingerprints.get(row["task"])
         same_request = row.pop("asked") == request
         no_plan = row["reason"] in (NO_STEPS, TOO_LONG, CUT_OFF) or common.is_refused(row)
@@ -596,25 +622,40 @@ async def teacher_plans(
     for those that teacher_plans.jsonl does not have."""
     path = Path(a.out) / "teacher_plans.jsonl"
     teacher_id = common.model_fingerprint(a.teacher, a.teacher_url)
-    name, _ = common.name_and_url(a.teacher)
     thinking = common.parse_thinking(a.thinking)
     parts = [teacher_id, prompts.teacher_text, a.max_plan_steps, explored]
     if thinking.effort is not None:
         parts.append(thinking.effort)
     fingerprints = {e["task"]: with_trajectory(e, parts) for e in trajectories}
     request = common.fingerprint(a.temperatures, a.max_tokens + thinking.tokens)
-    plans = earlier_plans(path, fingerprints, request, verbs, a)
-    requests = {}
-    for e in trajectories:
-        task = e["task"]
-        if task not in plans:
-            text = trajectory_text(e)
-            requests[task] = prompts.teacher(e["instruction"], text, explored.get(task, ""))
-    if not requests:
-        return plans
+    with common.Appender(path) as append:
+        plans = earlier_plans(path, fingerprints, request, verbs, a)
+        requests = {}
+        more = {}
+        for e in trajectories:
+            task = e["task"]
+            if task not in plans:
+                text = trajectory_text(e)
+                requests[task] = prompts.teacher(e["instruction"], text, explored.get(task, ""))
+                more[task] = {"fingerprint": fingerprints[task], "asked": request}
+        if requests:
+            await ask_for_plans(a, requests, plans, verbs, append, more)
+    return plans
+
+
+async def ask_for_plans(
+    a: Args,
+    requests: dict[str, list[dict]],
+    plans: dict[str, dict],
+    verbs: set[str],
+    append,
+    more: dict[str, dict],
+) -> None:
+    """Ask the teacher for a plan of each task in `requests`. It is appended, with the fields
+    `more` of its task, and added to `plans`."""
     print_cost(a, requests)
+    name, _ = common.name_and_url(a.teacher)
     with (
-        common.Appender(path) as append,
         common.open_model(a.teacher, a.teacher_url, a, a.thinking) as teacher,
         tqdm(total=len(requests), desc="seed plans") as bar,
     ):
@@ -625,7 +666,7 @@ async def teacher_plans(
             plan, reason = await ask_teacher(teacher, requests[task], task, verbs, a)
             row = {"task": task, "plan": plan, "teacher": Path(name).name, "reason": reason}
             plans[task] = row
-            keep(row | {"fingerprint": fingerprints[task], "asked": request})
+            keep(row | more[task])
             bar.update()
 
         await asyncio.gather(*[work(task) for task in requests])
@@ -633,7 +674,6 @@ async def teacher_plans(
     common.print_cut_off(
         teacher.cut_off_replies, "the teacher", f"--max_tokens {a.max_tokens}", "--thinking"
     )
-    return plans
 
 
 async def seed_plans(
@@ -766,38 +806,46 @@ async def teacher_thoughts(a: Args, trajectories: list[dict]) -> dict[str, list[
     if a.thinking is not None:
         parts.append(a.thinking)
     fingerprints = {e["task"]: with_trajectory(e, parts) for e in trajectories}
-    found = {}
-    for row in common.read_rows(path, ("task", "thoughts", "fingerprint"), missing_ok=True):
-        if row["fingerprint"] == fingerprints.get(row["task"]):
-            found[row["task"]] = row
-    todo = [e for e in trajectories if e["task"] not in found]
-    if todo:
-        with (
-            common.Appender(path) as append,
-            common.open_model(a.teacher, a.teacher_url, a, a.thinking) as teacher,
-            tqdm(total=len(todo), desc="thoughts") as bar,
-        ):
-            teacher.answers = len(found)
-            keep = common.Refusals(append, teacher, [e["task"] for e in todo])
-
-            async def work(e):
-                task = e["task"]
-                row = {"task": task, "thoughts": None, "fingerprint": fingerprints[task]}
-                try:
-                    row["thoughts"] = await ask_for_thoughts(teacher, e, a)
-                except common.RequestRefused as error:
-                    row["reason"] = common.refusal_reason(error)
-                found[task] = row
-                keep(row)
-                bar.update()
-
-            await asyncio.gather(*[work(e) for e in todo])
-            keep.finish()
-        limit = f"the limit of {TOKENS_OF_A_THOUGHT} tokens a thought"
-        common.print_cut_off(teacher.cut_off_replies, "the teacher", limit, "--thinking")
+    with common.Appender(path) as append:
+        found = {}
+        for row in common.read_rows(path, ("task", "thoughts", "fingerprint")):
+            if row["fingerprint"] == fingerprints.get(row["task"]):
+                found[row["task"]] = row
+        todo = [e for e in trajectories if e["task"] not in found]
+        if todo:
+            await ask_for_all_thoughts(a, todo, found, append, fingerprints)
     rows = [found[e["task"]] for e in trajectories]
     print_thoughts(rows, path)
     return {row["task"]: row["thoughts"] for row in rows}
+
+
+async def ask_for_all_thoughts(
+    a: Args, todo: list[dict], found: dict[str, dict], append, fingerprints: dict[str, str]
+) -> None:
+    """Ask the teacher for the thoughts of the trajectories `todo`. Their rows are appended, and
+    added to `found`."""
+    with (
+        common.open_model(a.teacher, a.teacher_url, a, a.thinking) as teacher,
+        tqdm(total=len(todo), desc="thoughts") as bar,
+    ):
+        teacher.answers = len(found)
+        keep = common.Refusals(append, teacher, [e["task"] for e in todo])
+
+        async def work(e):
+            task = e["task"]
+            row = {"task": task, "thoughts": None, "fingerprint": fingerprints[task]}
+            try:
+                row["thoughts"] = await ask_for_thoughts(teacher, e, a)
+            except common.RequestRefused as error:
+                row["reason"] = common.refusal_reason(error)
+            found[task] = row
+            keep(row)
+            bar.update()
+
+        await asyncio.gather(*[work(e) for e in todo])
+        keep.finish()
+    limit = f"the limit of {TOKENS_OF_A_THOUGHT} tokens a thought"
+    common.print_cut_off(teacher.cut_off_replies, "the teacher", limit, "--thinking")
 
 
 def print_thoughts(rows: list[dict], path: Path) -> None:

@@ -65,7 +65,7 @@ def load_rows(a: Args, tokenizer, say=print) -> list[Example]:
     examples = []
     too_long = 0
     reply_by_reply = 0
-    rows = common.numbered_rows(a.data, ("messages",))
+    rows = common.numbered_rows(a.data, ("messages",), appended=False)
     for line, row in itertools.islice(rows.items(), a.limit):
         sequences = common.tokenize_replies(row["messages"], tokenizer, f"{a.data}:{line}")
         if not any(sequences[0].mask):

@@ -163,16 +163,17 @@ async def sample_plans(a: Args, tasks: list[str], prompts, pool) -> list[dict]:
     if a.plan_thinking != Args.plan_thinking:
         parts.append(a.plan_thinking)
     fingerprint = common.fingerprint(*parts)
-    sampled = {}
-    for row in common.read_rows(path, ("task", "m", "plan", "fingerprint"), missing_ok=True):
-        if row["fingerprint"] == fingerprint:
-            sampled[row["task"], row["m"]] = row
     wanted = list(itertools.product(tasks, range(a.m)))
-    todo = [key for key in wanted if key not in sampled]
-    if todo:
-        ids = {"planner": planner_id, "fingerprint": fingerprint}
-        await sample_missing_plans(a, todo, sampled, ids, prompts, pool, path)
-    plans = [sampled[key] for key in wanted]
+    with common.Appender(path) as append:
+        sampled = {}
+        for row in common.read_rows(path, ("task", "m", "plan", "instruction", "fingerprint")):
+            if row["fingerprint"] == fingerprint:
+                sampled[row["task"], row["m"]] = row
+        todo = [key for key in wanted if key not in sampled]
+        if todo:
+            ids = {"planner": planner_id, "fingerprint": fingerprint}
+            await sample_missing_plans(a, todo, sampled, ids, prompts, pool, append)
+    plans = [sampled[key] for key in wanted if key in sampled]  # without tasks that cannot be reset
     print_missing(plans, path, a)
     return plans
 
@@ -193,14 +194,14 @@ def print_missing(plans: list[dict], path: Path, a: Args) -> None:
 
 
 async def sample_missing_plans(
-    a: Args, todo: list[tuple], sampled: dict[tuple, dict], ids: dict, prompts, pool, path: Path
+    a: Args, todo: list[tuple], sampled: dict[tuple, dict], ids: dict, prompts, pool, append
 ) -> None:
-    """Add the rows of all (task, m) in `todo` to the file and to `sampled`. `ids`: fields of every
-    row."""
+    """Append the rows of all (task, m) in `todo`, and add them to `sampled`. `ids`: fields of every
+    row. Tasks whose reset fails are left out."""
     tasks = list(dict.fromkeys(task for task, _ in todo))
-    instructions = await pool.each(tasks, "reset")
+    instructions = await pool.each(tasks, "reset", worked=len(sampled))
+    todo = [(task, m) for task, m in todo if task in instructions]
     with (
-        common.Appender(path) as append,
         common.open_model(a.planner, a.planner_url, a, a.plan_thinking) as planner,
         tqdm(total=len(todo), desc="sample plans") as bar,
     ):
@@ -352,14 +353,23 @@ async def play(
     agent_id = common.model_fingerprint(a.agent, a.agent_url)
     fingerprint = common.agent_fingerprint(a, agent_id, prompts)
     finished = FinishedRollouts(task_plans, a.n)
-    fields = ("task", "plan", "rollout", "reward", "fingerprint", "end")
-    for row in common.read_rows(path, fields, missing_ok=True):
-        if row["fingerprint"] == fingerprint and row["end"] != "crash":
-            finished.add(row)
-    next_jobs = finished.next_round if adaptive else finished.missing
-    jobs = next_jobs()
-    if not jobs:
-        return finished.by_plan()
+    fields = ("task", "plan", "rollout", "fingerprint", "instruction", "reward", "success", "end")
+    with common.Appender(path) as append:
+        for row in common.read_rows(path, (*fields, "steps")):
+            if row["fingerprint"] == fingerprint and row["end"] != "crash":
+                finished.add(row)
+        ids = {"agent": agent_id, "fingerprint": fingerprint}
+        next_jobs = finished.next_round if adaptive else finished.missing
+        if next_jobs():
+            await play_missing(a, finished, next_jobs, ids, prompts, pool, append)
+    return finished.by_plan()
+
+
+async def play_missing(
+    a: AgentArgs, finished: FinishedRollouts, next_jobs, ids: dict, prompts, pool, append
+) -> None:
+    """Play rollouts until `next_jobs()` has no more. Their rows, with the fields `ids`, are
+    appended, and added to `finished`."""
     config = common.RolloutConfig(
         prompts,
         a.agent_temperature,
@@ -369,25 +379,23 @@ async def play(
         max_steps=a.max_steps,
     )
     retries = 0
-    opened = common.open_model(a.agent, a.agent_url, a, a.agent_thinking)
-    with common.Appender(path) as append, opened as agent:
+    with common.open_model(a.agent, a.agent_url, a, a.agent_thinking) as agent:
         agent.answers = sum(map(len, finished.rows.values()))
 
         def keep(row):
             append(row)
             finished.add(row)
 
+        jobs = next_jobs()
         while jobs:
             for job in jobs:
-                job["agent"] = agent_id
-                job["fingerprint"] = fingerprint
+                job.update(ids)
             retries += await common.rollouts(
                 jobs, agent, pool, a.env, config, agent.concurrency, keep
             )
             jobs = next_jobs()
     if retries:
         print(f"{retries} retries of episodes whose environment worker died")
-    return finished.by_plan()
 
 
 async def score_plans(a: Args, plans: list[dict], prompts, pool) -> dict[tuple, list[dict]]:

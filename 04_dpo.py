@@ -83,7 +83,7 @@ def load_pairs(a: Args, tokenizer, say=print) -> list[Example]:
     rejected], each of the prompt and its reply."""
     pairs = []
     too_long = 0
-    rows = common.numbered_rows(a.data, ("prompt", "chosen", "rejected"))
+    rows = common.numbered_rows(a.data, ("prompt", "chosen", "rejected"), appended=False)
     for line, row in itertools.islice(rows.items(), a.limit):
         where = f"{a.data}:{line}"
         sides = [tokenize_side(row, side, tokenizer, where) for side in ("chosen", "rejected")]

@@ -288,20 +288,23 @@ def missing_plans(
 async def make_missing_plans(a: Args, tasks: list[str], pool) -> dict[str, str | None]:
     """Make the plans that are missing, for every setting and task. Returns {setting: plans_id}."""
     path = Path(a.out) / "eval" / "plans.jsonl"
-    rows = common.read_rows(path, ("plans_id", "task", "plan"), missing_ok=True)
-    done = common.finished(rows, "plans_id", "task")
     ids = {setting: plans_fingerprint(a, setting) for setting in settings_in_order(a)}
-    missing = missing_plans(ids, tasks, done)
-    if "mismatched" in missing and len(tasks) < 2:
-        raise InputError("--plans mismatched needs two test tasks")
-
-    if missing:
-        instructions = await pool.each(distinct(missing.values()), "reset")
-        total = sum(map(len, missing.values()))
-        with common.Appender(path) as append, tqdm(total=total, desc="plans") as bar:
-            keeper = PlanKeeper(ids, instructions, done, append, bar)
-            for setting, without_plan in missing.items():
-                await make_plans_of_setting(a, setting, without_plan, tasks, pool, keeper)
+    with common.Appender(path) as append:
+        rows = common.read_rows(path, ("plans_id", "task", "plan", "instruction"))
+        done = common.finished(rows, "plans_id", "task")
+        missing = missing_plans(ids, tasks, done)
+        if "mismatched" in missing and len(tasks) < 2:
+            raise InputError("--plans mismatched needs two test tasks")
+        if missing:
+            instructions = await pool.each(distinct(missing.values()), "reset", worked=len(done))
+            total = sum(map(len, missing.values()))
+            with tqdm(total=total, desc="plans") as bar:
+                keeper = PlanKeeper(ids, instructions, done, append, bar)
+                for setting, without_plan in missing.items():
+                    # a task that cannot be reset stays without a plan, and its episode is missing
+                    possible = [task for task in without_plan if task in instructions]
+                    if possible:
+                        await make_plans_of_setting(a, setting, possible, tasks, pool, keeper)
     print_plan_problems(a, ids, tasks, done, path)
     return ids
 
@@ -327,7 +330,8 @@ async def make_plans_of_setting(
         mpo = keeper.ids["mpo"]
         for task in tasks:
             other = task_of_another_type(a, task, all_tasks)
-            keeper.keep(setting, task, keeper.done[mpo, other]["plan"])
+            if (mpo, other) in keeper.done:
+                keeper.keep(setting, task, keeper.done[mpo, other]["plan"])
     else:
         await ask_planner(a, setting, tasks, keeper)
 
@@ -372,13 +376,11 @@ def plans_in_file(path: str, tasks: list[str]) -> dict[str, str | None]:
     """{task: plan} of a JSONL file. Raises `InputError` if one of `tasks` has no plan, or if any
     task has two."""
     plan_of: dict[str, str | None] = {}
-    for row in common.read_rows(path, ("task", "plan")):
+    for row in common.read_rows(path, ("task", "plan"), appended=False):
         task = row["task"]
         plan = row["plan"]
         if task in plan_of and plan_of[task] != plan:
             raise InputError(f"{path} has several plans for {task}: keep one")
-        if not isinstance(plan, str | None):
-            raise InputError(f"{path}: the plan for {task} must be text, or null for none")
         plan_of[task] = plan
     absent = [t for t in tasks if t not in plan_of]
     if absent:
@@ -392,7 +394,7 @@ async def keep_oracle_plans(a: Args, tasks: list[str], pool, keeper: PlanKeeper)
     """Abstract each task's own expert trajectory into a plan, as --teacher rules does in stage 1. A
     task without an expert trajectory has no plan."""
     env = common.environment(a.env)
-    experts = await pool.each(tasks, "expert")
+    experts = await pool.each(tasks, "expert", worked=len(keeper.done))
     for task, expert in experts.items():
         plan = None
         if expert:
@@ -419,7 +421,7 @@ def print_plan_problems(
     for setting, plans_id in ids.items():
         if setting == "none":
             continue
-        rows = [done[plans_id, t] for t in tasks]
+        rows = [done[plans_id, t] for t in tasks if (plans_id, t) in done]
         untagged = [row for row in rows if row.get("untagged")]
         if untagged:
             replies = f"{len(untagged)} of {len(tasks)} replies"
@@ -611,45 +613,51 @@ async def play_missing(a: Args, conditions: list[dict], pool) -> None:
     """Play the episodes that the conditions lack, agent by agent."""
     prompts = common.Prompts(a.env, a.prompts, a.examples)
     path = Path(a.out) / "eval" / "rollouts.jsonl"
-    jobs = missing_episodes(a.out, conditions)
-    for agent in a.agents:
-        name, url = common.name_and_url(agent)
-        own = [job for job in jobs if job["agent"] == name]
-        if not own:
-            continue
-        opened = common.open_model(name, url, a, a.agent_thinking)
-        with common.Appender(path) as append, opened as model:
-            model.answers = len(complete_episodes(a.out, own[0]["agent_id"]))
-            for plan_position in tables.unique(own, "plan_position"):
-                config = common.RolloutConfig(
-                    prompts,
-                    temperature=a.agent_temperature,
-                    max_tokens=a.agent_tokens,
-                    observation_chars=a.observation_chars,
-                    seed=a.seed,
-                    max_steps=a.max_steps,
-                    plan_position=plan_position,
-                )
-                await common.rollouts(
-                    [job for job in own if job["plan_position"] == plan_position],
-                    model,
-                    pool,
-                    a.env,
-                    config,
-                    model.concurrency,
-                    append,
-                    desc=f"evaluation, {Path(name).name}, {plan_position}",
-                )
-        limit = f"--agent_tokens {a.agent_tokens}"
-        common.print_cut_off(model.cut_off_replies, name, limit, "--agent_thinking")
+    with common.Appender(path) as append:
+        jobs = missing_episodes(a.out, conditions)
+        for agent in a.agents:
+            name, url = common.name_and_url(agent)
+            own = [job for job in jobs if job["agent"] == name]
+            if own:
+                await play_with(a, name, url, own, prompts, pool, append)
     for agent_id in tables.unique(conditions, "agent_id"):
         common.print_refused("episodes", complete_episodes(a.out, agent_id), path)
+
+
+async def play_with(
+    a: Args, name: str, url: str | None, jobs: list[dict], prompts, pool, append
+) -> None:
+    """Play the jobs of one agent, one plan position after the other."""
+    with common.open_model(name, url, a, a.agent_thinking) as model:
+        model.answers = len(complete_episodes(a.out, jobs[0]["agent_id"]))
+        for plan_position in tables.unique(jobs, "plan_position"):
+            config = common.RolloutConfig(
+                prompts,
+                temperature=a.agent_temperature,
+                max_tokens=a.agent_tokens,
+                observation_chars=a.observation_chars,
+                seed=a.seed,
+                max_steps=a.max_steps,
+                plan_position=plan_position,
+            )
+            await common.rollouts(
+                [job for job in jobs if job["plan_position"] == plan_position],
+                model,
+                pool,
+                a.env,
+                config,
+                model.concurrency,
+                append,
+                desc=f"evaluation, {Path(name).name}, {plan_position}",
+            )
+    limit = f"--agent_tokens {a.agent_tokens}"
+    common.print_cut_off(model.cut_off_replies, name, limit, "--agent_thinking")
 
 
 def complete_episodes(out: str, agent_id: str | None = None) -> list[dict]:
     """The rows of eval/rollouts.jsonl, of one agent or of all, that are not crashed."""
     path = Path(out) / "eval" / "rollouts.jsonl"
-    fields = ("task", "plan", "reward", "agent_id", "plan_position", "end")
+    fields = ("task", "plan", "reward", "success", "steps", "agent_id", "plan_position", "end")
     found = []
     for row in common.read_rows(path, fields, missing_ok=True):
         if row["end"] != "crash" and agent_id in (None, row["agent_id"]):
@@ -658,13 +666,14 @@ def complete_episodes(out: str, agent_id: str | None = None) -> list[dict]:
 
 
 def missing_episodes(out: str, conditions: list[dict]) -> list[dict]:
-    """A job for each episode that the conditions lack. If two settings have the same plan for a
+    """A job for each episode that the conditions lack, but not where the plan is missing, because
+    the task cannot be reset. If two settings have the same plan for a
     task, it is played once: the episodes are the same, also at a temperature above 0, as an
     episode's seed depends on the plan and not on the setting."""
     jobs: dict[tuple, dict] = {}
     for condition in load_episodes(out, conditions):
         for task, row in condition["episodes"].items():
-            if row is not None:
+            if row is not None or (task not in condition["texts"] and condition["plans"] != "none"):
                 continue
             job = {
                 "task": task,
@@ -954,10 +963,11 @@ def judge(a: JudgeArgs) -> None:
     if a.thinking is not None:
         parts.append(a.thinking)
     judge_id = common.fingerprint(*parts)
-    questions = open_questions(a, by_setting, prompt, judge_id)
-    if questions:
-        asyncio.run(ask_judge(a, name, url, judge_id, questions))
     path = Path(a.out) / "eval" / "judgements.jsonl"
+    with common.Appender(path) as append:
+        questions = open_questions(a, by_setting, prompt, judge_id)
+        if questions:
+            asyncio.run(ask_judge(a, name, url, judge_id, questions, append))
     rows = common.read_rows(path, ("judge_id",), missing_ok=True)
     common.print_refused("judgements", [r for r in rows if r["judge_id"] == judge_id], path)
     write_report(ReportArgs([a.out], a.seed))
@@ -1031,13 +1041,12 @@ def open_questions(
 
 
 async def ask_judge(
-    a: JudgeArgs, name: str, url: str | None, judge_id: str, questions: list[Question]
+    a: JudgeArgs, name: str, url: str | None, judge_id: str, questions: list[Question], append
 ) -> None:
-    """Ask all questions and keep the answers in eval/judgements.jsonl."""
+    """Ask all questions and append the answers to eval/judgements.jsonl."""
     path = Path(a.out) / "eval" / "judgements.jsonl"
     rows = common.read_rows(path, ("judge_id",), missing_ok=True)
     with (
-        common.Appender(path) as append,
         tqdm(total=len(questions), desc="judgements") as bar,
         common.open_model(name, url, a, a.thinking) as model,
     ):
@@ -1108,7 +1117,7 @@ def first_json_object(text: str) -> dict | None:
     for brace in re.finditer(r"\{", text):
         try:
             found, _ = json.JSONDecoder().raw_decode(text[brace.start() :])
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         return found
     return None
@@ -1273,7 +1282,7 @@ def check_settings(a: Args) -> None:
         if setting == "oracle":
             common.require(a.env, ("expert", "abstract"), "--plans oracle", "or leave it out")
         if setting.endswith(".jsonl"):
-            common.read_rows(setting, ("task", "plan"))  # raises InputError if a row lacks these
+            common.read_rows(setting, ("task", "plan"), appended=False)  # raises InputError
 
 
 def check_models(a: Args) -> None:
@@ -1343,11 +1352,10 @@ async def evaluate(a: Args) -> None:
         splits = await list_splits(a, pool)
         plans_ids = await make_missing_plans(a, distinct(splits.values()), pool)
         conditions = conditions_of(a, plans_ids, splits)
-        known, _ = current_conditions(a.out)
-        new = [c for c in conditions if c not in known]
-        if new:
-            with common.Appender(Path(a.out) / "eval" / "conditions.jsonl") as append:
-                for condition in new:
+        with common.Appender(Path(a.out) / "eval" / "conditions.jsonl") as append:
+            known, _ = current_conditions(a.out)
+            for condition in conditions:
+                if condition not in known:
                     append(condition)
         await play_missing(a, conditions, pool)
 

@@ -37,6 +37,7 @@ import itertools
 import json
 import math
 import multiprocessing
+import numbers
 import os
 import pickle
 import random
@@ -66,7 +67,41 @@ DATA = ROOT / "data"
 
 
 class InputError(Exception):
-    """An error that the user can fix, such as bad input: one line, exit status 2."""
+    """An error that the user can fix, such as bad input: one line, exit status 2. Its text has no
+    keys: it is printed, and some of it is kept in rows."""
+
+    def __init__(self, text: str):
+        super().__init__(masked(str(text)))
+
+
+# environment variables with secrets, which a server may repeat in what it says
+KEY_VARIABLES = ("OPENAI_API_KEY", "MPO_SERVER_KEY", "HF_TOKEN", "OPENAI_CUSTOM_HEADERS")
+SHORTEST_KEY = 8  # characters; what is shorter, such as "EMPTY", is no secret
+# (what is a secret by its place, what is written instead)
+SECRETS = [
+    (re.compile(r"//[^/\s,]{0,200}@"), "//***@"),  # user and password of a URL
+    # the same without a scheme; not NAME:TAG@URL
+    (re.compile(r"[^\s/@,:]{1,99}:[^\s/@,]{1,99}@(?=[\w-]{1,99}[.:])(?!https?:)"), "***@"),
+    (re.compile(r"\b(Bearer|Basic) (?=\S{0,99}\d)\S{8,}", re.I), r"\1 ***"),  # of a header
+    (
+        re.compile(r"([?&][\w.-]{0,50}(?:key|token|secret|sig|signature|password)=)[^&\s]+", re.I),
+        r"\1***",
+    ),
+]
+
+
+def masked(text: str) -> str:
+    """The text without keys and passwords: *** is in their place."""
+    for variable in KEY_VARIABLES:
+        for line in os.environ.get(variable, "").splitlines():
+            key = line.strip("\ufeff \t")
+            if variable == "OPENAI_CUSTOM_HEADERS":
+                key = line.partition(":")[2].strip()
+            if len(key) >= SHORTEST_KEY:
+                text = text.replace(key, "***")
+    for pattern, replacement in SECRETS:
+        text = pattern.sub(replacement, text)
+    return text
 
 
 class RequestRefused(InputError):
@@ -116,8 +151,13 @@ CANNOT_WRITE = (
     errno.EDQUOT,  # the user's disk quota is used up
     errno.EROFS,  # it is read-only
     errno.EACCES,
+    errno.EPERM,
+    errno.EFBIG,  # a limit of the shell on the size of files
     errno.EEXIST,  # a file is in the place of a folder
     errno.ENOTDIR,
+    errno.EISDIR,  # a folder is in the place of a file
+    errno.ENAMETOOLONG,
+    errno.ELOOP,  # links that lead to each other
 )
 
 
@@ -234,7 +274,7 @@ def run_stage(main, args_class, positional: str | None = None, training: bool = 
             parser, args = parse_arguments(args_class, positional)
             if getattr(args, "check", False) and os.environ.get("RANK", "0") != "0":
                 return  # the first process checks for all
-            main(args)
+            _call(main, args)
     except InputError as e:
         parser.exit(2, f"error: {e}\n")
     except OSError as e:
@@ -253,6 +293,18 @@ def run_stage(main, args_class, positional: str | None = None, training: bool = 
         os._exit(0)
 
 
+def _call(main, args) -> None:
+    """`main(args)`. It never ends the process itself, but the code of an environment or a package
+    may try to: `InputError`, so that a stage that was not finished does not end with status 0."""
+    try:
+        main(args)
+    except SystemExit as e:
+        raise InputError(
+            f"an environment or a package has ended the stage (SystemExit: {e}); finished rows are "
+            "kept"
+        ) from e
+
+
 def mean(values) -> float:
     """The mean, 0 if there are no values. The sum is exact, so that their order is irrelevant."""
     values = list(values)
@@ -264,47 +316,136 @@ def mean(values) -> float:
 @functools.cache
 def say_once(text: str) -> None:
     """Print to stderr what has not been said by this process."""
-    print(text, file=sys.stderr)
+    print(masked(text), file=sys.stderr)
 
 
 # ---- 1. rows: every file between stages is JSONL, one complete row a line ------------------------
 
 
-def read_rows(path, required: tuple = (), missing_ok: bool = False) -> list[dict]:
+def read_rows(
+    path, required: tuple = (), missing_ok: bool = False, appended: bool = True
+) -> list[dict]:
     """All rows of a JSONL file.
 
-    An incomplete last line, left by a kill, is dropped. Any other line that is not a JSON object
-    with the `required` fields raises `InputError` with file and line."""
-    if missing_ok and not Path(path).exists():
+    An incomplete last line, left by a kill, is dropped. If the file is not one that rows are
+    `appended` to, but written as a whole, it has lost rows: an error. Any other line that is not a
+    JSON object with the `required` fields raises `InputError` with file and line."""
+    if missing_ok and not os.path.exists(path):
         return []
-    return list(numbered_rows(path, required).values())
+    return list(numbered_rows(path, required, appended).values())
 
 
-def numbered_rows(path, required: tuple = ()) -> dict[int, dict]:
+def numbered_rows(path, required: tuple = (), appended: bool = True) -> dict[int, dict]:
     """{line number: row} of a JSONL file, as `read_rows` reads it."""
     path = Path(path)
-    if not path.exists():
-        raise InputError(f"{path} does not exist: run the stage that writes it first (`make help`)")
     rows = {}
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as e:  # bad JSON or bad UTF-8
-                if not line.endswith(b"\n"):
-                    break  # the last line, cut by a kill
-                raise InputError(
-                    f"{path}:{number}: invalid JSON ({e}); fix or delete that line"
-                ) from None
-            if not isinstance(row, dict) or any(field not in row for field in required):
-                raise InputError(
-                    f"{path}:{number}: each line must be a JSON object with the "
-                    f"fields {', '.join(required)}"
-                )
-            rows[number] = row
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    row = parse_row(line, f"{path}:{number}", required, appended)
+                    if row is None:
+                        break
+                    rows[number] = row
+    except FileNotFoundError:
+        said = f"{path} does not exist: run the stage that writes it first (`make help`)"
+        raise InputError(said) from None
+    except OSError as e:
+        raise InputError(f"{path} cannot be read: {e.strerror}") from None
     return rows
+
+
+def parse_row(line: bytes, where: str, required: tuple, appended: bool) -> dict | None:
+    """The row in a line of a JSONL file; None if it is an incomplete last line, and the file is one
+    that rows are `appended` to. `where` names file and line."""
+    is_whole = line.endswith(b"\n")
+    try:
+        row = json.loads(line)
+    except RecursionError:
+        raise InputError(f"{where}: nested too deeply; fix or delete that line") from None
+    except ValueError as e:  # bad JSON or bad UTF-8
+        if is_whole:
+            said = f"{where}: invalid JSON ({e}); fix or delete that line"
+        elif appended:
+            return None
+        else:
+            said = (
+                f"{where}: the file ends within this line, so it has lost rows: delete the file, "
+                "and make or copy it again"
+            )
+        raise InputError(said) from None
+    if not isinstance(row, dict) or any(field not in row for field in required):
+        raise InputError(
+            f"{where}: each line must be a JSON object with the fields {', '.join(required)}"
+        )
+    for field in required:
+        if field in FIELD_CHECKS:
+            is_valid, what = FIELD_CHECKS[field]
+            if not is_valid(row[field]):
+                said = json.dumps(row[field], ensure_ascii=True)
+                raise InputError(f"{where}: the field {field} must be {what}, not {said[:80]}")
+    return row
+
+
+def is_text(value) -> bool:
+    return isinstance(value, str)
+
+
+def is_text_or_null(value) -> bool:
+    return value is None or isinstance(value, str)
+
+
+def is_count(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def is_bool(value) -> bool:
+    return isinstance(value, bool)
+
+
+def is_reward(value) -> bool:
+    """Whether a value is a number from 0 to 1. NaN is none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
+
+
+def is_list_of_texts(value) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
+
+
+def are_texts_or_null(value) -> bool:
+    return value is None or is_list_of_texts(value)
+
+
+def are_steps(value) -> bool:
+    """Whether a value is a list of [action or reply, observation]."""
+    return isinstance(value, list) and all(
+        is_list_of_texts(step) and len(step) == 2 for step in value
+    )
+
+
+def is_answer_or_null(value) -> bool:
+    return value is None or isinstance(value, dict)
+
+
+TEXT_FIELDS = (
+    "task", "fingerprint", "asked", "teacher", "end", "agent", "agent_id", "judge", "judge_id",
+    "first", "split", "plan_position",
+)  # fmt: skip
+TEXT_OR_NULL_FIELDS = ("plan", "plans_id", "reason", "instruction")
+# {field: (whether a value of it is valid, what it must be)} of the rows of stages 1, 3 and 5
+FIELD_CHECKS = {
+    **dict.fromkeys(TEXT_FIELDS, (is_text, "a text")),
+    **dict.fromkeys(TEXT_OR_NULL_FIELDS, (is_text_or_null, "a text, or null")),
+    "m": (is_count, "a whole number"),
+    "rollout": (is_count, "a whole number"),
+    "reward": (is_reward, "a number from 0 to 1"),
+    "success": (is_bool, "true or false"),
+    "solved": (is_bool, "true or false"),
+    "steps": (are_steps, "a list of pairs of texts"),
+    "tasks": (is_list_of_texts, "a list of texts"),
+    "thoughts": (are_texts_or_null, "a list of texts, or null"),
+    "answer": (is_answer_or_null, "an object, or null"),
+}
 
 
 def json_line(row: dict) -> str:
@@ -321,7 +462,7 @@ def write_text(path, text: str) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8", errors="replace")
     temporary.replace(path)
 
 
@@ -376,7 +517,7 @@ class Appender:
             return
         try:
             json.loads(last_line)
-        except ValueError:
+        except (ValueError, RecursionError):
             self.file.truncate(len(content) - len(last_line))
         else:
             self._write(b"\n")
@@ -386,7 +527,7 @@ class Appender:
         self.file.flush()
 
     def __call__(self, row: dict) -> None:
-        self._write(json_line(row).encode())
+        self._write(json_line(row).encode(errors="replace"))
 
     def keep(self, count: int) -> None:
         """Truncate the file after its first `count` rows."""
@@ -469,7 +610,7 @@ class Prompts:
         self.folders = (folder, base)  # in which a file is looked for, in this order
         self.agent_text = self._read("agent.txt")
         self.planner_text = self._read("planner.txt")
-        if not folder.is_dir() or not self.agent_text or not self.planner_text:
+        if not os.path.isdir(folder) or not self.agent_text or not self.planner_text:
             known = ", ".join(sorted({path.parent.name for path in base.glob("*/*.txt")}))
             raise InputError(
                 f"{f'--prompts {name}: ' if name else ''}{folder} has no prompts; it must be a "
@@ -479,7 +620,7 @@ class Prompts:
         self._check_slots()
         if examples not in (None, "type"):
             raise InputError(f"--examples {examples}: the only value is `type`")
-        self.examples = json.loads(self._read("examples.json") or "{}")
+        self.examples = self._read_examples()
         if "*" in self.examples and examples is None:
             self.examples = {"*": self.examples["*"]}
 
@@ -500,9 +641,21 @@ class Prompts:
         """The text of a prompt file, or "" if neither folder has it."""
         for folder in self.folders:
             path = folder / file
-            if path.exists():
-                return path.read_text().strip()
+            if os.path.exists(path):
+                try:
+                    return path.read_text().strip()
+                except (OSError, ValueError) as e:
+                    raise InputError(f"{path} cannot be read: {e}") from None
         return ""
+
+    def _read_examples(self) -> dict[str, str]:
+        try:
+            examples = json.loads(self._read("examples.json") or "{}")
+        except (ValueError, RecursionError) as e:
+            raise InputError(f"examples.json of {self.folders[0]} is damaged: {e}") from None
+        if not isinstance(examples, dict) or not is_list_of_texts([*examples.values()]):
+            raise InputError(f"examples.json of {self.folders[0]} must be {{TYPE: EXAMPLE, ...}}")
+        return examples
 
     def planner(self, u: str) -> list[dict]:
         """Messages that ask the meta planner for p ~ pi_g(.|u)."""
@@ -868,7 +1021,7 @@ def interleaved(columns: list[list]) -> list:
 def environment_folder(name: str) -> Path:
     """`data/NAME`, or a path. Raises `InputError` if it has no env.py."""
     folder = Path(name).resolve() if os.sep in name else DATA / name
-    if not (folder / "env.py").exists():
+    if not os.path.isfile(folder / "env.py"):
         known = ", ".join(sorted(path.parent.name for path in DATA.glob("*/env.py")))
         raise InputError(
             f"--env {name}: {folder / 'env.py'} does not exist; --env is a folder of "
@@ -958,18 +1111,24 @@ class WorkerSessions:
 
     def call(self, session: int, method: str, args: tuple):
         """Call a method of a session's environment; the first call opens the session, the method
-        "close" ends it. Exceptions but `InputError` become `RuntimeError`, which any process can
-        unpickle."""
+        "close" ends it. What it returns is checked.
+
+        Any process can unpickle what is raised: `InputError`; `MemoryError`, after which nothing in
+        this process can be relied on; `RuntimeError` for all else. Also for what would end the
+        process, such as `SystemExit`: it is for the parent to say when that is."""
         if method == "close":
             return self._close(session)
         try:
             if session not in self.live:
                 self.live[session] = self._new_environment()
-            return getattr(self.live[session], method)(*args)
-        except InputError:
-            raise
-        except Exception as e:
+            result = getattr(self.live[session], method)(*args)
+            return checked_result(method, args, result)
+        except InputError as e:
+            raise InputError(str(e)) from None
+        except BaseException as e:
             self.live.pop(session, None)  # in an unknown state: not reused
+            if is_out_of_memory(e):
+                raise MemoryError from None
             raise RuntimeError(f"{type(e).__name__}: {e}"[:2000]) from None
 
     def _new_environment(self) -> Environment:
@@ -980,6 +1139,80 @@ class WorkerSessions:
     def _close(self, session: int) -> None:
         if session in self.live:
             self.free.append(self.live.pop(session))
+
+
+def is_out_of_memory(e: BaseException | None) -> bool:
+    """Whether an exception, or one that led to it, says that there is no memory left."""
+    while e is not None:
+        if isinstance(e, MemoryError) or getattr(e, "errno", None) == errno.ENOMEM:
+            return True
+        e = e.__cause__ or e.__context__
+    return False
+
+
+def checked_result(method: str, args: tuple, result):
+    """What a method of an environment has returned, of Python's own types, which any process can
+    unpickle and JSON has. Raises `InputError` if it is not what `Environment` says."""
+    try:
+        if method == "reset":
+            return checked_text(result, "the instruction")
+        if method == "step":
+            return checked_step(result)
+        if method == "tasks":
+            return [checked_text(task, "a task") for task in result]
+        if method == "expert" and result is not None:
+            return checked_expert(result)
+    except (TypeError, ValueError, RecursionError) as e:
+        where = " ".join(map(repr, args))[:200]
+        raise InputError(
+            f"{method}({where}) of the environment returned {repr(result)[:200]}: {e}. Fix its "
+            "env.py; finished rows are kept"
+        ) from None
+    return result
+
+
+def checked_text(value, what: str) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{what} must be a text")
+    return text_of(value)
+
+
+def checked_step(result) -> tuple[str, float, bool, bool]:
+    """(observation, reward, done, success)."""
+    if not isinstance(result, tuple | list) or len(result) != 4:
+        raise TypeError("it must be (observation, reward, done, success)")
+    observation, reward, done, success = result
+    for flag in (done, success):
+        if type(flag).__name__ not in ("bool", "bool_"):  # Python's or numpy's
+            raise TypeError("done and success must be True or False")
+    observation = checked_text(observation, "the observation")
+    return observation, checked_reward(reward), bool(done), bool(success)
+
+
+def checked_reward(reward) -> float:
+    """A reward in [0, 1]; what a sum of floats may be beyond it is cut off."""
+    if not isinstance(reward, numbers.Real) or not -1e-6 <= reward <= 1 + 1e-6:
+        raise ValueError("the reward must be a number from 0 to 1")
+    if type(reward) in (int, float) and 0 <= reward <= 1:
+        return reward
+    return min(1.0, max(0.0, float(reward)))
+
+
+def checked_expert(result) -> dict:
+    """{"instruction", "steps", "reward"}, and what else the environment's expert says."""
+    if not isinstance(result, dict) or not {"instruction", "steps", "reward"} <= set(result):
+        raise TypeError("it must be a dictionary with instruction, steps and reward, or None")
+    steps = []
+    for step in result["steps"]:
+        if not isinstance(step, tuple | list) or len(step) != 2:
+            raise TypeError("the steps must be a list of [action, observation]")
+        steps.append([checked_text(text, "all of a step") for text in step])
+    checked = {
+        "instruction": checked_text(result["instruction"], "the instruction"),
+        "steps": steps,
+        "reward": checked_reward(result["reward"]),
+    }
+    return json.loads(json.dumps({**result, **checked}))
 
 
 def _start_worker(env: str, sessions: int) -> None:
@@ -1106,19 +1339,23 @@ class Session:
         return self.worker.executor is self.executor
 
     async def __call__(self, method: str, *args, deadline: float = 120.0):
-        """The method's result. Raises `WorkerDied` if the worker has died or does not answer within
-        `deadline` seconds; it is killed then, with all its sessions."""
+        """The method's result. Raises `WorkerDied` if the worker has died, has no memory left or
+        does not answer within `deadline` seconds; it is killed then, with all its sessions."""
         try:
             if not self._worker_lives():
                 raise BrokenExecutor
             future = asyncio.wrap_future(self.executor.submit(self.number, method, args))
             return await asyncio.wait_for(future, deadline)
-        except (BrokenExecutor, *self.executor.died) as e:
+        except (BrokenExecutor, asyncio.CancelledError, MemoryError, *self.executor.died) as e:
+            if isinstance(e, asyncio.CancelledError) and asyncio.current_task().cancelling():
+                raise  # the episode is to end; else its call was in the queue of a killed worker
             if self._worker_lives():
                 self.worker.kill()
             what = "died"
             if isinstance(e, TimeoutError):
                 what = f"did not answer {method} within {deadline:.0f} s"
+            elif isinstance(e, MemoryError):
+                what = "ran out of memory"
             raise WorkerDied(
                 f"an environment worker {what}; finished rows are kept, run the "
                 "same command to resume"
@@ -1143,6 +1380,9 @@ class EnvPool:
     `sessions` is how many are open at a time at most; None: as many as `Model` will have requests
     in flight, for which 512 is taken.
     """
+
+    FIRST = 5  # tasks in a row on which a method may not fail, if it has worked on none
+    MOST_FAILED = 30  # the same, if it has worked on some
 
     def __init__(self, env: str, workers: int, sessions: int | None = 64, ray: bool = False):
         if workers < 1 or (sessions is not None and sessions < 1):
@@ -1204,23 +1444,41 @@ class EnvPool:
             if on_retry is not None:
                 on_retry()
 
-    async def each(self, tasks: list[str], method: str, keep=None) -> dict:
+    async def each(self, tasks: list[str], method: str, keep=None, worked: int = 0) -> dict:
         """{task: result of the environment's method on it}, one task per worker at a time. Each
-        result is passed to `keep(task, result)` as soon as it is there."""
+        result is passed to `keep(task, result)` as soon as it is there.
+
+        A task on which the method fails three times is left out, which is said. Raises `InputError`
+        if it fails on all of the first tasks, unless it has `worked` on that many in earlier runs,
+        or if it fails on very many in a row."""
         results = {}
+        failed = {}  # {task: its error}
+        in_a_row = 0
 
         async def call(session, task):
             return await session(method, task, deadline=600.0)
 
         async def work(task):
+            nonlocal in_a_row
             try:
                 results[task] = await self.use(task, functools.partial(call, task=task))
             except (WorkerDied, RuntimeError) as e:
-                raise InputError(f"{method} of {task} failed three times: {e}") from None
+                failed[task] = f"{method} of {task} failed three times: {e}"
+                in_a_row += 1
+                if in_a_row >= (self.MOST_FAILED if results or worked else self.FIRST):
+                    raise InputError(failed[task]) from None
+                return
+            in_a_row = 0
             if keep is not None:
                 keep(task, results[task])
 
         await run_concurrently(work, tasks, len(self.workers))
+        if failed:
+            first = next(iter(failed.values()))
+            if not results and not worked:
+                raise InputError(first)
+            left_out = f"{len(failed)} of {len(tasks)} tasks are left out"
+            print(f"{left_out}; the same command tries them again. The first: {first}")
         return results
 
 
@@ -1331,7 +1589,7 @@ def parse_task_list(cls: type[Environment], content: bytes, where: str) -> list[
     wrong = f"{where}: must be {task_list_form(cls)}"
     try:
         rows = json.loads(content.decode("utf-8-sig"))
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise InputError(f"{wrong} ({e})") from None
     if not isinstance(rows, list):
         raise InputError(f"{wrong}, not {json.dumps(rows)[:60]}")
@@ -1456,30 +1714,35 @@ def check_model(name: str, url: str | None = None) -> None:
     if url:
         server_addresses(url)
         return
-    path = Path(name)
     if not is_local(name):
         Model(name)  # needs a key
-    elif path.is_dir():
+    elif os.path.isdir(name):
         _check_directory(name)
-    elif name.startswith((".", os.sep, "~")) or path.parts[0] in ("runs", "models"):
+    elif name.startswith((".", os.sep, "~", "runs/", "models/")):
         raise InputError(f"model directory {name} does not exist: run the stage that makes it")
 
 
 def _check_directory(name: str) -> None:
     folder = Path(name)
+    settings = {}
     for file in ("config.json", "tokenizer_config.json"):
         if not (folder / file).exists():
             raise InputError(f"{name} has no {file}: it must be a Hugging Face model directory")
+        try:
+            settings = json.loads((folder / file).read_bytes())
+        except (OSError, ValueError, RecursionError) as e:
+            raise InputError(f"{folder / file} is damaged: {first_line(e)}") from None
+        if not isinstance(settings, dict):
+            raise InputError(f"{folder / file} is damaged: it must be a JSON object")
     in_own_file = any(folder.glob("*chat_template*"))
-    in_config = '"chat_template"' in (folder / "tokenizer_config.json").read_text()
-    if not in_own_file and not in_config:
+    if not in_own_file and not settings.get("chat_template"):
         raise InputError(f"{name} has no chat template: use an instruction-tuned model")
 
 
 def is_local(name: str) -> bool:
     """Whether a model is a directory or a Hugging Face name `owner/model`; `api:` marks the name of
     an API's model that has a slash."""
-    return Path(name).is_dir() or (os.sep in name and not name.startswith("api:"))
+    return os.path.isdir(name) or (os.sep in name and not name.startswith("api:"))
 
 
 def split_url(name: str, url: str | None = None) -> tuple[str, str | None]:
@@ -1514,15 +1777,18 @@ def weights_fingerprint(model: str) -> str:
     """Identifies a model by its weights, so that a retrained one is not taken for the old one: a
     local directory by its name and a hash of samples of its files; any other model by its name."""
     folder = Path(model)
-    if not folder.is_dir():
+    if not os.path.isdir(model):
         return model
     sha256 = hashlib.sha256()
-    for path in sorted([*folder.glob("*.safetensors"), folder / "config.json"]):
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            for i in range(64):
-                file.seek(size * i // 64)
-                sha256.update(file.read(4096))
+    try:
+        for path in sorted([*folder.glob("*.safetensors"), folder / "config.json"]):
+            size = path.stat().st_size
+            with path.open("rb") as file:
+                for i in range(64):
+                    file.seek(size * i // 64)
+                    sha256.update(file.read(4096))
+    except OSError as e:
+        raise InputError(f"{e.filename} cannot be read: {e.strerror}") from None
     return f"{folder.name}-{sha256.hexdigest()[:12]}"
 
 
@@ -1675,7 +1941,7 @@ def list_models(address: str) -> list[dict]:
             return []
         raise InputError(
             f"the model server {address} answers {e.status_code} when it is asked for its models: "
-            f"{str(e)[:300]}"
+            f"{masked(str(e))[:300]}"
         ) from None
     except openai.OpenAIError as e:
         raise ServerUnreachable(
@@ -1688,7 +1954,7 @@ def parse_model_list(answer: bytes) -> list[dict]:
     """The models in an answer to `GET /v1/models`: {"data": [...]}, or Together's list alone."""
     try:
         models = json.loads(answer)
-    except ValueError:
+    except (ValueError, RecursionError):
         return []
     if isinstance(models, dict):
         models = models.get("data")
@@ -1897,12 +2163,14 @@ def choice_in(answer):
 
 
 def text_of(content) -> str:
-    """The text of a message, whose content is a text, null, or a list of parts. A lone surrogate,
-    which no file can hold, becomes U+FFFD."""
+    """The text of a message, whose content is a text, a number, null, or a list of parts. A lone
+    surrogate, which no file can hold, becomes U+FFFD."""
     if isinstance(content, dict):
         content = [content]
     if isinstance(content, list):
         content = "".join([text_of_part(part) for part in content])
+    if isinstance(content, int | float):  # of a server that takes "5" for one
+        content = json.dumps(content)
     if not isinstance(content, str):
         return ""
     if content.isascii():
@@ -1919,6 +2187,8 @@ def text_of_part(part) -> str:
     text = part.get("text", part.get("content"))
     if isinstance(text, dict):
         text = text.get("value")
+    if isinstance(text, int | float):
+        text = json.dumps(text)
     return text if isinstance(text, str) else ""
 
 
@@ -1990,7 +2260,9 @@ class Model:
                 "OPENAI_BASE_URL for a server other than OpenAI's)"
             )
         self.name = name
-        self.where = f"the model server {url or os.environ.get('OPENAI_BASE_URL', 'OpenAI')}"
+        self.where = masked(
+            f"the model server {url or os.environ.get('OPENAI_BASE_URL', 'OpenAI')}"
+        )
         addresses = server_addresses(url)
         self.key_advice = key_advice(addresses[0])
         if not concurrency:
@@ -2010,7 +2282,7 @@ class Model:
         self.template_opens_thinking = False  # its chat template does; seen in its replies
         self.cut_off_replies = 0  # so far, that ended while it was thinking
         # an answer that is no JSON, or holds no completion (AnswerError is a ValueError)
-        self.malformed = (ValueError, openai.APIResponseValidationError)
+        self.malformed = (ValueError, RecursionError, openai.APIResponseValidationError)
 
     def _client(self, address: str):
         """The client of one server. By itself it retries 429, 5xx, lost connections and
@@ -2197,7 +2469,7 @@ class Model:
             endpoint.look_at = time.monotonic() + endpoint.pause
             endpoint.pause = min(2 * endpoint.pause, LONGEST_LOOK_PAUSE)
             print(
-                f"{endpoint.client.base_url} cannot be reached or does not answer: "
+                f"{masked(str(endpoint.client.base_url))} cannot be reached or does not answer: "
                 f"{len(self.alive)} other servers do its work ({reason_of(e)[:200]})",
                 file=sys.stderr,
             )
@@ -2214,13 +2486,14 @@ class Model:
             if await endpoint.is_healthy() and endpoint in self.lost:
                 self.lost.remove(endpoint)
                 self.alive.append(endpoint)
-                print(f"{endpoint.client.base_url} answers again", file=sys.stderr)
+                print(f"{masked(str(endpoint.client.base_url))} answers again", file=sys.stderr)
 
     def _raise_if_filtered_out(self, e: Exception) -> None:
         """Raise `RequestRefused` if an answer without a completion says that a content filter has
         taken it out."""
         # a field without a value says nothing: MiniMax sends input_sensitive with every answer
         said = re.sub(r"'\w+': (False|None|0|'')", "", text_of(str(getattr(e, "body", ""))))
+        said = masked(said)
         has_status = getattr(e, "status_code", None) is not None  # `_error_of` looks at those
         if FILTERED.search(said) and not has_status:
             raise RequestRefused(f"{self.where} answers without text: {said[:300]}")
@@ -2230,7 +2503,7 @@ class Model:
         finish reason says so (Gemini's is its own, such as SAFETY), or the model in `refusal`."""
         if text_of(choice.message.content):
             return
-        refusal = text_of(getattr(choice.message, "refusal", None))
+        refusal = masked(text_of(getattr(choice.message, "refusal", None)))
         native = getattr(choice, "native_finish_reason", "")  # OpenRouter's
         reasons = text_of(f"finish_reason {choice.finish_reason} {native}")
         if refusal or FILTERED.search(reasons):
@@ -2252,7 +2525,8 @@ class Model:
         elif isinstance(e, self.malformed):
             what = f"sends answers without a completion: {said}"
         else:
-            what = f"cannot be reached or does not answer ({said or 'no answer in time'})"
+            in_vain = f"no whole answer within {3 * self.timeout:.3g} s, retries included"
+            what = f"cannot be reached or does not answer ({said or in_vain})"
         hints = {
             401: self.key_advice,
             403: self.key_advice,
@@ -2265,12 +2539,12 @@ class Model:
             return InputError(f"{self.where} {what}; {hints[status]}")
         if not is_transient(status):  # the request is wrong in itself: what the server said must do
             return InputError(f"{self.where} {what}")
-        tries = "its requests were retried in vain"
+        tries = "its requests were retried in vain; " if said else ""
         pause = pause_of(getattr(e, "response", None))
         if pause > LONGEST_PAUSE:
-            tries = f"it asks to wait {pause:.0f} s, and {LONGEST_PAUSE:.0f} s is the limit"
+            tries = f"it asks to wait {pause:.0f} s, and {LONGEST_PAUSE:.0f} s is the limit; "
         return InputError(
-            f"{self.where} {what}; {tries}; finished rows are kept, run the same command to resume"
+            f"{self.where} {what}; {tries}finished rows are kept, run the same command to resume"
         )
 
 
@@ -2296,7 +2570,7 @@ def reason_of(e: Exception) -> str:
             cause = cause.exceptions[0]
         else:
             cause = cause.__cause__ or cause.__context__
-    return text_of(" ".join(said.split()))
+    return masked(text_of(" ".join(said.split())))
 
 
 def texts_of(body) -> str:
@@ -2677,7 +2951,7 @@ def download(model: str) -> None:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    if Path(model).is_dir():
+    if os.path.isdir(model):
         return
     try:
         snapshot_download(
@@ -2705,15 +2979,18 @@ def context_of(model: str) -> float:
 
     try:
         config = AutoConfig.from_pretrained(model, trust_remote_code=False).get_text_config()
-    except OSError as e:
-        raise InputError(f"{model} cannot be served: {first_line(e)}") from None
     except (ValueError, KeyError):  # an architecture that the server may know
         return math.inf
-    return getattr(config, "max_position_embeddings", math.inf)
+    except Exception as e:  # of files that are not whole, or that their class does not understand
+        said = " ".join(str(e).split()) or type(e).__name__
+        raise InputError(f"{model} cannot be served: {said[:300]}") from None
+    length = getattr(config, "max_position_embeddings", None)
+    return length if isinstance(length, int) and length > 0 else math.inf
 
 
 # Runs a server. Its stdin closes when this process closes it, exits or is killed. Then it ends the
-# server and the whole process group, in which are the server's own workers.
+# server and the whole process group, in which are the server's own workers. If it is killed itself,
+# a shell does that: then the shell's stdin closes.
 SUPERVISOR = """
 import os, signal, subprocess, sys, threading
 
@@ -2725,6 +3002,7 @@ def end_with_input():
     finally:
         os.killpg(0, signal.SIGKILL)
 
+guard = subprocess.Popen(["sh", "-c", "read line; kill -KILL 0"], stdin=subprocess.PIPE)
 server = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
 threading.Thread(target=end_with_input, daemon=True).start()
 print("the server ended with exit status", server.wait(), flush=True)
@@ -4645,6 +4923,7 @@ class Checks:
         except (InputError, RuntimeError, OSError) as e:
             self.wrong += 1
             line = f"WRONG  {about:12} {' '.join(str(e).split())}"
+        line = masked(line)
         print(line, flush=True)
         self._note(check=key, line=line)
 

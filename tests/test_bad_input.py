@@ -3,6 +3,7 @@ exit status are in test_stages.py."""
 
 import errno
 import json
+import os
 import re
 import shutil
 import signal
@@ -81,6 +82,39 @@ def test_a_full_disk_is_one_line(refused):
 
     said = refused(main, sft, "")
     assert re.search("cannot write runs/x/rollouts.jsonl: No space left.*--out", said)
+
+
+@pytest.mark.parametrize("name", ["EISDIR", "ENAMETOOLONG", "ELOOP", "EDQUOT", "EFBIG"])
+def test_other_files_that_cannot_be_written(refused, name):
+    number = getattr(errno, name)
+
+    def main(a):
+        raise OSError(number, os.strerror(number), "runs/x/results.md")
+
+    assert f"cannot write runs/x/results.md: {os.strerror(number)}" in refused(main, sft, "")
+
+
+def test_an_environment_that_ends_the_stage(refused):
+    """Not with status 0 and nothing said."""
+
+    def main(a):
+        raise SystemExit(0)
+
+    said = refused(main, sft, "")
+    assert "an environment or a package has ended the stage (SystemExit: 0)" in said
+
+
+def test_names_that_are_too_long(tmp_path):
+    long = "x" * 300
+    with pytest.raises(InputError, match=f"--env {long}: "):
+        run_seed(tmp_path, env=long)
+    with pytest.raises(InputError, match=f"--prompts {long}: "):
+        run_seed(tmp_path, prompts=long)
+    with pytest.raises(InputError, match="cannot be served|does not exist|cannot be read"):
+        common.check_model(f"runs/{long}")
+    assert not common.is_local(long) and common.model_fingerprint(long) == long
+    with pytest.raises(InputError, match="File name too long"):
+        read_rows(tmp_path / long)
 
 
 def test_out_is_a_file(tmp_path):
@@ -307,6 +341,38 @@ def test_missing_broken_and_empty_data(tmp_path, tiny_model, module):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("module", [sft, dpo])
+def test_data_that_lost_its_end(tmp_path, tokenizer, module):
+    """A file that is written as a whole has no incomplete last line: it would train on fewer rows
+    than it had."""
+    data = write_jsonl(tmp_path / "rows.jsonl", [TALK | PAIR] * 3)
+    load = module.load_rows if module is sft else module.load_pairs
+    a = module.Args(data=str(data))
+    data.write_bytes(data.read_bytes()[:-1])
+    assert len(load(a, tokenizer)) == 3, "only its newline is missing"
+    data.write_bytes(data.read_bytes()[:-9])
+    with pytest.raises(InputError, match=f"{data}:3: the file ends within this line"):
+        load(a, tokenizer)
+
+
+@pytest.mark.parametrize("line", ['{"task": "t", "plan": 5}', '{"task": "t", "plan": null}'])
+def test_an_edited_plan_that_is_no_text(tmp_path, line):
+    (tmp_path / "edited_plans.jsonl").write_text(line + "\n")
+    with pytest.raises(InputError, match=r"edited_plans.jsonl:1: the .*plan (must be|is null)"):
+        run_seed(tmp_path)
+    (tmp_path / "edited_plans.jsonl").write_text(line + "\n" + line[:9])
+    with pytest.raises(InputError, match=r"edited_plans.jsonl:[12]: "):
+        seed.edited_plans(seed.Args(out=str(tmp_path)), set())
+
+
+@pytest.mark.parametrize("text", ["[1]", '{"a": 1}', "{", "[" * 100_000])
+def test_examples_that_are_damaged(tmp_path, text):
+    (tmp_path / "agent.txt").write_text("{example} {task}")
+    (tmp_path / "examples.json").write_text(text)
+    with pytest.raises(InputError, match=r"examples\.json of .* (is damaged|must be)"):
+        common.Prompts(CORRIDOR, str(tmp_path))
+
+
 def test_rows_of_another_version(tmp_path):
     path = tmp_path / "trajectories.jsonl"
     path.write_text('{"task": "find-lamp/0"}\n')
@@ -341,6 +407,47 @@ def test_models_of_an_api(monkeypatch):
         with pytest.raises(InputError, match="OPENAI_API_KEY"):
             common.check_model(name)
     common.check_model("gpt-4o", "http://127.0.0.1:9/v1")
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("content", [b"", b"[]", b"5", b'{"a"', b"\xff\xfe", b"[" * 100_000, None])
+def test_a_damaged_configuration_of_a_served_model(tmp_path, tiny_model, file, content):
+    """None: a folder is in its place."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    (model / file).unlink()
+    if content is None:
+        (model / file).mkdir()
+    else:
+        (model / file).write_bytes(content)
+    with pytest.raises(InputError, match=f"{model / file} is damaged"):
+        common.check_model(str(model))
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"hidden_size": "many"}, "cannot be served"),
+        ({"num_hidden_layers": None, "layer_types": 5}, "cannot be served|inf"),
+        ({"max_position_embeddings": "many"}, "cannot be served"),
+        ({"max_position_embeddings": None}, "cannot be served: .*max_position_embeddings"),
+        ({"model_type": 5}, "cannot be served|inf"),
+        ({"model_type": "of-tomorrow"}, "inf"),  # the server may know it
+        ({"rope_parameters": "linear"}, "cannot be served|inf"),
+    ],
+)
+def test_values_of_a_configuration(tmp_path, tiny_model, change, says):
+    """One line, or no limit of the context: then the server's log says what is wrong."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | change))
+    try:
+        found = str(common.context_of(str(model)))
+    except InputError as e:
+        found = str(e)
+        assert str(model) in found and "\n" not in found
+    assert re.search(says, found)
 
 
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors"])

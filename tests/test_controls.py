@@ -244,7 +244,7 @@ def test_one_plan_per_type(tmp_path, settings):
         ev.main(ev.Args(**usual))
     assert not (tmp_path / "eval").exists()
     plan = "Step 1: walk on in corridor 3"
-    scores = {("find-lamp/3", plan): [1.0], ("find-lamp/3", "Step 1: wait"): [0.0]}
+    scores = {("find-lamp/3", plan): [0.5], ("find-lamp/3", "Step 1: wait"): [0.0]}
     write_scores(tmp_path, scores)
     ev.main(ev.Args(**usual))
     rows = read_rows(tmp_path / "eval" / "plans.jsonl")
@@ -265,7 +265,7 @@ def test_one_plan_per_type(tmp_path, settings):
     ev.main(ev.Args(**usual))
     assert len(read_rows(tmp_path / "eval" / "rollouts.jsonl")) == len(played)
 
-    write_scores(tmp_path, scores | {("find-lamp/3", "Step 1: wait"): [None, 2.0]})
+    write_scores(tmp_path, scores | {("find-lamp/3", "Step 1: wait"): [None, 1.0]})
     ev.main(ev.Args(**usual))
     later = read_rows(tmp_path / "eval" / "plans.jsonl")[len(rows) :]
     assert {r["plan"] for r in later} == {"Step 1: wait", None} and len(later) == len(rows)

@@ -642,7 +642,7 @@ def test_plans_of_the_teacher(tmp_path, evaluate, chat_server, monkeypatch):
     [
         ([{"task": TASKS[0], "plan": "x"}], f"no plan for {TASKS[1]}"),
         ([{"task": TASKS[0], "plan": plan} for plan in "xy"], "several plans"),
-        ([{"task": TASKS[0], "plan": 3}], "must be text"),
+        ([{"task": TASKS[0], "plan": 3}], "must be a text"),
     ],
 )
 def test_files_of_plans_that_cannot_be_used(tmp_path, evaluate, chat_server, rows, says):

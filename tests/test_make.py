@@ -203,6 +203,59 @@ def test_fig5_copies_the_planner_of_the_same_pairs_only(fake_run):
     assert not (folder / "m2n2").is_symlink()
 
 
+MAKES_ROWS_AND_FAILS = """#!/usr/bin/env python
+import os, pathlib, signal, sys
+words = sys.argv[1:]
+out = pathlib.Path(words[words.index("--out") + 1])
+if "--thoughts" in words:
+    with (out / "thoughts.jsonl").open("a") as file:
+        file.write("a row\\n")
+elif "--data" in words:
+    out.mkdir(exist_ok=True)
+    (out / "config.json").write_text("the model")
+how = os.environ.get("FAILS", "")
+if how == "status":
+    sys.exit(2)
+if how:
+    os.kill(os.getppid() if how == "make" else os.getpid(), signal.SIGTERM)
+    signal.pause()
+"""
+
+
+@pytest.mark.parametrize("fails", ["status", "signal", "make"])
+def test_thoughts_that_were_begun(fake_run, tmp_path, fails):
+    """Rows that were paid for stay, and no agent is trained on some of them: "make" is told to end,
+    or the stage fails or is killed."""
+    run = fake_run.folder
+    (tmp_path / "stage.py").write_text(MAKES_ROWS_AND_FAILS)
+    command = [f"R={run}", f"STAGE={sys.executable} {tmp_path}/stage.py", "TOOL=:"]
+    command += [f"TRAIN={sys.executable} {tmp_path}/stage.py", "TEACHER=gpt-4o", "agent-sft"]
+    for times in (1, 2):
+        assert run_make(*command, FAILS=fails).returncode != 0
+        assert (run / "thoughts.jsonl").read_text() == "a row\n" * times
+        assert not (run / "agent").exists()
+    before = (run / "seed_plans.jsonl").stat().st_mtime
+    assert run_make(*command).returncode == 0
+    assert (run / "thoughts.jsonl").read_text() == "a row\n" * 3
+    assert (run / "agent" / "config.json").exists()
+    assert (run / "seed_plans.jsonl").stat().st_mtime == before
+
+
+def test_no_signal_deletes_a_model_or_rows(fake_run, tmp_path):
+    """Make deletes a target that changed if a signal comes before the recipe's end. Every file that
+    a rule makes is an exception."""
+    run = fake_run.folder
+    (tmp_path / "stage.py").write_text(MAKES_ROWS_AND_FAILS)
+    command = [f"R={run}", f"TRAIN={sys.executable} {tmp_path}/stage.py", "TOOL=:"]
+    (run / "sft" / "config.json").unlink()
+    assert run_make(*command, "sft", FAILS="make").returncode != 0
+    assert (run / "sft" / "config.json").read_text() == "the model"
+    database = run_make("-pn", "ROUNDS=3", "RUN=q", "help").stdout
+    kept = set(re.search(r"^\.PRECIOUS: (.*)$", database, re.M)[1].split())
+    made = set(re.findall(r"^(runs/q/[^\s:]+): .+$", database, re.M))
+    assert len(made) > 15 and made - kept <= {"runs/q/thoughts.jsonl"}
+
+
 def test_prompts_are_prerequisites_of_the_stages_that_read_them(tmp_path):
     """An edited prompt runs the stages again that read it, and those after them."""
     env = tmp_path / "env"

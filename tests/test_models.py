@@ -1,6 +1,7 @@
 """Models behind servers: errors, retries, several servers, rate limits."""
 
 import asyncio
+import contextlib
 import email.utils
 import json
 import socket
@@ -73,6 +74,9 @@ THINKING = {"type": "thinking", "thinking": [{"type": "text", "text": "Well."}]}
         ({"content": {"type": "text", "text": "Hi"}}, "Hi"),
         ({"content": [{"type": "text", "text": {"value": "Hi"}}]}, "Hi"),
         ({"content": [{"type": "text", "content": "Hi"}]}, "Hi"),
+        ({"content": 5}, "5"),
+        ({"content": 0.5}, "0.5"),
+        ({"content": [{"type": "text", "text": 5}]}, "5"),
         ({"content": "a \ud83d b"}, "a \ufffd b"),
         ({"content": "\udc00"}, "\ufffd"),
         ({"content": "\U0001f600 é"}, "\U0001f600 é"),
@@ -92,6 +96,8 @@ def test_the_text_of_a_reply(chat_server, message, text):
         ({"prompt_tokens": 7, "total_tokens": 10}, 7, None),
         ({"prompt_tokens": None, "completion_tokens": None}, None, None),
         ({}, None, None),
+        ({"prompt_tokens": "7", "completion_tokens": 3.5}, None, None),
+        ([], None, None),
         (None, None, None),
         ("none", None, None),
     ],
@@ -504,6 +510,34 @@ def test_servers_that_are_not_there_or_silent(chat_server, monkeypatch):
     silent = chat_server(lambda messages, body: time.sleep(5))
     with pytest.raises(InputError, match="does not answer .Request timed out"):
         ask(silent.url, timeout=0.3)
+
+
+def test_a_server_that_trickles(monkeypatch):
+    """Some servers send blanks as long as the model thinks: only the limit of the whole request
+    ends that, and the error names it."""
+    listening = socket.create_server(("127.0.0.1", 0))
+
+    def trickle():
+        connection, _ = listening.accept()
+        with connection, contextlib.suppress(OSError):
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 9999\r\n\r\n")
+            while True:
+                connection.sendall(b" ")
+                time.sleep(0.02)
+
+    threading.Thread(target=trickle, daemon=True).start()
+    with listening, pytest.raises(InputError, match="no whole answer within 0.9 s") as error:
+        ask(f"http://127.0.0.1:{listening.getsockname()[1]}/v1", timeout=0.3)
+    assert "in vain" not in str(error.value)
+
+
+def test_an_answer_that_is_nested_too_deeply(chat_server, monkeypatch):
+    monkeypatch.setenv("MPO_MAX_RETRIES", "0")
+    server = chat_server(lambda messages, body: (200, "[" * 100_000))
+    with pytest.raises(InputError, match="without a completion"):
+        ask(server.url)
+    server.models = (200, "[" * 100_000)
+    assert common.list_models(server.url) == []
 
 
 # ---- rate limits ---------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,8 @@ from test_eval import (  # noqa: F401
 
 import common
 from common import InputError, read_rows
-from data.report import curves, report, tables
+from data.report import curves, figures, report, tables
+from data.report.page import page as page_of
 
 ev = stage("05_eval")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -85,6 +87,28 @@ def browse(
         return ""
     assert 'data-done="yes"' in done.stdout and "ERROR " not in done.stdout, done.stdout[-2000:]
     return done.stdout
+
+
+def test_the_judge_may_have_any_name(tmp_path):
+    """A server chooses it."""
+    verdicts = {"overall": {"win": 1, "tie": 0, "loss": 0, "invalid": 0}}
+    name = EVIL + "\n\\input{/etc/passwd} $x_1$ $^2$"
+    table = tables.judged_table(["sft", "mpo"], name, verdicts)
+    figure = tmp_path / "fig6.png"
+    figure.write_bytes(b"a picture")
+    html = page_of([], [table], {table.title: figure})
+    assert "gotcha" in html and "<img src=x" not in html and "<script>document" not in html
+    assert "\n" not in table.markdown().split("\n\n")[0] and "<img" not in table.markdown()
+    table.rows.append([name] * 5)
+    comment, *lines = table.latex().split("\n")
+    assert len(lines) == 9 and comment.startswith("% ") and "input" in comment
+    assert all(line.count(r"\input") == 0 for line in lines)
+
+
+@pytest.mark.slow
+def test_a_name_is_no_formula(tmp_path):
+    figures.judged_bars({r"$\no_formula{$": Counter(win=1)}, tmp_path / "fig6.png")
+    assert (tmp_path / "fig6.png").stat().st_size > 1000
 
 
 @pytest.fixture

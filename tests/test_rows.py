@@ -46,6 +46,86 @@ def test_missing_field_is_named(tmp_path):
     assert len(read_rows(path, ("task",))) == 2
 
 
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("task", 5),
+        ("task", None),
+        ("plan", 5),
+        ("plan", ["Step 1"]),
+        ("m", "0"),
+        ("m", True),
+        ("rollout", -1),
+        ("reward", "0.5"),
+        ("reward", None),
+        ("reward", float("nan")),
+        ("reward", 7),
+        ("success", 1),
+        ("steps", "Action: look"),
+        ("steps", [["look"]]),
+        ("steps", [["look", None]]),
+        ("thoughts", "I look."),
+        ("tasks", [1]),
+        ("fingerprint", 5),
+        ("end", None),
+        ("instruction", {}),
+    ],
+)
+def test_a_value_of_the_wrong_type(tmp_path, field, value):
+    """File, line and field are named. A field that is not asked for may be anything."""
+    path = write_jsonl(tmp_path / "rows.jsonl", [{field: value}])
+    with pytest.raises(InputError, match=rf"rows\.jsonl:1: the field {field} must be "):
+        read_rows(path, (field,))
+    assert len(read_rows(path)) == 1
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"plan": None, "reward": 1, "steps": [], "instruction": None},
+        {"plan": "Step 1", "reward": 0.5, "steps": [["look", "You see."]], "thoughts": None},
+        {"m": 0, "rollout": 3, "success": False, "solved": True, "thoughts": ["I look."]},
+    ],
+)
+def test_values_of_the_right_type(tmp_path, row):
+    assert read_rows(write_jsonl(tmp_path / "rows.jsonl", [row]), tuple(row)) == [row]
+
+
+def test_what_is_no_file_of_rows(tmp_path):
+    (tmp_path / "folder.jsonl").mkdir()
+    with pytest.raises(InputError, match=r"folder\.jsonl cannot be read: Is a directory"):
+        read_rows(tmp_path / "folder.jsonl", missing_ok=True)
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"a": ' + "[" * 100_000 + "\n")
+    with pytest.raises(InputError, match=r"rows\.jsonl:1: nested too deeply"):
+        read_rows(path)
+    (tmp_path / "later.jsonl").symlink_to("not-yet.jsonl")
+    assert read_rows(tmp_path / "later.jsonl", missing_ok=True) == []
+
+
+def test_a_file_that_is_not_appended_to(tmp_path):
+    """An incomplete last line is no trace of a kill: rows are lost."""
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"a": 1}\n{"a": 2}')
+    assert len(read_rows(path, appended=False)) == 2
+    path.write_bytes(b'{"a": 1}\n{"a": 2')
+    with pytest.raises(InputError, match=r"rows\.jsonl:2: the file ends within this line"):
+        read_rows(path, appended=False)
+    assert len(read_rows(path)) == 1
+
+
+def test_lone_surrogates_do_not_stop_a_stage(tmp_path):
+    """JSON can name them, but no file in UTF-8 can hold them."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"a": "\\ud83d"}\n')
+    [row] = read_rows(path)
+    with Appender(path) as append:
+        append(row)
+    assert read_rows(path)[1] == {"a": "?"}
+    write_rows(path, [row])
+    assert read_rows(path) == [{"a": "?"}]
+
+
 def test_missing_file_and_empty_lines(tmp_path):
     path = tmp_path / "rows.jsonl"
     with pytest.raises(InputError, match=r"rows\.jsonl does not exist"):

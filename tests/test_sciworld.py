@@ -53,6 +53,21 @@ async def transcript(env, task, actions) -> list:
     return said
 
 
+@pytest.mark.slow
+def test_a_trajectory_depends_on_its_task_alone():
+    """Not on what was played before in the same JVM, and so not on the number of workers."""
+    tasks = ["test-conductivity/0", "test-conductivity/7", "power-component/0"]
+
+    async def experts_in(order):
+        async with EnvPool("sciworld", 1) as pool:
+            return await pool.each(order, "expert")
+
+    first = asyncio.run(experts_in(tasks))
+    for order in (tasks[::-1], [*INTERLEAVED[1:], *tasks[1:], *tasks]):
+        found = asyncio.run(experts_in(order))
+        assert {task: found[task] for task in tasks} == first
+
+
 def check_experts(found: dict[str, dict]) -> None:
     for task, e in found.items():
         limit = World.MAX_STEPS[task_type(task)]

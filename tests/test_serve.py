@@ -137,7 +137,7 @@ def test_servers_end_with_the_block(tiny_model, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt), serve(tiny_model, tmp_path / "logs") as url:
         assert url.startswith("http://127.0.0.1:")
         assert url.endswith("/v1")
-        assert len(group(servers[0].process.pid)) == 3, "supervisor, server and its child"
+        assert len(group(servers[0].process.pid)) == 4, "supervisor, guard, server, its child"
         raise KeyboardInterrupt
     wait_until_gone(servers[0].process.pid)
 
@@ -420,6 +420,21 @@ time.sleep(60)
         parent.send_signal(signal.SIGKILL)
         parent.wait()
     wait_until_gone(server, 15)
+
+
+def test_a_killed_supervisor_leaves_no_server(tmp_path, monkeypatch):
+    """Nor what the server has started."""
+    command = ["sh", "-c", "sleep 100 & sleep 100"]
+    monkeypatch.setattr(common, "server_command", lambda *_: command)
+    server = common._start_server("m", [], 9, tmp_path)
+    end = time.time() + 10
+    while len(group(server.process.pid)) < 5:  # itself, the shell, two sleeps, and who looks
+        assert time.time() < end
+        time.sleep(0.02)
+    server.process.kill()
+    server.process.wait()
+    wait_until_gone(server.process.pid)
+    server.process.stdin.close()
 
 
 @pytest.mark.slow

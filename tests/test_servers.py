@@ -249,6 +249,70 @@ def test_a_redirect_that_makes_a_get_of_a_chat(server, chat_server, status):
         ask("m", redirecting.url)
 
 
+SECRET = "sk-proj-0123456789"
+
+
+@pytest.mark.parametrize(
+    "text, kept",
+    [
+        (f"Incorrect API key: {SECRET}.", "Incorrect API key: ***."),
+        ("https://me:pass-word@host:8000/v1 is down", "https://***@host:8000/v1 is down"),
+        ("http://only-a-name@host/v1", "http://***@host/v1"),
+        ("me:pass-word@host.org:8000/v1", "***@host.org:8000/v1"),
+        ("header Authorization: Bearer abc-12345678", "header Authorization: Bearer ***"),
+        ("Authorization: Basic bWU6cHc0Njc4OQ==", "Authorization: Basic ***"),
+        ("http://h/v1/models?api_key=a1b2&limit=3", "http://h/v1/models?api_key=***&limit=3"),
+        ("http://h/v1?x=1&access_token=a1b2", "http://h/v1?x=1&access_token=***"),
+        # no secrets
+        ("llama3.1:70b@http://h:8000/v1", "llama3.1:70b@http://h:8000/v1"),
+        ("llama@http://h/v1,http://i/v1", "llama@http://h/v1,http://i/v1"),
+        ("claude-3-5-sonnet@20241022", "claude-3-5-sonnet@20241022"),
+        ("Bearer authentication is required", "Bearer authentication is required"),
+        ("short", "short"),
+    ],
+)
+def test_what_is_masked(monkeypatch, text, kept):
+    monkeypatch.setenv("OPENAI_API_KEY", f"{SECRET}\n")
+    monkeypatch.setenv("MPO_SERVER_KEY", "short")  # such as EMPTY
+    assert str(InputError(text)) == kept
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 500])
+def test_a_server_that_repeats_the_key(chat_server, monkeypatch, capfd, status):
+    """Neither errors nor rows have it, nor the password of the server's URL: also at the end of
+    what is quoted of a long answer."""
+    monkeypatch.setenv("MPO_SERVER_KEY", SECRET)
+    for text in (f"wrong key {SECRET}", "x" * 290 + SECRET):
+        server = chat_server(lambda messages, body, text=text: (status, text))
+        url = server.url.replace("http://", "http://me:pass-word@")
+        with pytest.raises(InputError) as error:
+            ask("m", url)
+        reason = common.refusal_reason(error.value)
+        assert "sk-p" not in reason and "pass-word" not in reason and "***" in reason
+    server.models = (500, "x" * 290 + SECRET)
+    with pytest.raises(InputError) as error:
+        ask("", url)
+    assert "sk-p" not in str(error.value) and "pass-word" not in str(error.value)
+    server.models = None
+    server.down = True
+    with pytest.raises(InputError) as error:
+        ask("m", f"{url},{url}")
+    assert "pass-word" not in str(error.value) + capfd.readouterr().err
+
+
+def test_an_unsupported_parameter_and_the_key(chat_server, monkeypatch, capfd):
+    monkeypatch.setenv("MPO_SERVER_KEY", SECRET)
+
+    def reply(messages, body):
+        if "max_tokens" in body:
+            return (400, f"{SECRET}: Unsupported parameter: 'max_tokens' is not supported")
+        return "Hi"
+
+    assert ask("m", chat_server(reply).url) == "Hi"
+    said = capfd.readouterr().err
+    assert "does not support max_tokens" in said and "sk-p" not in said
+
+
 @pytest.mark.parametrize("key", ["sk-“1”", "sk-1\nsk-2", "sk-1\x7f"])
 def test_a_key_that_is_none(server, monkeypatch, key):
     monkeypatch.setenv("MPO_SERVER_KEY", key)

@@ -30,8 +30,10 @@ ERROR_BARS = {"lw": 1, "ecolor": "#444"}
 
 def new_figure(width: float, height: float = 3.8, columns: int = 1):
     """(a figure of this size in inches, its panels side by side)."""
+    from matplotlib import rcParams
     from matplotlib.figure import Figure
 
+    rcParams["text.parse_math"] = False  # two dollar signs in a name are no formula
     figure = Figure((width, height), layout="constrained")
     panels = list(figure.subplots(1, columns, squeeze=False)[0])
     for panel in panels:

@@ -260,6 +260,18 @@ def _episodes_by_split(conditions: list[dict], splits: list[str]) -> dict[str, d
 # ---- formats -------------------------------------------------------------------------------------
 
 
+# {character: what is written for it}. A server chooses what its models are called.
+LINE_ENDS = {"\n": " ", "\r": " "}
+MARKDOWN = {**LINE_ENDS, "\\": r"\\", "|": r"\|", "<": "&lt;"}
+LATEX = {
+    **LINE_ENDS,
+    **{character: f"\\{character}" for character in "&%$#_{}"},
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+}
+
+
 @dataclass
 class Table:
     """Text cells under a head, for Markdown, LaTeX and HTML."""
@@ -270,7 +282,7 @@ class Table:
     note: str = ""
 
     def markdown(self) -> str:
-        rows = self._escaped(r"[\\|]")
+        rows = self._escaped(MARKDOWN)
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = []
         for row in rows:
@@ -278,12 +290,12 @@ class Table:
             lines.append("| " + " | ".join(padded) + " |")
         rule = "|".join("-" * (width + 2) for width in widths)
         lines.insert(1, f"|{rule}|")
-        return f"## {self.title}\n\n" + "\n".join(lines) + f"\n\n{self.note}\n"
+        return f"## {escaped(self.title, MARKDOWN)}\n\n" + "\n".join(lines) + f"\n\n{self.note}\n"
 
     def latex(self) -> str:
-        head, *rows = [" & ".join(row) + r" \\" for row in self._escaped(r"[&%$#_{}]")]
+        head, *rows = [" & ".join(row) + r" \\" for row in self._escaped(LATEX)]
         lines = [
-            f"% {self.title}",
+            f"% {escaped(self.title, LINE_ENDS)}",
             rf"\begin{{tabular}}{{{'l' * len(self.head)}}}",
             r"\toprule",
             head,
@@ -303,12 +315,16 @@ class Table:
             f"<p class=note>{html.escape(self.note)}</p>"
         )
 
-    def _escaped(self, characters: str) -> list[list[str]]:
-        """Head and rows with a backslash before each of these characters."""
+    def _escaped(self, replacements: dict[str, str]) -> list[list[str]]:
+        """Head and rows with these characters replaced."""
         rows = []
         for row in (self.head, *self.rows):
-            rows.append([re.sub(f"({characters})", r"\\\1", text) for text in row])
+            rows.append([escaped(text, replacements) for text in row])
         return rows
+
+
+def escaped(text: str, replacements: dict[str, str]) -> str:
+    return text.translate(str.maketrans(replacements))
 
 
 def _html_row(texts: list[str], tag: str) -> str:

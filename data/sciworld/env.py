@@ -68,10 +68,14 @@ class ScienceWorld(Environment):
     def __init__(self, sessions: int = 8):
         if ScienceWorld.jvm is None:
             ScienceWorld.jvm = self._start_jvm(sessions)
-        self.random = self.jvm.Random(0)
-        self.next_object_id = 0
+        self._begin_anew()
         with self._own_state():
             self.api = self.jvm.PythonInterface()
+
+    def _begin_anew(self) -> None:
+        """The random generator and the counter of a session that has played nothing."""
+        self.random = self.jvm.Random(0)
+        self.next_object_id = 0
 
     @contextlib.contextmanager
     def _own_state(self):
@@ -229,8 +233,14 @@ class ScienceWorld(Environment):
         list. Things get the names that observations give them, which an agent can read. So three
         versions are tried: the path with teleports; if that fails, the path as the simulator gives
         it; then the one that worked, with the names of observations, which is kept only if all its
-        actions work."""
-        u = self.reset(task, gold=True)
+        actions work.
+
+        Some paths are drawn by lot. So that they depend on the task alone, the session begins anew,
+        and the path is planned twice: at the first time, parts of the simulator may be loaded that
+        the JVM has not needed before, and they draw lots, too."""
+        for _ in range(2):
+            self._begin_anew()
+            u = self.reset(task, gold=True)
         path = list(self.api.getGoldActionSequence())
         played = self._replay(task, self._teleport(path))
         if played is None:
