@@ -3978,6 +3978,7 @@ def check_training_settings(a) -> None:
             raise InputError(f"--{name} {value} must be at least 1")
     if a.save_steps < 0:
         raise InputError(f"--save_steps {a.save_steps} must be at least 0")
+    partial_folder(a.out)
     if a.precision not in ("bf16", "fp32"):
         raise InputError(f"unknown --precision {a.precision!r}: bf16 or fp32")
     for kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):

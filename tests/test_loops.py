@@ -720,6 +720,9 @@ def test_a_configuration_of_ones_own_is_refused(tmp_path, tiny_model, talks, mon
         ("log_with", "x"),
         ("batch_size", 0),
         ("epochs", -1),
+        ("limit", -1),
+        ("save_steps", -1),
+        ("out", "."),
     ],
 )
 def test_settings_are_checked(tmp_path, tiny_model, talks, setting, value):

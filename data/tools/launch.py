@@ -34,8 +34,8 @@ def main() -> int:
         # in a session of its own: a signal comes from here, and only once
         command = [sys.executable, a.script, *a.arguments]
         processes.append(subprocess.Popen(command, env=env | own, start_new_session=True))
-    pass_on_signals(processes)
-    return wait_for(processes)
+    passed_on = pass_on_signals(processes)
+    return wait_for(processes, passed_on)
 
 
 def loopback_store():
@@ -76,19 +76,23 @@ def environment(count: int, port: int) -> dict:
     return env
 
 
-def pass_on_signals(processes: list[subprocess.Popen]) -> None:
-    """What this process is sent, the others get. A signal that is ignored stays so (nohup)."""
+def pass_on_signals(processes: list[subprocess.Popen]) -> list[int]:
+    """What this process is sent, the others get. A signal that is ignored stays so (nohup). Returns
+    the list of the signals that have been passed on so far."""
+    passed_on = []
 
     def pass_on(number: int, _frame) -> None:
+        passed_on.append(number)
         for process in processes:
             process.send_signal(number)
 
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, pass_on)
+    return passed_on
 
 
-def wait_for(processes: list[subprocess.Popen]) -> int:
+def wait_for(processes: list[subprocess.Popen], passed_on: list[int]) -> int:
     """Wait for the end of all. Returns the exit status."""
     while True:
         codes = [process.poll() for process in processes]
@@ -108,8 +112,9 @@ def wait_for(processes: list[subprocess.Popen]) -> int:
     code = codes[failed[0]]
     if code > 0:
         return code
-    name = signal.Signals(-code).name
-    print(f"error: process {failed[0]} of {len(processes)} was ended by {name}", file=sys.stderr)
+    if -code not in passed_on:
+        what = f"process {failed[0]} of {len(processes)} was ended by {signal.Signals(-code).name}"
+        print(f"error: {what}", file=sys.stderr)
     return 128 - code
 
 
