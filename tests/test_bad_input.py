@@ -115,11 +115,11 @@ def test_no_episode_in_flight(tmp_path):
 
 # a stage script whose main function starts with `prelude` and ends with what it is given
 SCRIPT = """
-import asyncio, ctypes, pathlib, sys, time
+import argparse, asyncio, ctypes, pathlib, sys, time
 import common
 from tqdm import tqdm
 
-common.parse_arguments = lambda *_: (None, None)
+common.parse_arguments = lambda *_: (argparse.ArgumentParser(), None)
 common.StopSignals.PATIENCE = 1.0
 common.server_command = lambda *_: ["sleep", "100"]
 
@@ -258,9 +258,17 @@ SEES_TO = """signals = common.StopSignals.current
     "end, says",
     [
         ("", "interrupted: OUT is finished (SIGTERM)"),
-        ("raise RuntimeError('Connection closed by peer')", "interrupted: OUT is finished"),
         ("raise common.InputError('the disk is full')", "error: the disk is full"),
-        ("common.StopSignals.SAME = 0; waits()", "interrupted: OUT is finished (SIGTERM)"),
+        pytest.param(
+            "raise RuntimeError('Connection closed by peer')",
+            "interrupted: OUT is finished",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "common.StopSignals.SAME = 0; waits()",
+            "interrupted: OUT is finished (SIGTERM)",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_training_that_sees_to_a_signal(tmp_path, end, says):
