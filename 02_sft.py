@@ -1,7 +1,7 @@
 """Stage 2 (paper 3.1, equation 4): supervised fine-tuning on conversations.
 
     python 02_sft.py --data runs/NAME/seed_plans.jsonl --out runs/NAME/sft
-    accelerate launch --num_processes 8 02_sft.py ...          # all GPUs of a machine, FSDP2
+    python -m data.tools.launch --num_processes 8 02_sft.py ...      # all GPUs of a machine, FSDP2
 
 --data is JSONL with {"messages": [{"role", "content"}, ...]} on each line. The loss is on what the
 assistant says. The same loop trains the meta planner on seed plans and an agent on expert

@@ -1,7 +1,7 @@
 """Stage 4 (paper 3.3, equation 8): DPO on contrastive plan pairs.
 
     python 04_dpo.py --data runs/NAME/pairs.jsonl --out runs/NAME/mpo
-    accelerate launch --num_processes 8 04_dpo.py ...          # all GPUs of a machine, FSDP2
+    python -m data.tools.launch --num_processes 8 04_dpo.py ...      # all GPUs of a machine, FSDP2
 
 --data is JSONL with {"prompt": [...], "chosen": [...], "rejected": [...]}, lists of messages, on
 each line. The reference model is --model before the first step: its log-probabilities are computed
@@ -148,21 +148,6 @@ def log_probs_without_gradient(run, pairs: list[Example], share_prefix: bool):
     return accelerator.reduce(values, "sum")
 
 
-def reference_log_probs(run, pairs: list[Example], share_prefix: bool):
-    """(len(pairs), 2): log pi_ref, computed once, stored with the checkpoints."""
-    import torch
-
-    file = run.partial / "reference.pt"
-    if run.start > 0:
-        if not file.exists():
-            raise InputError(f"{file} is missing: delete {run.partial} to start over")
-        return torch.load(file, weights_only=True).to(run.accelerator.device)
-    log_probs = log_probs_without_gradient(run, pairs, share_prefix)
-    if run.accelerator.is_main_process:
-        torch.save(log_probs.cpu(), file)
-    return log_probs
-
-
 def losses_and_metrics(policy, reference, pairs: list[Example], a: Args):
     """(losses (P,), {metric: its sum over the pairs}) from log-probabilities (P, 2) of `pairs`.
 
@@ -200,6 +185,8 @@ def main(a: Args) -> None:
     if a.check:
         common.check_training(a)
         return
+    import torch
+
     accelerator = common.make_accelerator(a)
     world = accelerator.num_processes
     rank = accelerator.process_index
@@ -210,8 +197,13 @@ def main(a: Args) -> None:
     share_prefix = model.packing == "rows"  # compute the prompt of a pair once
     # schedule[optimizer step][micro-batch]: indices of training pairs
     schedule = common.batch_schedule(common.lengths(train, share_prefix), a, world)
-    run = common.Training(a, accelerator, model, optimizer, tokenizer, len(schedule))  # may resume
-    reference = reference_log_probs(run, train + held_out, share_prefix)
+    # log pi_ref of chosen and rejected: computed once, saved with the checkpoints
+    reference = torch.zeros(len(train + held_out), 2, dtype=torch.float64).to(accelerator.device)
+    run = common.Training(
+        a, accelerator, model, optimizer, tokenizer, len(schedule), {"reference": reference}
+    )  # may resume
+    if run.start == 0:
+        reference.copy_(log_probs_without_gradient(run, train + held_out, share_prefix))
 
     bar = run.progress_bar("dpo")
     for step in bar:

@@ -85,10 +85,6 @@ endif
 # stage only looks at what it needs, and TOOL, TOUCH and COPY do nothing, so that nothing is written.
 PROCESSES ?= $(if $(filter-out 0 1,$(GPUS)),$(GPUS),1)
 LAUNCH ?= $(if $(filter-out 1,$(PROCESSES)),python -m data.tools.launch --num_processes $(PROCESSES),python)
-# With nohup SIGHUP is ignored, but torch's launcher would heed it, unless it is told which to heed.
-ifneq ($(shell trap -p HUP),)
-export PET_SIGNALS_TO_HANDLE := SIGTERM,SIGINT,SIGQUIT
-endif
 ifdef CHECKING
 STAGE := $(VENV) python -m data.tools.check stage
 TRAIN := $(VENV) WORLD_SIZE=$(PROCESSES) python -m data.tools.check stage

@@ -32,6 +32,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import io
 import ipaddress
 import itertools
 import json
@@ -53,6 +54,7 @@ import threading
 import time
 import urllib.parse
 import urllib.request
+import zipfile
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from contextvars import ContextVar
 from multiprocessing import resource_tracker
@@ -161,14 +163,17 @@ CANNOT_WRITE = (
 )
 
 
-def interrupted(status: int, by: str = "Ctrl-C", at_once: bool = False):
-    """End the stage with one line, which the first of several processes prints. `at_once`: without
-    the interpreter's shutdown."""
+RESUME = "run the same command to resume"
+ROWS_KEPT = f"finished rows are kept, {RESUME}"
+
+
+def interrupted(status: int, by: str = "Ctrl-C", at_once: bool = False, what: str = ROWS_KEPT):
+    """End the stage with one line, which the first of several processes prints: `what` is kept.
+    `at_once`: without the interpreter's shutdown."""
     try:
         if os.environ.get("RANK", "0") == "0":
             if tqdm._instances:  # below an open progress bar
                 print(file=sys.stderr)
-            what = "finished rows are kept, run the same command to resume"
             print(f"interrupted: {what} ({by})", file=sys.stderr, flush=True)
         sys.stdout.flush()
     except OSError:  # the terminal is gone, and the shutdown would fail for that
@@ -185,17 +190,23 @@ class StopSignals:
     The first signal raises KeyboardInterrupt, or cancels an event loop's tasks, so that the stage
     ends its servers and workers. A thread ends the process at a second signal, or after PATIENCE
     seconds: the main thread may be where no signal reaches it. Servers and workers notice that.
-    With `at_once` the thread does so at the first signal: a training has neither of them, but it
-    may wait for a process that has ended already, and in its files a kill breaks nothing."""
+
+    In a `training` the thread ends the process at the first signal, as there are neither servers
+    nor workers. While `Training` has set `waits`, it does so at the second signal, and `Training`
+    looks at `number`."""
+
+    current: StopSignals | None = None  # those of this process, in their `with`
 
     NUMBERS = (signal.SIGTERM, signal.SIGHUP)
     PATIENCE = 20.0
     # make and a terminal pass on a signal that the whole process group gets: it comes twice
     SAME = 1.0  # seconds between a signal and its copy
 
-    def __init__(self, at_once: bool, is_script: bool):
-        self.at_once = at_once
+    def __init__(self, training: bool, is_script: bool):
+        self.training = training
         self.is_script = is_script  # not a function that a test calls
+        self.waits = False
+        self.what = f"saved checkpoints are kept, {RESUME}" if training else ROWS_KEPT
         self.number = None  # of the signal that came
         self.handlers = {}  # signal -> its handler before
         self.in_main_thread = threading.current_thread() is threading.main_thread()
@@ -211,13 +222,16 @@ class StopSignals:
         for number in self.NUMBERS:
             if signal.getsignal(number) != signal.SIG_IGN:
                 self.handlers[number] = signal.signal(number, self._handle)
+        StopSignals.current = self
 
     def __exit__(self, _kind, error, _trace):
-        """An error after a signal is taken for its effect: servers and workers may have got it."""
+        """An error after a signal is taken for its effect: servers and workers may have got it. A
+        training has none; what it says of its input and of the disk is said."""
         if not self.in_main_thread:
             return
+        StopSignals.current = None
         try:
-            if self.number is not None and error is not None:
+            if self.number is not None and self._is_effect(error):
                 self._end(self.number, self.is_script)
         finally:
             for number, handler in self.handlers.items():
@@ -225,8 +239,14 @@ class StopSignals:
             signal.set_wakeup_fd(self.writer_before)
             os.close(self.writer)  # ends the thread
 
+    def _is_effect(self, error) -> bool:
+        """Whether the stage ended, with `error` or None, because of the signal."""
+        if self.training:
+            return not isinstance(error, InputError | OSError)
+        return error is not None
+
     def _handle(self, number: int, _frame) -> None:
-        if self.at_once or self.number is not None:
+        if self.training or self.number is not None:
             return  # the thread sees to it
         self.number = number
         try:
@@ -247,19 +267,39 @@ class StopSignals:
                 number = byte[0]
                 if number not in self.NUMBERS:  # Ctrl-C
                     continue
-                if timer is None and not self.at_once:
-                    came = time.monotonic()
+                if came and time.monotonic() - came < self.SAME:
+                    continue
+                if came or (self.training and not self.waits):
+                    self._end(number, at_once=True)
+                came = time.monotonic()
+                if self.training:
+                    self.number = number
+                else:
                     timer = threading.Timer(self.PATIENCE, self._end, (number, True))
                     timer.daemon = True
                     timer.start()
-                elif self.at_once or time.monotonic() - came > self.SAME:
-                    self._end(number, at_once=True)
         if timer is not None:
             timer.cancel()
 
-    @staticmethod
-    def _end(number: int, at_once: bool):
-        interrupted(128 + number, signal.Signals(number).name, at_once)
+    def _end(self, number: int, at_once: bool):
+        interrupted(128 + number, signal.Signals(number).name, at_once, self.what)
+
+
+def end_with_launcher() -> None:
+    """If a launcher has started this process as one of several, end it when the launcher has ended.
+    A launcher that is killed cannot do that. torchrun, `accelerate launch` and data/tools/launch.py
+    set the variable."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    launcher = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(0.5)
+        what = f"saved checkpoints are kept, {RESUME}"
+        interrupted(128 + signal.SIGKILL, "the launcher has ended", at_once=True, what=what)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def run_stage(main, args_class, positional: str | None = None, training: bool = False):
@@ -269,8 +309,11 @@ def run_stage(main, args_class, positional: str | None = None, training: bool = 
     is 130, after SIGTERM 143, after SIGHUP 129. `positional` names the field that takes the
     positional argument. `training` skips the interpreter's shutdown, where a thread of gloo can
     abort the process (pytorch#179291)."""
+    signals = StopSignals(training, is_script=main.__module__ == "__main__")
     try:
-        with StopSignals(training, is_script=main.__module__ == "__main__"):
+        if training:
+            end_with_launcher()
+        with signals:
             parser, args = parse_arguments(args_class, positional)
             if getattr(args, "check", False) and os.environ.get("RANK", "0") != "0":
                 return  # the first process checks for all
@@ -286,7 +329,7 @@ def run_stage(main, args_class, positional: str | None = None, training: bool = 
             "some space or choose another --out; finished rows are kept.\n",
         )
     except KeyboardInterrupt:
-        interrupted(130, at_once=training)
+        interrupted(130, at_once=training, what=signals.what)
     if training:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -558,7 +601,8 @@ def finished(rows, *fields) -> dict[tuple, dict]:
 def fingerprint(*parts) -> str:
     """A short stable identifier of any JSON-able content."""
     text = json.dumps(parts, sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    content = text.encode(errors="surrogatepass")  # "\ud800" in JSON is no character
+    return hashlib.sha256(content).hexdigest()[:12]
 
 
 def seed_of(*parts) -> int:
@@ -3520,6 +3564,10 @@ def target_count(sequence: Sequence) -> int:
     return sum(sequence.mask[1:])
 
 
+# how weights are loaded: as they were saved, and without running code that comes with them
+WEIGHTS = {"dtype": "auto", "use_safetensors": True, "trust_remote_code": False}
+
+
 def load_model(name: str):
     """(model, tokenizer): the weights in the dtype they were saved in. The model stays in eval
     mode, without dropout.
@@ -3529,16 +3577,18 @@ def load_model(name: str):
     from transformers import AutoConfig, AutoTokenizer
 
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         reason = why_not_trained(name, config)
         if reason:
             raise InputError(reason)
         # not Mistral's own tokenizer, which has no chat template
-        tokenizer = AutoTokenizer.from_pretrained(name, mistral_format=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, mistral_format=False, trust_remote_code=False
+        )
         if not tokenizer.chat_template:
             raise InputError(f"the tokenizer of {name} has no chat template: training needs one")
         loader = model_class(config)
-        model = loader.from_pretrained(name, dtype="auto", use_safetensors=True)
+        model = loader.from_pretrained(name, **WEIGHTS)
     except InputError:
         raise
     except (
@@ -3610,8 +3660,9 @@ def check_saving(model, tokenizer, name: str) -> None:
     except OSError:  # of the temporary folder, not of the model
         return
     except Exception as e:
-        said = str(e).strip().splitlines() or [type(e).__name__]
-        raise InputError(f"{name} could not be saved after training: {said[0]}") from None
+        if "(os error " in str(e):  # an OSError of a library in Rust
+            return
+        raise InputError(f"{name} could not be saved after training: {first_line(e)}") from None
 
 
 def save_model(model, folder) -> None:
@@ -3730,11 +3781,17 @@ def tokenize_turn(turn: Turn, tokenizer) -> Sequence:
 
 def check_conversation(messages, where: str) -> None:
     """Raise `InputError` if `messages` is not a list of {"role", "content"}, both strings."""
-    if isinstance(messages, list) and messages and all(is_message(m) for m in messages):
-        return
-    raise InputError(
-        f"{where}: a conversation must be a list of objects with `role` and `content`, both strings"
-    )
+    if not isinstance(messages, list) or not messages or not all(map(is_message, messages)):
+        raise InputError(
+            f"{where}: a conversation must be a list of objects with `role` and `content`, both "
+            "strings"
+        )
+    for message in messages:
+        try:
+            message["content"].encode()
+        except UnicodeEncodeError as e:
+            code = ord(message["content"][e.start])
+            raise InputError(f"{where}: \\u{code:04x} alone is no character") from None
 
 
 def is_message(message) -> bool:
@@ -4337,9 +4394,13 @@ def set_learning_rate(optimizer, step: int, total: int, a) -> float:
 def check_training_settings(a) -> None:
     """Raise `InputError` for settings that no training can have."""
     learning_rate(0, 1, a.lr, a.warmup_ratio, a.lr_scheduler)
-    for name in ("batch_size", "epochs", "micro_tokens", "max_length"):
-        if getattr(a, name) < 1:
-            raise InputError(f"--{name} {getattr(a, name)} must be at least 1")
+    for name in ("batch_size", "epochs", "micro_tokens", "max_length", "limit"):
+        value = getattr(a, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name} {value} must be at least 1")
+    if a.save_steps < 0:
+        raise InputError(f"--save_steps {a.save_steps} must be at least 0")
+    partial_folder(a.out)
     if a.precision not in ("bf16", "fp32"):
         raise InputError(f"unknown --precision {a.precision!r}: bf16 or fp32")
     for kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
@@ -4563,7 +4624,10 @@ class Training:
     Until it ends, all is in the folder `out`.partial: metrics.jsonl and the last checkpoint. A
     killed run resumes from there if data and settings are the same, else it starts over. The
     finished model replaces `out` by renames, so `out` is never half a model, and a folder is
-    renamed before it is deleted, so a checkpoint is never half a one."""
+    renamed before it is deleted, so a checkpoint is never half a one. If `out` is a link, all this
+    is where it leads.
+
+    `tensors` {name: tensor} are saved with the checkpoints, and filled when a run resumes."""
 
     # settings that may change when a run resumes: they change the results by rounding at most
     NOT_IN_KEY = (
@@ -4576,15 +4640,16 @@ class Training:
         "check",
     )
 
-    def __init__(self, a, accelerator, model, optimizer, tokenizer, total: int):
+    def __init__(self, a, accelerator, model, optimizer, tokenizer, total: int, tensors=None):
         self.a = a
         self.accelerator = accelerator
         self.model = model
         self.optimizer = optimizer
         self.tokenizer = tokenizer
         self.total = total  # optimizer steps
-        self.out = Path(a.out)
-        self.partial = self.out.with_name(f"{self.out.name}.partial")
+        self.tensors = tensors or {}
+        self.out = target_of(a.out)
+        self.partial = partial_folder(a.out)
         self.metrics = self.partial / "metrics.jsonl"
         self.start = 0  # optimizer steps that were done before
         self.log: list[dict] = []  # the rows of metrics.jsonl
@@ -4600,6 +4665,7 @@ class Training:
         accelerator.wait_for_everyone()  # all have read what the main process deletes
         if accelerator.is_main_process:
             self._clean()
+            self._check_disk()
         if accelerator.log_with:
             settings = dataclasses.asdict(a)
             plain = {k: v for k, v in settings.items() if isinstance(v, int | float | str)}
@@ -4615,7 +4681,7 @@ class Training:
         settings["model"] = weights_fingerprint(self.a.model)
         for name in self.NOT_IN_KEY:
             del settings[name]
-        rows = read_rows(self.a.data)[: self.a.limit]
+        rows = read_rows(self.a.data, appended=False)[: self.a.limit]
         return fingerprint(settings, self.tokenizer.chat_template, rows)
 
     def _check_out(self) -> None:
@@ -4629,48 +4695,92 @@ class Training:
         """Tidy up after a run that was killed in `_replace_out`."""
         shutil.rmtree(deleted(self.partial), ignore_errors=True)
         replaced = self.partial / "replaced"
-        if os.path.lexists(replaced) and not os.path.lexists(self.out):
+        if replaced.exists() and not self.out.exists():
             replaced.rename(self.out)
 
     def _resume(self) -> None:
-        """Load the last checkpoint, if it is one of this run."""
-        steps = []
-        for folder in self.partial.glob("step-*[0-9]"):  # others were being written or deleted
-            if is_checkpoint(folder):
-                steps.append(int(folder.name.removeprefix("step-")))
+        """Load the last checkpoint of this run that is whole. It is judged before it is loaded:
+        afterwards the weights are no longer the base model's."""
+        for step in sorted(self._steps_saved(), reverse=True):
+            folder = self.partial / f"step-{step}"
+            reason = self._why_not_used(folder, step)
+            if reason:
+                self.accelerator.print(f"{folder} is not used: {reason}")
+                continue
+            self.start = step
+            self.log = read_rows(folder / "metrics.jsonl")
+            self._load(folder)
+            self.accelerator.print(f"resuming from step {step} of {self.total} ({self.partial})")
+            return
+        if self._steps_saved():
+            self.accelerator.print(f"starting over: {self.partial} has nothing to resume from")
+
+    def _steps_saved(self) -> list[int]:
+        names = [folder.name for folder in self.partial.iterdir()]
+        # others were being written or deleted
+        return [int(name[5:]) for name in names if re.fullmatch(r"step-\d{1,9}", name)]
+
+    def _why_not_used(self, folder: Path, step: int) -> str:
+        """Why this run cannot resume from a checkpoint. Empty if it can. Each process looks at a
+        share of it, and all agree."""
+        try:
+            if (folder / "settings").read_text() == self.key:
+                reason = why_damaged(folder, step, self.accelerator)
             else:
-                self.accelerator.print(f"{folder} lacks files: it is not used")
-        if not steps:
-            return
-        checkpoint = self.partial / f"step-{max(steps)}"
-        if (checkpoint / "settings").read_text() != self.key:
-            self.accelerator.print(f"starting over: {self.partial} has other settings or data")
-            return
-        self.start = max(steps)
-        self.log = read_rows(self.metrics)[: self.start]
-        self._load(checkpoint)
-        self.accelerator.print(f"resuming from step {self.start} of {self.total} ({self.partial})")
+                reason = "it has other settings or data"
+        except (OSError, ValueError) as e:
+            reason = f"it has no settings ({first_line(e)})"
+        if self._highest(1 if reason else 0) and not reason:
+            reason = "another process found that it is damaged"
+        return reason
+
+    def _highest(self, number: int) -> int:
+        """The highest of the numbers that the processes give."""
+        import torch
+
+        numbers = self.accelerator.gather(torch.tensor([number], device=self.accelerator.device))
+        return int(numbers.max())
 
     def _clean(self) -> None:
-        """Remove what is not of this run: what a kill left, another run's files, metrics after the
-        checkpoint. Checkpoints go first, as they need the files."""
+        """Remove what is not of this run: what a kill left, another run's checkpoint, metrics after
+        the checkpoint."""
         checkpoint = self.partial / f"step-{self.start}"
-        paths = list(self.partial.iterdir())
-        for path in paths:
-            if path.is_symlink():
-                path.unlink()  # the link that `out` was
-            elif path.is_dir() and path != checkpoint:
+        for path in list(self.partial.iterdir()):
+            if path in (checkpoint, self.metrics):
+                continue
+            if path.is_dir() and not path.is_symlink():
                 remove_folder(path)
-        if self.start == 0:
-            for path in paths:
-                if path.is_file() and path != self.metrics:
-                    path.unlink()
-        self.append.keep(self.start)
+            else:
+                path.unlink()
+        self.append.keep(0)
+        for row in self.log:
+            self.append(row)
+
+    def _check_disk(self) -> None:
+        """Raise `InputError` if the disk has no room for the checkpoints and the model."""
+        checkpoint, model = self._bytes_saved()
+        count = 0  # of checkpoints, with the one from which the run resumes
+        if self.start > 0:
+            count += 1
+        if self.a.save_steps:
+            count += (self.total - 1) // self.a.save_steps - self.start // self.a.save_steps
+        need = model
+        if count >= 1:  # the last checkpoint is there while the model is written
+            need = checkpoint + model
+        if count >= 2:  # and while the next one is
+            need = max(need, 2 * checkpoint)
+        if self.start > 0:
+            need -= checkpoint
+        free = shutil.disk_usage(self.partial).free
+        advice = "free some space, choose another --out, or --save_steps 0 for no checkpoints"
+        enough(f"writing {self.out}", need, free, advice)
 
     # ---- one optimizer step
 
     def progress_bar(self, desc: str):
         """The steps that are left, with a progress bar in the main process."""
+        if StopSignals.current and self.a.save_steps:
+            StopSignals.current.waits = True
         return tqdm(
             range(self.start, self.total),
             desc=desc,
@@ -4709,8 +4819,15 @@ class Training:
             self.append(row)
         if self.accelerator.log_with:
             self.accelerator.log(metrics, step=done)
-        if self.a.save_steps and done % self.a.save_steps == 0 and done < self.total:
-            self._save(done)
+        if self.a.save_steps:
+            number = self._stop_signal()
+            if number or (done % self.a.save_steps == 0 and done < self.total):
+                self._save(done)
+            if number:
+                if self.accelerator.log_with:
+                    self.accelerator.end_training()
+                what = f"step {done} of {self.total} is saved, {RESUME}"
+                interrupted(128 + number, signal.Signals(number).name, at_once=True, what=what)
         return (
             f"loss {metrics['loss']:.3f}, lr {metrics['lr']:.1e}, "
             f"{metrics['tokens_per_second']:.0f} tok/s, {metrics['memory_gb']:.1f} GB"
@@ -4726,13 +4843,31 @@ class Training:
             return torch.cuda.max_memory_allocated()
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
+    def _stop_signal(self) -> int:
+        """The number of a signal that has told a process of the run to end; 0: there was none."""
+        number = StopSignals.current.number if StopSignals.current else None
+        return self._highest(number or 0)
+
     # ---- checkpoints
 
     def _state(self) -> dict:
         from torch.distributed.checkpoint.state_dict import get_state_dict
 
         model_state, optimizer_state = get_state_dict(self.model, self.optimizer)
-        return {"model": model_state, "optimizer": optimizer_state}
+        return {"model": model_state, "optimizer": optimizer_state, **self.tensors}
+
+    def _bytes_saved(self) -> tuple[int, int]:
+        """(bytes of a checkpoint, bytes of the final model). A checkpoint has the weights, tied
+        ones twice, and AdamW's two averages of those that are trained."""
+        checkpoint = 0
+        for _, p in self.model.named_parameters(remove_duplicate=False):
+            checkpoint += p.numel() * p.element_size()
+        parameters = 0
+        for p in self.model.parameters():
+            parameters += p.numel()
+            if p.requires_grad:
+                checkpoint += 2 * p.numel() * p.element_size()
+        return checkpoint, BYTES_SAVED * parameters
 
     def _save(self, done: int) -> None:
         """Write a checkpoint, then delete the one before."""
@@ -4740,28 +4875,52 @@ class Training:
 
         folder = self.partial / f"step-{done}"
         temporary = self.partial / f"step-{done}.tmp"
-        try:
+        with self._writing(f"the checkpoint of step {done}", temporary):
             dcp.save(self._state(), checkpoint_id=temporary)
-        except dcp.api.CheckpointException as e:
-            for error, _ in e.failures.values():
-                if isinstance(error, OSError):  # for example a full disk
-                    raise error from None
-            raise RuntimeError(str(e)) from None
-        self.accelerator.wait_for_everyone()
+            self.accelerator.wait_for_everyone()
+            if self.accelerator.is_main_process:
+                write_rows(temporary / "metrics.jsonl", self.log)
+                write_text(temporary / "settings", self.key)
         if self.accelerator.is_main_process:
-            write_text(temporary / "settings", self.key)
             temporary.rename(folder)
             for other in self.partial.glob("step-*"):
                 if other != folder:
                     remove_folder(other)
         self.accelerator.wait_for_everyone()
 
+    @contextlib.contextmanager
+    def _writing(self, what: str, folder: Path):
+        """In it `what` is written to `folder`. Its errors are nearly always those of a disk that is
+        full, and each library says that in words of its own: here in one line."""
+        try:
+            yield
+        except BaseException as e:  # that of a checkpoint is no Exception
+            if not isinstance(cause_of(e), Exception):
+                raise cause_of(e) from None  # Ctrl-C
+            free = 0
+            with contextlib.suppress(OSError):
+                free = shutil.disk_usage(self.partial).free
+            if self.accelerator.is_main_process:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise InputError(
+                f"cannot write {what} to {folder}: {reason_of_file_error(e)}. {gigabytes(free)} "
+                f"were free on the disk: free some space, then {RESUME} from the last checkpoint"
+            ) from None
+
     def _load(self, folder: Path) -> None:
         import torch.distributed.checkpoint as dcp
         from torch.distributed.checkpoint.state_dict import set_state_dict
 
         state = self._state()
-        dcp.load(state, checkpoint_id=folder)
+        try:
+            dcp.load(state, checkpoint_id=folder)
+        except BaseException as e:  # it is this run's, and is whole
+            if not isinstance(cause_of(e), Exception):
+                raise cause_of(e) from None
+            reason = reason_of_file_error(e)
+            raise InputError(
+                f"cannot load {folder}: {reason}; delete {self.partial} to start over"
+            ) from None
         set_state_dict(
             self.model,
             self.optimizer,
@@ -4774,18 +4933,23 @@ class Training:
     def finish(self, method: str) -> None:
         """Write the model in Hugging Face format with tokenizer, chat template, metrics.jsonl and a
         model card, and put it in place of `out`."""
+        if StopSignals.current:
+            StopSignals.current.waits = True
         model = self._final_model()
         if self.accelerator.is_main_process:
             folder = self.partial / "final"
-            save_model(model, folder)
-            turn_thinking_off(self.tokenizer)
-            self.tokenizer.save_pretrained(folder)
-            copy_processors(model, self.a.model, folder)
-            write_rows(folder / "metrics.jsonl", self.log)
-            self._write_card(folder / "README.md", method)
+            with self._writing("the model", folder):
+                save_model(model, folder)
+                turn_thinking_off(self.tokenizer)
+                self.tokenizer.save_pretrained(folder)
+                copy_processors(model, self.a.model, folder)
+                write_rows(folder / "metrics.jsonl", self.log)
+                self._write_card(folder / "README.md", method)
             self._replace_out(folder)
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
+        if StopSignals.current:
+            StopSignals.current.what = f"{self.out} is finished"
 
     def _final_model(self):
         """The base model, in its own dtype, with the trained weights, adapters merged into it: in
@@ -4796,8 +4960,8 @@ class Training:
             for _ in self._trained_weights():
                 pass
             return None
-        loader = model_class(AutoConfig.from_pretrained(self.a.model))
-        model = loader.from_pretrained(self.a.model, dtype="auto")
+        config = AutoConfig.from_pretrained(self.a.model, trust_remote_code=False)
+        model = model_class(config).from_pretrained(self.a.model, **WEIGHTS)
         if self.a.lora_rank:
             model = add_adapters(model, self.a)
         parameters = dict(model.named_parameters())
@@ -4827,7 +4991,7 @@ class Training:
         """Put the finished model in place of `out`, and delete the partial run and the old model,
         in this order: after a kill at any moment, `out` is the old model or the new one, or
         `_undo_replacing` makes it the old one."""
-        if os.path.lexists(self.out):
+        if self.out.exists():
             self.out.rename(self.partial / "replaced")
         folder.rename(self.out)
         doomed = deleted(self.partial)
@@ -4849,21 +5013,96 @@ def remove_folder(folder: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def is_checkpoint(folder: Path) -> bool:
-    """Whether a folder has all files of a checkpoint, in full."""
-    from torch.distributed.checkpoint import FileSystemReader
+def target_of(name: str) -> Path:
+    """The folder of an --out, or where it leads to if it is a link: the link stays."""
+    path = Path(name)
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
 
-    if not (folder / "settings").exists():
-        return False
+
+def partial_folder(out: str) -> Path:
+    """The folder of a training run that has not ended."""
+    path = target_of(out)
+    if not path.name:
+        raise InputError(f"--out {out} must name a folder of its own")
+    return path.with_name(f"{path.name}.partial")
+
+
+def cause_of(e: BaseException) -> BaseException:
+    """The first of the processes' errors in that of a checkpoint; another error as it is."""
+    for error, _ in getattr(e, "failures", {}).values():
+        return error
+    return e
+
+
+def reason_of_file_error(e: Exception) -> str:
+    """In a line, what an error of a library that reads or writes files says."""
+    error = cause_of(e)
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return first_line(error)
+
+
+# what the metadata of a checkpoint is made of
+METADATA_CLASSES = {
+    "pathlib": ("PosixPath", "PurePosixPath"),
+    "torch": ("Size", "bfloat16", "float16", "float32", "float64", "int32", "int64", "bool"),
+    "torch.serialization": ("_get_layout",),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "torch.distributed.checkpoint.metadata": (
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    ),
+}
+
+
+class MetadataUnpickler(pickle.Unpickler):
+    """Reads the metadata of a checkpoint. A pickle of somebody else could run any code: this makes
+    nothing but the parts of metadata."""
+
+    def find_class(self, module: str, name: str):
+        if name not in METADATA_CLASSES.get(module, ()):
+            raise pickle.UnpicklingError(f"{module}.{name} is no part of a checkpoint")
+        return super().find_class(module, name)
+
+
+def why_damaged(folder: Path, step: int, accelerator) -> str:
+    """What is wrong with the checkpoint of a step: a part of it is missing or changed, or is not
+    what a training writes. Empty if it is whole. Each process looks at its share of the parts; what
+    all of them find whole can be loaded without running code of others."""
     try:
-        parts = FileSystemReader(folder).read_metadata().storage_data.values()
-    except (OSError, EOFError, pickle.UnpicklingError):
-        return False
-    for part in parts:
-        file = folder / part.relative_path
-        if not file.exists() or file.stat().st_size < part.offset + part.length:
-            return False
-    return True
+        rows = read_rows(folder / "metrics.jsonl", ("loss",), appended=False)
+        if len(rows) != step:
+            raise InputError(f"metrics.jsonl has {len(rows)} rows")
+        with (folder / ".metadata").open("rb") as file:
+            parts = MetadataUnpickler(file).load().storage_data
+        mine = list(parts.values())[accelerator.process_index :: accelerator.num_processes]
+        for part in mine:
+            check_part(folder / part.relative_path, part.offset, part.length)
+    except Exception as e:  # damaged bytes can raise anything
+        return f"it is damaged ({first_line(e)})"
+    return ""
+
+
+def check_part(file: Path, offset: int, length: int) -> None:
+    """Raise an error if a tensor or a number in a checkpoint's file is not whole. It is a zip file
+    of its own, with checksums; its pickle must be harmless."""
+    import torch
+
+    with file.open("rb") as whole:
+        whole.seek(offset)
+        part = io.BytesIO(whole.read(length))
+    with zipfile.ZipFile(part) as archive:
+        damaged = archive.testzip()
+    if damaged:
+        raise InputError(f"the checksum of {damaged} is wrong")
+    part.seek(0)
+    torch.load(part, map_location="meta", weights_only=True)
 
 
 # ---- 7. checks: what `--check true` looks at before a stage would start --------------------------
@@ -4999,7 +5238,7 @@ class Checks:
             a.lora_rank,
         )
         kept, checkpoints = training_disk(sizes.parameters, a.lora_rank * sizes.adapter_parameters)
-        there = sum(file.stat().st_size for file in Path(f"{a.out}.partial").rglob("*"))
+        there = sum(file.stat().st_size for file in partial_folder(a.out).rglob("*"))
         meanwhile = checkpoints - there if a.save_steps else 0
         self._note(folder=a.out, kept=kept, meanwhile=meanwhile, made=a.out, base=sizes.name)
 
@@ -5196,7 +5435,7 @@ def model_sizes(name: str) -> tuple[ModelSizes, float]:
     folder, download = find_model(name)
     try:
         check_model(str(folder))
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with torch.device("meta"):
             loader = model_class(config)
             build = getattr(loader, "from_config", None) or loader._from_config

@@ -149,11 +149,11 @@ def test_no_episode_in_flight(tmp_path):
 
 # a stage script whose main function starts with `prelude` and ends with what it is given
 SCRIPT = """
-import asyncio, ctypes, pathlib, sys, time
+import argparse, asyncio, ctypes, pathlib, sys, time
 import common
 from tqdm import tqdm
 
-common.parse_arguments = lambda *_: (None, None)
+common.parse_arguments = lambda *_: (argparse.ArgumentParser(), None)
 common.StopSignals.PATIENCE = 1.0
 common.server_command = lambda *_: ["sleep", "100"]
 
@@ -240,12 +240,12 @@ def start_signalled(tmp_path, main: str, pause: float, training: bool, ignored=N
     return process
 
 
-def end_of(process, status: int) -> str:
+def end_of(process, status: int, kept: str = "finished rows") -> str:
     """What a process printed that must end, and say so in one line, with this status."""
     out, err = process.communicate(timeout=10)
     *_, last = re.split("[\n\r]", err.rstrip("\n"))
     by = {130: "Ctrl-C", 129: "SIGHUP", 143: "SIGTERM"}[status]
-    assert last.startswith("interrupted: finished rows are kept, run the same command to resume")
+    assert last.startswith(f"interrupted: {kept} are kept, run the same command to resume")
     assert last.endswith(f"({by})") and err.count("interrupted") == 1 and "Traceback" not in err
     assert process.returncode == status
     return out
@@ -272,11 +272,50 @@ def test_a_stage_that_is_told_to_end(tmp_path, stage, number, pause, ignored):
 
 @pytest.mark.parametrize("main", ["waits()", "is_outside_python()"])
 def test_a_training_that_is_told_to_end(tmp_path, main):
-    """At once, also while the main thread waits for another process."""
+    """At once, before its first step, also while the main thread waits for another process."""
     process = start_signalled(tmp_path, main, 0, True)
     for _ in range(2):  # a second signal changes nothing
         process.send_signal(TERM)
-    end_of(process, 143)
+    end_of(process, 143, kept="saved checkpoints")
+
+
+SEES_TO = """signals = common.StopSignals.current
+    signals.waits = True
+    signals.what = "OUT is finished"
+    print("started", flush=True)
+    while signals.number is None:
+        time.sleep(0.01)
+    END"""
+
+
+@pytest.mark.parametrize(
+    "end, says",
+    [
+        ("", "interrupted: OUT is finished (SIGTERM)"),
+        ("raise common.InputError('the disk is full')", "error: the disk is full"),
+        pytest.param(
+            "raise RuntimeError('Connection closed by peer')",
+            "interrupted: OUT is finished",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "common.StopSignals.SAME = 0; waits()",
+            "interrupted: OUT is finished (SIGTERM)",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_a_training_that_sees_to_a_signal(tmp_path, end, says):
+    """It is in a step, or writes the model: it ends by itself, or at the second signal."""
+    process = start_signalled(tmp_path, SEES_TO.replace("END", end), 0, True)
+    process.send_signal(TERM)
+    if "waits()" in end:
+        time.sleep(0.3)
+        assert process.poll() is None
+        process.send_signal(TERM)
+    _, err = process.communicate(timeout=10)
+    assert says in err and "Traceback" not in err
+    assert process.returncode == (2 if "error" in says else 143)
 
 
 def test_signals_that_come_twice(tmp_path):
@@ -299,7 +338,7 @@ def test_nohup(tmp_path, training):
     time.sleep(0.2)
     assert process.poll() is None
     process.send_signal(TERM)
-    end_of(process, 143)
+    end_of(process, 143, kept="saved checkpoints" if training else "finished rows")
 
 
 # ---- files ---------------------------------------------------------------------------------------
@@ -314,9 +353,14 @@ def test_nohup(tmp_path, training):
         (sft, {"messages": [{"role": "assistant"}]}),
         (sft, {"messages": [{"role": "assistant", "content": None}]}),
         (sft, {"messages": TALK["messages"][:1]}),
+        (sft, {"messages": 5}),
+        (sft, {"messages": [TALK["messages"][0], {"role": "assistant", "content": 5}]}),
+        (sft, {"messages": [TALK["messages"][0], {"role": "assistant", "content": "\ud83d"}]}),
         (dpo, {"prompt": PAIR["prompt"], "chosen": PAIR["chosen"]}),
         (dpo, {**PAIR, "rejected": "Action: eat"}),
         (dpo, {**PAIR, "rejected": []}),
+        (dpo, {**PAIR, "prompt": {"role": "user", "content": "Boil."}}),
+        (dpo, {**PAIR, "chosen": [{"role": "assistant", "content": 5}]}),
     ],
 )
 def test_row_of_the_wrong_shape(tmp_path, tokenizer, module, row):
@@ -341,20 +385,6 @@ def test_missing_broken_and_empty_data(tmp_path, tiny_model, module):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("module", [sft, dpo])
-def test_data_that_lost_its_end(tmp_path, tokenizer, module):
-    """A file that is written as a whole has no incomplete last line: it would train on fewer rows
-    than it had."""
-    data = write_jsonl(tmp_path / "rows.jsonl", [TALK | PAIR] * 3)
-    load = module.load_rows if module is sft else module.load_pairs
-    a = module.Args(data=str(data))
-    data.write_bytes(data.read_bytes()[:-1])
-    assert len(load(a, tokenizer)) == 3, "only its newline is missing"
-    data.write_bytes(data.read_bytes()[:-9])
-    with pytest.raises(InputError, match=f"{data}:3: the file ends within this line"):
-        load(a, tokenizer)
-
-
 @pytest.mark.parametrize("line", ['{"task": "t", "plan": 5}', '{"task": "t", "plan": null}'])
 def test_an_edited_plan_that_is_no_text(tmp_path, line):
     (tmp_path / "edited_plans.jsonl").write_text(line + "\n")
@@ -371,6 +401,40 @@ def test_examples_that_are_damaged(tmp_path, text):
     (tmp_path / "examples.json").write_text(text)
     with pytest.raises(InputError, match=r"examples\.json of .* (is damaged|must be)"):
         common.Prompts(CORRIDOR, str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "kind, says",
+    [
+        ("cut", "rows.jsonl:2: the file ends within this line, so it has lost rows"),
+        ("cut in a character", "rows.jsonl:2: the file ends within this line"),
+        ("nested", "rows.jsonl:2: nested too deeply"),
+        ("number", "rows.jsonl:2: each line must be a JSON object"),
+        ("folder", "rows.jsonl cannot be read: Is a directory"),
+        ("link to itself", "rows.jsonl cannot be read: Too many levels"),
+    ],
+)
+@pytest.mark.parametrize("module", [sft, dpo])
+def test_training_data_that_is_not_whole(tmp_path, tokenizer, module, kind, says):
+    """It was written as a whole: to train on what is left of it would be silent."""
+    data = tmp_path / "rows.jsonl"
+    row = json.dumps(TALK | PAIR | {"task": "h\u00e9"}, ensure_ascii=False).encode()
+    if kind == "folder":
+        data.mkdir()
+    elif kind == "link to itself":
+        data.symlink_to(data)
+    else:
+        bad = {"cut": row[:-20], "nested": b'{"prompt": ' + b"[" * 100_000, "number": b"5"}
+        bad["cut in a character"] = row[: row.index(b"\xc3") + 1]
+        end = b"" if kind.startswith("cut") else b"\n"
+        data.write_bytes(row + b"\n" + bad[kind] + end)
+    load = module.load_rows if module is sft else module.load_pairs
+    with pytest.raises(InputError, match=says):
+        load(module.Args(data=str(data)), tokenizer)
+    if kind != "folder":
+        data.unlink()
+        data.write_bytes(row + b"\n" + row)  # only the end of the line is missing
+        assert len(load(module.Args(data=str(data)), tokenizer)) == 2
 
 
 def test_rows_of_another_version(tmp_path):
@@ -458,6 +522,38 @@ def test_truncated_model_files(tmp_path, tiny_model, file):
     data = write_jsonl(tmp_path / "rows.jsonl", [TALK])
     with pytest.raises(InputError, match=f"cannot load {model}"):
         sft.main(sft.Args(model=str(model), data=str(data), out=str(tmp_path / "out")))
+
+
+CODE = """
+import pathlib
+from transformers import LlamaConfig, LlamaForCausalLM
+pathlib.Path(FILE).touch()
+class Config(LlamaConfig):
+    pass
+class Model(LlamaForCausalLM):
+    pass
+"""
+
+
+@pytest.mark.parametrize("model_type", ["llama", "of-its-own"])
+def test_code_that_comes_with_a_model_is_not_run(tmp_path, tiny_model, monkeypatch, model_type):
+    """Nor is anybody asked whether it may."""
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    ran = tmp_path / "ran"
+    (model / "code.py").write_text(CODE.replace("FILE", repr(str(ran))))
+    config = json.loads((model / "config.json").read_text())
+    config |= {"model_type": model_type, "architectures": ["Model"]}
+    config["auto_map"] = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    (model / "config.json").write_text(json.dumps(config))
+    if model_type == "llama":
+        common.load_model(str(model))
+    else:
+        with pytest.raises(InputError, match=f"cannot load {model}.* custom code"):
+            common.load_model(str(model))
+    assert not ran.exists()
 
 
 def test_a_planner_that_was_not_trained(tmp_path):

@@ -2,14 +2,16 @@
 models that load."""
 
 import contextlib
-import errno
 import itertools
 import json
 import math
 import os
+import pickle
 import re
+import resource
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -334,6 +336,9 @@ class FakeTraining(common.Training):
     def __init__(self, folder: Path, data: Path, settings: str):
         accelerator = SimpleNamespace(
             is_main_process=True,
+            num_processes=1,
+            process_index=0,
+            gather=lambda numbers: numbers,
             wait_for_everyone=lambda: None,
             end_training=lambda: None,
             print=print,
@@ -351,6 +356,9 @@ class FakeTraining(common.Training):
     def _load(self, folder):
         pass
 
+    def _bytes_saved(self):
+        return 1000, 100
+
     def _final_model(self):
         return FakeModel()
 
@@ -360,6 +368,9 @@ class FakeTraining(common.Training):
         self.finish("nothing")
 
 
+PI = [3.0, 1.0, 4.0]
+
+
 @pytest.fixture
 def fake_run(tmp_path, talks, monkeypatch):
     """A folder with an old model `sft` and a run of other settings, killed after its second step;
@@ -367,14 +378,15 @@ def fake_run(tmp_path, talks, monkeypatch):
     import torch.distributed.checkpoint as dcp
 
     checkpoint = tmp_path / "checkpoint"
-    dcp.save({"w": torch.zeros(3)}, checkpoint_id=checkpoint)
+    dcp.save({"w": torch.tensor(PI)}, checkpoint_id=checkpoint)
+    real_save = dcp.save
     monkeypatch.setattr(dcp, "save", lambda _, checkpoint_id: copy_files(checkpoint, checkpoint_id))
 
     def train(folder: Path, settings: str = "new") -> None:
-        run = FakeTraining(folder, talks, settings)
-        if run.start == 0:
-            (run.partial / "reference.pt").touch()
-        run.train()
+        FakeTraining(folder, talks, settings).train()
+
+    def start() -> FakeTraining:
+        return FakeTraining(folder, talks, "another")
 
     folder = tmp_path / "before"
     (folder / "sft").mkdir(parents=True)
@@ -383,7 +395,7 @@ def fake_run(tmp_path, talks, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(FakeTraining, "finish", lambda *_: None)
         train(folder, "old")
-    return SimpleNamespace(folder=folder, train=train)
+    return SimpleNamespace(folder=folder, train=train, start=start, real_save=real_save)
 
 
 def copy_files(source: Path, to: Path) -> None:
@@ -410,27 +422,29 @@ def kill_at(patch, count: int) -> None:
 
 def assert_whole(folder: Path) -> None:
     """A model folder is the old model or the new one; every checkpoint is complete."""
-    partial = folder / "sft.partial"
-    out = folder / "sft"
-    if not os.path.lexists(out):
+    out = common.target_of(str(folder / "sft"))
+    partial = common.partial_folder(str(folder / "sft"))
+    if not out.exists():
         out = partial / "replaced"
-    if out.is_symlink():  # the old model
-        assert os.readlink(out) == "../elsewhere"
-    else:
-        content = {path.name: path.read_text() for path in out.glob("[cm]*[ns]")}
-        assert content in [dict.fromkeys(content, "old"), dict.fromkeys(content, "new")]
-        assert content.keys() == {"config.json", "model.safetensors"}
+    content = {path.name: path.read_text() for path in out.glob("[cm]*[ns]")}
+    assert content in [dict.fromkeys(content, "old"), dict.fromkeys(content, "new")]
+    assert content.keys() == {"config.json", "model.safetensors"}
+    one = SimpleNamespace(num_processes=1, process_index=0)
     for checkpoint in partial.glob("step-*[0-9]"):
-        assert common.is_checkpoint(checkpoint) and (partial / "reference.pt").exists()
+        step = int(checkpoint.name.removeprefix("step-"))
+        assert (checkpoint / "settings").exists() and not common.why_damaged(checkpoint, step, one)
 
 
 @pytest.mark.parametrize("old_model", ["folder", "link"])
 def test_a_kill_at_any_moment(tmp_path, fake_run, monkeypatch, old_model):
     """A training starts over in a folder that has another run's checkpoint and an old model. It is
     killed at each change that it makes to the file system, and run again."""
-    if old_model == "link":
-        (fake_run.folder / "sft").rename(tmp_path / "elsewhere")
-        (fake_run.folder / "sft").symlink_to("../elsewhere")
+    if old_model == "link":  # which stays
+        disk = fake_run.folder / "disk"
+        disk.mkdir()
+        for name in ("sft", "sft.partial"):
+            (fake_run.folder / name).rename(disk / name)
+        (fake_run.folder / "sft").symlink_to("disk/sft")
     for count in itertools.count(1):
         folder = tmp_path / f"killed-{count}"
         shutil.copytree(fake_run.folder, folder, symlinks=True)
@@ -443,36 +457,95 @@ def test_a_kill_at_any_moment(tmp_path, fake_run, monkeypatch, old_model):
                 killed = True
         assert_whole(folder)
         fake_run.train(folder)
-        assert [path.name for path in folder.iterdir()] == ["sft"]
+        if old_model == "link":
+            assert os.readlink(folder / "sft") == "disk/sft"
+            assert [path.name for path in (folder / "disk").iterdir()] == ["sft"]
+        else:
+            assert [path.name for path in folder.iterdir()] == ["sft"]
         assert (folder / "sft" / "model.safetensors").read_text() == "new"
         assert len(losses(folder / "sft")) == 3
         if not killed:
             break
     assert count > 30
-    if old_model == "link":
-        assert (tmp_path / "elsewhere" / "config.json").read_text() == "old"
 
 
-@pytest.mark.parametrize("damage", ["settings", ".metadata", "__0_0.distcp", "truncated", "empty"])
-def test_half_a_checkpoint_is_none(fake_run, capsys, damage):
-    """Such as a kill or a scratch file system that deletes old files leaves."""
+@pytest.mark.parametrize(
+    "damage, says",
+    [
+        ("no settings", "it has no settings"),
+        ("no .metadata", "it is damaged .*No such file"),
+        ("no __0_0.distcp", "it is damaged .*No such file"),
+        ("no metrics.jsonl", "it is damaged .*does not exist"),
+        ("cut __0_0.distcp", "it is damaged .*not a zip file"),
+        ("cut .metadata", "it is damaged"),
+        ("cut metrics.jsonl", "it is damaged .*:2: the file ends within this line"),
+        ("empty .metadata", "it is damaged .*Ran out of input"),
+        ("changed __0_0.distcp", "it is damaged .*checksum of .*data/0 is wrong"),
+        ("changed settings", "it has other settings or data"),
+    ],
+)
+def test_a_damaged_checkpoint(fake_run, capsys, damage, says):
+    """Such as a kill, a disk or a scratch file system that deletes old files leaves: a line says
+    so, and the training starts over, or resumes from the checkpoint before."""
     checkpoint = fake_run.folder / "sft.partial" / "step-2"
-    if damage == "truncated":
-        file = checkpoint / "__0_0.distcp"
-        file.write_bytes(file.read_bytes()[:-1])
-    elif damage == "empty":
-        (checkpoint / ".metadata").write_text("")
+    before = checkpoint.with_name("step-1")
+    alone = damage == "no settings"
+    if not alone:
+        shutil.copytree(checkpoint, before)
+        [first, _] = (before / "metrics.jsonl").read_text().splitlines()
+        (before / "metrics.jsonl").write_text(first + "\n")
+    kind, name = damage.split()
+    file = checkpoint / name
+    content = file.read_bytes()
+    if kind == "no":
+        file.unlink()
+    elif kind == "cut":
+        file.write_bytes(content[:-3])
+    elif kind == "empty":
+        file.write_bytes(b"")
     else:
-        (checkpoint / damage).unlink()
+        place = max(0, content.find(struct.pack("3f", *PI)))
+        assert place or name == "settings"
+        file.write_bytes(content[:place] + b"x" + content[place + 1 :])
     fake_run.train(fake_run.folder, "old")
-    assert f"{checkpoint} lacks files: it is not used" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert re.search(f"{checkpoint} is not used: {says}", said)
+    assert ("starting over" if alone else "resuming from step 1 of 3") in said
     assert (fake_run.folder / "sft" / "config.json").read_text() == "new"
+    assert len(losses(fake_run.folder / "sft")) == 3
 
 
-def test_a_checkpoint_without_its_reference(tmp_path):
-    run = SimpleNamespace(partial=tmp_path / "mpo.partial", start=2)
-    with pytest.raises(InputError, match="reference.pt is missing: delete .*mpo.partial to start"):
-        dpo.reference_log_probs(run, [], False)
+class Foreign:
+    """A pickle that runs code."""
+
+    def __init__(self, file: Path):
+        self.file = file
+
+    def __reduce__(self):
+        return Path.touch, (self.file,)
+
+
+@pytest.mark.parametrize("place", [".metadata", "__0_0.distcp"])
+def test_a_checkpoint_of_somebody_else(tmp_path, fake_run, capsys, place):
+    """Nothing in it is run, although its settings are this run's."""
+    import torch.distributed.checkpoint as dcp
+
+    ran = tmp_path / "ran"
+    checkpoint = fake_run.folder / "sft.partial" / "step-2"
+    if place == ".metadata":
+        (checkpoint / place).write_bytes(pickle.dumps(Foreign(ran)))
+    else:
+        foreign = tmp_path / "foreign"
+        fake_run.real_save({"w": Foreign(ran)}, checkpoint_id=foreign)
+        for name in (place, ".metadata"):
+            shutil.copy(foreign / name, checkpoint / name)
+        with contextlib.suppress(dcp.api.CheckpointException):
+            dcp.load({"w": 0}, checkpoint_id=checkpoint)
+        assert ran.exists(), "the library runs it"
+        ran.unlink()
+    fake_run.train(fake_run.folder, "old")
+    assert f"{checkpoint} is not used: it is damaged" in capsys.readouterr().out
+    assert not ran.exists()
 
 
 def test_out_is_a_model_or_nothing(tmp_path, tiny_model, talks):
@@ -520,18 +593,116 @@ def test_a_loss_that_explodes_stops_training():
         run.stop_if_diverged(13, 5.95, 1.0, batch)
 
 
-def test_a_full_disk_at_a_checkpoint(tmp_path, tiny_model, talks, monkeypatch):
-    """The checkpoint library wraps the error; `run_stage` makes one line of the OSError inside."""
-    import torch.distributed.checkpoint as dcp
+@contextlib.contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """No file of this process becomes larger: a write then fails as on a full disk."""
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
 
-    def full(*_, **__):
-        error = OSError(errno.ENOSPC, "No space left on device")
-        raise dcp.api.CheckpointException("failed", {0: (error, None)})
 
-    monkeypatch.setattr(dcp, "save", full)
-    args = {"model": tiny_model, "data": talks, "batch_size": 2, "save_steps": 1}
-    with pytest.raises(OSError, match="No space left"):
-        sft.main(sft.Args(**args, out=str(tmp_path / "sft")))
+# a checkpoint of the tiny model has 0.67 MB, its weights 0.15 MB, its tokenizer 27 KB
+@pytest.mark.parametrize(
+    "save_steps, size, what",
+    [
+        (1, 300_123, "the checkpoint of step 1"),
+        (0, 100_000, "the model"),
+        pytest.param(1, 2_000, "the checkpoint of step 1", marks=pytest.mark.slow),
+        pytest.param(1, 640_000, "the checkpoint of step 1", marks=pytest.mark.slow),
+        pytest.param(0, 20_000, "the model", marks=pytest.mark.slow),
+    ],
+)
+def test_a_full_disk(tmp_path, tiny_model, talks, save_steps, size, what):
+    """The writers of torch, safetensors and tokenizers say it in their own ways, here it is a line.
+    What was being written is deleted."""
+    args = {"model": tiny_model, "data": talks, "batch_size": 3, "epochs": 1}
+    a = sft.Args(**args, save_steps=save_steps, out=str(tmp_path / "sft"))
+    with (
+        file_size_limit(size),
+        pytest.raises(InputError, match=f"^cannot write {what} to .*GB were free.*last checkpoint"),
+    ):
+        sft.main(a)
+    assert [file.name for file in (tmp_path / "sft.partial").iterdir()] == ["metrics.jsonl"]
+    assert not (tmp_path / "sft").exists()
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full(tmp_path, tiny_model, talks):
+    """A real one. The checkpoint before is kept, and resumed from when there is space again."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1200k", "none", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a disk")
+    try:
+        settings = {"model": tiny_model, "data": talks, "save_steps": 1, "batch_size": 5}
+        command = ["02_sft.py", *as_flags(settings), "--out", disk / "sft"]
+        done = run_script(*command)
+        [line] = [line for line in done.stderr.splitlines() if "error" in line.lower()]
+        assert done.returncode == 2 and "cannot write the checkpoint of step 2 to" in line
+        assert "Traceback" not in done.stderr
+        kept = [file.name for file in (disk / "sft.partial").iterdir()]
+        assert sorted(kept) == ["metrics.jsonl", "step-1"]
+        subprocess.run(["mount", "-o", "remount,size=10m", str(disk)], check=True)
+        assert "resuming from step 1 of 3" in check_run(*command)
+        assert len(losses(disk / "sft")) == 3
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.parametrize(
+    "save_steps, start, need",
+    [(0, 0, 1), (3, 0, 1), (2, 0, 11), (1, 0, 20), (1, 2, 1), (1, 1, 10), (0, 1, 1)],
+)
+def test_the_disk_is_looked_at_first(tmp_path, monkeypatch, save_steps, start, need):
+    """Of checkpoints of 10 GB and a model of 1 GB, in a run of 3 steps."""
+    run = common.Training.__new__(common.Training)
+    run.a = SimpleNamespace(save_steps=save_steps)
+    run.start = start
+    run.total = 3
+    run.out = run.partial = tmp_path
+    monkeypatch.setattr(run, "_bytes_saved", lambda: (10e9, 1e9), raising=False)
+    free = SimpleNamespace(free=need * 1e9)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: free)
+    run._check_disk()
+    free.free -= 1
+    with pytest.raises(InputError, match=f"writing {tmp_path} needs about {need}.0 GB, .*--out"):
+        run._check_disk()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_bytes_that_are_saved(tmp_path, tokenizer, talks, lora_rank, monkeypatch):
+    """What is looked for on the disk is what is written, but for names and other small things."""
+    base = save_model(tmp_path / "base", tokenizer, dtype="bfloat16", hidden_size=256)
+    bytes_saved = common.Training._bytes_saved
+    save = common.Training._save
+    found = []
+
+    def note(run):
+        found.extend(bytes_saved(run))
+        return found[0], found[1]
+
+    def note_size(run, done):
+        save(run, done)
+        folder = run.partial / f"step-{done}"
+        found.append((folder / "__0_0.distcp").stat().st_size)
+        with (folder / ".metadata").open("rb") as file:
+            found.append(len(common.MetadataUnpickler(file).load().storage_data))
+
+    monkeypatch.setattr(common.Training, "_bytes_saved", note)
+    monkeypatch.setattr(common.Training, "_save", note_size)
+    out = tmp_path / "sft"
+    settings = {"batch_size": 3, "epochs": 1, "save_steps": 1, "lora_rank": lora_rank}
+    sft.main(sft.Args(model=str(base), data=talks, out=str(out), **settings))
+    checkpoint, model, written, parts = found
+    assert checkpoint < written < checkpoint + 2000 * parts
+    assert (out / "model.safetensors").stat().st_size == pytest.approx(model, rel=0.2)
 
 
 @pytest.mark.parametrize("variable", ["FSDP", "DEEPSPEED"])
@@ -549,6 +720,9 @@ def test_a_configuration_of_ones_own_is_refused(tmp_path, tiny_model, talks, mon
         ("log_with", "x"),
         ("batch_size", 0),
         ("epochs", -1),
+        ("limit", -1),
+        ("save_steps", -1),
+        ("out", "."),
     ],
 )
 def test_settings_are_checked(tmp_path, tiny_model, talks, setting, value):
@@ -631,7 +805,7 @@ def test_held_out_tasks_and_tracker(tmp_path, tiny_model, tokenizer):
 
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
-LAUNCH = ["-m", "data.tools.launch", "--multi_gpu", "--num_processes"]  # as make does
+LAUNCH = ["-m", "data.tools.launch", "--num_processes"]  # as make does
 
 
 @pytest.mark.slow
@@ -645,30 +819,118 @@ def test_accelerate_launch(tmp_path, tiny_model, talks, preferences, script):
     assert losses(tmp_path / "out")
 
 
-@pytest.mark.slow
-def test_preempted_processes_end(tmp_path, tiny_model, talks):
-    """SIGTERM to the launcher, twice: all processes end soon, and one of them says so. The exit
-    status is that of SIGTERM."""
-    settings = {"model": tiny_model, "data": talks, "batch_size": 2, "epochs": 500, "save_steps": 1}
-    command = [*LAUNCH, 2, "02_sft.py", *as_flags(settings), "--out", tmp_path / "sft"]
+def start_long_training(folder: Path, model: str, data: str, processes: int, **more):
+    """Start a training of thousands of steps, and wait for its first step. Returns the process."""
+    settings = {"model": model, "data": data, "out": folder / "sft", **LONG, **more}
+    command = ["02_sft.py", *as_flags(settings)]
+    if processes > 1:
+        command = [*LAUNCH, processes, *command]
     process = subprocess.Popen(
         [sys.executable, *map(str, command)],
         cwd=ROOT,
         env=script_env(ACCELERATE_USE_CPU="true"),
+        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
-    wait_for_checkpoint(tmp_path / "sft.partial", process, 100)
+    metrics = folder / "sft.partial" / "metrics.jsonl"
+    end = time.time() + 100
+    while not (metrics.exists() and metrics.stat().st_size):
+        assert time.time() < end and process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    return process
+
+
+LONG = {"batch_size": 2, "epochs": 2000, "save_steps": 1000}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "processes, number", [(1, signal.SIGTERM), (2, signal.SIGTERM), (2, signal.SIGHUP)]
+)
+def test_a_training_that_is_preempted(tmp_path, tiny_model, talks, processes, number):
+    """It saves the step that it is at, says so in one line, and ends with the signal's status. The
+    signal comes twice, as from make and from a terminal."""
+    process = start_long_training(tmp_path, tiny_model, talks, processes)
     children = psutil.Process(process.pid).children(recursive=True)
-    process.send_signal(signal.SIGTERM)
-    time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=20)
-    _, alive = psutil.wait_procs(children, 5)
-    assert children and not alive
-    assert err.count("interrupted: finished rows are kept") == 1
-    # the second signal may come when the launcher has ended its processes, and end it
-    assert process.returncode in (143, -signal.SIGTERM) and "Traceback" not in err
+    process.send_signal(number)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert not psutil.wait_procs(children, 5)[1] and len(children) >= processes - 1
+    [step] = re.findall(r"interrupted: step (\d+) of 6000 is saved, run the same command", err)
+    assert err.rstrip().endswith(f"({number.name})") and err.count("interrupted") == 1
+    assert process.returncode == 128 + number and "Traceback" not in err
+    [folder] = (tmp_path / "sft.partial").glob("step-*")
+    assert folder.name == f"step-{step}" and int(step) < 1000
+    assert len(read_rows(folder / "metrics.jsonl")) == int(step)
+
+
+@pytest.mark.slow
+def test_a_launcher_that_is_killed(tmp_path, tiny_model, talks):
+    """Its processes end, too. They have met on loopback, and listen nowhere else."""
+    process = start_long_training(tmp_path, tiny_model, talks, 2)
+    children = psutil.Process(process.pid).children(recursive=True)
+    addresses = []
+    for p in [psutil.Process(process.pid), *children]:
+        for connection in p.net_connections():
+            if connection.status == psutil.CONN_LISTEN:
+                addresses.append(connection.laddr.ip)
+    assert len(children) == 2 and set(addresses) == {"127.0.0.1"}
+    process.kill()
+    _, alive = psutil.wait_procs(children, 10)
+    assert not alive
+    _, err = process.communicate()
+    assert err.count("interrupted: saved checkpoints are kept") == 1
+    assert "(the launcher has ended)" in err and "Traceback" not in err
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed(tmp_path, tiny_model, talks):
+    """Such as by the kernel, for its memory: the others end, and the launcher says why."""
+    process = start_long_training(tmp_path, tiny_model, talks, 2)
+    children = psutil.Process(process.pid).children()
+    [second] = [p for p in children if p.environ()["RANK"] == "1"]
+    second.kill()
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 137 and not psutil.wait_procs(children, 1)[1]
+    assert "error: process 1 of 2 was ended by SIGKILL" in err
+
+
+class FakeSignals:
+    """Of a training that is told to end before its second step."""
+
+    number = None
+    waits = False
+    what = ""
+
+
+@pytest.mark.parametrize("save_steps", [2, 0])
+def test_a_step_after_a_signal(fake_run, monkeypatch, capsys, save_steps):
+    """It is the last one. Without checkpoints nothing waits for the end of a step."""
+    signals = FakeSignals()
+    monkeypatch.setattr(common.StopSignals, "current", signals)
+
+    def end(status):
+        raise Killed(status)
+
+    monkeypatch.setattr(os, "_exit", end)
+    run = fake_run.start()
+    run.a.save_steps = save_steps
+    run.progress_bar("test").close()
+    assert signals.waits == (save_steps > 0)
+    metrics = {"loss": 1.0, "lr": 1.0, "tokens_per_second": 1.0}
+    run.end_step(1, dict(metrics))
+    assert not list(run.partial.glob("step-*"))
+    signals.number = signal.SIGTERM
+    if save_steps:
+        with pytest.raises(Killed, match="143"):
+            run.end_step(2, dict(metrics))
+        said = "interrupted: step 2 of 3 is saved, run the same command to resume (SIGTERM)"
+        assert said in capsys.readouterr().err
+        assert [file.name for file in run.partial.glob("step-*")] == ["step-2"]
+    run.finish("nothing")
+    assert signals.waits and signals.what == f"{run.out} is finished"
+    assert (run.out / "config.json").read_text() == "new"
 
 
 @pytest.mark.slow
@@ -676,8 +938,7 @@ def test_an_error_of_several_processes(tmp_path, tiny_model):
     """The launcher adds nothing to what they say."""
     settings = {"model": tiny_model, "data": tmp_path / "no.jsonl", "out": tmp_path / "sft"}
     command = [*LAUNCH, 2, "02_sft.py", *as_flags(settings)]
-    env = {"ACCELERATE_USE_CPU": "true"}
-    done = run_script(*command, env=env)
+    done = run_script(*command)  # on a CPU, as there is no GPU
     assert done.returncode == 2 and "no.jsonl does not exist" in done.stderr
     assert "Traceback" not in done.stderr
 

@@ -20,8 +20,11 @@ if package is None:
 import torch  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
+NO_CODE = {"trust_remote_code": False}
 gguf = next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
-packed = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+packed = AutoModelForCausalLM.from_pretrained(
+    gguf.parent, gguf_file=gguf.name, dtype=torch.float32, **NO_CODE
+)
 settings = packed.config.to_dict()
 for key in ("quantization_config", "architectures", "_name_or_path"):
     settings.pop(key, None)
@@ -30,6 +33,7 @@ model.load_state_dict(packed.state_dict())
 model.tie_weights()
 tmp = out.with_name(out.name + ".tmp")
 model.to(torch.bfloat16).save_pretrained(tmp)
-AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(tmp)
+tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, **NO_CODE)
+tokenizer.save_pretrained(tmp)
 shutil.rmtree(out, ignore_errors=True)
 tmp.rename(out)
