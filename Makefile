@@ -174,6 +174,7 @@ tasks: | .venv/ready
 all:
 	$(MAKE) check
 	$(MAKE) eval
+	@$(if $(DEMO_NOTE),echo "note: $(DEMO_NOTE)")
 check: $(MODEL_FILES) | .venv/ready
 	@$(VENV) python -m data.tools.check $(or $(WHAT),eval)
 seed: $(R)/seed_plans.jsonl

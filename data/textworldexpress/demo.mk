@@ -1,4 +1,7 @@
 # The demo: three games, SmolLM2-135M as planner and agent.
+# said at the end
+DEMO_NOTE := this demo only exercises the pipeline: it is too small to tell MPO from SFT. The default \
+  demo (make demo) shows the gain, make evidence measures it, in ScienceWorld and ALFWorld.
 M := 4
 N := 1
 PROMPTS := brief

@@ -2,13 +2,14 @@
 
     python -m data.tools.evidence --runs runs/evidence-NAME/seed0 ... --to data/NAME/evidence.csv
     python -m data.tools.evidence --rows data/NAME/evidence.csv      # the table again
-    python -m data.tools.evidence --readme                           # the README's result rows
+    python -m data.tools.evidence --readme                           # the README's tables
     python -m data.tools.evidence --picture data/report/evidence.png # the README's picture
 
 The CSV file has a row for each seed and test task: `seed`, `task`, and for each plan setting (none,
 mismatched, sft, per_type, per_type_adapted, mpo, oracle) that was played SETTING_reward,
 SETTING_success (0 or 1) and, where it was kept, SETTING_plan. --readme and --picture read
-data/*/evidence.csv.
+data/*/evidence.csv. data/sciworld/demo.csv has the same columns: runs of `make demo` with three
+seeds.
 """
 
 import csv
@@ -35,7 +36,7 @@ class Args:
         "where to write the rows of the test splits; without it the "
         "table is of the validation tasks (split train)",
     )
-    readme: bool = arg(False, "print the README's result rows")
+    readme: bool = arg(False, "print the README's rows of the demo and of the result")
     picture: Optional[str] = arg(None, "where to draw the README's picture")
     seed: int = arg(0, "random seed of the bootstrap")
 
@@ -244,6 +245,26 @@ def readme_rows(seed: int = 0) -> list[str]:
     return lines
 
 
+def demo_rows(rows: list[dict], seed: int = 0) -> list[str]:
+    """The README's table of the demo: average reward x 100, a line per seed of `make demo`."""
+    settings = ("none", "sft", "per_type_adapted", "mpo", "oracle")
+    names = ("no plan", "SFT", "adapted", "MPO", "oracle")
+    lines = [
+        f"| seed | {' | '.join(names)} | MPO over SFT |",
+        "| --- |" + " --- |" * (len(names) + 1),
+    ]
+    parts = {}
+    for s in sorted(tables.unique(rows, "seed")):
+        parts[str(s)] = tables.where(rows, seed=s)
+    parts["all"] = rows
+    for name, own in parts.items():
+        cells = [name]
+        cells += [f"{100 * mean_reward(own, setting):.1f}" for setting in settings]
+        cells.append(with_p(gain(own, "mpo", "sft", "reward", seed)))
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
 def draw(path: Path, seed: int = 0) -> None:
     """The README's picture: the average reward with each plan setting, a panel per environment."""
     panels = {}
@@ -255,7 +276,8 @@ def draw(path: Path, seed: int = 0) -> None:
 
 def main(a: Args) -> None:
     if a.readme:
-        print("\n".join(readme_rows(a.seed)))
+        demo = demo_rows(read_csv(common.DATA / "sciworld" / "demo.csv"), a.seed)
+        print("\n".join([*demo, "", *readme_rows(a.seed)]))
         return
     if a.picture:
         draw(Path(a.picture), a.seed)
