@@ -202,16 +202,12 @@ def read_trajectories(path: str) -> list[dict]:
     """The rows of a file of trajectories. Raises `InputError` if one is malformed."""
     rows = common.numbered_rows(path, TRAJECTORY_FIELDS)
     for number, row in rows.items():
-        steps = row["steps"]
         thoughts = row.get("thoughts")
-        try:
-            well_formed = all(isinstance(action + seen, str) for action, seen in steps)
-        except (TypeError, ValueError):
-            well_formed = False
-        if not well_formed or (thoughts and len(thoughts) != len(steps)):
+        if thoughts is not None and not common.is_list_of_texts(thoughts):
+            raise InputError(f"{path}:{number}: the field thoughts must be a list of texts")
+        if thoughts and len(thoughts) != len(row["steps"]):
             raise InputError(
-                f'{path}:{number}: "steps" must be [[action, observation], ...], all text, and '
-                '"thoughts", if any, one for each step'
+                f"{path}:{number}: the field thoughts must have one text for each step"
             )
     return list(rows.values())
 

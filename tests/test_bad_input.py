@@ -397,7 +397,7 @@ def test_an_edited_plan_that_is_no_text(tmp_path, line):
 
 @pytest.mark.parametrize("text", ["[1]", '{"a": 1}', "{", "[" * 100_000])
 def test_examples_that_are_damaged(tmp_path, text):
-    (tmp_path / "agent.txt").write_text("{example} {task}")
+    (tmp_path / "agent.txt").write_text("{example} {task} {plan_line}")
     (tmp_path / "examples.json").write_text(text)
     with pytest.raises(InputError, match=r"examples\.json of .* (is damaged|must be)"):
         common.Prompts(CORRIDOR, str(tmp_path))

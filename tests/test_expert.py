@@ -170,9 +170,10 @@ def test_a_file_of_trajectories(tmp_path):
         {"steps": "walk on"},
         {"steps": [["walk on", None]]},
         {"thoughts": ["one", "two"]},
+        {"thoughts": "one"},
     ):
         write_jsonl(path, [own, own | wrong])
-        with pytest.raises(InputError, match=r'mine.jsonl:2: "steps" must be \[\[action, '):
+        with pytest.raises(InputError, match="mine.jsonl:2: the field (steps|thoughts) must "):
             seed.check_expert(a)
 
 

@@ -316,8 +316,10 @@ def test_number_of_steps_allowed():
 
 PROMPT_FOLDERS = [(CORRIDOR, None), (CORRIDOR, "brief")]
 for path in sorted(DATA.glob("*/env.py")):
-    for name in (None, "brief", "hints"):
-        PROMPT_FOLDERS.append((path.parent.name, name))
+    PROMPT_FOLDERS.append((path.parent.name, None))
+    for name in ("brief", "hints"):
+        if (path.parent / name).is_dir():
+            PROMPT_FOLDERS.append((path.parent.name, name))
 
 
 @pytest.mark.parametrize("env, folder", PROMPT_FOLDERS)

@@ -8,8 +8,7 @@
 The CSV file has a row for each seed and test task: `seed`, `task`, and for each plan setting (none,
 mismatched, sft, per_type, per_type_adapted, mpo, oracle) that was played SETTING_reward,
 SETTING_success (0 or 1) and, where it was kept, SETTING_plan. --readme and --picture read
-data/*/evidence.csv. data/sciworld/demo.csv has the same columns: runs of `make demo` with three
-seeds.
+data/*/evidence.csv. A demo.csv beside it has the same columns: `make demo` with three seeds.
 """
 
 import csv
@@ -276,8 +275,9 @@ def draw(path: Path, seed: int = 0) -> None:
 
 def main(a: Args) -> None:
     if a.readme:
-        demo = demo_rows(read_csv(common.DATA / "sciworld" / "demo.csv"), a.seed)
-        print("\n".join([*demo, "", *readme_rows(a.seed)]))
+        for path in common.DATA.glob("*/demo.csv"):
+            print("\n".join([*demo_rows(read_csv(path), a.seed), ""]))
+        print("\n".join(readme_rows(a.seed)))
         return
     if a.picture:
         draw(Path(a.picture), a.seed)
