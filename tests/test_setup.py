@@ -52,7 +52,7 @@ MACHINE = {
     "FAILS": "no such package",
     "DRIVER": "580.65.06",
     "FREE": "900000000",
-    "GLIBC": "2.28",
+    "GLIBC": "2.31",
 }
 
 

@@ -83,11 +83,12 @@ older() {
 }
 
 check_system() {
-  local glibc driver
+  local glibc oldest=2.28 driver
+  if [ "$kind" = gpu ]; then oldest=2.31; fi  # vLLM's
   glibc=$(getconf GNU_LIBC_VERSION 2>/dev/null || true)
   glibc=${glibc#glibc }
-  if [ -z "$glibc" ] || older "$glibc" 2.28; then
-    unfit "torch and vLLM are built for Linux with glibc 2.28 or later: here is ${glibc:-another}"
+  if [ -z "$glibc" ] || older "$glibc" "$oldest"; then
+    unfit "the packages are built for Linux with glibc $oldest or later: here is ${glibc:-another}"
   fi
   # ALFWorld's packages are built, and kernels are compiled when models are served or trained
   if ! command -v "${CC:-cc}" >/dev/null || ! command -v "${CXX:-c++}" >/dev/null; then
