@@ -198,6 +198,7 @@ class StopSignals:
     looks at `number`."""
 
     current: StopSignals | None = None  # those of this process, in their `with`
+    launcher: int | None = None  # the process that has started this one as one of several
 
     NUMBERS = (signal.SIGTERM, signal.SIGHUP)
     PATIENCE = 20.0
@@ -228,7 +229,10 @@ class StopSignals:
 
     def __exit__(self, _kind, error, _trace):
         """An error after a signal is taken for its effect: servers and workers may have got it. A
-        training has none; what it says of its input and of the disk is said."""
+        training has none; what it says of its input and of the disk is said. When the launcher has
+        ended, an error may be that another process has ended for it."""
+        if error is not None and self.launcher not in (None, os.getppid()):
+            end_without_launcher()
         if not self.in_main_thread:
             return
         StopSignals.current = None
@@ -298,10 +302,15 @@ def end_with_launcher() -> None:
     def watch() -> None:
         while os.getppid() == launcher:
             time.sleep(0.5)
-        what = f"saved checkpoints are kept, {RESUME}"
-        interrupted(128 + signal.SIGKILL, "the launcher has ended", at_once=True, what=what)
+        end_without_launcher()
 
+    StopSignals.launcher = launcher
     threading.Thread(target=watch, daemon=True).start()
+
+
+def end_without_launcher() -> None:
+    what = f"saved checkpoints are kept, {RESUME}"
+    interrupted(128 + signal.SIGKILL, "the launcher has ended", at_once=True, what=what)
 
 
 def run_stage(main, args_class, positional: str | None = None, training: bool = False):

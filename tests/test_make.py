@@ -288,7 +288,7 @@ def test_prompts_are_prerequisites_of_the_stages_that_read_them(tmp_path):
     [
         ("ENV=sciworld", "data/sciworld", "data/sciworld"),
         ("ENV=alfworld PROMPTS=hints", "data/alfworld/hints", "data/alfworld/hints"),
-        ("ENV=webshop PROMPTS=brief", "data/webshop", "data/webshop/brief"),
+        ("ENV=alfworld PROMPTS=brief", "data/alfworld", "data/alfworld/brief"),
         ("ENV=sciworld DEMO=1", None, "data/sciworld/brief"),
     ],
 )

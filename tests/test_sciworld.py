@@ -56,7 +56,7 @@ async def transcript(env, task, actions) -> list:
 @pytest.mark.slow
 def test_a_trajectory_depends_on_its_task_alone():
     """Not on what was played before in the same JVM, and so not on the number of workers."""
-    tasks = ["test-conductivity/0", "test-conductivity/7", "power-component/0"]
+    tasks = ["test-conductivity/0", "test-conductivity/7", "power-component/0", "chemistry-mix/9"]
 
     async def experts_in(order):
         async with EnvPool("sciworld", 1) as pool:
