@@ -510,8 +510,10 @@ def settings_of(config_class, changes: dict, vocabulary: int) -> dict:
     settings |= changes
     for name, inner_class in config_class.sub_configs.items():
         inner = changes.get(name, {})
-        if inner_class is AutoConfig:
+        if inner_class is AutoConfig and "model_type" in inner:
             inner_class = CONFIG_MAPPING[inner["model_type"]]
+        elif inner_class is AutoConfig:  # transformers 5.20: also where there is one class
+            inner_class = type(getattr(config_class(), name))
         settings[name] = settings_of(inner_class, inner, vocabulary)
     return settings
 

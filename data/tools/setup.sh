@@ -18,8 +18,8 @@ if [ "$gpus" = 0 ]; then
 fi
 # the oldest NVIDIA driver for CUDA 13, with which torch of requirements.txt is built
 oldest_driver=580
-# GB: packages; what is unpacked meanwhile in the folder of temporary files
-if [ "$kind" = gpu ]; then disk=14 temporary=4; else disk=6 temporary=2; fi
+# GB, rounded up: packages (5 only with torch's CPU build), and meanwhile temporary files
+if [ "$kind" = gpu ]; then disk=12 temporary=4; else disk=9 temporary=3; fi
 # what builds the packages of ALFWorld that have no wheels, jericho and fast_downward_textworld
 build_tools=(setuptools==84.2.1 cmake==4.4.5)
 
