@@ -352,6 +352,7 @@ def print_tries(a: Args, episodes: list[dict], path: Path) -> None:
     counts = ", ".join(f"{end} {count}" for end, count in ends.most_common())
     print(f"expert {a.expert}: {successes} of {len(episodes)} episodes successful; ends: {counts}")
     common.print_refused("episodes", episodes, path)
+    common.print_faults(episodes)
     cut_off = sum(episode.get("thinking_cut_off", 0) for episode in episodes)
     limit = f"--expert_tokens {a.expert_tokens}"
     common.print_cut_off(cut_off, "the expert", limit, "--expert_thinking")
@@ -727,15 +728,20 @@ def print_quality_control(trajectories: list[dict], rejected: list[dict], path: 
     totals = Counter()
     losses = Counter()
     reasons = Counter()
+    first = {}  # of each kind of reason
     for e in trajectories:
         totals[common.task_type(e["task"])] += 1
     for row in rejected:
         losses[common.task_type(row["task"])] += 1
-        reasons[row["reason"].split(":")[0]] += 1
+        kind = row["reason"].split(":")[0]
+        reasons[kind] += 1
+        first.setdefault(kind, row["reason"])
     for kind, lost in losses.items():
         print(f"  {kind}: {totals[kind] - lost} of {totals[kind]} kept")
     for reason, count in reasons.most_common():
-        print(f"  rejected {count}: {reason}")
+        print(f"  rejected {count}: {first[reason]}")
+    if NO_STEPS in first.values():
+        print("  teacher.txt has to ask for the format: <meta_plan>, Step 1: ..., </meta_plan>")
 
 
 # ---- what an agent learns from -------------------------------------------------------------------

@@ -413,6 +413,7 @@ async def score_plans(a: Args, plans: list[dict], prompts, pool) -> dict[tuple, 
     counts = ", ".join(f"{end} {count}" for end, count in ends.most_common())
     print(f"{line}, mean reward {mean_reward(rows):.3f}; ends: {counts}")
     common.print_refused("rollouts", rows, path)
+    common.print_faults(rows)
     print_agent_cut_off(rows, a)
     return scored
 
@@ -635,6 +636,7 @@ def explore(a: ExploreArgs) -> None:
         f"{len(won)} successful; {len(pairs)} pairs"
     )
     common.print_refused("episodes", episodes, Path(a.out) / "explore.jsonl")
+    common.print_faults(episodes)
     print_agent_cut_off(episodes, a)
     if not pairs:
         raise InputError(

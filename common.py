@@ -54,6 +54,7 @@ import sysconfig
 import tempfile
 import threading
 import time
+import traceback
 import urllib.parse
 import urllib.request
 import zipfile
@@ -667,9 +668,13 @@ class Prompts:
         self.planner_text = self._read("planner.txt")
         if not os.path.isdir(folder) or not self.agent_text or not self.planner_text:
             known = ", ".join(sorted({path.parent.name for path in base.glob("*/*.txt")}))
+            missing = "agent.txt" if self.planner_text else "planner.txt"
+            if not os.path.isdir(folder):
+                missing = "such folder"
+            given = f"--prompts {name}: " if name else ""
             raise InputError(
-                f"{f'--prompts {name}: ' if name else ''}{folder} has no prompts; it must be a "
-                f"folder with planner.txt and agent.txt (folders of {env}: {known})"
+                f"{given}{folder} must be a folder with planner.txt and agent.txt, and there is no "
+                f"{missing} (prompt folders of {env}: {known or 'none'})"
             )
         self.teacher_text = self._read("teacher.txt")
         self._check_slots()
@@ -680,7 +685,8 @@ class Prompts:
             self.examples = {"*": self.examples["*"]}
 
     def _check_slots(self) -> None:
-        """Raise `InputError` if a prompt has no place for what it is to tell."""
+        """Raise `InputError` if a prompt has no place for what it is to tell, or a misspelt one."""
+        known = ("task", "plan_line", "example", "conversation", "explored")
         slots = {
             "planner.txt": (self.planner_text, ("{task}",)),
             "agent.txt": (self.agent_text, ("{task}", "{plan_line}")),
@@ -691,6 +697,10 @@ class Prompts:
                 if text and slot not in text:
                     where = " or ".join(str(folder) for folder in dict.fromkeys(self.folders))
                     raise InputError(f"{file} of {where} has no {slot}: write it where it belongs")
+            for word in re.findall(r"\{(\w+)\}", text):
+                similar = difflib.get_close_matches(word, known, 1, 0.75)
+                if word not in known and similar:
+                    raise InputError(f"{file} has {{{word}}}: write {{{similar[0]}}}")
 
     def _read(self, file: str) -> str:
         """The text of a prompt file, or "" if neither folder has it."""
@@ -1111,6 +1121,11 @@ def environment(name: str) -> type[Environment]:
         raise InputError(
             f"--env {name} needs the package {e.name}: pip install -r {folder / 'requirements.txt'}"
         ) from None
+    except SyntaxError as e:
+        raise InputError(f"{e.filename}:{e.lineno}: {e.msg}") from None
+    except (AttributeError, NameError, TypeError, ValueError) as e:
+        said = f"{type(e).__name__}: {e}{place_in(folder, e)}"
+        raise InputError(f"{folder / 'env.py'} cannot be loaded: {said}") from None
     classes = []
     for value in vars(module).values():
         is_environment = isinstance(value, type) and issubclass(value, Environment)
@@ -1184,7 +1199,8 @@ class WorkerSessions:
             self.live.pop(session, None)  # in an unknown state: not reused
             if is_out_of_memory(e):
                 raise MemoryError from None
-            raise RuntimeError(f"{type(e).__name__}: {e}"[:2000]) from None
+            said = f"{type(e).__name__}: {e}"[:2000]
+            raise RuntimeError(said + place_in(environment_folder(self.env), e)) from None
 
     def _new_environment(self) -> Environment:
         if self.free:
@@ -1194,6 +1210,14 @@ class WorkerSessions:
     def _close(self, session: int) -> None:
         if session in self.live:
             self.free.append(self.live.pop(session))
+
+
+def place_in(folder: Path, e: BaseException) -> str:
+    """ " (FILE:LINE)" of the last line in this folder that an exception came through, if any."""
+    for frame in reversed(traceback.extract_tb(e.__traceback__)):
+        if Path(frame.filename).is_relative_to(folder):
+            return f" ({Path(frame.filename).name}:{frame.lineno})"
+    return ""
 
 
 def is_out_of_memory(e: BaseException | None) -> bool:
@@ -1800,10 +1824,16 @@ def is_local(name: str) -> bool:
     return os.path.isdir(name) or (os.sep in name and not name.startswith("api:"))
 
 
+# of a server; NAME:TAG is a model of Ollama
+BARE_ADDRESS = re.compile(r"(localhost|\d+\.\d+\.\d+\.\d+)(:\d+)?(/.*)?|[\w.-]+:\d+/.*")
+
+
 def split_url(name: str, url: str | None = None) -> tuple[str, str | None]:
     """(name, URL) of a model that is written as NAME@URL, as a URL alone (then the name is empty),
     or as a name with an argument of its own for the URL."""
     words = re.fullmatch(r"(?:([^,]*)@)?(https?://.*)", name)
+    if not words and BARE_ADDRESS.fullmatch(name):
+        raise InputError(f"{name}: an address begins with http:// or https://, so: http://{name}")
     if url or not words:
         return name, url
     return words[1] or "", words[2]
@@ -2069,7 +2099,8 @@ def no_such_model(name: str, ids: list[str], address: str) -> str:
         models += f" and {len(ids) - len(shown)} others"
     server = f"the model server {address}"
     if not ids:
-        return f"{server} does not list its models: name the one that is meant, NAME@{address}"
+        named = f"name the one that is meant, NAME@{address}"
+        return f"{server} does not list its models: add /v1 if its address lacks that, or {named}"
     if not name:
         return f"{server} has several models, {models}: name one of them, NAME@{address}"
     return (
@@ -2885,6 +2916,25 @@ def print_refused(what: str, rows: list[dict], path: Path) -> None:
         print(
             f"{len(refused)} of {len(rows)} {what} were refused, the first for {first['task']}: "
             f"{refusal_said(first)}; to ask again, delete their rows in {path}"
+        )
+
+
+def print_faults(rows: list[dict]) -> None:
+    """Say how many of the episodes crashed, and why the first one did; and if most replies of the
+    agent hold no action."""
+    crashed = [row for row in rows if row["end"] == "crash"]
+    if crashed:
+        first = crashed[0]
+        print(
+            f"{len(crashed)} of {len(rows)} episodes crashed, the first of {first['task']}: "
+            f"{first.get('error')}; the same command plays them again"
+        )
+    replies = sum(len(row["steps"]) for row in rows)
+    without = sum(row.get("format_errors", 0) for row in rows)
+    if without > replies / 2:
+        print(
+            f"{without} of {replies} replies hold no action: agent.txt has to ask for a line "
+            '"Action: ..."'
         )
 
 

@@ -253,11 +253,52 @@ def test_what_needs_an_expert_says_so(guess, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    "old, new, reply, said",
+    [
+        ("self.number\n", "self.nothing\n", "Action: 50", r"no attribute 'nothing' \(env.py:9\)"),
+        (
+            "",
+            "",
+            "I guess 50.",
+            "30 of 30 replies hold no action: agent.txt has to",
+        ),
+    ],
+    ids=["a step that raises", "no actions"],
+)
+def test_what_went_wrong_is_said(guess, tmp_path, chat_server, capsys, old, new, reply, said):
+    """Also if no task is solved."""
+    path = ROOT / guess / "env.py"
+    path.write_text(path.read_text().replace(old, new))
+    url = chat_server(lambda messages, body: reply).url
+    a = {"env": guess, "expert": url, "teacher": f"t@{url}", "limit": 1, "expert_tries": 1}
+    with pytest.raises(InputError, match="the expert solved no task"):
+        seed.main(seed.Args(**a, out=str(tmp_path / "run"), workers=1))
+    assert re.search(said, capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    "code, said",
+    [
+        ("class Guess(Environment)\n", r"env.py:1: expected ':'"),
+        (
+            "class Guess(Environment):\n    pass\n",
+            r"env.py cannot be loaded: NameError: .*env.py:1\)",
+        ),
+    ],
+)
+def test_an_environment_that_cannot_be_loaded(guess, code, said):
+    (ROOT / guess / "env.py").write_text(code)
+    with pytest.raises(InputError, match=said):
+        common.environment(guess)
+
+
+@pytest.mark.parametrize(
     "file, text, said",
     [
-        ("planner.txt", "", "has no prompts; .* planner.txt and agent.txt"),
+        ("planner.txt", "", "and there is no planner.txt"),
         ("planner.txt", "Plan!", "planner.txt of .* has no {task}"),
         ("agent.txt", "{task}", "agent.txt of .* has no {plan_line}"),
+        ("agent.txt", "{task}{plan_line}{exmaple}", "agent.txt has {exmaple}: write {example}"),
         ("teacher.txt", "{task}", "teacher.txt of .* has no {conversation}"),
     ],
 )

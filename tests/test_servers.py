@@ -123,7 +123,7 @@ def test_the_model_of_a_name(server, models, name, found):
         ),
         (LORA, "", "has several models, llama, sql: name one"),
         (lists({"id": "a", "root": ["x"]}, "b"), "c", "does not have c. It has a, b"),
-        ((404, ""), "", "does not list its models: name the one that is meant, NAME@http://"),
+        ((404, ""), "", "does not list its models: add /v1 .*, or name the one .* NAME@http://"),
         (lists(*[f"vendor/m-{i}" for i in range(300)]), "m-77", "m-77.* and 290 others"),
         ((503, '{"error": {"message": "Loading model"}}'), "mine", "answers 503 .*Loading model"),
         ((401, '{"error": "no key"}'), "mine", "wants a key: set MPO_SERVER_KEY"),
@@ -182,6 +182,10 @@ def test_a_list_of_agents():
         "https://me:pw@h/v1",
     )
     assert common.split_url("claude-3-5-sonnet@20241022") == ("claude-3-5-sonnet@20241022", None)
+    assert common.split_url("llama3.1:8b") == ("llama3.1:8b", None)
+    for address in ("localhost:8000", "127.0.0.1:8000/v1", "gpu-7.cluster:8000/v1"):
+        with pytest.raises(InputError, match=f"begins with http://.* so: http://{address}"):
+            common.split_url(address)
 
 
 # -- keys
