@@ -225,6 +225,7 @@ def start_signalled(tmp_path, main: str, pause: float, training: bool, ignored=N
     file.write_text(code)
 
     def ignore():
+        signal.signal(INT, signal.SIG_DFL)  # a shell ignores it in what it starts with `&`
         if ignored is not None:
             signal.signal(ignored, signal.SIG_IGN)
 

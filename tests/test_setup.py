@@ -107,7 +107,8 @@ def steps_of(said: str) -> list[tuple[str, str]]:
 
 
 STEPS = ["environment", "torch", "vLLM", "training, reports, tests"]
-STEPS += ["alfworld", "sciworld", "webshop", "webshop, optional"]
+ENVIRONMENTS = [path.parent.name for path in sorted(ROOT.glob("data/*/requirements.txt"))]
+STEPS += [*ENVIRONMENTS, "webshop, optional"]
 
 
 def test_a_line_for_each_step_with_its_time(machine):
@@ -131,10 +132,11 @@ def test_it_resumes(machine):
     """What was done is not done again, until a file changes."""
     status, said, installed = machine(FAILS="data/alfworld/requirements.txt", TORCH="CPU")
     assert status == 2
-    assert steps_of(said)[-1][0] == "alfworld" and "failed after 0 s\nERROR: no network\n" in said
+    assert steps_of(said)[-1][0] == "alfworld"
+    assert re.search(r"failed after \d+ s\nERROR: no network\n", said)
     assert "error: this step failed; its log is .venv/setup.log; the same command goes on" in said
     status, said, installed = machine(TORCH="CPU")
-    assert status == 0 and len(installed) == 4
+    assert status == 0 and len(installed) == len(ENVIRONMENTS) + 1
     assert installed[0].endswith("-r data/alfworld/requirements.txt")
     status, said, installed = machine()
     assert status == 0 and not installed
@@ -142,7 +144,7 @@ def test_it_resumes(machine):
     with (machine.folder / "data/webshop/requirements.txt").open("a") as file:
         file.write("x==1\n")
     status, said, installed = machine(TORCH="CPU")
-    assert status == 0 and len(installed) == 9
+    assert status == 0 and len(installed) == len(ENVIRONMENTS) + 6
 
 
 @pytest.mark.parametrize("torch, has_vllm", [("CPU", True), ("CUDA", False)])
