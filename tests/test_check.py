@@ -73,6 +73,7 @@ class GatedHub(BaseHTTPRequestHandler):
         pass
 
 
+@pytest.mark.slow
 def test_each_thing_that_is_wrong_is_one_line(tmp_path):
     """Also a typing error in the settings of a later stage, before stage 3 has cost anything."""
     hub = ThreadingHTTPServer(("127.0.0.1", 0), GatedHub)

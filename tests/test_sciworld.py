@@ -348,6 +348,7 @@ def test_reward_and_a_wrong_focus(experts):
     assert lost[-1][1] == lost[-2][1] and lost[-1][2:] == (True, False)
 
 
+@pytest.mark.slow
 def test_splits(tmp_path):
     """Also that a list of tasks may not name more variations than there are."""
     file = tmp_path / "list.json"
