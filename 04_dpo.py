@@ -148,6 +148,19 @@ def log_probs_without_gradient(run, pairs: list[Example], share_prefix: bool):
     return accelerator.reduce(values, "sum")
 
 
+def start_run(a: Args, accelerator, model, optimizer, tokenizer, schedule, pairs: list[Example]):
+    """(run, log pi_ref of chosen and rejected: (len(pairs), 2)). They are computed once, and saved
+    with the checkpoints, from which the run may go on."""
+    import torch
+
+    reference = torch.zeros(len(pairs), 2, dtype=torch.float64).to(accelerator.device)
+    saved = {"reference": reference}
+    run = common.Training(a, accelerator, model, optimizer, tokenizer, len(schedule), saved)
+    if run.start == 0:
+        reference.copy_(log_probs_without_gradient(run, pairs, model.packing == "rows"))
+    return run, reference
+
+
 def losses_and_metrics(policy, reference, pairs: list[Example], a: Args):
     """(losses (P,), {metric: its sum over the pairs}) from log-probabilities (P, 2) of `pairs`.
 
@@ -185,25 +198,18 @@ def main(a: Args) -> None:
     if a.check:
         common.check_training(a)
         return
-    import torch
-
     accelerator = common.make_accelerator(a)
     world = accelerator.num_processes
     rank = accelerator.process_index
     model, tokenizer = common.load_model(a.model)
     train, held_out = common.hold_out(load_pairs(a, tokenizer, accelerator.print), a)
-    common.check_rows(model, train + held_out, a.data)
-    model, optimizer = common.prepare_model(model, accelerator, a, train + held_out)
+    all_pairs = train + held_out
+    common.check_rows(model, all_pairs, a.data)
+    model, optimizer = common.prepare_model(model, accelerator, a, all_pairs)
     share_prefix = model.packing == "rows"  # compute the prompt of a pair once
     # schedule[optimizer step][micro-batch]: indices of training pairs
     schedule = common.batch_schedule(common.lengths(train, share_prefix), a, world)
-    # log pi_ref of chosen and rejected: computed once, saved with the checkpoints
-    reference = torch.zeros(len(train + held_out), 2, dtype=torch.float64).to(accelerator.device)
-    run = common.Training(
-        a, accelerator, model, optimizer, tokenizer, len(schedule), {"reference": reference}
-    )  # may resume
-    if run.start == 0:
-        reference.copy_(log_probs_without_gradient(run, train + held_out, share_prefix))
+    run, reference = start_run(a, accelerator, model, optimizer, tokenizer, schedule, all_pairs)
 
     bar = run.progress_bar("dpo")
     for step in bar:

@@ -168,6 +168,7 @@ CANNOT_WRITE = (
 
 RESUME = "run the same command to resume"
 ROWS_KEPT = f"finished rows are kept, {RESUME}"
+CHECKPOINTS_KEPT = f"saved checkpoints are kept, {RESUME}"
 
 
 def interrupted(status: int, by: str = "Ctrl-C", at_once: bool = False, what: str = ROWS_KEPT):
@@ -210,7 +211,7 @@ class StopSignals:
         self.training = training
         self.is_script = is_script  # not a function that a test calls
         self.waits = False
-        self.what = f"saved checkpoints are kept, {RESUME}" if training else ROWS_KEPT
+        self.what = CHECKPOINTS_KEPT if training else ROWS_KEPT
         self.number = None  # of the signal that came
         self.handlers = {}  # signal -> its handler before
         self.in_main_thread = threading.current_thread() is threading.main_thread()
@@ -310,8 +311,8 @@ def end_with_launcher() -> None:
 
 
 def end_without_launcher() -> None:
-    what = f"saved checkpoints are kept, {RESUME}"
-    interrupted(128 + signal.SIGKILL, "the launcher has ended", at_once=True, what=what)
+    by = "the launcher has ended"
+    interrupted(128 + signal.SIGKILL, by, at_once=True, what=CHECKPOINTS_KEPT)
 
 
 def run_stage(main, args_class, positional: str | None = None, training: bool = False):
@@ -1213,7 +1214,8 @@ class WorkerSessions:
 
 
 def place_in(folder: Path, e: BaseException) -> str:
-    """ " (FILE:LINE)" of the last line in this folder that an exception came through, if any."""
+    """Of the lines in this folder that an exception came through, the last one: " (FILE:LINE)", or
+    nothing."""
     for frame in reversed(traceback.extract_tb(e.__traceback__)):
         if Path(frame.filename).is_relative_to(folder):
             return f" ({Path(frame.filename).name}:{frame.lineno})"
