@@ -3,6 +3,7 @@
 M := 5
 N := 2
 PROMPTS := brief
+PLANS := none mismatched sft per_type per_type_adapted mpo oracle
 ENV_ARGS := --types pick_and_place_simple pick_clean_then_place_in_recep \
   pick_cool_then_place_in_recep --observation_chars 400 --workers 2
 SEED_PLANS_ARGS := --limit $(if $(filter %/base,$(RUN)),180 --plan_share 0.95,120)
