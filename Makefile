@@ -119,7 +119,8 @@ EVALUATE = $(STAGE) 05_eval.py $(ENV_FLAGS) $(TASK_FLAGS) --out $(R) --teacher $
 CURVES = $(TOOL) -m data.report.curves
 
 .PHONY: help setup data tasks demo all check seed sft score dpo eval table2 table3 table4 table6 \
-  fig3 fig4 fig5 fig6 report agent-sft agent-eto agent-knowagent agent-wkm evidence evidence-picture \
+  fig3 fig4 fig5 fig6 report agent-sft agent-eto agent-knowagent agent-wkm evidence evidence-table2 \
+  evidence-without evidence-picture \
   estimate test test-slow test-all test-gpu lint always bench-env bench-rollout bench-scale bench-train
 # what make must not delete when it is interrupted; add each new file here
 .PRECIOUS: $(R)/fig5/%.pairs.jsonl $(R)/fig5/%/config.json $(R)/eval/done \
@@ -133,6 +134,8 @@ help:
 	@echo "make demo ENV=NAME     the whole method, small, on this machine: runs/demo-NAME/results.md"
 	@echo "make all ENV=NAME      the paper's settings, for 8 GPUs; RUN=NAME for another run folder"
 	@echo "make evidence ENV=NAME does MPO beat its SFT planner? three seeds, hours on 2 cores"
+	@echo "make evidence-table2 | evidence-without WITHOUT=TYPE    more from its runs: fine-tuned agents;"
+	@echo "                       a planner for which no plan was sampled for tasks of TYPE"
 	@echo "make seed | sft | score | dpo | eval            one stage and what it needs"
 	@echo "make table2 | table3 | table4 | table6          a table of the paper: AGENTS=..."
 	@echo "make fig3 | fig4 | fig5 | fig6 | report         a figure; all tables and figures again"

@@ -471,11 +471,46 @@ def test_make_evidence_holds_no_stage_back(tmp_path):
         evaluation = settings(commands, "05_eval.py")
         assert sft["epochs"] == "3" and "limit" not in sft and sft["seed"] == "4"
         assert scoring["agent"] == evaluation["agents"] == "base/agent" and scoring["seed"] == "4"
-        assert evaluation["plans"] == "none mismatched sft mpo oracle"
+        assert evaluation["plans"] == "none mismatched sft per_type per_type_adapted mpo oracle"
         assert evaluation.get("splits") == ("train" if dev else None)
     agent = make("-n", "-B", "agent-sft", "ENV=sciworld", "DEMO=evidence", "RUN=x/base")
     seen = settings(agent, "01_seed_plans.py")["limit"]
     assert int(seen) == int(evaluation["skip"]) >= int(scoring["limit"])
+
+
+@pytest.mark.parametrize("env", ["sciworld", "alfworld"])
+def test_make_evidence_without_a_task_type(env):
+    """Plans are sampled for tasks of the other types only, and played on the tasks of this one."""
+    args = ("-n", "-B", "evidence-without", f"ENV={env}")
+    assert "evidence-without needs WITHOUT=TYPE" in run_make(*args).stderr
+    types = settings(make("-n", "-B", "seed", f"ENV={env}", "DEMO=evidence"), "01_seed_plans.py")
+    left_out, *others = types["types"].split()
+    commands = make(*args, f"WITHOUT={left_out}")
+    scoring, evaluation = (settings(commands, f) for f in ("03_sample_score.py", "05_eval.py"))
+    assert scoring["types"] == " ".join(others) and evaluation["types"] == left_out
+    assert scoring["planner"] == f"runs/evidence-{env}/without-{left_out}/sft"
+    assert "ln -sfn ../seed0/sft $run/sft" in commands
+
+
+def test_make_evidence_table2():
+    """The agents are trained in the evidence's base/, and play with the plans of seed 0."""
+    commands = make("-n", "-B", "evidence-table2", "ENV=sciworld")
+    folder = "runs/evidence-sciworld/"
+    assert f"--model {folder}base/agent-eto2 --data {folder}base/eto3/pairs.jsonl" in commands
+    assert f"--prompts knowagent-brief --agent {folder}base/agent " in commands
+    table = make(
+        "-n",
+        "table2",
+        "ENV=sciworld",
+        "DEMO=evidence",
+        "RUN=evidence-sciworld/seed0",
+        "AGENT_SFT_ARGS=",
+        f"AGENTS_RUN={folder}base",
+        "KNOWAGENT_PLANS=none mpo",
+    )
+    assert (
+        f"--prompts knowagent-brief --agents {folder}base/agent-knowagent --plans none mpo" in table
+    )
 
 
 def test_make_all_trains_one_planner_for_two_environments():

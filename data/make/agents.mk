@@ -13,6 +13,10 @@ ifeq ($(filter $(ETO_ROUNDS),1 2 3),)
 $(error ETO_ROUNDS=$(ETO_ROUNDS) must be 1, 2 or 3)
 endif
 
+# KnowAgent's prompt folder, and the plans that table 2 gives that agent
+KNOWAGENT ?= knowagent
+KNOWAGENT_PLANS ?= none
+
 agent-sft: $(R)/agent/config.json
 agent-eto: $(R)/agent-eto$(ETO_ROUNDS)/config.json
 agent-knowagent: $(R)/agent-knowagent/config.json
@@ -55,7 +59,7 @@ $(R)/agent-eto3/config.json: 04_dpo.py $(R)/eto3/pairs.jsonl
 # ---- KnowAgent: the prompt says what each action needs and does; the agent learns from its successes
 
 $(R)/knowagent/won.jsonl: 03_sample_score.py $(AGENT_PROMPT) $(R)/agent/config.json
-	$(EXPLORE) --prompts knowagent --agent $(R)/agent --out $(@D)
+	$(EXPLORE) --prompts $(KNOWAGENT) --agent $(R)/agent --out $(@D)
 $(R)/agent-knowagent/config.json: 02_sft.py $(R)/knowagent/won.jsonl
 	$(AGENT_SFT) --model $(R)/agent --data $(R)/knowagent/won.jsonl --out $(@D)
 	$(CURVES) $(@D)
@@ -80,13 +84,15 @@ $(R)/agent-wkm/config.json: 02_sft.py $(R)/wkm-seed/seed_plans.jsonl
 # ---- tables 2 and 6: AGENTS, or every agent that the run has. KnowAgent and WKM have prompts of
 # their own. ---------------------------------------------------------------------------------------
 
-# those of the run, if no AGENTS were given
+# the run folder that has the fine-tuned agents
+AGENTS_RUN ?= $(R)
+# those, if no AGENTS were given
 AGENTS_HERE = $(filter-out %/agent-knowagent %/agent-wkm,$(patsubst %/config.json,%,$(wildcard \
-  $(R)/agent/config.json $(R)/agent-*/config.json)))
+  $(AGENTS_RUN)/agent/config.json $(AGENTS_RUN)/agent-*/config.json)))
 table2 table6: $(R)/eval/done
 	$(EVALUATE) --agents $(if $(filter file,$(origin AGENTS)),$(AGENT) $(AGENTS_HERE),$(AGENTS)) \
 	  --plans none mpo
-	if [ -e $(R)/agent-knowagent/config.json ]; then \
-	  $(EVALUATE) --prompts knowagent --agents $(R)/agent-knowagent --plans none; fi
-	if [ -e $(R)/agent-wkm/config.json ]; then \
-	  $(EVALUATE) --prompts wkm --agents $(R)/agent-wkm --plans wkm; fi
+	if [ -e $(AGENTS_RUN)/agent-knowagent/config.json ]; then \
+	  $(EVALUATE) --prompts $(KNOWAGENT) --agents $(AGENTS_RUN)/agent-knowagent --plans $(KNOWAGENT_PLANS); fi
+	if [ -e $(AGENTS_RUN)/agent-wkm/config.json ]; then \
+	  $(EVALUATE) --prompts wkm --agents $(AGENTS_RUN)/agent-wkm --plans wkm; fi

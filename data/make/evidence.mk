@@ -25,6 +25,24 @@ evidence: | .venv/ready
 	$(VENV) python -m data.tools.evidence --runs $(SEEDS:%=$(EVIDENCE)/seed%) \
 	  $(if $(DEV),,--to data/$(ENV)/evidence.csv)
 
+# The lower half of the paper's table 2, in small: the untrained agent and those of agents.mk, without
+# a plan and with the plans of seed 0's MPO planner. They are trained in base/. Run it after evidence.
+evidence-table2: | .venv/ready
+	$(MAKE) agent-eto agent-knowagent DEMO=evidence RUN=evidence-$(ENV)/base
+	$(MAKE) table2 DEMO=evidence RUN=evidence-$(ENV)/seed0 AGENT_SFT_ARGS= DEV=$(DEV) \
+	  AGENTS_RUN=$(EVIDENCE)/base KNOWAGENT_PLANS="none mpo"
+
+# A new task type, WITHOUT: seed 0's planner, but no plan was sampled for the tasks of this type
+evidence-without: | .venv/ready
+	$(if $(WITHOUT),,$(error evidence-without needs WITHOUT=TYPE, a task type))
+	run=$(EVIDENCE)/without-$(WITHOUT); \
+	mkdir -p $$run/eval; \
+	ln -sfn ../seed0/sft $$run/sft; \
+	ln -sf ../seed0/seed_plans.jsonl ../seed0/trajectories.jsonl $$run; \
+	ln -sf ../../episodes.jsonl $$run/eval/rollouts.jsonl
+	$(MAKE) all DEMO=evidence RUN=evidence-$(ENV)/without-$(WITHOUT) WITHOUT=$(WITHOUT) \
+	  AGENT=$(EVIDENCE)/base/agent AGENT_SFT_ARGS= DEV=$(DEV)
+
 # the README's picture, from the rows of all environments
 evidence-picture: | .venv/ready
 	$(VENV) python -m data.tools.evidence --picture data/report/evidence.png
