@@ -5122,6 +5122,7 @@ def reason_of_file_error(e: Exception) -> str:
 # what the metadata of a checkpoint is made of
 METADATA_CLASSES = {
     "pathlib": ("PosixPath", "PurePosixPath"),
+    "pathlib._local": ("PosixPath", "PurePosixPath"),  # the same in Python 3.13
     "torch": ("Size", "bfloat16", "float16", "float32", "float64", "int32", "int64", "bool"),
     "torch.serialization": ("_get_layout",),
     "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),

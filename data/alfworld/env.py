@@ -31,7 +31,8 @@ def start_game(path: Path):
 
 @functools.cache
 def patch_textworld() -> None:
-    """Patch TextWorld for speed. What the agent is told does not change:
+    """Patch TextWorld for Python 3.13, where expressions in its texts do not see their variables
+    (PEP 667), and for speed. What the agent is told does not change:
 
     - a game is translated once, not four times per episode;
     - the second translation, for the planner expert, is skipped;
@@ -65,6 +66,12 @@ def patch_textworld() -> None:
         mapping = dict(context["mapping"])
         return {**context, "variables": variables, "mapping": mapping}
 
+    def derive_value(symbol, context=None):
+        context = context or symbol.context
+        names = {"context": context, **context["variables"]}
+        return [textgen.TerminalSymbol(eval(symbol.expression, vars(textgen), names))]
+
+    textgen.EvalSymbol.derive = derive_value
     fast_downward.load_lib = load_lib_without_replan
     fast_downward.pddl2sas = translate_once
     textgen._parse_and_convert = parse_once(textgen._parse_and_convert)
