@@ -36,7 +36,9 @@ class Args:
     max_length: int = arg(4096, "rows with more tokens are skipped, and counted")
     micro_tokens: int = arg(8192, "tokens per micro-batch and process; lower it to save memory")
     precision: str = arg(
-        "bf16", "bf16: float32 weights and optimizer state, bf16 computation; fp32: all float32"
+        "auto",
+        "bf16: float32 weights and optimizer state, bf16 computation; fp32: all float32; auto: "
+        "bf16, but fp32 on a CPU that computes it faster",
     )
     gradient_checkpointing: bool = arg(
         False, "recompute activations in the backward pass: less memory, a third slower"

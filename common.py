@@ -4478,8 +4478,8 @@ def check_training_settings(a) -> None:
     if a.save_steps < 0:
         raise InputError(f"--save_steps {a.save_steps} must be at least 0")
     partial_folder(a.out)
-    if a.precision not in ("bf16", "fp32"):
-        raise InputError(f"unknown --precision {a.precision!r}: bf16 or fp32")
+    if a.precision not in ("auto", "bf16", "fp32"):
+        raise InputError(f"unknown --precision {a.precision!r}: auto, bf16 or fp32")
     for kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         if os.environ.get(f"ACCELERATE_USE_{kind}", "").lower() in ("true", "1"):
             raise InputError(
@@ -4489,7 +4489,8 @@ def check_training_settings(a) -> None:
 
 
 def make_accelerator(a):
-    """Accelerate, for processes, devices and trackers only: `prepare_model` shards the model."""
+    """Accelerate, for processes, devices and trackers only: `prepare_model` shards the model.
+    Chooses a `--precision auto`."""
     from datetime import timedelta
 
     import torch
@@ -4498,7 +4499,7 @@ def make_accelerator(a):
     check_training_settings(a)
     wait = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # while one process writes the model
     try:
-        return Accelerator(
+        accelerator = Accelerator(
             cpu=torch.backends.mps.is_available(),  # FSDP2 needs CUDA or a CPU
             kwargs_handlers=[wait],
             log_with=a.log_with,
@@ -4506,6 +4507,21 @@ def make_accelerator(a):
         )
     except (ImportError, ValueError) as e:
         raise InputError(f"--log_with {a.log_with}: {e}") from None
+    if a.precision == "auto":
+        slow_in_bf16 = accelerator.device.type == "cpu" and not cpu_multiplies_bf16()
+        a.precision = "fp32" if slow_in_bf16 else "bf16"
+        accelerator.print(f"precision: {a.precision}")
+    return accelerator
+
+
+def cpu_multiplies_bf16(cpuinfo: str = "/proc/cpuinfo") -> bool:
+    """Whether this CPU has instructions for products of bf16 matrices (x86: AMX). With those for
+    vectors alone (AVX512_BF16), PyTorch is slower in bf16 than in float32."""
+    try:
+        words = set(Path(cpuinfo).read_text(encoding="utf-8").split())
+    except OSError:
+        return False
+    return bool(words & {"amx_bf16", "bf16"})  # x86, ARM
 
 
 def prepare_model(model, accelerator, a, examples: list[Example]):

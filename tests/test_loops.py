@@ -713,6 +713,28 @@ def test_a_configuration_of_ones_own_is_refused(tmp_path, tiny_model, talks, mon
 
 
 @pytest.mark.parametrize(
+    "flags, precision",
+    [
+        ("flags\t: fpu avx512f avx512_bf16 avx_vnni", "fp32"),
+        ("flags\t: fpu avx512_bf16 amx_bf16 amx_tile", "bf16"),
+        ("Features\t: fp asimd bf16 i8mm", "bf16"),
+        (None, "fp32"),
+    ],
+)
+def test_the_precision_that_a_cpu_computes_faster(tmp_path, monkeypatch, flags, precision):
+    cpuinfo = tmp_path / "cpuinfo"
+    if flags:
+        cpuinfo.write_text(f"processor\t: 0\n{flags}\nbugs\t:\n")
+    look = common.cpu_multiplies_bf16
+    monkeypatch.setattr(common, "cpu_multiplies_bf16", lambda: look(str(cpuinfo)))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for given in ("auto", "bf16", "fp32"):
+        a = sft.Args(out=str(tmp_path / "out"), precision=given)
+        common.make_accelerator(a)
+        assert a.precision == (precision if given == "auto" else given)
+
+
+@pytest.mark.parametrize(
     "setting, value",
     [
         ("precision", "fp8"),

@@ -88,6 +88,7 @@ def run_ours(a, folder: Path) -> dict:
         epochs=a.steps,
         micro_tokens=a.micro_tokens,
         save_steps=0,
+        precision="bf16",
         gradient_checkpointing=a.checkpointing,
     )
     module.main(args)
