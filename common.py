@@ -3160,7 +3160,8 @@ def server_command(model: str, port: int, gpus: list[str], max_model_len: int) -
     """The command line of a server: vLLM, or `transformers serve` if vLLM is not installed or
     MPO_SERVER=transformers."""
     scripts = Path(sysconfig.get_path("scripts"))  # of this Python
-    address = ["--host", "127.0.0.1", "--port", str(port), "--dtype", "bfloat16"]
+    dtype = "bfloat16" if gpus or cpu_multiplies_bf16() else "float32"
+    address = ["--host", "127.0.0.1", "--port", str(port), "--dtype", dtype]
     if not uses_vllm():
         return [str(scripts / "transformers"), "serve", model, *address]
     if has_vllm_command():
