@@ -3160,7 +3160,7 @@ def server_command(model: str, port: int, gpus: list[str], max_model_len: int) -
     """The command line of a server: vLLM, or `transformers serve` if vLLM is not installed or
     MPO_SERVER=transformers."""
     scripts = Path(sysconfig.get_path("scripts"))  # of this Python
-    dtype = "bfloat16" if gpus or cpu_multiplies_bf16() else "float32"
+    dtype = {"bf16": "bfloat16", "fp32": "float32"}[faster_precision(on_cpu=not gpus)]
     address = ["--host", "127.0.0.1", "--port", str(port), "--dtype", dtype]
     if not uses_vllm():
         return [str(scripts / "transformers"), "serve", model, *address]
@@ -4509,10 +4509,14 @@ def make_accelerator(a):
     except (ImportError, ValueError) as e:
         raise InputError(f"--log_with {a.log_with}: {e}") from None
     if a.precision == "auto":
-        slow_in_bf16 = accelerator.device.type == "cpu" and not cpu_multiplies_bf16()
-        a.precision = "fp32" if slow_in_bf16 else "bf16"
+        a.precision = faster_precision(accelerator.device.type == "cpu")
         accelerator.print(f"precision: {a.precision}")
     return accelerator
+
+
+def faster_precision(on_cpu: bool) -> str:
+    """What GPUs, or this CPU, compute faster: "bf16" or "fp32"."""
+    return "fp32" if on_cpu and not cpu_multiplies_bf16() else "bf16"
 
 
 def cpu_multiplies_bf16(cpuinfo: str = "/proc/cpuinfo") -> bool:
@@ -5331,6 +5335,7 @@ class Checks:
             tokens,
             a.gradient_checkpointing,
             a.lora_rank,
+            a.precision,
         )
         kept, checkpoints = training_disk(sizes.parameters, a.lora_rank * sizes.adapter_parameters)
         there = sum(file.stat().st_size for file in partial_folder(a.out).rglob("*"))
@@ -5682,7 +5687,8 @@ def serving_memory(sizes: ModelSizes, length: int, gpus: int) -> float:
     """Bytes on each of the `gpus` of a replica, or of the host (0): the weights, the cache of one
     context of `length` tokens, 2 GB of buffers."""
     cache = length * sizes.cache_bytes + sizes.window_bytes
-    return (sizes.serving_bytes + cache) / max(1, gpus) + 2e9
+    wide = 2 if faster_precision(on_cpu=gpus == 0) == "fp32" else 1
+    return wide * (sizes.serving_bytes + cache) / max(1, gpus) + 2e9
 
 
 def check_serving_memory(sizes: ModelSizes, max_model_len: int, parallel: int) -> str:
@@ -5705,7 +5711,8 @@ def check_serving_memory(sizes: ModelSizes, max_model_len: int, parallel: int) -
     if uses_vllm():
         cache = 1e9 * float(os.environ.get("VLLM_CPU_KVCACHE_SPACE", 2))
         advice = "set VLLM_CPU_KVCACHE_SPACE (GB) or lower --max_model_len"
-        need = length * sizes.cache_bytes + sizes.window_bytes
+        wide = 2 if faster_precision(on_cpu=True) == "fp32" else 1
+        need = wide * (length * sizes.cache_bytes + sizes.window_bytes)
         enough(f"{what} with {length} tokens of context", need, cache, advice)
     return enough(what, serving_memory(sizes, length, 0), host, "take a smaller model")
 
@@ -5724,14 +5731,19 @@ def training_disk(parameters: float, adapters: float = 0.0) -> tuple[float, floa
 
 
 def training_memory(
-    sizes: ModelSizes, tokens: int, gradient_checkpointing: bool, lora_rank: int
+    sizes: ModelSizes,
+    tokens: int,
+    gradient_checkpointing: bool,
+    lora_rank: int,
+    precision: str = "bf16",
 ) -> tuple[float, float]:
     """(bytes shared by all processes, bytes of each) of training with micro-batches of `tokens`.
 
     Shared: float32 weights, gradients and AdamW's averages, 16 bytes a parameter (with adapters, of
-    these; 2 of a frozen weight). Each: weights gathered in bf16 and their gradients, activations,
-    logits of a third of the tokens (24 bytes each), 1 GB. SFT and DPO of 135M parameters on a CPU,
-    with checkpointing and without, took 4.0 to 8.4 GB: this is 13% too low to 18% too high."""
+    these; 2 of a frozen weight). Each: weights gathered in bf16 and their gradients, activations
+    (in fp32 twice as many bytes), logits of a third of the tokens (24 bytes each), 1 GB. SFT and
+    DPO of 135M parameters on a CPU, in bf16, with checkpointing and without, took 4.0 to 8.4 GB:
+    this is 13% too low to 18% too high."""
     if lora_rank:
         shared = 16 * lora_rank * sizes.adapter_parameters + BYTES_SAVED * sizes.parameters
     else:
@@ -5740,17 +5752,26 @@ def training_memory(
         activations = sizes.activation_bytes + 2 * sizes.hidden * sizes.layers
     else:
         activations = sizes.activation_bytes * sizes.layers
+    if precision == "fp32":
+        activations *= 2
     each = 1e9 + 8 * sizes.gathered_parameters + tokens * (activations + 8 * sizes.vocabulary)
     return shared, each
 
 
 def check_training_memory(
-    sizes: ModelSizes, processes: int, tokens: int, gradient_checkpointing: bool, lora_rank: int
+    sizes: ModelSizes,
+    processes: int,
+    tokens: int,
+    gradient_checkpointing: bool,
+    lora_rank: int,
+    precision: str = "auto",
 ) -> str:
     if sizes.why_not_trained:
         raise InputError(sizes.why_not_trained)
     gpus, host = free_memory()
-    shared, each = training_memory(sizes, tokens, gradient_checkpointing, lora_rank)
+    if precision == "auto":
+        precision = faster_precision(on_cpu=not gpus)
+    shared, each = training_memory(sizes, tokens, gradient_checkpointing, lora_rank, precision)
     what = f"training {sizes.name}"
     less = (
         "take a smaller model, lower --micro_tokens, set --gradient_checkpointing true or "

@@ -369,6 +369,25 @@ def test_memory(eight_billion, monkeypatch):
         serve(parallel=3)
 
 
+def test_memory_on_a_cpu_that_is_slower_in_bf16(eight_billion, monkeypatch):
+    """It computes in float32: activations, and the weights and the cache of a server, are twice as
+    large; weights, gradients and averages of a training are float32 in both cases."""
+    monkeypatch.setattr(common, "free_memory", lambda: ([], 10**12))
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "100")
+    needs = {}
+    for fast in (True, False):
+        monkeypatch.setattr(common, "cpu_multiplies_bf16", lambda fast=fast: fast)
+        serving = common.check_serving_memory(eight_billion, 8192, 1)
+        training = common.check_training_memory(eight_billion, 1, 8192, False, 0)
+        sizes = [float(re.search(r"about ([\d.]+) GB", said)[1]) for said in (serving, training)]
+        needs[fast] = sizes
+    weights = 2 * eight_billion.parameters / 1e9
+    cache = 8192 * eight_billion.cache_bytes / 1e9
+    assert needs[False][0] - needs[True][0] == pytest.approx(weights + cache, abs=0.2)
+    activations = 8192 * eight_billion.activation_bytes * eight_billion.layers / 1e9
+    assert needs[False][1] - needs[True][1] == pytest.approx(activations, abs=0.2)
+
+
 def test_disk(tmp_path, eight_billion, monkeypatch):
     """Full fine-tuning keeps one checkpoint of 12 bytes a parameter while it writes the next."""
     kept, meanwhile = common.training_disk(eight_billion.parameters)

@@ -7,7 +7,7 @@ AGENT := $(MODEL)
 TEACHER := rules
 JUDGE := $(MODEL)
 JUDGE_ARGS := --tokens 300 --max_model_len 4096
-TRAIN_ARGS := --batch_size 8 --micro_tokens 2048 --save_steps 20
+TRAIN_ARGS := --batch_size 8 --micro_tokens 2048 --max_length 2048 --save_steps 20
 ETO_ROUNDS := 1
 PLANS := none mismatched sft mpo oracle
 include data/$(ENV)/$(if $(filter evidence,$(DEMO)),evidence,demo).mk

@@ -8,6 +8,7 @@ PROMPTS := brief
 ENV_ARGS := --observation_chars 800 --workers 2
 SEED_PLANS_ARGS := --limit 40 --plan_share 0.9
 AGENT_SFT_ARGS := --lr 3e-4 --epochs 2 --warmup_ratio 0.05
+TRAIN_ARGS += --max_length 4096
 SFT_ARGS := --lr 2e-4 --epochs 3 --warmup_ratio 0.05
 SERVE := --max_steps 10 --max_model_len 4096 --agent_tokens 32 --concurrency 32
 SCORE_ARGS := --limit 32 --plan_temperature 1.0 --plan_tokens 128 $(SERVE)
