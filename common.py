@@ -5686,9 +5686,18 @@ def check_api(name: str, url: str | None) -> str:
 def serving_memory(sizes: ModelSizes, length: int, gpus: int) -> float:
     """Bytes on each of the `gpus` of a replica, or of the host (0): the weights, the cache of one
     context of `length` tokens, 2 GB of buffers."""
-    cache = length * sizes.cache_bytes + sizes.window_bytes
-    wide = 2 if faster_precision(on_cpu=gpus == 0) == "fp32" else 1
-    return wide * (sizes.serving_bytes + cache) / max(1, gpus) + 2e9
+    weights = widening(gpus) * sizes.serving_bytes
+    return (weights + cache_memory(sizes, length, gpus)) / max(1, gpus) + 2e9
+
+
+def cache_memory(sizes: ModelSizes, length: int, gpus: int) -> float:
+    """Bytes of the cache of one context of `length` tokens."""
+    return widening(gpus) * (length * sizes.cache_bytes + sizes.window_bytes)
+
+
+def widening(gpus: int) -> int:
+    """How many times the bytes of bf16 a server's numbers take."""
+    return 2 if faster_precision(on_cpu=gpus == 0) == "fp32" else 1
 
 
 def check_serving_memory(sizes: ModelSizes, max_model_len: int, parallel: int) -> str:
@@ -5711,8 +5720,7 @@ def check_serving_memory(sizes: ModelSizes, max_model_len: int, parallel: int) -
     if uses_vllm():
         cache = 1e9 * float(os.environ.get("VLLM_CPU_KVCACHE_SPACE", 2))
         advice = "set VLLM_CPU_KVCACHE_SPACE (GB) or lower --max_model_len"
-        wide = 2 if faster_precision(on_cpu=True) == "fp32" else 1
-        need = wide * (length * sizes.cache_bytes + sizes.window_bytes)
+        need = cache_memory(sizes, length, 0)
         enough(f"{what} with {length} tokens of context", need, cache, advice)
     return enough(what, serving_memory(sizes, length, 0), host, "take a smaller model")
 
@@ -5735,7 +5743,7 @@ def training_memory(
     tokens: int,
     gradient_checkpointing: bool,
     lora_rank: int,
-    precision: str = "bf16",
+    precision: str,
 ) -> tuple[float, float]:
     """(bytes shared by all processes, bytes of each) of training with micro-batches of `tokens`.
 
@@ -5764,7 +5772,7 @@ def check_training_memory(
     tokens: int,
     gradient_checkpointing: bool,
     lora_rank: int,
-    precision: str = "auto",
+    precision: str,
 ) -> str:
     if sizes.why_not_trained:
         raise InputError(sizes.why_not_trained)

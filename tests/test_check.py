@@ -287,7 +287,7 @@ def test_quantized_weights_are_served_and_not_trained(tmp_path, tiny_model, sett
     assert "serving" in common.check_serving_memory(sizes, 32768, 1)
     refused = rf"weights of {tmp_path} are quantized \({says}\).* such as the model's BF16 version"
     with pytest.raises(InputError, match=refused):
-        common.check_training_memory(sizes, 1, 8192, True, 0)
+        common.check_training_memory(sizes, 1, 8192, True, 0, "auto")
     with pytest.raises(InputError, match=refused):  # before the file, which is none, is read
         common.load_model(str(tmp_path))
 
@@ -341,7 +341,7 @@ def test_memory(eight_billion, monkeypatch):
         monkeypatch.setattr(common, "free_memory", lambda: memory)
 
     def train() -> str:
-        return common.check_training_memory(eight_billion, 8, 8192, True, 0)
+        return common.check_training_memory(eight_billion, 8, 8192, True, 0, "auto")
 
     def serve(parallel: int = 1) -> str:
         return common.check_serving_memory(eight_billion, 32768, parallel)
@@ -378,7 +378,7 @@ def test_memory_on_a_cpu_that_is_slower_in_bf16(eight_billion, monkeypatch):
     for fast in (True, False):
         monkeypatch.setattr(common, "cpu_multiplies_bf16", lambda fast=fast: fast)
         serving = common.check_serving_memory(eight_billion, 8192, 1)
-        training = common.check_training_memory(eight_billion, 1, 8192, False, 0)
+        training = common.check_training_memory(eight_billion, 1, 8192, False, 0, "auto")
         sizes = [float(re.search(r"about ([\d.]+) GB", said)[1]) for said in (serving, training)]
         needs[fast] = sizes
     weights = 2 * eight_billion.parameters / 1e9

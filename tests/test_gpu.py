@@ -242,5 +242,5 @@ def test_peak_memory_is_the_estimate(tmp_path, tokenizer):
     sft.main(a)
     [metrics] = read_rows(tmp_path / "out" / "metrics.jsonl")
     sizes, _ = common.model_sizes(a.model)
-    expected = sum(common.training_memory(sizes, 4 * length, True, 0)) / 1e9
+    expected = sum(common.training_memory(sizes, 4 * length, True, 0, "bf16")) / 1e9
     assert metrics["memory_gb"] == pytest.approx(expected, rel=0.1), name

@@ -39,7 +39,8 @@ evidence-without: | .venv/ready
 	mkdir -p $$run/eval; \
 	ln -sfn ../seed0/sft $$run/sft; \
 	ln -sf ../seed0/seed_plans.jsonl ../seed0/trajectories.jsonl $$run; \
-	ln -sf ../../episodes.jsonl $$run/eval/rollouts.jsonl
+	ln -sf ../../episodes.jsonl $$run/eval/rollouts.jsonl; \
+	rm -f $$run/eval/done
 	$(MAKE) all DEMO=evidence RUN=evidence-$(ENV)/without-$(WITHOUT) WITHOUT=$(WITHOUT) \
 	  AGENT=$(EVIDENCE)/base/agent AGENT_SFT_ARGS= DEV=$(DEV)
 
