@@ -12,7 +12,8 @@ MAKEFLAGS += --no-print-directory
 
 ENV ?= sciworld
 SPACE := $(subst ,, )
-RUN ?= $(if $(DEMO),demo-)$(subst $(SPACE),+,$(strip $(ENV)))
+# each SEED has a run folder of its own
+RUN ?= $(if $(DEMO),demo-)$(subst $(SPACE),+,$(strip $(ENV)))$(patsubst %,-seed%,$(filter-out 0,$(SEED)))
 ifneq ($(words $(RUN)),1)
 $(error RUN="$(RUN)" must be one word: it names a folder of runs/)
 endif
@@ -137,9 +138,13 @@ help:
 	@echo "make evidence-table2 | evidence-without WITHOUT=TYPE    more from its runs: fine-tuned agents;"
 	@echo "                       a planner for which no plan was sampled for tasks of TYPE"
 	@echo "make seed | sft | score | dpo | eval            one stage and what it needs"
-	@echo "make table2 | table3 | table4 | table6          a table of the paper: AGENTS=..."
-	@echo "make fig3 | fig4 | fig5 | fig6 | report         a figure; all tables and figures again"
 	@echo "make agent-sft | agent-eto | agent-knowagent | agent-wkm    fine-tuned agents (table 2)"
+	@echo "Tables and figures of the paper, from a finished run; AGENTS=\"A B\" plays with other agents:"
+	@echo "make table2 | table6   no plan and MPO's, with each agent that was made: reward; success"
+	@echo "make table3 | table4   plans of SFT, GPT-4o, RFT and MPO; where in the prompt the plan is"
+	@echo "make fig3 | fig4       reward per step; AGENTS of several sizes, without a plan and with MPO's"
+	@echo "make fig5 | fig6       planners for smaller M and N; a judge compares SFT's and MPO's plans"
+	@echo "make report            all tables and figures again, from what was played"
 	@echo "make setup | check | estimate    install packages; can it run here; what make all costs"
 	@echo "make demo WHAT=table4  a target in the demo's run folder"
 	@echo "make data ENV=NAME     download the environment's data, if it has any to download"

@@ -450,6 +450,21 @@ def test_a_run_with_accents():
     assert settings(commands, "04_dpo.py")["out"] == "runs/évaluation-ß/mpo"
 
 
+@pytest.mark.parametrize(
+    "args, folder",
+    [
+        (["ENV=alfworld"], "alfworld"),
+        (["ENV=alfworld", "SEED=0"], "alfworld"),
+        (["ENV=alfworld", "SEED=3"], "alfworld-seed3"),
+        (["ENV=alfworld", "SEED=3", "DEMO=1"], "demo-alfworld-seed3"),
+        (["ENV=alfworld", "SEED=3", "RUN=mine"], "mine"),
+    ],
+)
+def test_each_seed_has_its_run_folder(args, folder):
+    commands = make("-n", "all", *args)
+    assert settings(commands, "04_dpo.py")["out"] == f"runs/{folder}/mpo"
+
+
 def test_all_ends_its_check_before_a_stage_begins():
     """Also with several jobs."""
     commands = make("-n", "-j4", "all", "RUN=q").splitlines()
@@ -463,7 +478,7 @@ def test_make_evidence_holds_no_stage_back(tmp_path):
     commands = make("-n", "evidence", "ENV=sciworld", "SEEDS=4 5", f"EVIDENCE={tmp_path}")
     assert not list(tmp_path.iterdir()), "with -n nothing is done"
     assert commands.count("make agent-sft DEMO=evidence RUN=evidence-sciworld/base") == 1
-    assert commands.count("for seed in 4 5;") == 2 and "--to data/sciworld/evidence.csv" in commands
+    assert commands.count("for seed in 4 5;") == 2 and f"--to {tmp_path}/evidence.csv" in commands
     stages = ["all", "-n", "-B", "ENV=sciworld", "DEMO=evidence", "AGENT_SFT_ARGS=", "SEED=4"]
     for dev in ("", "1"):
         commands = make(*stages, f"DEV={dev}", "AGENT=base/agent")
@@ -494,6 +509,8 @@ def test_make_evidence_without_a_task_type(env):
 
 def test_make_evidence_table2():
     """The agents are trained in the evidence's base/, and play with the plans of seed 0."""
+    refused = run_make("-n", "evidence-table2", "ENV=alfworld").stderr
+    assert "data/alfworld/evidence.mk has no settings of these agents" in refused
     commands = make("-n", "-B", "evidence-table2", "ENV=sciworld")
     folder = "runs/evidence-sciworld/"
     assert f"--model {folder}base/agent-eto2 --data {folder}base/eto3/pairs.jsonl" in commands

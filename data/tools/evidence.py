@@ -1,6 +1,6 @@
 """Does MPO beat its own SFT planner? Table and picture of `make evidence`, over several seeds.
 
-    python -m data.tools.evidence --runs runs/evidence-NAME/seed0 ... --to data/NAME/evidence.csv
+    python -m data.tools.evidence --runs runs/evidence-NAME/seed0 ... --to FILE.csv
     python -m data.tools.evidence --rows data/NAME/evidence.csv      # the table again
     python -m data.tools.evidence --readme                           # the README's tables
     python -m data.tools.evidence --picture data/report/evidence.png # the README's picture
@@ -138,30 +138,29 @@ def complete_settings(rows: list[dict]) -> list[str]:
     return complete
 
 
-def values(rows: list[dict], setting: str, metric: str) -> list[list[float]]:
-    """ "reward" or "success" of each task, a list per seed. Seeds are strata: a bootstrap resamples
-    each seed's tasks on their own."""
-    seeds = sorted(tables.unique(rows, "seed"))
-    return [tables.column(tables.where(rows, seed=s), f"{setting}_{metric}") for s in seeds]
+def values(rows: list[dict], setting: str, metric: str) -> list[float]:
+    """ "reward" or "success" of each task: the mean over the seeds. The seeds share the tasks, so
+    what they do at one task is one value to the bootstrap and the permutation test."""
+    by_task: dict[str, list[float]] = {}
+    for row in rows:
+        by_task.setdefault(row["task"], []).append(row[f"{setting}_{metric}"])
+    return [mean(of_seeds) for of_seeds in by_task.values()]
 
 
 def average(rows: list[dict], setting: str, metric: str, seed: int) -> dict:
     """{"mean", "interval"}, the 95% bootstrap interval over tasks."""
-    return ev.mean_and_interval(values(rows, setting, metric), seed)
+    return ev.mean_and_interval([values(rows, setting, metric)], seed)
 
 
 def gain(rows: list[dict], setting: str, base: str, metric: str, seed: int) -> dict:
     """{"mean", "interval", "p"} of the paired differences of a setting from another one."""
-    differences = []
-    strata = zip(values(rows, setting, metric), values(rows, base, metric), strict=True)
-    for own, other in strata:
-        differences.append([x - y for x, y in zip(own, other, strict=True)])
-    return ev.paired_test(differences, seed)
+    pairs = zip(values(rows, setting, metric), values(rows, base, metric), strict=True)
+    return ev.paired_test([[own - other for own, other in pairs]], seed)
 
 
 def mean_reward(rows: list[dict], setting: str) -> float:
-    """The mean over the seeds of the mean over the tasks."""
-    return mean(map(mean, values(rows, setting, "reward")))
+    """The mean over the tasks of the mean over the seeds."""
+    return mean(values(rows, setting, "reward"))
 
 
 def recovered(rows: list[dict], setting: str) -> str:
@@ -188,7 +187,7 @@ def with_p(difference: dict) -> str:
 def table(rows: list[dict], seed: int = 0) -> str:
     """Means x 100 over tasks and seeds, paired differences from SFT, the share of the headroom
     between SFT and the oracle that a setting recovers, and MPO's paired differences from one plan
-    per type."""
+    per type. A setting that some seed or task lacks is left out."""
     settings = complete_settings(rows)
     if "sft" not in settings:
         raise InputError("the table compares with sft's plans: there are none of every seed")
