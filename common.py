@@ -890,8 +890,11 @@ def closes_unopened_thinking(reply: str) -> bool:
 
 # -- plans and actions
 
-# <meta_plan> or <meta plan>, in any case, and the text up to the closing tag or the reply's end
-META_PLAN = re.compile(r"<meta[ _]plan>(.*?)(?:</meta[ _]plan>|\Z)", re.S | re.I)
+# <meta_plan> or <meta plan>, in any case, and the text up to the closing tag or the reply's end;
+# the authors' own planners write <workflow>
+META_PLAN = re.compile(
+    r"<(?:meta[ _]plan|workflow)>(.*?)(?:</(?:meta[ _]plan|workflow)>|\Z)", re.S | re.I
+)
 # what starts a step's line: "Step 2:", "- step 2.", "2:", "2." or "2)", with text after it
 STEP_NUMBER = re.compile(r"^[ \t#*-]*(?:step\s*)?\d+\s*[:.)][ \t]*(?=\S)", re.M | re.I)
 EMPTY_LINE = re.compile(r"\n\s*\n")

@@ -247,6 +247,7 @@ def test_parsing_takes_linear_time(part):
         ),
         ("<meta_plan>\n**Step 1:** go\n- Step 2: wait\n</meta_plan>", "Step 1: go\nStep 2: wait"),
         ("<meta_plan>\nStep 1: go\n</meta_plan>\nHere is my response: done", "Step 1: go"),
+        ("<workflow>\nStep 1: go\nStep 2: wait\n</workflow>", "Step 1: go\nStep 2: wait"),
         ("Step 1: look around", None),
         ("I write <meta_plan></meta_plan>:\n<meta_plan>\n1. go\n</meta_plan>", "Step 1: go"),
         ("<meta_plan>\nlook around, then wait\n</meta_plan>", None),
