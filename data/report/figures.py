@@ -181,24 +181,26 @@ def judged_bars(verdicts: dict, path: Path) -> None:
 
 def setting_bars(panels: dict[str, dict[str, dict]], path: Path) -> None:
     """Bars of the average reward of each plan setting, a panel per {title: {setting: value}}."""
-    figure, axes = new_figure(4.4 * len(panels), 3.4, len(panels))
+    rows = max(map(len, panels.values()))
+    figure, axes = new_figure(5.4 * len(panels), 0.6 + 0.42 * rows, len(panels))
     for panel, (title, by_setting) in zip(axes, panels.items(), strict=True):
         names = []
-        for x, (setting, value) in enumerate(by_setting.items()):
-            panel.bar(
-                x,
+        for y, (setting, value) in enumerate(by_setting.items()):
+            panel.barh(
+                y,
                 heights([value]),
-                width=0.72,
-                yerr=error_bars([value]),
+                height=0.72,
+                xerr=error_bars([value]),
                 capsize=3,
-                color=colour(setting, x),
+                color=colour(setting, y),
                 error_kw=ERROR_BARS,
             )
-            top = 100 * value["interval"][1] + 2
+            right = 100 * value["interval"][1] + 2
             text = f"{100 * value['mean']:.1f}"
-            panel.text(x, top, text, ha="center", va="bottom", fontweight="bold")
-            names.append(named(setting).removesuffix(" (control)").replace(" ", "\n"))
-        panel.set_xticks(range(len(names)), names)
-        panel.set(title=title, ylim=(0, 105), yticks=range(0, 101, 20))
-    axes[0].set_ylabel("average reward x 100")
+            panel.text(right, y, text, ha="left", va="center", fontweight="bold")
+            names.append(named(setting).removesuffix(" (control)"))
+        panel.set_yticks(range(len(names)), names)
+        panel.invert_yaxis()  # the first setting is at the top
+        panel.set(title=title, xlim=(0, 105), xticks=range(0, 101, 20))
+        panel.set_xlabel("average reward x 100")
     save(figure, path)
