@@ -3163,7 +3163,9 @@ def server_command(model: str, port: int, gpus: list[str], max_model_len: int) -
     """The command line of a server: vLLM, or `transformers serve` if vLLM is not installed or
     MPO_SERVER=transformers."""
     scripts = Path(sysconfig.get_path("scripts"))  # of this Python
-    dtype = {"bf16": "bfloat16", "fp32": "float32"}[faster_precision(on_cpu=not gpus)]
+    dtype = "bfloat16"
+    if faster_precision(on_cpu=not gpus) == "fp32" and not is_quantized(model):
+        dtype = "float32"  # which vLLM refuses for quantized weights
     address = ["--host", "127.0.0.1", "--port", str(port), "--dtype", dtype]
     if not uses_vllm():
         return [str(scripts / "transformers"), "serve", model, *address]
@@ -3709,20 +3711,35 @@ def decoder_layers(model):
     raise InputError(f"{model.config.model_type} models have no list of decoder layers")
 
 
-def why_not_trained(name: str, config) -> str:
-    """Why a model cannot be trained: its weights are quantized, and what is trained could not be
-    saved in their format. Empty if it can be."""
+def quantization(name: str, config) -> str:
+    """How a model's weights are quantized, such as "awq"; empty if they are not."""
     from transformers.utils import cached_file
 
-    method = ""
     for part in (config, config.get_text_config()):
         settings = getattr(part, "quantization_config", None)
         if settings:
-            method = settings.get("quant_method", "bitsandbytes")  # its old files name none
-    if not method:
-        with contextlib.suppress(OSError):  # there is no such file
-            cached_file(name, "hf_quant_config.json")
-            method = "modelopt"
+            return settings.get("quant_method", "bitsandbytes")  # its old files name none
+    with contextlib.suppress(OSError):  # there is no such file
+        cached_file(name, "hf_quant_config.json")
+        return "modelopt"
+    return ""
+
+
+def is_quantized(name: str) -> bool:
+    """Whether a local model has quantized weights; False if its configuration cannot be read."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except Exception:  # the server says what is wrong with it
+        return False
+    return quantization(name, config) != ""
+
+
+def why_not_trained(name: str, config) -> str:
+    """Why a model cannot be trained: its weights are quantized, and what is trained could not be
+    saved in their format. Empty if it can be."""
+    method = quantization(name, config)
     if not method:
         return ""
     return (
@@ -5689,18 +5706,20 @@ def check_api(name: str, url: str | None) -> str:
 def serving_memory(sizes: ModelSizes, length: int, gpus: int) -> float:
     """Bytes on each of the `gpus` of a replica, or of the host (0): the weights, the cache of one
     context of `length` tokens, 2 GB of buffers."""
-    weights = widening(gpus) * sizes.serving_bytes
+    weights = widening(sizes, gpus) * sizes.serving_bytes
     return (weights + cache_memory(sizes, length, gpus)) / max(1, gpus) + 2e9
 
 
 def cache_memory(sizes: ModelSizes, length: int, gpus: int) -> float:
     """Bytes of the cache of one context of `length` tokens."""
-    return widening(gpus) * (length * sizes.cache_bytes + sizes.window_bytes)
+    return widening(sizes, gpus) * (length * sizes.cache_bytes + sizes.window_bytes)
 
 
-def widening(gpus: int) -> int:
-    """How many times the bytes of bf16 a server's numbers take."""
-    return 2 if faster_precision(on_cpu=gpus == 0) == "fp32" else 1
+def widening(sizes: ModelSizes, gpus: int) -> int:
+    """How many times the bytes of bf16 a server's numbers take. Servers compute with quantized
+    weights, which cannot be trained, in bf16."""
+    in_float32 = faster_precision(on_cpu=gpus == 0) == "fp32" and not sizes.why_not_trained
+    return 2 if in_float32 else 1
 
 
 def check_serving_memory(sizes: ModelSizes, max_model_len: int, parallel: int) -> str:

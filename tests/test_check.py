@@ -276,7 +276,10 @@ SMALL = {"hidden_size": 32, "intermediate_size": 8, "num_hidden_layers": 1, "voc
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_quantized_weights_are_served_and_not_trained(tmp_path, tiny_model, settings, says):
+def test_quantized_weights_are_served_and_not_trained(
+    tmp_path, tiny_model, monkeypatch, settings, says
+):
+    """Servers compute with them in bf16, as vLLM refuses float32 for them."""
     config = dict(SMALL)
     if isinstance(settings, dict):
         config["quantization_config"] = settings
@@ -285,6 +288,10 @@ def test_quantized_weights_are_served_and_not_trained(tmp_path, tiny_model, sett
     sizes = sizes_of(tmp_path, tiny_model, "llama", **config)
     assert sizes.serving_bytes == 1000, "those of the file"
     assert "serving" in common.check_serving_memory(sizes, 32768, 1)
+    monkeypatch.setattr(common, "cpu_multiplies_bf16", lambda: False)
+    assert common.cache_memory(sizes, 8, 0) == common.cache_memory(sizes, 8, 1), "not in float32"
+    command = common.server_command(str(tmp_path), 80, [], 32768)
+    assert command[command.index("--dtype") + 1] == "bfloat16"
     refused = rf"weights of {tmp_path} are quantized \({says}\).* such as the model's BF16 version"
     with pytest.raises(InputError, match=refused):
         common.check_training_memory(sizes, 1, 8192, True, 0, "auto")
