@@ -30,7 +30,8 @@ evidence: | .venv/ready
 # a plan and with the plans of seed 0's MPO planner. They are trained in base/. Run it after evidence.
 evidence-table2: | .venv/ready
 	$(if $(shell grep -s ^ETO_FIRST data/$(ENV)/evidence.mk),,$(error data/$(ENV)/evidence.mk has no \
-	  settings of these agents: ETO_FIRST and others, as in data/sciworld/evidence.mk))
+	  settings of these agents (ETO_FIRST ...); with them: $(patsubst data/%/evidence.mk,%,$(shell \
+	  grep -ls ^ETO_FIRST data/*/evidence.mk))))
 	$(MAKE) agent-eto agent-knowagent DEMO=evidence RUN=evidence-$(ENV)/base
 	$(MAKE) table2 DEMO=evidence RUN=evidence-$(ENV)/seed0 AGENT_SFT_ARGS= DEV=$(DEV) \
 	  AGENTS_RUN=$(EVIDENCE)/base KNOWAGENT_PLANS="none mpo"
