@@ -510,7 +510,7 @@ def test_make_evidence_without_a_task_type(env):
 def test_make_evidence_table2():
     """The agents are trained in the evidence's base/, and play with the plans of seed 0."""
     refused = run_make("-n", "evidence-table2", "ENV=alfworld").stderr
-    assert "evidence.mk has no settings of these agents (ETO_FIRST ...); with them: sciworld" in refused
+    assert "has no settings of these agents (ETO_FIRST ...); with them: sciworld" in refused
     commands = make("-n", "-B", "evidence-table2", "ENV=sciworld")
     folder = "runs/evidence-sciworld/"
     assert f"--model {folder}base/agent-eto2 --data {folder}base/eto3/pairs.jsonl" in commands
