@@ -134,13 +134,13 @@ def test_make_tables_and_agents(target, said):
 
 
 def test_make_table2_plays_agents_with_their_own_prompts(tmp_path):
-    for name in ("eto1", "knowagent", "wkm"):
-        (tmp_path / f"agent-{name}").mkdir()
-        (tmp_path / f"agent-{name}" / "config.json").touch()
+    for name in ("agent", "agent-eto1", "agent-eto2", "agent-mine", "agent-knowagent", "agent-wkm"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").touch()
     commands = make("-n", "table2", f"R={tmp_path}", "AGENT=base")
-    assert re.findall(r"05_eval.py .*--agents (.*?) +--plans none mpo$", commands, re.M) == [
-        f"base {tmp_path}/agent-eto1"
-    ]
+    played = re.search(r"05_eval.py .*--agents (.*?) +--plans none mpo$", commands, re.M)[1].split()
+    names = ["base", *(f"{tmp_path}/{name}" for name in ("agent", "agent-mine", "agent-eto2"))]
+    assert played == names, "of ETO's rounds only the last one"
     assert re.findall(r"05_eval.py .*--prompts (\w+) --agents (\S+) --plans (\w+);", commands) == [
         ("knowagent", f"{tmp_path}/agent-knowagent", "none"),
         ("wkm", f"{tmp_path}/agent-wkm", "wkm"),

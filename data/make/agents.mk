@@ -86,9 +86,11 @@ $(R)/agent-wkm/config.json: 02_sft.py $(R)/wkm-seed/seed_plans.jsonl
 
 # the run folder that has the fine-tuned agents
 AGENTS_RUN ?= $(R)
-# those, if no AGENTS were given
-AGENTS_HERE = $(filter-out %/agent-knowagent %/agent-wkm,$(patsubst %/config.json,%,$(wildcard \
-  $(AGENTS_RUN)/agent/config.json $(AGENTS_RUN)/agent-*/config.json)))
+# those, if no AGENTS were given; of ETO's rounds the last that is there
+AGENTS_THERE = $(patsubst %/config.json,%,$(wildcard \
+  $(AGENTS_RUN)/agent/config.json $(AGENTS_RUN)/agent-*/config.json))
+ETO_THERE = $(sort $(filter %/agent-eto1 %/agent-eto2 %/agent-eto3,$(AGENTS_THERE)))
+AGENTS_HERE = $(filter-out %/agent-knowagent %/agent-wkm $(ETO_THERE),$(AGENTS_THERE)) $(lastword $(ETO_THERE))
 table2 table6: $(R)/eval/done
 	$(EVALUATE) --agents $(if $(filter file,$(origin AGENTS)),$(AGENT) $(AGENTS_HERE),$(AGENTS)) \
 	  --plans none mpo
