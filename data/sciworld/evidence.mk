@@ -16,7 +16,7 @@ DPO_ARGS := --beta 0.1 --lr 1e-4 --warmup_ratio 0.1 --epochs 3 --nll 1.0
 EVAL_ARGS := --plan_tokens 160 $(SERVE) $(if $(DEV),--splits train --skip 240 --limit 120,\
   --tasks seen=data/sciworld/evidence/dev.json unseen=data/sciworld/evidence/test.json) \
   $(if $(WITHOUT),--types $(WITHOUT))
-# the agents of evidence-table2
+# The agents of evidence-table2: first guesses, looked at on validation tasks (../EXPERIMENTS.md)
 ETO_ROUNDS := 3
 EXPLORE_ARGS := $(SERVE)
 ETO_ARGS := --warmup_ratio 0.1 --epochs 1
