@@ -417,10 +417,15 @@ def print_plan_problems(
 ) -> None:
     """Say how many plans of each setting are replies without tags, how many were refused, and how
     many are missing because the planner was still thinking, or because no plan of the type was
-    scored."""
+    scored. Also say where mismatched plans are of the same type."""
     for setting, plans_id in ids.items():
         if setting == "none":
             continue
+        if setting == "mismatched" and len({common.task_type(task) for task in tasks}) == 1:
+            print(
+                "mismatched: all test tasks are of one type, so the plans are those of other tasks "
+                "of this type"
+            )
         rows = [done[plans_id, t] for t in tasks if (plans_id, t) in done]
         untagged = [row for row in rows if row.get("untagged")]
         if untagged:

@@ -35,7 +35,7 @@ def settings(tmp_path, chat_server, monkeypatch) -> dict:
     }
 
 
-def test_controls(tmp_path, tiny_model, settings):
+def test_controls(tmp_path, tiny_model, settings, capsys):
     """`mismatched` is mpo's plan for a task of another type; `oracle` is made of the task's own
     expert trajectory and is in no file that a planner is trained on."""
     (tmp_path / "mpo").symlink_to(tiny_model)
@@ -61,7 +61,10 @@ def test_controls(tmp_path, tiny_model, settings):
     for name in ("table2", "table3", "table6"):
         assert len((tmp_path / f"{name}.md").read_text().split("```")[0].splitlines()) >= 8
 
+    one_type = "mismatched: all test tasks are of one type"
+    assert one_type not in capsys.readouterr().out
     ev.main(ev.Args(**usual, types=["find-key"], seed=1, plans=["mismatched"]))  # all of one type
+    assert one_type in capsys.readouterr().out
     for row in read_rows(tmp_path / "eval" / "plans.jsonl")[len(rows) :]:
         assert row["plan"] and instructions[row["task"]] not in row["plan"], "of another task"
     with pytest.raises(InputError, match="--plans mismatched needs two test tasks"):
