@@ -84,7 +84,8 @@ class Args:
         ["none", "sft", "mpo"],
         "plan settings: none; the planner checkpoint of that name in --out (sft, rft, mpo); "
         "gpt: --teacher asked directly; a JSONL file with `task` and `plan`; "
-        "mismatched: mpo's plan for a task of another type (control); per_type: the best of stage "
+        "mismatched: mpo's plan for a task of another type or, where all are of one type, for "
+        "another task (control); per_type: the best of stage "
         "3's plans of the task's type; per_type_adapted: the same plan with what its own task "
         "names replaced by the words of this one; oracle: the plan that stage 1's rules make of "
         "the test task's own expert trajectory (control)",
