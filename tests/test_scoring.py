@@ -346,8 +346,9 @@ def test_a_ray_cluster_that_loses_a_node(chat_server):
 
     slow = chat_server(slow_gold)
     code = f"""
-import asyncio, json, os, sys
+import asyncio, os, sys
 sys.path.insert(0, {str(ROOT)!r})
+import psutil
 from ray.cluster_utils import Cluster
 import common
 from common import EnvPool, Prompts, RolloutConfig, environment, rollouts
@@ -366,13 +367,25 @@ async def main(ray, kill):
         task = asyncio.create_task(lose_a_node()) if kill else None
         model = common.Model("scripted", {slow.url!r})
         retries = await rollouts(jobs, model, pool, env, c, 6, rows.append)
+        if task:
+            await task  # raises what went wrong in it
     return sorted([r["task"], r["rollout"], r["steps"], r["end"]] for r in rows), retries
 local, _ = asyncio.run(main(False, None))
 cluster = Cluster(initialize_head=True, head_node_args={{"num_cpus": 1}})
 node = cluster.add_node(num_cpus=1)
 def replace_node():
     cluster.add_node(num_cpus=1)
+    # Ray ends only the node's own processes. Its actors, children of them, end when they notice
+    # that, and may finish their episodes before. On a machine that is lost they end at once.
+    node_processes = [psutil.Process(process.pid) for _, process in node.live_processes()]
+    actors = [actor for process in node_processes for actor in process.children(recursive=True)]
+    assert actors, "no actor was on the node to lose"
     cluster.remove_node(node, allow_graceful=False)
+    for actor in actors:
+        try:
+            actor.kill()
+        except psutil.NoSuchProcess:
+            pass  # it had noticed
 os.environ["RAY_ADDRESS"] = cluster.address
 on_ray, retries = asyncio.run(main(True, replace_node))
 assert len(on_ray) == 24 and local == on_ray, (local, on_ray)
